@@ -1,0 +1,18 @@
+// Which of the instruction sets that the CPU kernels were compiled for is in use.
+#pragma once
+
+namespace m2f {
+
+enum class CpuCapability : int { kBaseline, kAVX2, kAVX512 };
+
+// The best this processor has, or what M2F_CPU_CAPABILITY or m2f_set_cpu_capability asked for.
+CpuCapability cpu_capability();
+
+}  // namespace m2f
+
+extern "C" {
+// "avx512", "avx2" or "baseline".
+__attribute__((visibility("default"))) const char* m2f_cpu_capability();
+// 0 on success, 1 if the name is unknown or the processor lacks it.
+__attribute__((visibility("default"))) int m2f_set_cpu_capability(const char* name);
+}

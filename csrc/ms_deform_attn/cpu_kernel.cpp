@@ -1,0 +1,728 @@
+// Multi-scale deformable attention on CPU, forward and backward; compiled once per instruction set.
+//
+// One task is one head of one image (or a part of its queries). Its cost is gathering: K samples per query, four
+// rows of D channels each. So the gathers are made as cheap as they can be:
+//   - The head's value is packed once into a *panel*: its pixels next to each other instead of H*D apart, each
+//     level framed by zeros. A head then fits the caches (21504 pixels x 32 channels x 4 bytes = 2.75 MB instead of
+//     lines strewn over 22 MB), neighbouring pixels share pages, and no corner needs a bounds check: the frame
+//     supplies the zeros, and a sample that contributes nothing is pointed into the frame.
+//   - All of a query's K samples are prepared at once, one per vector lane: floor, fractions, corner weights, panel
+//     index. The gather loop then holds nothing but broadcasts and multiply-adds along D.
+//   - Queries that are themselves pixels (an encoder) are walked in 2-D tiles, so that their samples meet in L1/L2.
+// Where there are too few queries to pay for packing (a decoder), corners are addressed in place, with bounds checks.
+//
+// Backward walks the same way. Dot products of the output gradient with the four corners are kept as vectors and
+// reduced together by a merging tree; the value gradient is added into a panel of the same layout, which only this
+// task touches, and copied out at the end: no atomics, no serial section, the same bits in every run.
+
+#include "ms_deform_attn/cpu_kernel.h"
+
+#include "common/simd.h"
+
+#if !defined(M2F_VARIANT)
+#error "compile this file through CMake, which defines M2F_VARIANT"
+#endif
+
+namespace m2f {
+namespace {
+
+inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
+
+// ---------------------------------------------------------------- the panel
+// Level l holds rows -2 .. h of width + 1 pixels: column -1 is zero and also serves as column w of the row above.
+// Rows -2 and -1 are zero, so that the level's very first pixel heads a 2 x 2 block of zeros.
+struct PanelLevel {
+  int64_t first;  // pixel index of (row -2, column -1)
+  int64_t row;    // pixels from one row to the next
+};
+
+struct Panel {
+  PanelLevel level[kMaxLevels];
+  int64_t pixels;
+  int64_t d;  // channels per pixel, padded to whole vectors
+};
+
+template <typename T>
+Panel make_panel(const MSDeformAttnArgs& args) {
+  Panel panel;
+  panel.pixels = 0;
+  panel.d = round_up(args.d, kLanes<T>);
+  for (int l = 0; l < args.levels.count; ++l) {
+    panel.level[l] = {panel.pixels, args.levels.width[l] + 1};
+    panel.pixels += (args.levels.height[l] + 3) * panel.level[l].row + 1;
+  }
+  return panel;
+}
+
+template <typename V>
+void pack_value(const MSDeformAttnArgs& args, const Panel& panel, int64_t n, int64_t h, V* out) {
+  const V* value = static_cast<const V*>(args.value.data);
+  const int64_t row_elements = args.d;
+  const bool padded = panel.d != args.d;
+  for (int l = 0; l < args.levels.count; ++l) {
+    const int64_t height = args.levels.height[l], width = args.levels.width[l];
+    V* p = out + panel.level[l].first * panel.d;
+    std::memset(p, 0, (2 * panel.level[l].row + 1) * panel.d * sizeof(V));
+    p += 2 * panel.level[l].row * panel.d;
+    const V* source = value + args.value.offset(n, args.levels.start[l], h);
+    for (int64_t y = 0; y < height; ++y) {
+      std::memset(p, 0, panel.d * sizeof(V));
+      p += panel.d;
+      for (int64_t x = 0; x < width; ++x, p += panel.d, source += args.value.stride[1]) {
+        if (padded) {
+          std::memset(p, 0, panel.d * sizeof(V));
+          std::memcpy(p, source, row_elements * sizeof(V));
+        } else {
+          for (int64_t c = 0; c < row_elements; c += kLanes<Arithmetic<V>>)
+            std::memcpy(p + c, source + c, kLanes<Arithmetic<V>> * sizeof(V));
+        }
+      }
+    }
+    std::memset(p, 0, (panel.level[l].row + 1) * panel.d * sizeof(V));
+  }
+}
+
+// ---------------------------------------------------------------- preparing the samples of one query and head
+// Structure of arrays over the K samples, padded to whole vectors; padding lanes never contribute.
+template <typename T>
+struct Samples {
+  int64_t k, padded;
+  // Constant over the call.
+  T *width, *height;            // level size
+  Int<T>*first, *row;           // panel: index of the level's frame, pixels per row
+  T* inverse_count;             // 1 / points of the level
+  int* level;
+  // Of the current query.
+  T *raw_xy, *raw_weight;       // as loaded
+  T *reference;                 // reference_dim values per sample, by component: [4][padded]
+  T *probability;               // attention weight before masking (from_offsets: after the softmax)
+  T *weight;                    // attention weight, zero where the sample does not contribute
+  T *fx, *fy;
+  Int<T>* contributes;          // all ones or zero
+  Int<T>*x0, *y0;
+  Int<T>* pixel;                // panel index of the top left corner
+  T* corner[4];                 // weight * bilinear weight, of corners (y0,x0) (y0,x1) (y1,x0) (y1,x1)
+  // Backward.
+  T* dot[4];                    // output gradient . corner value
+  T *grad_x, *grad_y, *grad_weight;
+  Vec<T>* partial;              // [4][padded] dot products not yet reduced over lanes
+};
+
+struct Allocator {
+  char* base;  // null while only measuring
+  size_t used;
+
+  template <typename T>
+  T* take(int64_t count) {
+    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
+    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
+    return p;
+  }
+};
+
+template <typename T>
+Samples<T> take_samples(const MSDeformAttnArgs& args, Allocator& memory, bool backward) {
+  Samples<T> s{};
+  s.k = args.levels.points_total;
+  s.padded = round_up(s.k, kLanes<T>);
+  s.width = memory.take<T>(s.padded);
+  s.height = memory.take<T>(s.padded);
+  s.first = memory.take<Int<T>>(s.padded);
+  s.row = memory.take<Int<T>>(s.padded);
+  s.inverse_count = memory.take<T>(s.padded);
+  s.level = memory.take<int>(s.padded);
+  s.raw_xy = memory.take<T>(2 * s.padded);
+  s.raw_weight = memory.take<T>(s.padded);
+  s.reference = memory.take<T>(4 * s.padded);
+  s.probability = memory.take<T>(s.padded);
+  s.weight = memory.take<T>(s.padded);
+  s.fx = memory.take<T>(s.padded);
+  s.fy = memory.take<T>(s.padded);
+  s.contributes = memory.take<Int<T>>(s.padded);
+  s.x0 = memory.take<Int<T>>(s.padded);
+  s.y0 = memory.take<Int<T>>(s.padded);
+  s.pixel = memory.take<Int<T>>(s.padded);
+  for (T*& corner : s.corner) corner = memory.take<T>(s.padded);
+  if (backward) {
+    for (T*& dot : s.dot) dot = memory.take<T>(s.padded);
+    s.grad_x = memory.take<T>(s.padded);
+    s.grad_y = memory.take<T>(s.padded);
+    s.grad_weight = memory.take<T>(s.padded);
+    s.partial = memory.take<Vec<T>>(4 * s.padded);
+  }
+  return s;
+}
+
+template <typename T>
+void set_constants(const MSDeformAttnArgs& args, const Panel& panel, Samples<T>& s) {
+  std::memset(s.raw_xy, 0, 2 * s.padded * sizeof(T));
+  std::memset(s.raw_weight, 0, s.padded * sizeof(T));
+  std::memset(s.reference, 0, 4 * s.padded * sizeof(T));
+  int64_t k = 0;
+  for (int l = 0; l < args.levels.count; ++l) {
+    for (int p = 0; p < args.levels.points[l]; ++p, ++k) {
+      s.width[k] = static_cast<T>(args.levels.width[l]);
+      s.height[k] = static_cast<T>(args.levels.height[l]);
+      s.first[k] = static_cast<Int<T>>(panel.level[l].first);
+      s.row[k] = static_cast<Int<T>>(panel.level[l].row);
+      s.inverse_count[k] = T(1) / static_cast<T>(args.levels.points[l]);
+      s.level[k] = l;
+    }
+  }
+  for (; k < s.padded; ++k) {
+    // Size -1 leaves no coordinate inside (-1, size): these lanes never contribute.
+    s.width[k] = s.height[k] = T(-1);
+    s.first[k] = s.row[k] = 0;
+    s.inverse_count[k] = 0;
+    s.level[k] = 0;
+  }
+}
+
+template <typename T>
+inline IntVec<T> load_int(const Int<T>* p) {
+  return *reinterpret_cast<const IntVec<T>*>(p);
+}
+
+template <typename T>
+inline void store_int(Int<T>* p, IntVec<T> x) {
+  *reinterpret_cast<IntVec<T>*>(p) = x;
+}
+
+// e^x for x <= 0 to about 1 ulp: 2^n * e^r with |r| <= ln(2)/2, Taylor of degree 7; NaN stays NaN.
+inline Vec<float> exp_nonpositive(Vec<float> x) {
+  const IntVec<float> tiny = x < -87.0f;
+  const Vec<float> safe = tiny ? Vec<float>{} : x;
+  const IntVec<float> n = truncate<float>(safe * 1.44269504088896341f - 0.5f);
+  const Vec<float> nf = to_float<float>(n);
+  const Vec<float> r = (safe - nf * 0.693359375f) + nf * 2.12194440e-4f;
+  Vec<float> y = splat(1.0f / 5040);
+  y = y * r + 1.0f / 720;
+  y = y * r + 1.0f / 120;
+  y = y * r + 1.0f / 24;
+  y = y * r + 1.0f / 6;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  const Vec<float> scale = reinterpret_cast<Vec<float>>((n + 127) << 23);
+  const Vec<float> result = tiny ? Vec<float>{} : y * scale;
+  return x == x ? result : x;
+}
+
+inline Vec<double> exp_nonpositive(Vec<double> x) {
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
+  return x;
+}
+
+// weights of the query into s.probability; from_offsets: their softmax.
+template <typename T>
+inline void load_weights(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t h, Samples<T>& s) {
+  T* weights = args.from_offsets ? s.raw_weight : s.probability;
+  load_run(args.weights.data, args.weights.dtype, args.weights.offset(n, q, h), s.k, weights);
+  if (!args.from_offsets) return;
+  const T lowest = -__builtin_inf();
+  for (int64_t k = s.k; k < s.padded; ++k) weights[k] = lowest;
+  Vec<T> largest = load(weights);
+  for (int64_t k = kLanes<T>; k < s.padded; k += kLanes<T>) {
+    const Vec<T> x = load(weights + k);
+    largest = x > largest ? x : largest;
+  }
+  T top = lowest;
+  for (int i = 0; i < kLanes<T>; ++i) top = largest[i] > top ? largest[i] : top;
+  Vec<T> sum{};
+  for (int64_t k = 0; k < s.padded; k += kLanes<T>) {
+    const Vec<T> e = exp_nonpositive(load(weights + k) - top);
+    store(s.probability + k, e);
+    sum += e;
+  }
+  const T inverse = T(1) / horizontal_sum<T>(sum);
+  for (int64_t k = 0; k < s.padded; k += kLanes<T>) store(s.probability + k, load(s.probability + k) * inverse);
+}
+
+template <typename T>
+inline void load_reference(const MSDeformAttnArgs& args, int64_t n, int64_t q, Samples<T>& s) {
+  alignas(64) T point[kLanes<T> < 4 ? 4 : kLanes<T>];
+  int64_t k = 0;
+  for (int l = 0; l < args.levels.count; ++l) {
+    load_run(args.reference.data, args.reference.dtype, args.reference.offset(n, q, l), args.reference_dim, point);
+    for (int p = 0; p < args.levels.points[l]; ++p, ++k)
+      for (int c = 0; c < args.reference_dim; ++c) s.reference[c * s.padded + k] = point[c];
+  }
+}
+
+// Everything the gather needs, for all K samples at once.
+template <typename T>
+inline void prepare(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t h, Samples<T>& s) {
+  load_run(args.locations.data, args.locations.dtype, args.locations.offset(n, q, h), 2 * s.k, s.raw_xy);
+  load_weights(args, n, q, h, s);
+  const T scale = static_cast<T>(args.offset_scale);
+  for (int64_t k = 0; k < s.padded; k += kLanes<T>) {
+    const Vec<T> a = load(s.raw_xy + 2 * k), b = load(s.raw_xy + 2 * k + kLanes<T>);
+    Vec<T> x = every_second<T, 0>(a, b), y = every_second<T, 1>(a, b);
+    const Vec<T> width = load(s.width + k), height = load(s.height + k);
+    if (!args.from_offsets) {
+      x = x * width - T(0.5);
+      y = y * height - T(0.5);
+    } else if (args.reference_dim == 2) {
+      x = load(s.reference + k) * width + x - T(0.5);
+      y = load(s.reference + s.padded + k) * height + y - T(0.5);
+    } else {
+      const Vec<T> unit = load(s.inverse_count + k) * scale;
+      x = (load(s.reference + k) + x * unit * load(s.reference + 2 * s.padded + k)) * width - T(0.5);
+      y = (load(s.reference + s.padded + k) + y * unit * load(s.reference + 3 * s.padded + k)) * height - T(0.5);
+    }
+    // False for NaN.
+    const IntVec<T> inside = (x > T(-1)) & (x < width) & (y > T(-1)) & (y < height);
+    x = select<T>(inside, x, Vec<T>{});
+    y = select<T>(inside, y, Vec<T>{});
+    IntVec<T> x0 = truncate<T>(x), y0 = truncate<T>(y);
+    x0 += to_float<T>(x0) > x;  // a true comparison is -1: truncation becomes floor
+    y0 += to_float<T>(y0) > y;
+    const Vec<T> fx = x - to_float<T>(x0), fy = y - to_float<T>(y0);
+    const Vec<T> weight = select<T>(inside, load(s.probability + k), Vec<T>{});
+    const IntVec<T> pixel = load_int<T>(s.first + k) + (((y0 + 2) * load_int<T>(s.row + k) + x0 + 1) & inside);
+    const Vec<T> upper = weight * (T(1) - fy), lower = weight * fy;
+    store(s.corner[0] + k, upper * (T(1) - fx));
+    store(s.corner[1] + k, upper * fx);
+    store(s.corner[2] + k, lower * (T(1) - fx));
+    store(s.corner[3] + k, lower * fx);
+    store(s.weight + k, weight);
+    store(s.fx + k, fx);
+    store(s.fy + k, fy);
+    store_int<T>(s.contributes + k, inside);
+    store_int<T>(s.x0 + k, x0);
+    store_int<T>(s.y0 + k, y0);
+    store_int<T>(s.pixel + k, pixel);
+  }
+}
+
+// ---------------------------------------------------------------- addressing the four corners
+// In the panel: one index, everything else follows.
+template <typename V>
+struct PackedCorners {
+  V* panel;
+  template <typename T>
+  inline void operator()(const Samples<T>& s, int64_t k, int64_t d, V* out[4]) const {
+    V* top = panel + static_cast<int64_t>(s.pixel[k]) * d;
+    V* bottom = top + static_cast<int64_t>(s.row[k]) * d;
+    out[0] = top;
+    out[1] = top + d;
+    out[2] = bottom;
+    out[3] = bottom + d;
+  }
+};
+
+// In place: a corner outside the level is sent to `outside`, a row that reads zero and whose writes are dropped.
+template <typename V>
+struct DirectCorners {
+  V* origin;  // value of this image and head
+  V* outside;
+  const Levels* levels;
+  int64_t stride;
+  template <typename T>
+  inline void operator()(const Samples<T>& s, int64_t k, int64_t, V* out[4]) const {
+    const int l = s.level[k];
+    const int64_t width = levels->width[l], height = levels->height[l];
+    const int64_t x = s.x0[k], y = s.y0[k];
+    const bool inside = s.contributes[k] != 0;
+    const bool left = inside && x >= 0, right = inside && x + 1 < width;
+    const bool top = y >= 0, bottom = y + 1 < height;
+    V* p = origin + (levels->start[l] + y * width + x) * stride;
+    out[0] = left && top ? p : outside;
+    out[1] = right && top ? p + stride : outside;
+    out[2] = left && bottom ? p + width * stride : outside;
+    out[3] = right && bottom ? p + (width + 1) * stride : outside;
+  }
+};
+
+// ---------------------------------------------------------------- gather and scatter of kBlock vectors of channels
+template <int kBlock, typename V, typename T, typename Corners>
+inline void gather(const Samples<T>& s, const Corners& corners, int64_t d, int64_t channel, Vec<T>* out) {
+  Vec<T> upper[kBlock] = {}, lower[kBlock] = {};  // two chains of additions: half the latency
+  for (int64_t k = 0; k < s.k; ++k) {
+    V* p[4];
+    corners(s, k, d, p);
+    const Vec<T> w0 = splat(s.corner[0][k]), w1 = splat(s.corner[1][k]);
+    const Vec<T> w2 = splat(s.corner[2][k]), w3 = splat(s.corner[3][k]);
+    for (int v = 0; v < kBlock; ++v) {
+      const int64_t c = channel + v * kLanes<T>;
+      upper[v] += w0 * load(p[0] + c);
+      lower[v] += w2 * load(p[2] + c);
+      upper[v] += w1 * load(p[1] + c);
+      lower[v] += w3 * load(p[3] + c);
+    }
+  }
+  for (int v = 0; v < kBlock; ++v) out[v] = upper[v] + lower[v];
+}
+
+// Adds `grad` into the value gradient and leaves the products of `grad` with the corner values in s.partial.
+template <int kBlock, bool kScatter, typename V, typename T, typename Corners, typename GradCorners>
+inline void scatter(Samples<T>& s, const Corners& corners, const GradCorners& grad_corners, int64_t d, int64_t channel,
+                    const T* grad_row) {
+  Vec<T> grad[kBlock];
+  for (int v = 0; v < kBlock; ++v) grad[v] = load(grad_row + channel + v * kLanes<T>);
+  for (int64_t k = 0; k < s.k; ++k) {
+    V* p[4];
+    corners(s, k, d, p);
+    T* g[4];
+    if constexpr (kScatter) grad_corners(s, k, d, g);
+    for (int corner = 0; corner < 4; ++corner) {
+      Vec<T>* partial = s.partial + corner * s.padded + k;
+      Vec<T> product = channel == 0 ? Vec<T>{} : *partial;
+      for (int v = 0; v < kBlock; ++v) product += grad[v] * load(p[corner] + channel + v * kLanes<T>);
+      *partial = product;
+      if constexpr (kScatter) {
+        const Vec<T> weight = splat(s.corner[corner][k]);
+        for (int v = 0; v < kBlock; ++v) {
+          T* target = g[corner] + channel + v * kLanes<T>;
+          store(target, load(target) + weight * grad[v]);
+        }
+      }
+    }
+  }
+}
+
+// Calls f(block, channel) over all channels, in blocks of up to kMax vectors; d is a whole number of vectors.
+template <typename T, typename F>
+inline void for_each_block(int64_t d, F&& f) {
+  int64_t channel = 0;
+  for (; channel + 4 * kLanes<T> <= d; channel += 4 * kLanes<T>) f(std::integral_constant<int, 4>{}, channel);
+  for (; channel + 2 * kLanes<T> <= d; channel += 2 * kLanes<T>) f(std::integral_constant<int, 2>{}, channel);
+  for (; channel < d; channel += kLanes<T>) f(std::integral_constant<int, 1>{}, channel);
+}
+
+// The common widths as compile-time constants, so that corner addresses become immediate offsets.
+template <typename F>
+inline void with_constant_channels(int64_t d, F&& f) {
+  switch (d) {
+    case 16: return f(std::integral_constant<int64_t, 16>{});
+    case 32: return f(std::integral_constant<int64_t, 32>{});
+    case 64: return f(std::integral_constant<int64_t, 64>{});
+    default: return f(d);
+  }
+}
+
+template <typename F>
+inline void for_each_query(const MSDeformAttnArgs& args, int64_t part, F&& f) {
+  const int64_t first = args.q * part / args.parts, last = args.q * (part + 1) / args.parts;
+  for (int64_t i = first; i < last; ++i) f(args.order ? static_cast<int64_t>(args.order[i]) : i);
+}
+
+// ---------------------------------------------------------------- forward
+template <typename V>
+size_t forward_layout(const MSDeformAttnArgs& args, Allocator& memory, Samples<Arithmetic<V>>& s, V*& panel,
+                      Arithmetic<V>*& row) {
+  using T = Arithmetic<V>;
+  const Panel shape = make_panel<T>(args);
+  s = take_samples<T>(args, memory, false);
+  row = memory.take<T>(shape.d);
+  panel = memory.take<V>(args.packed ? shape.pixels * shape.d : shape.d);
+  return memory.used;
+}
+
+template <typename V>
+void forward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
+  using T = Arithmetic<V>;
+  Allocator memory{static_cast<char*>(scratch), 0};
+  Samples<T> s;
+  V* panel;
+  T* row;
+  forward_layout<V>(args, memory, s, panel, row);
+  const Panel shape = make_panel<T>(args);
+  set_constants(args, shape, s);
+  if (!args.packed) std::memset(panel, 0, shape.d * sizeof(V));
+  V* output = static_cast<V*>(args.output.data);
+  int64_t packed_head = -1;
+  for (int64_t task = first_task; task < last_task; ++task) {
+    const int64_t head = task / args.parts, n = head / args.h, h = head % args.h;
+    if (args.packed && head != packed_head) {
+      pack_value<V>(args, shape, n, h, panel);
+      packed_head = head;
+    }
+    const auto walk = [&](const auto& corners) {
+      with_constant_channels(shape.d, [&](auto d) {
+        for_each_query(args, task % args.parts, [&](int64_t q) {
+          if (args.from_offsets) load_reference(args, n, q, s);
+          prepare(args, n, q, h, s);
+          V* out = output + args.output.offset(n, q, h);
+          for_each_block<T>(d, [&](auto block, int64_t channel) {
+            Vec<T> sum[block];
+            gather<block, V>(s, corners, d, channel, sum);
+            for (int v = 0; v < block; ++v) {
+              const int64_t c = channel + v * kLanes<T>;
+              if (c + kLanes<T> <= args.d) {
+                store(out + c, sum[v]);
+              } else {
+                store(row, sum[v]);
+                store_tail(out + c, static_cast<int>(args.d - c), row);
+              }
+            }
+          });
+        });
+      });
+    };
+    if (args.packed) {
+      walk(PackedCorners<V>{panel});
+    } else {
+      V* origin = static_cast<V*>(args.value.data) + args.value.offset(n, 0, h);
+      walk(DirectCorners<V>{origin, panel, &args.levels, args.value.stride[1]});
+    }
+  }
+}
+
+// ---------------------------------------------------------------- backward
+template <typename V>
+struct BackwardMemory {
+  Samples<Arithmetic<V>> samples;
+  V* panel;                        // value
+  Arithmetic<V>* grad_panel;       // its gradient; null where it lives elsewhere
+  Arithmetic<V>* row;              // output gradient of the current query
+  Arithmetic<V>*out_xy, *out_weight, *out_reference;
+
+  size_t layout(const MSDeformAttnArgs& args, Allocator& memory) {
+    using T = Arithmetic<V>;
+    const Panel shape = make_panel<T>(args);
+    samples = take_samples<T>(args, memory, true);
+    row = memory.take<T>(shape.d);
+    out_xy = memory.take<T>(2 * samples.padded);
+    out_weight = memory.take<T>(samples.padded);
+    out_reference = memory.take<T>(kMaxLevels * 4);
+    panel = memory.take<V>(args.packed ? shape.pixels * shape.d : shape.d);
+    const bool own_grad = args.packed && args.parts == 1 && args.needs_value;
+    grad_panel = memory.take<T>(own_grad ? shape.pixels * shape.d : shape.d);
+    return memory.used;
+  }
+};
+
+// Gradients of locations (in pixels) and weights from the four dot products.
+template <typename T>
+inline void finish_samples(Samples<T>& s) {
+  for (int64_t k = 0; k < s.padded; k += kLanes<T>) {
+    const IntVec<T> inside = load_int<T>(s.contributes + k);
+    Vec<T> dot[4];
+    for (int corner = 0; corner < 4; ++corner) dot[corner] = sum_each<T>(s.partial + corner * s.padded + k);
+    const Vec<T> fx = load(s.fx + k), fy = load(s.fy + k), weight = load(s.weight + k);
+    const Vec<T> upper = dot[0] + fx * (dot[1] - dot[0]), lower = dot[2] + fx * (dot[3] - dot[2]);
+    const Vec<T> across = (T(1) - fy) * (dot[1] - dot[0]) + fy * (dot[3] - dot[2]);
+    store(s.grad_weight + k, select<T>(inside, (T(1) - fy) * upper + fy * lower, Vec<T>{}));
+    store(s.grad_x + k, select<T>(inside, weight * across, Vec<T>{}));
+    store(s.grad_y + k, select<T>(inside, weight * (lower - upper), Vec<T>{}));
+  }
+}
+
+// Chain rule from pixels and weights to what was passed in, and the stores.
+template <typename V, typename T = Arithmetic<V>>
+inline void store_gradients(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t h, BackwardMemory<V>& m) {
+  Samples<T>& s = m.samples;
+  const T* grad_weight = s.grad_weight;
+  if (args.from_offsets) {
+    Vec<T> mean{};
+    for (int64_t k = 0; k < s.padded; k += kLanes<T>) mean += load(s.probability + k) * load(s.grad_weight + k);
+    const T expected = horizontal_sum<T>(mean);
+    for (int64_t k = 0; k < s.padded; k += kLanes<T>)
+      store(m.out_weight + k, load(s.probability + k) * (load(s.grad_weight + k) - expected));
+    grad_weight = m.out_weight;
+    if (args.grad_reference) {
+      T* out = static_cast<T*>(args.grad_reference) +
+               ((n * args.h + h) * args.q + q) * args.levels.count * args.reference_dim;
+      int64_t k = 0;
+      for (int l = 0; l < args.levels.count; ++l, out += args.reference_dim) {
+        T sum[4] = {};
+        for (int p = 0; p < args.levels.points[l]; ++p, ++k) {
+          const T gx = s.grad_x[k] * s.width[k], gy = s.grad_y[k] * s.height[k];
+          const T unit = s.inverse_count[k] * static_cast<T>(args.offset_scale);
+          sum[0] += gx;
+          sum[1] += gy;
+          // A sample that does not contribute may have a non-finite offset: it must not meet the zero gradient.
+          if (!s.contributes[k]) continue;
+          sum[2] += gx * s.raw_xy[2 * k] * unit;
+          sum[3] += gy * s.raw_xy[2 * k + 1] * unit;
+        }
+        for (int c = 0; c < args.reference_dim; ++c) out[c] = sum[c];
+      }
+    }
+  }
+  if (!args.needs_sampling) return;
+  for (int64_t k = 0; k < s.padded; k += kLanes<T>) {
+    Vec<T> gx = load(s.grad_x + k), gy = load(s.grad_y + k);
+    if (!args.from_offsets) {
+      gx *= load(s.width + k);
+      gy *= load(s.height + k);
+    } else if (args.reference_dim == 4) {
+      const Vec<T> unit = load(s.inverse_count + k) * static_cast<T>(args.offset_scale);
+      gx *= load(s.width + k) * unit * load(s.reference + 2 * s.padded + k);
+      gy *= load(s.height + k) * unit * load(s.reference + 3 * s.padded + k);
+      const IntVec<T> inside = load_int<T>(s.contributes + k);
+      gx = select<T>(inside, gx, Vec<T>{});
+      gy = select<T>(inside, gy, Vec<T>{});
+    }
+    store(m.out_xy + 2 * k, interleave<T, 0>(gx, gy));
+    store(m.out_xy + 2 * k + kLanes<T>, interleave<T, 1>(gx, gy));
+  }
+  store_run(args.grad_locations.data, args.grad_locations.dtype, args.grad_locations.offset(n, q, h), 2 * s.k, m.out_xy);
+  store_run(args.grad_weights.data, args.grad_weights.dtype, args.grad_weights.offset(n, q, h), s.k, grad_weight);
+}
+
+// Rows [first, last) of one level of one head's gradient, summed over `parts` panels, into grad_value.
+template <typename V, typename T = Arithmetic<V>>
+void unpack_rows(const MSDeformAttnArgs& args, const Panel& shape, const T* panels, int64_t n, int64_t h, int l,
+                 int64_t first, int64_t last) {
+  const int64_t width = args.levels.width[l], panel_size = shape.pixels * shape.d;
+  for (int64_t y = first; y < last; ++y) {
+    const T* source = panels + (shape.level[l].first + (y + 2) * shape.level[l].row + 1) * shape.d;
+    V* out = static_cast<V*>(args.grad_value.data) + args.grad_value.offset(n, args.levels.start[l] + y * width, h);
+    for (int64_t x = 0; x < width; ++x, source += shape.d, out += args.grad_value.stride[1]) {
+      for (int64_t c = 0; c < args.d; c += kLanes<T>) {
+        Vec<T> sum = load(source + c);
+        for (int64_t part = 1; part < args.parts; ++part) sum += load(source + part * panel_size + c);
+        if (c + kLanes<T> <= args.d) {
+          store(out + c, sum);
+        } else {
+          alignas(64) T row[kLanes<T>];
+          store(row, sum);
+          store_tail(out + c, static_cast<int>(args.d - c), row);
+        }
+      }
+    }
+  }
+}
+
+template <typename V>
+void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
+  using T = Arithmetic<V>;
+  Allocator memory{static_cast<char*>(scratch), 0};
+  BackwardMemory<V> m;
+  m.layout(args, memory);
+  const Panel shape = make_panel<T>(args);
+  Samples<T>& s = m.samples;
+  set_constants(args, shape, s);
+  std::memset(m.row, 0, shape.d * sizeof(T));
+  std::memset(static_cast<void*>(s.partial), 0, 4 * s.padded * sizeof(Vec<T>));
+  if (!args.packed) std::memset(m.panel, 0, shape.d * sizeof(V));
+  int64_t packed_head = -1;
+  for (int64_t task = first_task; task < last_task; ++task) {
+    const int64_t head = task / args.parts, n = head / args.h, h = head % args.h;
+    T* grad_panel = m.grad_panel;
+    if (args.packed) {
+      if (head != packed_head) pack_value<V>(args, shape, n, h, m.panel);
+      packed_head = head;
+      if (args.parts > 1) grad_panel = static_cast<T*>(args.grad_panels) + task * shape.pixels * shape.d;
+      if (args.needs_value) std::memset(grad_panel, 0, shape.pixels * shape.d * sizeof(T));
+    } else if (args.needs_value) {
+      for (int64_t position = 0; position < args.s; ++position)
+        std::memset(static_cast<V*>(args.grad_value.data) + args.grad_value.offset(n, position, h), 0,
+                    args.d * sizeof(V));
+    }
+    const auto walk = [&](auto kScatter, const auto& corners, const auto& grad_corners) {
+      with_constant_channels(shape.d, [&](auto d) {
+        for_each_query(args, task % args.parts, [&](int64_t q) {
+          if (args.from_offsets) load_reference(args, n, q, s);
+          prepare(args, n, q, h, s);
+          load_run(static_cast<const V*>(args.grad_output.data) + args.grad_output.offset(n, q, h), args.d, m.row);
+          for_each_block<T>(d, [&](auto block, int64_t channel) {
+            scatter<block, kScatter, V>(s, corners, grad_corners, d, channel, m.row);
+          });
+          finish_samples(s);
+          store_gradients<V>(args, n, q, h, m);
+        });
+      });
+    };
+    const auto walk_either = [&](const auto& corners, const auto& grad_corners) {
+      if (args.needs_value) {
+        walk(std::true_type{}, corners, grad_corners);
+      } else {
+        walk(std::false_type{}, corners, grad_corners);
+      }
+    };
+    if (args.packed) {
+      walk_either(PackedCorners<V>{m.panel}, PackedCorners<T>{grad_panel});
+      if (args.needs_value && args.parts == 1)
+        for (int l = 0; l < args.levels.count; ++l)
+          unpack_rows<V>(args, shape, grad_panel, n, h, l, 0, args.levels.height[l]);
+    } else if constexpr (std::is_same_v<V, T>) {
+      V* origin = static_cast<V*>(args.value.data) + args.value.offset(n, 0, h);
+      V* grad_origin = static_cast<V*>(args.grad_value.data);
+      if (args.needs_value) grad_origin += args.grad_value.offset(n, 0, h);
+      // Additions to corners outside land in m.grad_panel, which nobody reads.
+      walk_either(DirectCorners<V>{origin, m.panel, &args.levels, args.value.stride[1]},
+                  DirectCorners<T>{grad_origin, m.grad_panel, &args.levels, args.grad_value.stride[1]});
+    }
+  }
+}
+
+template <typename V>
+void combine_parts(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task) {
+  using T = Arithmetic<V>;
+  const Panel shape = make_panel<T>(args);
+  int64_t rows = 0;
+  for (int l = 0; l < args.levels.count; ++l) rows += args.levels.height[l];
+  for (int64_t task = first_task; task < last_task; ++task) {
+    const int64_t head = task / rows;
+    int64_t y = task % rows;
+    int l = 0;
+    for (; y >= args.levels.height[l]; ++l) y -= args.levels.height[l];
+    const T* panels = static_cast<const T*>(args.grad_panels) + head * args.parts * shape.pixels * shape.d;
+    unpack_rows<V>(args, shape, panels, head / args.h, head % args.h, l, y, y + 1);
+  }
+}
+
+// ---------------------------------------------------------------- dispatch over the element type of value
+template <typename F>
+inline auto with_value_type(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::kFloat64: return f(double{});
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+    default: return f(float{});
+  }
+}
+
+size_t forward_scratch(const MSDeformAttnArgs& args) {
+  return with_value_type(args.value.dtype, [&](auto v) {
+    using V = decltype(v);
+    Allocator measure{nullptr, 0};
+    Samples<Arithmetic<V>> s;
+    V* panel;
+    Arithmetic<V>* row;
+    return forward_layout<V>(args, measure, s, panel, row);
+  });
+}
+
+void forward_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
+  with_value_type(args.value.dtype, [&](auto v) { forward<decltype(v)>(args, first_task, last_task, scratch); });
+}
+
+size_t backward_scratch(const MSDeformAttnArgs& args) {
+  return with_value_type(args.value.dtype, [&](auto v) {
+    Allocator measure{nullptr, 0};
+    return BackwardMemory<decltype(v)>{}.layout(args, measure);
+  });
+}
+
+void backward_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
+  with_value_type(args.value.dtype, [&](auto v) { backward<decltype(v)>(args, first_task, last_task, scratch); });
+}
+
+size_t grad_panel(const MSDeformAttnArgs& args) {
+  return with_value_type(args.value.dtype, [&](auto v) {
+    using T = Arithmetic<decltype(v)>;
+    const Panel shape = make_panel<T>(args);
+    return static_cast<size_t>(shape.pixels * shape.d) * sizeof(T);
+  });
+}
+
+void combine_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task) {
+  with_value_type(args.value.dtype, [&](auto v) { combine_parts<decltype(v)>(args, first_task, last_task); });
+}
+
+}  // namespace
+
+#define M2F_CONCATENATE_(a, b) a##b
+#define M2F_CONCATENATE(a, b) M2F_CONCATENATE_(a, b)
+
+const MSDeformAttnKernels& M2F_CONCATENATE(ms_deform_attn_kernels_, M2F_VARIANT)() {
+  static const MSDeformAttnKernels kernels = {kVectorBytes, forward_scratch, forward_any, backward_scratch,
+                                              backward_any, grad_panel,      combine_any};
+  return kernels;
+}
+
+}  // namespace m2f

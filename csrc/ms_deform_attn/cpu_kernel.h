@@ -1,0 +1,67 @@
+// The interface between the binding (cpu.cpp) and the kernels (cpu_kernel.cpp, compiled once per instruction set).
+// Plain data only: a translation unit built for AVX-512 must not share inline functions with the others.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "ms_deform_attn/levels.h"
+
+namespace m2f {
+
+// Rows of contiguous elements, addressed by three strides (in elements).
+struct Rows {
+  void* data;
+  DType dtype;
+  int64_t stride[3];
+
+  int64_t offset(int64_t i, int64_t j, int64_t k) const { return i * stride[0] + j * stride[1] + k * stride[2]; }
+};
+
+struct MSDeformAttnArgs {
+  int64_t n, s, h, d, q;
+  Levels levels;
+  // Sampling tensors are rows of K = levels.points_total points per (n, q, h).
+  Rows value;      // rows of D by (n, s, h)
+  Rows locations;  // locations, or offsets, rows of 2K
+  Rows weights;    // weights, or logits, rows of K
+  // from_offsets only: rows of 2 or 4 by (n, q, level).
+  bool from_offsets;
+  Rows reference;
+  int reference_dim;
+  double offset_scale;
+
+  const int32_t* order;  // in which order to walk the queries, or null
+  int64_t parts;         // how many tasks share the queries of one (n, h)
+  bool packed;           // gather from a packed copy of each head's value
+
+  Rows output;  // rows of D by (n, q, h)
+
+  // Backward.
+  Rows grad_output;  // rows of D by (n, q, h)
+  Rows grad_value, grad_locations, grad_weights;
+  bool needs_value, needs_sampling;
+  void* grad_panels;     // [N*H*parts] panels where parts > 1, in arithmetic type
+  void* grad_reference;  // [N, H, Q, L, reference_dim] in arithmetic type, or null
+};
+
+// Tasks are numbered (n, h, part), part fastest. `scratch` is 64-byte aligned and private to the calling thread.
+struct MSDeformAttnKernels {
+  int vector_bytes;
+  size_t (*forward_scratch)(const MSDeformAttnArgs&);
+  void (*forward)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
+  size_t (*backward_scratch)(const MSDeformAttnArgs&);
+  void (*backward)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
+  // Size of one panel of the value gradient, and the sum over parts: tasks are (n, h, row block of a level).
+  size_t (*grad_panel)(const MSDeformAttnArgs&);
+  void (*combine_parts)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task);
+};
+
+const MSDeformAttnKernels& ms_deform_attn_kernels_baseline();
+#if defined(M2F_X86)
+const MSDeformAttnKernels& ms_deform_attn_kernels_avx2();
+const MSDeformAttnKernels& ms_deform_attn_kernels_avx512();
+#endif
+
+}  // namespace m2f

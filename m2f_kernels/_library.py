@@ -1,0 +1,117 @@
+"""The `m2f` operator namespace and the two compiled libraries that implement it.
+
+Importing this module defines the namespace and loads whatever libraries were
+built; it never raises and never compiles. What could not be loaded, and why, is
+kept in `LIBRARIES` for :mod:`m2f_kernels.info` and for the one-time fallback warning.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+NAMESPACE = "m2f"
+#: Every schema, fake kernel and autograd formula of this package is registered through it.
+LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+
+_DIRECTORY = Path(__file__).parent / "lib"
+
+
+@dataclass(frozen=True)
+class NativeLibrary:
+    """One compiled library: where it is, and why it is not in use if it is not."""
+
+    name: str
+    path: Path
+    problem: str | None
+    handle: ctypes.CDLL | None = None
+
+    @property
+    def loaded(self) -> bool:
+        return self.problem is None
+
+
+def _load(name: str, missing: str, unusable: str | None = None) -> NativeLibrary:
+    path = _DIRECTORY / f"lib{name}.so"
+    if not path.exists():
+        return NativeLibrary(name, path, missing)
+    if unusable is not None:
+        return NativeLibrary(name, path, unusable)
+    try:
+        torch.ops.load_library(path)
+        return NativeLibrary(name, path, None, ctypes.CDLL(str(path)))
+    except OSError as error:
+        return NativeLibrary(name, path, f"it did not load: {error}")
+
+
+def _load_all() -> dict[str, NativeLibrary]:
+    reinstall = "reinstall m2f-kernels with a C++17 compiler at hand"
+    cuda_unusable = None
+    if torch.version.cuda is None:
+        cuda_unusable = "the installed torch has no CUDA support"
+    cpu = _load("m2f_cpu", f"it was not built; {reinstall}")
+    cuda = _load(
+        "m2f_cuda",
+        "it was not built; reinstall m2f-kernels with nvcc on PATH (M2F_CUDA=on makes its absence an error)",
+        cuda_unusable,
+    )
+    return {"cpu": cpu, "cuda": cuda}
+
+
+#: By device type. A device that is not a key here is served by the reference.
+LIBRARIES = _load_all()
+
+_warned: set[tuple[str, str]] = set()
+
+
+def warn_fallback(op: str, device: str) -> None:
+    """Say once per operator and device that the slow reference is running, and what would end that."""
+    if (op, device) in _warned:
+        return
+    _warned.add((op, device))
+    library = LIBRARIES.get(device)
+    if library is None:
+        why = f"m2f-kernels has no compiled kernel for device type '{device}' (it has for: {', '.join(LIBRARIES)})"
+    elif library.problem is None:
+        why = f"lib{library.name}.so is loaded but does not implement it"
+    else:
+        why = f"lib{library.name}.so is not in use: {library.problem}"
+    warnings.warn(
+        f"m2f_kernels.{op} runs on the plain PyTorch reference on '{device}', which is slow and uses much memory: {why}. "
+        "`python -m m2f_kernels.info` shows the whole picture.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def cpu_capability() -> str | None:
+    """Instruction set in use by the CPU library: 'avx512', 'avx2' or 'baseline'; None without the library."""
+    handle = LIBRARIES["cpu"].handle
+    if handle is None:
+        return None
+    handle.m2f_cpu_capability.restype = ctypes.c_char_p
+    return handle.m2f_cpu_capability().decode()
+
+
+def set_cpu_capability(name: str) -> None:
+    """Choose the CPU kernels' instruction set for this process (tests and benchmarks).
+
+    Args:
+        name: 'avx512', 'avx2' or 'baseline'; the environment variable
+            `M2F_CPU_CAPABILITY` does the same at load time.
+
+    Raises:
+        ValueError: unknown, or not supported by this processor.
+        RuntimeError: the CPU library is not loaded.
+    """
+    handle = LIBRARIES["cpu"].handle
+    if handle is None:
+        raise RuntimeError(f"the CPU library is not in use: {LIBRARIES['cpu'].problem}")
+    if handle.m2f_set_cpu_capability(name.encode()) != 0:
+        raise ValueError(
+            f"name: expected an instruction set that this processor has, of 'avx512', 'avx2', 'baseline'; got {name!r}"
+        )

@@ -1,0 +1,385 @@
+"""Multi-scale deformable attention: schemas, checks, fake kernels, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2f_kernels import backend
+from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
+from m2f_kernels._library import LIBRARY, warn_fallback
+from m2f_kernels.ops.ms_deform_attn import reference
+from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes, read_levels, resolve_levels
+
+__all__ = ["ms_deform_attn", "ms_deform_attn_from_offsets"]
+
+# ---------------------------------------------------------------- schemas
+# The levels come either as integers (h, w, start per level) or, where they are known only on the
+# device, as the two tensors. Sampling tensors are flat over levels and points: K = sum(points_per_level).
+
+_LEVELS = "SymInt[] levels, Tensor? spatial_shapes, Tensor? level_start_index"
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+
+LIBRARY.define(
+    f"ms_deform_attn(Tensor value, {_LEVELS}, Tensor sampling_locations, Tensor attention_weights, "
+    "int[] points_per_level) -> Tensor",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    f"ms_deform_attn_backward(Tensor grad_output, Tensor value, {_LEVELS}, Tensor sampling_locations, "
+    "Tensor attention_weights, int[] points_per_level, bool needs_value, bool needs_sampling) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    f"ms_deform_attn_from_offsets(Tensor value, {_LEVELS}, Tensor reference_points, Tensor sampling_offsets, "
+    "Tensor attention_logits, int[] points_per_level, float offset_scale) -> Tensor",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    f"ms_deform_attn_from_offsets_backward(Tensor grad_output, Tensor value, {_LEVELS}, Tensor reference_points, "
+    "Tensor sampling_offsets, Tensor attention_logits, int[] points_per_level, float offset_scale, "
+    "bool needs_value, bool needs_reference, bool needs_sampling) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+for _name in ("ms_deform_attn", "ms_deform_attn_from_offsets"):
+    backend.IMPLEMENTED[_name] = {"cpu": "cpp", "cuda": "cuda"}
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def ms_deform_attn(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    level_start_index: Tensor | Sequence[int] | None,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    *,
+    points_per_level: Sequence[int] | None = None,
+) -> Tensor:
+    """Multi-scale deformable attention (Deformable DETR, Zhu et al. 2021, section 4.1, equation 3).
+
+    `out[n, q, h] = sum over levels l and points p of weight * bilinear(value_l[n, :, h], location * (w_l, h_l) - 0.5)`.
+    A sample contributes only if its pixel coordinate lies in (-1, size) on both axes; corners outside
+    the level are zero; a NaN or infinite coordinate contributes nothing.
+
+    Args:
+        value: [N, S, H, D], S the sum of all levels' h*w. float64, float32, bfloat16 or float16.
+            Any strides; unit stride in D avoids a copy.
+        spatial_shapes: (h, w) of each of up to 16 levels, as pairs or as an integer tensor [L, 2]. A CUDA
+            tensor is read by the kernel, without synchronisation.
+        level_start_index: [L], where each level starts in value; None when they follow each other.
+        sampling_locations: [N, Q, H, L, P, 2], (x, y) normalised to [0, 1], pixel centres at
+            (i + 0.5) / size. With `points_per_level`, [N, Q, H, sum(points_per_level), 2].
+        attention_weights: [N, Q, H, L, P], used as they are. With `points_per_level`,
+            [N, Q, H, sum(points_per_level)].
+        points_per_level: L counts, for levels with different numbers of points (RT-DETRv2, D-FINE).
+
+    The three floating tensors may have different dtypes, as autocast leaves them. Arithmetic is float32
+    (float64 if value is). Under autocast value is cast to autocast's dtype, the others stay as they are.
+
+    Returns:
+        [N, Q, H*D], contiguous, in value's dtype. Differentiable once in the three floating tensors.
+        On CPU the gradients are bitwise reproducible for a given number of threads. On CUDA the value
+        gradient is accumulated by float32 atomics in no fixed order; under
+        `torch.use_deterministic_algorithms(True)` the reference computes it instead, reproducibly and slowly.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    check_floating("value", value, "[N, S, H, D]")
+    n, s, heads, d = value.shape
+    levels = resolve_levels(spatial_shapes, level_start_index, s)
+    count = len(levels.levels) // 3 or levels.spatial_shapes.shape[0]  # type: ignore[union-attr]
+    locations, points = _flatten_points("sampling_locations", sampling_locations, count, points_per_level, ", 2")
+    weights, _ = _flatten_points("attention_weights", attention_weights, count, points_per_level, "")
+    q = locations.shape[1]
+    check_shape("sampling_locations", locations, "[N, Q, H, K, 2]", (n, q, heads, sum(points), 2))
+    check_shape("attention_weights", weights, "[N, Q, H, K]", (n, q, heads, sum(points)))
+    _check_heads(value)
+    check_same_device("sampling_locations", locations, "value", value)
+    check_same_device("attention_weights", weights, "value", value)
+    value = _autocast(value)
+    if backend.reference_forced():
+        return reference.ms_deform_attn(value, read_levels(*levels), locations, weights, points)
+    return torch.ops.m2f.ms_deform_attn(value, *levels, locations, weights, points)
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    spatial_shapes: SpatialShapes,
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    *,
+    level_start_index: Tensor | Sequence[int] | None = None,
+    points_per_level: Sequence[int] | None = None,
+    offset_scale: float = 0.5,
+) -> Tensor:
+    """:func:`ms_deform_attn` before its element-wise prologue (Deformable DETR, section 4.1 and appendix A.4).
+
+    The softmax over all levels and points, and the sampling locations, are computed inside the kernel in
+    float32, forward and backward: neither is ever written to memory.
+
+    Args:
+        value, spatial_shapes, level_start_index, points_per_level: as in :func:`ms_deform_attn`.
+        reference_points: [N, Q, L, 2], (x, y): `location = ref + offset / (w, h)`; or [N, Q, L, 4],
+            (cx, cy, width, height): `location = ref_xy + offset / P * ref_wh * offset_scale`. L may be 1,
+            shared by all levels.
+        sampling_offsets: [N, Q, H, L, P, 2], in pixels of the level (2-d reference points). With
+            `points_per_level`, [N, Q, H, sum(points_per_level), 2].
+        attention_logits: [N, Q, H, L, P] or [N, Q, H, L*P], before the softmax.
+        offset_scale: the constant of the 4-d formula; 0.5 in every published model.
+
+    Returns:
+        [N, Q, H*D], contiguous, in value's dtype. Differentiable once in the four floating tensors;
+        reproducibility as in :func:`ms_deform_attn`.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    check_floating("value", value, "[N, S, H, D]")
+    n, s, heads, d = value.shape
+    levels = resolve_levels(spatial_shapes, level_start_index, s)
+    count = len(levels.levels) // 3 or levels.spatial_shapes.shape[0]  # type: ignore[union-attr]
+    offsets, points = _flatten_points("sampling_offsets", sampling_offsets, count, points_per_level, ", 2")
+    if isinstance(attention_logits, Tensor) and attention_logits.dim() == 4:
+        logits = check_floating("attention_logits", attention_logits, "[N, Q, H, K]")
+    else:
+        logits, _ = _flatten_points("attention_logits", attention_logits, count, points_per_level, "")
+    q = offsets.shape[1]
+    check_shape("sampling_offsets", offsets, "[N, Q, H, K, 2]", (n, q, heads, sum(points), 2))
+    check_shape("attention_logits", logits, "[N, Q, H, K]", (n, q, heads, sum(points)))
+    check_floating("reference_points", reference_points, "[N, Q, L, 2 or 4]")
+    if reference_points.shape[-1] not in (2, 4):
+        raise ValueError(f"reference_points: expected 2 or 4 coordinates in the last axis; got {describe(reference_points)}")
+    if reference_points.shape[2] == 1:
+        reference_points = reference_points.expand(-1, -1, count, -1)
+    check_shape("reference_points", reference_points, "[N, Q, L, 2 or 4]", (n, q, count, reference_points.shape[-1]))
+    _check_heads(value)
+    check_same_device("sampling_offsets", offsets, "value", value)
+    check_same_device("attention_logits", logits, "value", value)
+    check_same_device("reference_points", reference_points, "value", value)
+    value = _autocast(value)
+    if backend.reference_forced():
+        return reference.ms_deform_attn_from_offsets(
+            value, read_levels(*levels), reference_points, offsets, logits, points, offset_scale
+        )
+    return torch.ops.m2f.ms_deform_attn_from_offsets(
+        value, *levels, reference_points, offsets, logits, points, offset_scale
+    )
+
+
+def _flatten_points(
+    name: str, tensor: Tensor, levels: int, points_per_level: Sequence[int] | None, tail: str
+) -> tuple[Tensor, list[int]]:
+    """Merge the level and point axes of a sampling tensor; returns it with the points of each level."""
+    if points_per_level is None:
+        check_floating(name, tensor, f"[N, Q, H, L, P{tail}]")
+        if tensor.shape[3] != levels or tensor.shape[4] < 1:
+            raise ValueError(
+                f"{name}: expected [N, Q, H, L, P{tail}] with L = {levels}, the levels of spatial_shapes, and P >= 1; "
+                f"got {describe(tensor)}"
+            )
+        return tensor.flatten(3, 4), [tensor.shape[4]] * levels
+    points = list(points_per_level)
+    if len(points) != levels or any(not isinstance(p, int) or p < 1 for p in points):
+        raise ValueError(f"points_per_level: expected {levels} counts of at least 1, one per level; got {points}")
+    return check_floating(name, tensor, f"[N, Q, H, K{tail}]"), points
+
+
+def _check_heads(value: Tensor) -> None:
+    if value.shape[2] < 1 or value.shape[3] < 1:
+        raise ValueError(f"value: expected at least one head and one channel per head in [N, S, H, D]; got {describe(value)}")
+
+
+def _autocast(value: Tensor) -> Tensor:
+    device = value.device.type
+    if value.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return value.to(torch.get_autocast_dtype(device))
+    return value
+
+
+# ---------------------------------------------------------------- reference implementations
+# Registered for every device; the compiled libraries override them on theirs.
+
+
+def _reference_gradients(function: Any, grad_output: Tensor, inputs: list[Tensor], needed: list[bool]) -> tuple[Tensor, ...]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
+        wanted = [x for x, need in zip(leaves, needed, strict=True) if need]
+        gradients = iter(torch.autograd.grad(function(*leaves), wanted, grad_output) if wanted else ())
+    return tuple(next(gradients) if need else x.new_empty(0) for x, need in zip(inputs, needed, strict=True))
+
+
+def _ms_deform_attn_reference(value, levels, spatial_shapes, level_start_index, locations, weights, points):  # type: ignore[no-untyped-def]
+    warn_fallback("ms_deform_attn", value.device.type)
+    return reference.ms_deform_attn(value, read_levels(levels, spatial_shapes, level_start_index), locations, weights, points)
+
+
+def _ms_deform_attn_backward_reference(  # type: ignore[no-untyped-def]
+    grad_output, value, levels, spatial_shapes, level_start_index, locations, weights, points, needs_value, needs_sampling
+):
+    sizes = read_levels(levels, spatial_shapes, level_start_index)
+    return _reference_gradients(
+        lambda v, x, a: reference.ms_deform_attn(v, sizes, x, a, points),
+        grad_output,
+        [value, locations, weights],
+        [needs_value, needs_sampling, needs_sampling],
+    )
+
+
+def _from_offsets_reference(  # type: ignore[no-untyped-def]
+    value, levels, spatial_shapes, level_start_index, reference_points, offsets, logits, points, offset_scale
+):
+    warn_fallback("ms_deform_attn_from_offsets", value.device.type)
+    sizes = read_levels(levels, spatial_shapes, level_start_index)
+    return reference.ms_deform_attn_from_offsets(value, sizes, reference_points, offsets, logits, points, offset_scale)
+
+
+def _from_offsets_backward_reference(  # type: ignore[no-untyped-def]
+    grad_output,
+    value,
+    levels,
+    spatial_shapes,
+    level_start_index,
+    reference_points,
+    offsets,
+    logits,
+    points,
+    offset_scale,
+    needs_value,
+    needs_reference,
+    needs_sampling,
+):
+    sizes = read_levels(levels, spatial_shapes, level_start_index)
+    return _reference_gradients(
+        lambda v, r, o, a: reference.ms_deform_attn_from_offsets(v, sizes, r, o, a, points, offset_scale),
+        grad_output,
+        [value, reference_points, offsets, logits],
+        [needs_value, needs_reference, needs_sampling, needs_sampling],
+    )
+
+
+LIBRARY.impl("ms_deform_attn", _ms_deform_attn_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("ms_deform_attn_backward", _ms_deform_attn_backward_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("ms_deform_attn_from_offsets", _from_offsets_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("ms_deform_attn_from_offsets_backward", _from_offsets_backward_reference, "CompositeExplicitAutograd")
+
+
+# ---------------------------------------------------------------- fake kernels
+
+
+def _fake_output(value: Tensor, sampling: Tensor) -> Tensor:
+    n, _, heads, d = value.shape
+    return value.new_empty(n, sampling.shape[1], heads * d)
+
+
+def _fake_gradients(inputs: list[Tensor], needed: list[bool]) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.shape if need else 0) for x, need in zip(inputs, needed, strict=True))
+
+
+@torch.library.register_fake("m2f::ms_deform_attn", lib=LIBRARY)
+def _(value, levels, spatial_shapes, level_start_index, locations, weights, points):  # type: ignore[no-untyped-def]
+    return _fake_output(value, locations)
+
+
+@torch.library.register_fake("m2f::ms_deform_attn_backward", lib=LIBRARY)
+def _(grad, value, levels, shapes, starts, locations, weights, points, needs_value, needs_sampling):  # type: ignore[no-untyped-def]
+    return _fake_gradients([value, locations, weights], [needs_value, needs_sampling, needs_sampling])
+
+
+@torch.library.register_fake("m2f::ms_deform_attn_from_offsets", lib=LIBRARY)
+def _(value, levels, shapes, starts, reference_points, offsets, logits, points, offset_scale):  # type: ignore[no-untyped-def]
+    return _fake_output(value, offsets)
+
+
+@torch.library.register_fake("m2f::ms_deform_attn_from_offsets_backward", lib=LIBRARY)
+def _(  # type: ignore[no-untyped-def]
+    grad,
+    value,
+    levels,
+    shapes,
+    starts,
+    reference_points,
+    offsets,
+    logits,
+    points,
+    offset_scale,
+    needs_value,
+    needs_reference,
+    needs_sampling,
+):
+    return _fake_gradients(
+        [value, reference_points, offsets, logits], [needs_value, needs_reference, needs_sampling, needs_sampling]
+    )
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    """Save tensors apart from the rest; both operators list their tensors and constants in schema order."""
+    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
+    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
+    ctx.constants = [x for x in inputs if not isinstance(x, Tensor)]
+
+
+def _saved_inputs(ctx: Any) -> list[Any]:
+    tensors, constants = iter(ctx.saved_tensors), iter(ctx.constants)
+    return [next(tensors) if is_tensor else next(constants) for is_tensor in ctx.is_tensor]
+
+
+def _deterministic_needs_reference(value: Tensor) -> bool:
+    """The CUDA kernel adds value gradients with atomics: where reproducibility is asked for, take the reference."""
+    return value.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
+
+
+def _ms_deform_attn_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    inputs = _saved_inputs(ctx)
+    needs = ctx.needs_input_grad
+    needs_value, needs_sampling = needs[0], needs[4] or needs[5]
+    op = torch.ops.m2f.ms_deform_attn_backward
+    if needs_value and _deterministic_needs_reference(inputs[0]):
+        op = _ms_deform_attn_backward_reference
+    grads = op(grad_output, *inputs, needs_value, needs_sampling)
+    grad_value, grad_locations, grad_weights = grads
+    return (
+        grad_value if needs_value else None,
+        *(None, None, None),
+        grad_locations if needs[4] else None,
+        grad_weights if needs[5] else None,
+        None,
+    )
+
+
+def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    inputs = _saved_inputs(ctx)
+    needs = ctx.needs_input_grad
+    needs_value, needs_reference, needs_sampling = needs[0], needs[4], needs[5] or needs[6]
+    op = torch.ops.m2f.ms_deform_attn_from_offsets_backward
+    if needs_value and _deterministic_needs_reference(inputs[0]):
+        op = _from_offsets_backward_reference
+    grads = op(grad_output, *inputs, needs_value, needs_reference, needs_sampling)
+    grad_value, grad_reference, grad_offsets, grad_logits = grads
+    return (
+        grad_value if needs_value else None,
+        *(None, None, None),
+        grad_reference if needs_reference else None,
+        grad_offsets if needs[5] else None,
+        grad_logits if needs[6] else None,
+        *(None, None),
+    )
+
+
+torch.library.register_autograd(
+    "m2f::ms_deform_attn", _ms_deform_attn_vjp, setup_context=_setup_context, lib=LIBRARY
+)
+torch.library.register_autograd(
+    "m2f::ms_deform_attn_from_offsets", _from_offsets_vjp, setup_context=_setup_context, lib=LIBRARY
+)

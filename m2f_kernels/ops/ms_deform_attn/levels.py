@@ -1,0 +1,118 @@
+"""Feature levels as callers describe them, brought into the two forms that the operators take.
+
+`levels` is `(h, w, start)` per level, flattened, known on the host; where the sizes
+exist only in a tensor whose values cannot be read now (on a GPU, where reading is a
+synchronisation, or while tracing), `levels` is empty and the tensors travel instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import SymInt, Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from m2f_kernels._checks import describe
+
+MAX_LEVELS = 16
+
+#: What callers may pass for `spatial_shapes`.
+SpatialShapes = Tensor | Sequence[Sequence[int]]
+
+
+class Levels(NamedTuple):
+    """The three leading schema arguments that describe the levels."""
+
+    levels: list[int]
+    spatial_shapes: Tensor | None
+    level_start_index: Tensor | None
+
+
+def _unreadable(tensor: Tensor) -> bool:
+    return tensor.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+
+
+def _check_integers(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
+    if tensor.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: expected int64 or int32; got {describe(tensor)}")
+    if tensor.dim() != ndim or (ndim == 2 and tensor.shape[1] != 2):
+        raise ValueError(f"{name}: expected {layout}; got {describe(tensor)}")
+
+
+def _host_levels(sizes: list[Sequence[int]], starts: Sequence[int] | None, length: int) -> list[int]:
+    flat: list[int] = []
+    total = 0
+    for i, (h, w) in enumerate(sizes):
+        if h < 1 or w < 1:
+            raise ValueError(f"spatial_shapes: expected sizes of at least 1; got {(h, w)} for level {i}")
+        start = total if starts is None else starts[i]
+        if start < 0 or start + h * w > length:
+            raise ValueError(
+                f"level_start_index: expected level {i} of {h} x {w} to lie within value's {length} positions; "
+                f"it starts at {start}"
+            )
+        flat += [h, w, start]
+        total += h * w
+    if total != length:
+        raise ValueError(f"spatial_shapes: expected levels that sum to value's {length} positions; got {sizes}, which sum to {total}")
+    return flat
+
+
+def resolve_levels(spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None, length: int) -> Levels:
+    """Check the description of the levels and bring it into schema form.
+
+    Args:
+        spatial_shapes: `(h, w)` of each level, as pairs or an integer tensor [L, 2].
+        level_start_index: first position of each level in value, [L]; None for
+            levels that follow each other. On a GPU it is read by the kernel, and
+            not at all when `spatial_shapes` is on the host.
+        length: number of positions in value.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+    if isinstance(spatial_shapes, Tensor):
+        _check_integers("spatial_shapes", spatial_shapes, 2, "[L, 2]")
+        count = spatial_shapes.shape[0]
+    else:
+        try:
+            spatial_shapes = [(h, w) for h, w in spatial_shapes]
+        except (TypeError, ValueError):
+            raise TypeError(
+                f"spatial_shapes: expected a tensor [L, 2] or pairs (h, w); got {describe(spatial_shapes)}"
+            ) from None
+        for i, pair in enumerate(spatial_shapes):
+            if not all(isinstance(v, (int, SymInt)) for v in pair):
+                raise TypeError(f"spatial_shapes: expected pairs of integers; got {pair!r} for level {i}")
+        count = len(spatial_shapes)
+    if not 1 <= count <= MAX_LEVELS:
+        raise ValueError(f"spatial_shapes: expected 1 to {MAX_LEVELS} levels; got {count}")
+
+    starts = level_start_index
+    if isinstance(starts, Tensor):
+        _check_integers("level_start_index", starts, 1, "[L]")
+    if starts is not None and len(starts) != count:
+        raise ValueError(f"level_start_index: expected {count} entries, one per level; got {len(starts)}")
+
+    if isinstance(spatial_shapes, Tensor) and _unreadable(spatial_shapes):
+        shapes = spatial_shapes.to(torch.int64).contiguous()
+        if starts is None:
+            starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
+        elif not isinstance(starts, Tensor):
+            starts = torch.tensor(starts, dtype=torch.int64, device=shapes.device)
+        return Levels([], shapes, starts.to(torch.int64).contiguous())
+
+    sizes = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    if isinstance(starts, Tensor):
+        starts = None if _unreadable(starts) else starts.tolist()
+    return Levels(_host_levels(sizes, starts, length), None, None)
+
+
+def read_levels(levels: Sequence[int], spatial_shapes: Tensor | None, level_start_index: Tensor | None) -> list[int]:
+    """The inverse, where reading the tensors is allowed: `(h, w, start)` per level, flattened."""
+    if levels:
+        return list(levels)
+    assert spatial_shapes is not None and level_start_index is not None
+    return torch.cat([spatial_shapes, level_start_index[:, None]], 1).flatten().tolist()
