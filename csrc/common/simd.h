@@ -172,18 +172,44 @@ inline void store(Float16* p, Vec<float> x) {
 template <typename V>
 using Arithmetic = std::conditional_t<std::is_same_v<V, double>, double, float>;
 
-// One element: the same conversions through a padded vector, for tails.
+// The first `count` elements only, the rest zero. Masked where the instruction set can: a copy of variable size costs
+// a function call, and reading it back as one vector a store-forwarding stall.
 template <typename V>
-inline void load_tail(const V* p, int count, Arithmetic<V>* out) {
+inline Vec<Arithmetic<V>> load_first(const V* p, int count) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, float>) return _mm512_maskz_loadu_ps((1u << count) - 1, p);
+  if constexpr (std::is_same_v<V, double>) return _mm512_maskz_loadu_pd((1u << count) - 1, p);
+  if constexpr (std::is_same_v<V, BFloat16>) {
+    const __m256i narrow = _mm256_maskz_loadu_epi16((1u << count) - 1, p);
+    return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(narrow), 16));
+  }
+  if constexpr (std::is_same_v<V, Float16>) return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1u << count) - 1, p));
+#else
+#if defined(__AVX2__)
+  if constexpr (std::is_same_v<V, float>) {
+    const IntVec<float> lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return _mm256_maskload_ps(p, reinterpret_cast<__m256i>(lane < count));
+  }
+#endif
   V padded[kLanes<Arithmetic<V>>] = {};
   std::memcpy(padded, p, count * sizeof(V));
-  store(out, load(padded));
+  return load(padded);
+#endif
 }
 
 template <typename V>
-inline void store_tail(V* p, int count, const Arithmetic<V>* x) {
+inline void store_first(V* p, int count, Vec<Arithmetic<V>> x) {
+#if defined(__AVX512F__)
+  if constexpr (std::is_same_v<V, float>) return _mm512_mask_storeu_ps(p, (1u << count) - 1, x);
+  if constexpr (std::is_same_v<V, double>) return _mm512_mask_storeu_pd(p, (1u << count) - 1, x);
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<V, float>) {
+    const IntVec<float> lane = {0, 1, 2, 3, 4, 5, 6, 7};
+    return _mm256_maskstore_ps(p, reinterpret_cast<__m256i>(lane < count), x);
+  }
+#endif
   V padded[kLanes<Arithmetic<V>>];
-  store(padded, load(x));
+  store(padded, x);
   std::memcpy(p, padded, count * sizeof(V));
 }
 
@@ -193,7 +219,7 @@ inline void load_run(const V* p, int64_t count, Arithmetic<V>* out) {
   constexpr int kStep = kLanes<Arithmetic<V>>;
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) store(out + i, load(p + i));
-  if (i < count) load_tail(p + i, static_cast<int>(count - i), out + i);
+  if (i < count) store(out + i, load_first(p + i, static_cast<int>(count - i)));
 }
 
 template <typename V>
@@ -201,7 +227,7 @@ inline void store_run(V* p, int64_t count, const Arithmetic<V>* x) {
   constexpr int kStep = kLanes<Arithmetic<V>>;
   int64_t i = 0;
   for (; i + kStep <= count; i += kStep) store(p + i, load(x + i));
-  if (i < count) store_tail(p + i, static_cast<int>(count - i), x + i);
+  if (i < count) store_first(p + i, static_cast<int>(count - i), load(x + i));
 }
 
 // The same where the element type is known at run time only. Source and arithmetic may differ in width.

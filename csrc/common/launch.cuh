@@ -1,0 +1,54 @@
+// What kernels need from their platform, and nothing else: the CUDA runtime, or the host shim of tests/cuda_on_host.
+#pragma once
+
+#ifdef M2F_CUDA_ON_HOST
+#include "cuda_shim.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <cstdio>
+
+// The block's dynamic shared memory.
+#define M2F_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+
+// Ends the kernel with a message; the launching stream reports an error at its next synchronisation.
+#define M2F_DEVICE_TRAP(...) \
+  do {                       \
+    printf(__VA_ARGS__);     \
+    __trap();                \
+  } while (0)
+
+namespace m2f {
+
+// Reductions of 16 bytes in one instruction, red.global.add.v4.f32.
+__device__ __forceinline__ bool has_vector_reductions() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  return true;
+#else
+  return false;
+#endif
+}
+
+__device__ __forceinline__ void reduce_add_vector4(float* address, float a, float b, float c, float d) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "l"(__cvta_generic_to_global(address)), "f"(a), "f"(b), "f"(c), "f"(d)
+               : "memory");
+#endif
+}
+
+// A function, since the commas of <<<...>>> break macros around a launch.
+template <typename... Parameters, typename... Arguments>
+void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+            const Arguments&... arguments) {
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+}
+
+}  // namespace m2f
+
+#endif

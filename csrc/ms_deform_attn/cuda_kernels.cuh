@@ -1,0 +1,791 @@
+// Multi-scale deformable attention on CUDA, forward and backward: kernels and their launches, without PyTorch.
+//
+// Work and floors, bf16, N = 2, levels 32^2 + 64^2 + 128^2 (S = Q = 21504), H = 8 heads of D = 32, K = 3 * 4 samples:
+//   (query, head) pairs  2 * 21504 * 8 = 344 064; samples 4.13 M; corners 16.5 M of 64 bytes = 1.06 GB gathered
+//   device memory        value 22.0 MB + output 22.0 MB + offsets 16.5 MB + logits 8.3 MB = 69 MB (94 MB where
+//                        locations and weights are fp32): 21 us at an H100's 3.35 TB/s, 14 us at an H200's 4.8 TB/s
+//   L1                   1.06 GB / (132 SMs * 128 B * 1.755 GHz = 29.6 TB/s) = 36 us: the floor when offsets are local
+//   L2                   1.06 GB / ~5.5 TB/s = 190 us: the floor when every corner misses L1 (random offsets); with each
+//                        line used 6.2 times (below), 31 us
+//   arithmetic           0.53 G fused multiply-adds = 16 us at 67 TFLOP/s; unpacking bf16 costs as many instructions
+//                        again, so issue slots (about 100 per warp and sample, 52 M, 56 us) weigh as much as L1
+// Those rates are data-sheet figures; nothing here was timed yet.
+//
+// Lanes. A group of 2^k lanes serves one (query, head); each lane holds 16 bytes of the channels, so that a bf16
+// head of 32 takes 4 lanes and a warp serves 8 queries, an fp32 head 8 lanes and 4 queries. A corner is one 64-byte
+// (128-byte) segment: full sectors. Where D, strides or alignment forbid 16 bytes, a lane holds one element.
+//
+// Preparing samples. Lane i of a group reads sample i of a round, turns it into four positions and four weights
+// (32 bytes) and puts them in shared memory; then all lanes walk the round's samples, reading them back with two
+// broadcast 16-byte loads that hit all banks once. Softmax and locations are computed once per sample instead of once
+// per lane and sample; shuffles would take eight instructions for what two loads do. Rounds keep shared memory at
+// 32 bytes per thread (8 KB per block) whatever K is, which leaves the rest of the SM's 256 KB to L1.
+//
+// Loads in flight. A sample's four corners are independent and two samples are unrolled: 8 loads of 16 bytes per lane.
+// 32 warps per SM (64 registers) have 128 KB requested; hiding a 250 ns L2 latency at 5.5 TB/s / 132 takes 10 KB.
+//
+// Walking queries. In an encoder (Q == S) query i sits at position i. A block takes a tile of 64 queries, 8 x 8 on
+// their level, and one head. Measured on that workload's local offsets, each line fetched serves 6.2 corners, against
+// 2.7 for 32 queries in raster order. Same head, because other heads read other bytes of a position: adding heads to a
+// block adds footprint and no reuse, while adding queries adds reuse. All threads of a block walk the levels in the
+// same order, so that at any time its working set is one level's: 64 * 4 * 4 / 6.2 = 165 lines of 128 bytes, 21 KB, and
+// eight blocks per SM fit L1. Heads vary fastest over blockIdx.x: the blocks that share lines of value and sectors of
+// offsets run at the same time, and meet in L2. Any other Q is walked in raster order.
+//
+// Where level sizes lie in device memory each block reads and checks them; blocks stride over tiles, so the grid does
+// not depend on the sizes and nothing synchronises with the host.
+//
+// Backward. A lane's four dot products with grad_output are summed over the group by shuffles that also transpose (3
+// for 4 lanes, 4 for 8, instead of 8 and 12), and the lane which prepared a sample turns its four dots into gradients.
+// Value gradients are added in fp32 (fp64): 16.5 M corners * 128 B = 2.1 GB of reductions, the floor of the backward.
+// On sm_90 and later they are 16 bytes per instruction and lane. Before, each lane of a group holds one channel, so that a
+// warp's scalar reductions are consecutive. Everything but the value gradient is deterministic: the
+// softmax's sum over samples and reference points' over points live in shared memory, the sum over heads in a second pass.
+// Duplicate corners within a warp are not merged: that takes 8 shuffles per corner and step to save at most one
+// reduction of two 16-byte halves.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <stdexcept>
+
+#include "common/bilinear.cuh"
+#include "common/dtype.h"
+#include "common/launch.cuh"
+#include "common/vec.cuh"
+#include "ms_deform_attn/levels.h"
+
+namespace m2f {
+
+// A tensor over [N, Q, H, K], strides in elements. Reference points have levels in place of K, and no heads.
+struct Strided {
+  const void* data;
+  DType dtype;
+  bool aligned;  // pairs of elements are aligned to their size; set by the launch
+  int64_t n, q, h, k;
+};
+
+// Everything a kernel needs. Pointers that are null are not wanted.
+struct DeformAttnArgs {
+  DType dtype;  // of value, output and grad_output
+  int64_t batch;
+  int positions, queries, heads, channels;
+  Levels levels;
+  const int64_t* device_shapes;  // [L, 2] and [L] in device memory; null where `levels` has the sizes
+  const int64_t* device_starts;
+
+  const void* value;
+  int64_t value_n, value_s, value_h;  // strides in elements, as everywhere here
+  Strided points;                     // sampling locations; from offsets: sampling offsets
+  Strided weights;                    // attention weights; from offsets: logits
+  Strided reference;                  // from offsets only
+  int reference_size;                 // 2 or 4
+  double offset_scale;
+
+  void* output;  // [N, Q, H * D]
+
+  const void* grad_output;
+  int64_t grad_output_n, grad_output_q;
+  void* grad_value;      // [N, S, H, D], zeroed, fp32 (fp64)
+  void* grad_points;     // [N, Q, H, K, 2], points' dtype
+  void* grad_weights;    // [N, Q, H, K], weights' dtype
+  void* grad_reference;  // [N, Q, H, L, 2 or 4], fp32 (fp64): not yet summed over heads
+
+  // Geometry, set by the launch.
+  int lanes_log2;    // lanes of a group
+  int queries_log2;  // queries of a tile
+  int tile_width_log2;
+  int history;  // values kept per sample for the end of the backward
+};
+
+// What the launch needs to know of the device.
+struct DeviceTraits {
+  int multiprocessors;
+  int architecture;  // 90 for sm_90
+};
+
+constexpr int kMaxThreads = 256;
+constexpr int kSharedLimit = 48 * 1024;
+constexpr unsigned kFullWarp = 0xffffffffu;
+
+// ---------------------------------------------------------------- levels and tiles
+
+struct LevelTable {
+  int height[kMaxLevels];
+  int width[kMaxLevels];
+  int start[kMaxLevels];
+  int first_point[kMaxLevels + 1];
+  int first_tile[kMaxLevels + 1];
+  int tiled;  // queries are the positions of the levels, which follow each other
+};
+constexpr int kTableBytes = (sizeof(LevelTable) + 15) / 16 * 16;
+
+__device__ __forceinline__ int ceil_shift(int x, int log2) { return (x + (1 << log2) - 1) >> log2; }
+
+__device__ __forceinline__ void build_level_table(const DeformAttnArgs& args, LevelTable& table) {
+  const int thread = threadIdx.x;
+  const int count = args.levels.count;
+  if (thread < count) {
+    int64_t height = args.levels.height[thread];
+    int64_t width = args.levels.width[thread];
+    int64_t start = args.levels.start[thread];
+    if (args.device_shapes != nullptr) {
+      const auto* shapes = reinterpret_cast<const long long*>(args.device_shapes);
+      height = __ldg(shapes + 2 * thread);
+      width = __ldg(shapes + 2 * thread + 1);
+      start = __ldg(reinterpret_cast<const long long*>(args.device_starts) + thread);
+      if (height < 1 || width < 1 || start < 0 || start > args.positions ||
+          height > (args.positions - start) / width) {
+        M2F_DEVICE_TRAP("ms_deform_attn: level %d of %lld x %lld starting at %lld does not lie within value's %d positions\n",
+                        thread, static_cast<long long>(height), static_cast<long long>(width),
+                        static_cast<long long>(start), args.positions);
+      }
+    }
+    table.height[thread] = static_cast<int>(height);
+    table.width[thread] = static_cast<int>(width);
+    table.start[thread] = static_cast<int>(start);
+  }
+  if (thread == 0) table.tiled = args.queries == args.positions;
+  __syncthreads();
+  if (thread <= count) {
+    const int tile_height_log2 = args.queries_log2 - args.tile_width_log2;
+    int points = 0;
+    int64_t tiles = 0;
+    int64_t positions = 0;
+    for (int l = 0; l < thread; ++l) {
+      points += args.levels.points[l];
+      tiles += static_cast<int64_t>(ceil_shift(table.height[l], tile_height_log2)) *
+               ceil_shift(table.width[l], args.tile_width_log2);
+      positions += static_cast<int64_t>(table.height[l]) * table.width[l];
+    }
+    table.first_point[thread] = points;
+    table.first_tile[thread] = static_cast<int>(tiles);
+    if (positions != (thread < count ? table.start[thread] : args.queries)) table.tiled = 0;
+  }
+  __syncthreads();
+}
+
+// The queries of one tile: a rectangle of a level, or consecutive ones.
+struct Tile {
+  int level_start, width, height, x, y, width_log2;
+  int64_t first;
+  int64_t queries;
+  bool tiled;
+
+  // The tile's i-th query, -1 where the tile overhangs.
+  __device__ __forceinline__ int query(int i) const {
+    if (!tiled) return first + i < queries ? static_cast<int>(first + i) : -1;
+    const int qx = x + (i & ((1 << width_log2) - 1));
+    const int qy = y + (i >> width_log2);
+    return qx < width && qy < height ? level_start + qy * width + qx : -1;
+  }
+};
+
+__device__ __forceinline__ unsigned tile_count(const DeformAttnArgs& args, const LevelTable& table) {
+  return table.tiled ? table.first_tile[args.levels.count]
+                     : static_cast<unsigned>((static_cast<int64_t>(args.queries) + (1 << args.queries_log2) - 1) >>
+                                             args.queries_log2);
+}
+
+__device__ __forceinline__ Tile find_tile(const DeformAttnArgs& args, const LevelTable& table, unsigned index) {
+  Tile tile{};
+  tile.tiled = table.tiled;
+  tile.queries = args.queries;
+  tile.first = static_cast<int64_t>(index) << args.queries_log2;
+  if (table.tiled) {
+    int level = 0;
+    while (static_cast<int>(index) >= table.first_tile[level + 1]) ++level;
+    tile.width_log2 = args.tile_width_log2;
+    tile.width = table.width[level];
+    tile.height = table.height[level];
+    tile.level_start = table.start[level];
+    const unsigned local = index - table.first_tile[level];
+    const unsigned per_row = ceil_shift(tile.width, args.tile_width_log2);
+    tile.y = static_cast<int>(local / per_row) << (args.queries_log2 - args.tile_width_log2);
+    tile.x = static_cast<int>(local % per_row) << args.tile_width_log2;
+  }
+  return tile;
+}
+
+// ---------------------------------------------------------------- groups and samples
+
+// Where a thread stands: `member` of its group, which is the warp's `group`-th.
+struct Lane {
+  int member, group, groups_log2, group_in_block, groups_in_block, warp;
+
+  __device__ __forceinline__ explicit Lane(int lanes_log2) {
+    const int lane = threadIdx.x & 31;
+    warp = threadIdx.x >> 5;
+    member = lane & ((1 << lanes_log2) - 1);
+    group = lane >> lanes_log2;
+    groups_log2 = 5 - lanes_log2;
+    group_in_block = (warp << groups_log2) + group;
+    groups_in_block = blockDim.x >> lanes_log2;
+  }
+
+  // Sample-major within a warp: the groups' entries of one sample are adjacent, so reading them meets each bank once.
+  __device__ __forceinline__ int slot(int sample) const { return (warp << 5) + (sample << groups_log2) + group; }
+};
+
+template <typename A>
+__device__ __forceinline__ A group_sum(A x, int lanes_log2) {
+  for (int offset = 1; offset < 1 << lanes_log2; offset <<= 1) x += __shfl_xor_sync(kFullWarp, x, offset);
+  return x;
+}
+
+template <typename A>
+__device__ __forceinline__ A group_max(A x, int lanes_log2) {
+  for (int offset = 1; offset < 1 << lanes_log2; offset <<= 1) x = fmax(x, __shfl_xor_sync(kFullWarp, x, offset));
+  return x;
+}
+
+// The sampling tensors as one (image, query, head) sees them.
+template <typename A, bool kFromOffsets>
+struct Sampler {
+  int64_t points, weights, reference;  // index of the first element
+  A softmax_max, softmax_scale;
+
+  __device__ __forceinline__ Sampler(const DeformAttnArgs& args, const Lane& lane, int64_t n, int query, int head) {
+    points = n * args.points.n + query * args.points.q + head * args.points.h;
+    weights = n * args.weights.n + query * args.weights.q + head * args.weights.h;
+    if constexpr (kFromOffsets) {
+      reference = n * args.reference.n + query * args.reference.q;
+      // Whole warps arrive here: groups without a query only take part in the shuffles.
+      const int end = query >= 0 ? args.levels.points_total : 0;
+      A largest = -INFINITY;
+      for (int k = lane.member; k < end; k += 1 << args.lanes_log2) largest = fmax(largest, weight(args, k));
+      softmax_max = group_max(largest, args.lanes_log2);
+      A sum = 0;
+      for (int k = lane.member; k < end; k += 1 << args.lanes_log2) sum += exp(weight(args, k) - softmax_max);
+      softmax_scale = 1 / group_sum(sum, args.lanes_log2);
+    }
+  }
+
+  __device__ __forceinline__ A weight(const DeformAttnArgs& args, int k) const {
+    return load_scalar<A>(args.weights.data, args.weights.dtype, weights + k * args.weights.k);
+  }
+
+  // The attention weight of sample k.
+  __device__ __forceinline__ A attention(const DeformAttnArgs& args, int k) const {
+    const A x = weight(args, k);
+    if constexpr (kFromOffsets) return exp(x - softmax_max) * softmax_scale;
+    return x;
+  }
+
+  // Elements 2k and 2k + 1 of the points tensor.
+  __device__ __forceinline__ void point(const DeformAttnArgs& args, int k, A& x, A& y) const {
+    load_pair(args.points.data, args.points.dtype, args.points.aligned, points + k * args.points.k, x, y);
+  }
+};
+
+// One sample as the lane that prepares it knows it.
+template <typename A>
+struct Sample {
+  Corners<A> corners;
+  A attention;
+  A step_x, step_y;  // pixels per unit of the points tensor
+};
+
+// Sample k of the group; `level` is that of the lane's previous sample, from which the search goes on.
+template <typename A, bool kFromOffsets>
+__device__ __forceinline__ Sample<A> read_sample(const DeformAttnArgs& args, const LevelTable& table,
+                                                 const Sampler<A, kFromOffsets>& sampler, bool wanted, int k,
+                                                 int& level) {
+  Sample<A> sample;
+  A x = -INFINITY, y = -INFINITY;  // outside every level
+  int height = 0, width = 0;
+  sample.attention = sample.step_x = sample.step_y = 0;
+  if (wanted) {
+    while (k >= table.first_point[level + 1]) ++level;
+    height = table.height[level];
+    width = table.width[level];
+    const A w = static_cast<A>(width), h = static_cast<A>(height);
+    sampler.point(args, k, x, y);
+    if constexpr (kFromOffsets) {
+      const int64_t index = sampler.reference + level * args.reference.k;
+      const A rx = load_scalar<A>(args.reference.data, args.reference.dtype, index);
+      const A ry = load_scalar<A>(args.reference.data, args.reference.dtype, index + 1);
+      sample.step_x = sample.step_y = 1;
+      if (args.reference_size == 4) {
+        const A scale = static_cast<A>(args.offset_scale) / args.levels.points[level];
+        sample.step_x = load_scalar<A>(args.reference.data, args.reference.dtype, index + 2) * scale * w;
+        sample.step_y = load_scalar<A>(args.reference.data, args.reference.dtype, index + 3) * scale * h;
+      }
+      x = rx * w + x * sample.step_x - A(0.5);
+      y = ry * h + y * sample.step_y - A(0.5);
+    } else {
+      sample.step_x = w;
+      sample.step_y = h;
+      x = x * w - A(0.5);
+      y = y * h - A(0.5);
+    }
+    sample.attention = sampler.attention(args, k);
+  }
+  sample.corners = find_corners(x, y, height, width);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (sample.corners.position.at[i] >= 0) sample.corners.position.at[i] += table.start[level];
+  }
+  return sample;
+}
+
+// The part of value that one lane reads: rows of one image and head, from the lane's first channel on.
+template <typename T, int kVec>
+struct Rows {
+  const unsigned char* base;
+  unsigned row_bytes;  // one 32 x 32 -> 64 bit multiply-add per address; the launch makes sure that it fits
+
+  __device__ __forceinline__ Rows(const DeformAttnArgs& args, int64_t n, int head, int channel)
+      : base(static_cast<const unsigned char*>(args.value) +
+             (n * args.value_n + head * args.value_h + channel) * static_cast<int64_t>(sizeof(T))),
+        row_bytes(static_cast<unsigned>(args.value_s * static_cast<int64_t>(sizeof(T)))) {}
+
+  // Zeros, and no access, for an absent corner: a NaN in memory must not meet a weight of zero.
+  __device__ __forceinline__ typename Vector<T, kVec>::Raw load(int position, int channel = 0) const {
+    auto raw = Vector<T, kVec>::zero();
+    if (position >= 0) {
+      raw = Vector<T, kVec>::load(base + static_cast<uint64_t>(static_cast<unsigned>(position)) * row_bytes +
+                                  channel * sizeof(T));
+    }
+    return raw;
+  }
+};
+
+// ---------------------------------------------------------------- forward
+
+template <typename T, int kVec, bool kFromOffsets>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 4)
+    ms_deform_attn_forward(const __grid_constant__ DeformAttnArgs args) {
+  using A = Accumulator<T>;
+  M2F_DYNAMIC_SHARED(shared);
+  LevelTable& table = *reinterpret_cast<LevelTable*>(shared);
+  auto* positions = reinterpret_cast<Quad<int>*>(shared + kTableBytes);
+  auto* weights = reinterpret_cast<Quad<A>*>(positions + blockDim.x);
+  build_level_table(args, table);
+
+  const Lane lane(args.lanes_log2);
+  const int lanes = 1 << args.lanes_log2;
+  const int samples = args.levels.points_total;
+  const int head = blockIdx.x % args.heads;
+  const unsigned tiles = tile_count(args, table);
+  for (int64_t n = blockIdx.y; n < args.batch; n += gridDim.y) {
+    for (unsigned t = blockIdx.x / args.heads; t < tiles; t += gridDim.x / args.heads) {
+      const Tile tile = find_tile(args, table, t);
+      for (int first = 0; first < 1 << args.queries_log2; first += lane.groups_in_block) {
+        const int query = tile.query(first + lane.group_in_block);
+        const Sampler<A, kFromOffsets> sampler(args, lane, n, query, head);
+        // One turn, unless a head has more channels than a warp holds.
+        for (int chunk = 0; chunk < args.channels; chunk += lanes * kVec) {
+          const int channel = chunk + lane.member * kVec;
+          const Rows<T, kVec> rows(args, n, head, channel);
+          A sum[kVec] = {};
+          int level = 0;
+          for (int k = 0; k < samples; k += lanes) {
+            const int own = k + lane.member;
+            const Sample<A> sample = read_sample(args, table, sampler, query >= 0 && own < samples, own, level);
+            __syncwarp();  // the previous round has been read
+            positions[lane.slot(lane.member)] = sample.corners.position;
+            weights[lane.slot(lane.member)] = corner_weights(sample.corners, sample.attention);
+            __syncwarp();
+            if (channel >= args.channels) continue;
+            const int count = min(lanes, samples - k);
+#pragma unroll 2
+            for (int i = 0; i < count; ++i) {
+              const Quad<int> position = positions[lane.slot(i)];
+              const Quad<A> weight = weights[lane.slot(i)];
+              typename Vector<T, kVec>::Raw raw[4];
+#pragma unroll
+              for (int c = 0; c < 4; ++c) raw[c] = rows.load(position.at[c]);
+#pragma unroll
+              for (int c = 0; c < 4; ++c) {
+                A corner[kVec];
+                Vector<T, kVec>::unpack(raw[c], corner);
+#pragma unroll
+                for (int v = 0; v < kVec; ++v) sum[v] += weight.at[c] * corner[v];
+              }
+            }
+          }
+          if (query >= 0 && channel < args.channels) {
+            T* out = static_cast<T*>(args.output) +
+                     ((n * args.queries + query) * args.heads + head) * args.channels + channel;
+            Vector<T, kVec>::store(out, sum);
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- backward
+
+// Sums each of four values over the group and leaves them in `out`. With at least four lanes the first two steps also
+// transpose: a lane gives away the values that it will not finish.
+template <typename A>
+__device__ __forceinline__ void reduce_dots(A (&dot)[4], int lanes_log2, int member, Quad<A>& out) {
+  if (lanes_log2 >= 2) {
+    const bool odd = member & 1;
+    const bool upper = member & 2;
+    A first = odd ? dot[1] : dot[0];
+    A second = odd ? dot[3] : dot[2];
+    first += __shfl_xor_sync(kFullWarp, odd ? dot[0] : dot[1], 1);
+    second += __shfl_xor_sync(kFullWarp, odd ? dot[2] : dot[3], 1);
+    A sum = upper ? second : first;
+    sum += __shfl_xor_sync(kFullWarp, upper ? first : second, 2);
+    for (int offset = 4; offset < 1 << lanes_log2; offset <<= 1) sum += __shfl_xor_sync(kFullWarp, sum, offset);
+    if (member < 4) out.at[member] = sum;
+  } else {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) dot[c] = group_sum(dot[c], lanes_log2);
+    if (member == 0) {
+#pragma unroll
+      for (int c = 0; c < 4; ++c) out.at[c] = dot[c];
+    }
+  }
+}
+
+template <typename T, int kVec, bool kFromOffsets>
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 3)
+    ms_deform_attn_backward(const __grid_constant__ DeformAttnArgs args) {
+  using A = Accumulator<T>;
+  M2F_DYNAMIC_SHARED(shared);
+  LevelTable& table = *reinterpret_cast<LevelTable*>(shared);
+  auto* positions = reinterpret_cast<Quad<int>*>(shared + kTableBytes);
+  auto* weights = reinterpret_cast<Quad<A>*>(positions + blockDim.x);
+  auto* dots = weights + blockDim.x;
+  build_level_table(args, table);
+
+  const Lane lane(args.lanes_log2);
+  const int lanes = 1 << args.lanes_log2;
+  const int samples = args.levels.points_total;
+  // Per group: gradients of the attention weights, then where wanted of the normalised locations' x and y.
+  A* const history = reinterpret_cast<A*>(dots + blockDim.x) +
+                     static_cast<int64_t>(lane.group_in_block) * samples * args.history;
+  const bool needs_value = args.grad_value != nullptr;
+  const bool needs_sampling = args.grad_points != nullptr;
+  const bool needs_reference = kFromOffsets && args.grad_reference != nullptr;
+  const bool needs_dots = needs_sampling || needs_reference;
+  const bool one_chunk = args.channels <= lanes * kVec;
+  const uint64_t grad_row = static_cast<uint64_t>(args.heads) * args.channels;
+  const int head = blockIdx.x % args.heads;
+  const unsigned tiles = tile_count(args, table);
+  for (int64_t n = blockIdx.y; n < args.batch; n += gridDim.y) {
+    for (unsigned t = blockIdx.x / args.heads; t < tiles; t += gridDim.x / args.heads) {
+      const Tile tile = find_tile(args, table, t);
+      for (int first = 0; first < 1 << args.queries_log2; first += lane.groups_in_block) {
+        const int query = tile.query(first + lane.group_in_block);
+        const bool active = query >= 0;
+        const Sampler<A, kFromOffsets> sampler(args, lane, n, query, head);
+        const int64_t group_index = (n * args.queries + query) * args.heads + head;
+        const T* grad_output = static_cast<const T*>(args.grad_output) + n * args.grad_output_n +
+                               query * args.grad_output_q + static_cast<int64_t>(head) * args.channels;
+        const Rows<T, kVec> rows(args, n, head, 0);
+        A* const grad_value =
+            static_cast<A*>(args.grad_value) + (n * args.positions * args.heads + head) * args.channels;
+
+        auto raw_grad = Vector<T, kVec>::zero();
+        if (active && one_chunk && lane.member * kVec < args.channels) {
+          raw_grad = Vector<T, kVec>::load(grad_output + lane.member * kVec);
+        }
+        A weighted_sum = 0;  // sum over this lane's samples of weight * gradient of the weight
+        int level = 0;
+        for (int k = 0; k < samples; k += lanes) {
+          const int own = k + lane.member;
+          const bool wanted = active && own < samples;
+          const Sample<A> sample = read_sample(args, table, sampler, wanted, own, level);
+          __syncwarp();  // the previous round has been read
+          positions[lane.slot(lane.member)] = sample.corners.position;
+          weights[lane.slot(lane.member)] = corner_weights(sample.corners, sample.attention);
+          __syncwarp();
+          const int count = min(lanes, samples - k);
+          for (int i = 0; i < count; ++i) {
+            const Quad<int> position = positions[lane.slot(i)];
+            A dot[4] = {};
+            for (int channel = lane.member * kVec; channel < args.channels; channel += lanes * kVec) {
+              typename Vector<T, kVec>::Raw raw[4];
+              if (needs_dots) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                  raw[c] = rows.load(position.at[c], channel);
+                }
+              }
+              if (!one_chunk && active) raw_grad = Vector<T, kVec>::load(grad_output + channel);
+              A grad[kVec];
+              Vector<T, kVec>::unpack(raw_grad, grad);
+              if (needs_dots) {
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                  A corner[kVec];
+                  Vector<T, kVec>::unpack(raw[c], corner);
+#pragma unroll
+                  for (int v = 0; v < kVec; ++v) dot[c] += grad[v] * corner[v];
+                }
+              }
+              if (needs_value) {
+                const Quad<A> weight = weights[lane.slot(i)];
+#pragma unroll
+                for (int c = 0; c < 4; ++c) {
+                  if (position.at[c] < 0) continue;
+                  A addend[kVec];
+#pragma unroll
+                  for (int v = 0; v < kVec; ++v) addend[v] = weight.at[c] * grad[v];
+                  atomic_add<A, kVec>(grad_value + static_cast<unsigned>(position.at[c]) * grad_row + channel, addend);
+                }
+              }
+            }
+            if (needs_dots) reduce_dots(dot, args.lanes_log2, lane.member, dots[lane.slot(i)]);
+          }
+          if (!needs_dots) continue;
+          __syncwarp();
+          if (!wanted) continue;
+          const Quad<A> dot = dots[lane.slot(lane.member)];
+          const A fx = sample.corners.fx, fy = sample.corners.fy;
+          A grad_weight = 0, grad_x = 0, grad_y = 0;  // with respect to pixels
+          if (sample.corners.contributes) {
+            const A top = (1 - fx) * dot.at[0] + fx * dot.at[1];
+            const A bottom = (1 - fx) * dot.at[2] + fx * dot.at[3];
+            grad_weight = (1 - fy) * top + fy * bottom;
+            grad_x = sample.attention * ((1 - fy) * (dot.at[1] - dot.at[0]) + fy * (dot.at[3] - dot.at[2]));
+            grad_y = sample.attention * (bottom - top);
+          }
+          if (needs_sampling) {
+            const bool inside = sample.corners.contributes;  // a step that is not finite must not meet a zero
+            store_pair(args.grad_points, args.points.dtype, 2 * (group_index * samples + own),
+                       inside ? grad_x * sample.step_x : A(0), inside ? grad_y * sample.step_y : A(0));
+          }
+          if constexpr (kFromOffsets) {
+            weighted_sum += sample.attention * grad_weight;
+            history[own] = grad_weight;
+            if (needs_reference) {
+              history[samples + own] = grad_x * table.width[level];
+              history[2 * samples + own] = grad_y * table.height[level];
+            }
+          } else {
+            store_scalar(args.grad_weights, args.weights.dtype, group_index * samples + own, grad_weight);
+          }
+        }
+
+        if constexpr (kFromOffsets) {
+          const A mean = group_sum(weighted_sum, args.lanes_log2);
+          if (needs_sampling && active) {
+            for (int k = lane.member; k < samples; k += lanes) {
+              store_scalar(args.grad_weights, args.weights.dtype, group_index * samples + k,
+                           sampler.attention(args, k) * (history[k] - mean));
+            }
+          }
+          if (needs_reference) {
+            __syncwarp();
+            const int size = args.reference_size;
+            for (int i = lane.member; active && i < args.levels.count * size; i += lanes) {
+              const int l = i / size;
+              const int axis = i % size;  // x, y, width, height
+              const A* grad = history + ((axis & 1) + 1) * samples;
+              A sum = 0;
+              for (int k = table.first_point[l]; k < table.first_point[l + 1]; ++k) {
+                A scale = 1;
+                if (axis >= 2) {
+                  A x, y;
+                  sampler.point(args, k, x, y);
+                  scale = (axis == 2 ? x : y) * static_cast<A>(args.offset_scale) / args.levels.points[l];
+                }
+                if (grad[k] != 0) sum += grad[k] * scale;  // samples outside may have an infinite offset
+              }
+              static_cast<A*>(args.grad_reference)[group_index * args.levels.count * size + i] = sum;
+            }
+            __syncwarp();  // the next query's history overwrites this one
+          }
+        }
+      }
+    }
+  }
+}
+
+// ---------------------------------------------------------------- after the backward
+
+// The accumulated value gradient in value's dtype.
+template <typename T>
+__global__ void __launch_bounds__(kMaxThreads) round_gradient(const float* sum, T* out, int64_t count) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x * 8;
+  for (int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * 8; i < count; i += stride) {
+    if (i + 8 <= count) {
+      float x[8];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 part = __ldg(reinterpret_cast<const float4*>(sum + i) + half);
+        x[4 * half] = part.x;
+        x[4 * half + 1] = part.y;
+        x[4 * half + 2] = part.z;
+        x[4 * half + 3] = part.w;
+      }
+      Vector<T, 8>::store(out + i, x);
+    } else {
+      for (int64_t tail = i; tail < count; ++tail) store_element(out + tail, __ldg(sum + tail));
+    }
+  }
+}
+
+// [rows, heads, size] -> [rows, size], in a fixed order.
+template <typename A>
+__global__ void __launch_bounds__(kMaxThreads)
+    sum_over_heads(const A* parts, void* out, DType dtype, int64_t rows, int heads, int size) {
+  const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+  for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < rows * size; i += stride) {
+    const int64_t row = i / size;
+    const A* part = parts + row * heads * size + i % size;
+    A sum = 0;
+    for (int h = 0; h < heads; ++h) sum += __ldg(part + static_cast<int64_t>(h) * size);
+    store_scalar(out, dtype, i, sum);
+  }
+}
+
+// ---------------------------------------------------------------- launches
+
+inline bool divides(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+inline bool pairs_aligned(const Strided& x) {
+  return x.data != nullptr && divides(x.data, 2 * element_size(x.dtype)) && x.n % 2 == 0 && x.q % 2 == 0 &&
+         x.h % 2 == 0 && x.k % 2 == 0;
+}
+
+inline int64_t tiles_of_levels(const Levels& levels, int width_log2, int height_log2) {
+  int64_t tiles = 0;
+  for (int l = 0; l < levels.count; ++l) {
+    tiles += ((levels.height[l] + (1 << height_log2) - 1) >> height_log2) *
+             ((levels.width[l] + (1 << width_log2) - 1) >> width_log2);
+  }
+  return tiles;
+}
+
+struct Geometry {
+  dim3 grid;
+  dim3 block;
+  size_t shared_bytes;
+};
+
+// Chooses lanes, threads and tiles; writes them into args.
+inline Geometry choose_geometry(DeformAttnArgs& args, int vec, bool backward, bool from_offsets,
+                                const DeviceTraits& device) {
+  const int accumulator_bytes = args.dtype == DType::kFloat64 ? 8 : 4;
+  args.points.aligned = pairs_aligned(args.points);
+  args.history = backward && from_offsets ? (args.grad_reference != nullptr ? 3 : 1) : 0;
+  args.lanes_log2 = 0;
+  while (args.lanes_log2 < 5 && (vec << args.lanes_log2) < args.channels) ++args.lanes_log2;
+
+  int64_t threads = kMaxThreads;
+  int64_t shared = 0;
+  const auto measure = [&] {
+    shared = kTableBytes + threads * (16 + 4 * accumulator_bytes * (backward ? 2 : 1)) +
+             (threads >> args.lanes_log2) * args.levels.points_total * args.history * accumulator_bytes;
+  };
+  const auto blocks = [&] {
+    return ((static_cast<int64_t>(args.queries) * args.heads * args.batch) << args.lanes_log2) / threads;
+  };
+  // Few queries, as in a decoder: smaller blocks reach more multiprocessors.
+  while (threads > 64 && blocks() < 4 * device.multiprocessors) threads /= 2;
+  // Very many samples per query: fewer groups share the block's memory.
+  for (measure(); shared > kSharedLimit; measure()) {
+    if (threads > 32) {
+      threads /= 2;
+    } else if (args.lanes_log2 < 5) {
+      ++args.lanes_log2;
+    } else {
+      throw std::runtime_error("attention_logits: too many samples per query and head for the gradient kernel");
+    }
+  }
+
+  int groups_log2 = -args.lanes_log2;
+  for (int64_t i = threads; i > 1; i /= 2) ++groups_log2;
+  // A tile of 64 queries keeps its lines in L1 over several passes of the block.
+  args.queries_log2 = args.queries == args.positions && threads == kMaxThreads ? std::max(6, groups_log2) : groups_log2;
+  args.tile_width_log2 = (args.queries_log2 + 1) / 2;
+  int64_t tiles = ((static_cast<int64_t>(args.queries) - 1) >> args.queries_log2) + 1;
+  if (args.queries == args.positions) {
+    // Sizes that only the device knows: enough blocks for levels of common shapes; blocks stride over the rest.
+    tiles = args.device_shapes != nullptr
+                ? tiles + args.levels.count
+                : std::max(tiles, tiles_of_levels(args.levels, args.tile_width_log2,
+                                                  args.queries_log2 - args.tile_width_log2));
+  }
+  tiles = std::min<int64_t>(tiles, 0x7fffffff / args.heads);
+  return {dim3(static_cast<unsigned>(tiles * args.heads), static_cast<unsigned>(std::min<int64_t>(args.batch, 65535))),
+          dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared)};
+}
+
+// Whether 16-byte accesses fit everything that a lane accesses as vectors.
+inline bool allows_vectors(const DeformAttnArgs& args) {
+  const int vec = 16 / element_size(args.dtype);
+  bool fits = args.channels % vec == 0 && divides(args.value, 16);
+  for (const int64_t stride : {args.value_n, args.value_s, args.value_h}) fits = fits && stride % vec == 0;
+  if (args.grad_output != nullptr) {
+    fits = fits && divides(args.grad_output, 16) && args.grad_output_n % vec == 0 && args.grad_output_q % vec == 0;
+  } else {
+    fits = fits && divides(args.output, 16);
+  }
+  return fits;
+}
+
+template <typename T, int kVec>
+void launch_kernel(DeformAttnArgs& args, bool from_offsets, const DeviceTraits& device, cudaStream_t stream) {
+  const bool backward = args.grad_output != nullptr;
+  const Geometry geometry = choose_geometry(args, kVec, backward, from_offsets, device);
+  const auto kernel = backward ? (from_offsets ? ms_deform_attn_backward<T, kVec, true>
+                                               : ms_deform_attn_backward<T, kVec, false>)
+                               : (from_offsets ? ms_deform_attn_forward<T, kVec, true>
+                                               : ms_deform_attn_forward<T, kVec, false>);
+  launch(kernel, geometry.grid, geometry.block, geometry.shared_bytes, stream, args);
+}
+
+template <typename T, int kVec>
+void launch_widest(DeformAttnArgs& args, const DeviceTraits& device, bool from_offsets, cudaStream_t stream) {
+  // Scalar reductions want consecutive lanes on consecutive channels.
+  const bool scalar_reductions = args.grad_value != nullptr && device.architecture < 90;
+  if (allows_vectors(args) && !scalar_reductions) {
+    launch_kernel<T, kVec>(args, from_offsets, device, stream);
+  } else {
+    launch_kernel<T, 1>(args, from_offsets, device, stream);
+  }
+}
+
+// Rows of value further apart than this do not fit the kernels' 32-bit stride; such a value has to be copied first.
+constexpr int64_t kMaxRowBytes = 0xffffffff;
+
+// Forward if grad_output is null, otherwise backward; on reference points if they are given. At least one query.
+inline void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& device, cudaStream_t stream) {
+  const bool from_offsets = args.reference.data != nullptr;
+  switch (args.dtype) {
+    case DType::kFloat64: return launch_kernel<double, 1>(args, from_offsets, device, stream);
+    case DType::kFloat32: return launch_widest<float, 4>(args, device, from_offsets, stream);
+    case DType::kBFloat16: return launch_widest<__nv_bfloat16, 8>(args, device, from_offsets, stream);
+    case DType::kFloat16: return launch_widest<__half, 8>(args, device, from_offsets, stream);
+  }
+}
+
+inline dim3 grid_for(int64_t threads, const DeviceTraits& device) {
+  return dim3(static_cast<unsigned>(
+      std::min<int64_t>((threads + kMaxThreads - 1) / kMaxThreads, 16 * static_cast<int64_t>(device.multiprocessors))));
+}
+
+// out[i] = sum[i] rounded to a 16-bit dtype.
+inline void launch_round_gradient(const float* sum, void* out, DType dtype, int64_t count, const DeviceTraits& device,
+                                  cudaStream_t stream) {
+  const dim3 grid = grid_for((count + 7) / 8, device);
+  if (dtype == DType::kBFloat16) {
+    launch(round_gradient<__nv_bfloat16>, grid, dim3(kMaxThreads), 0, stream, sum, static_cast<__nv_bfloat16*>(out), count);
+  } else {
+    launch(round_gradient<__half>, grid, dim3(kMaxThreads), 0, stream, sum, static_cast<__half*>(out), count);
+  }
+}
+
+// [rows, heads, size] in fp32 (fp64 if `parts_are_double`) -> [rows, size] in dtype.
+inline void launch_sum_over_heads(const void* parts, bool parts_are_double, void* out, DType dtype, int64_t rows,
+                                  int heads, int size, const DeviceTraits& device, cudaStream_t stream) {
+  const dim3 grid = grid_for(rows * size, device);
+  if (parts_are_double) {
+    launch(sum_over_heads<double>, grid, dim3(kMaxThreads), 0, stream, static_cast<const double*>(parts), out, dtype,
+           rows, heads, size);
+  } else {
+    launch(sum_over_heads<float>, grid, dim3(kMaxThreads), 0, stream, static_cast<const float*>(parts), out, dtype,
+           rows, heads, size);
+  }
+}
+
+}  // namespace m2f
