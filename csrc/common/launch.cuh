@@ -42,6 +42,15 @@ __device__ __forceinline__ void reduce_add_vector4(float* address, float a, floa
 #endif
 }
 
+// base + index * row_bytes in one instruction: written in C++, the compiler splits the product and rebuilds the base for
+// every access of a loop.
+template <typename T>
+__device__ __forceinline__ T* advance_rows(T* base, unsigned index, unsigned row_bytes) {
+  T* out;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(out) : "r"(index), "r"(row_bytes), "l"(base));
+  return out;
+}
+
 // A function, since the commas of <<<...>>> break macros around a launch.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,

@@ -50,9 +50,11 @@ using Int = std::conditional_t<std::is_same_v<T, float>, int32_t, int64_t>;
 template <typename T>
 using IntVec = typename VecOf<Int<T>, kLanes<T>>::type;
 
+#define M2F_INLINE __attribute__((always_inline)) inline
+
 template <typename T>
 inline Vec<T> splat(T x) {
-  return Vec<T>{} + x;
+  return x - Vec<T>{};  // unlike adding zero, subtracting it is no operation for any x
 }
 
 template <typename T>

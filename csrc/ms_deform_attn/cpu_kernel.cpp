@@ -301,7 +301,7 @@ template <typename V>
 struct PackedCorners {
   V* panel;
   template <typename T>
-  inline void operator()(const Samples<T>& s, int64_t k, int64_t d, V* out[4]) const {
+  M2F_INLINE void operator()(const Samples<T>& s, int64_t k, int64_t d, V* out[4]) const {
     V* top = panel + static_cast<int64_t>(s.pixel[k]) * d;
     V* bottom = top + static_cast<int64_t>(s.row[k]) * d;
     out[0] = top;
@@ -319,7 +319,7 @@ struct DirectCorners {
   const Levels* levels;
   int64_t stride;
   template <typename T>
-  inline void operator()(const Samples<T>& s, int64_t k, int64_t, V* out[4]) const {
+  M2F_INLINE void operator()(const Samples<T>& s, int64_t k, int64_t, V* out[4]) const {
     const int l = s.level[k];
     const int64_t width = levels->width[l], height = levels->height[l];
     const int64_t x = s.x0[k], y = s.y0[k];
@@ -335,8 +335,11 @@ struct DirectCorners {
 };
 
 // ---------------------------------------------------------------- gather and scatter of kBlock vectors of channels
-template <int kBlock, typename V, typename T, typename Corners>
-inline void gather(const Samples<T>& s, const Corners& corners, int64_t d, int64_t channel, Vec<T>* out) {
+// Inlined so that constant channel counts turn corner addresses into immediate offsets; the samples are copied so that
+// no store can be suspected of changing their pointers.
+template <int kBlock, typename V, typename T, typename Corners, typename Channels>
+M2F_INLINE void gather(const Samples<T>& samples, const Corners& corners, Channels d, int64_t channel, Vec<T>* out) {
+  const Samples<T> s = samples;
   Vec<T> upper[kBlock] = {}, lower[kBlock] = {};  // two chains of additions: half the latency
   for (int64_t k = 0; k < s.k; ++k) {
     V* p[4];
@@ -355,9 +358,10 @@ inline void gather(const Samples<T>& s, const Corners& corners, int64_t d, int64
 }
 
 // Adds `grad` into the value gradient and leaves the products of `grad` with the corner values in s.partial.
-template <int kBlock, bool kScatter, typename V, typename T, typename Corners, typename GradCorners>
-inline void scatter(Samples<T>& s, const Corners& corners, const GradCorners& grad_corners, int64_t d, int64_t channel,
-                    const T* grad_row) {
+template <int kBlock, bool kScatter, typename V, typename T, typename Corners, typename GradCorners, typename Channels>
+M2F_INLINE void scatter(const Samples<T>& samples, const Corners& corners, const GradCorners& grad_corners, Channels d,
+                        int64_t channel, const T* grad_row) {
+  const Samples<T> s = samples;
   Vec<T> grad[kBlock];
   for (int v = 0; v < kBlock; ++v) grad[v] = load(grad_row + channel + v * kLanes<T>);
   for (int64_t k = 0; k < s.k; ++k) {
@@ -382,8 +386,8 @@ inline void scatter(Samples<T>& s, const Corners& corners, const GradCorners& gr
 }
 
 // Calls f(block, channel) over all channels, in blocks of up to kMax vectors; d is a whole number of vectors.
-template <typename T, typename F>
-inline void for_each_block(int64_t d, F&& f) {
+template <typename T, typename Channels, typename F>
+M2F_INLINE void for_each_block(Channels d, F&& f) {
   int64_t channel = 0;
   for (; channel + 4 * kLanes<T> <= d; channel += 4 * kLanes<T>) f(std::integral_constant<int, 4>{}, channel);
   for (; channel + 2 * kLanes<T> <= d; channel += 2 * kLanes<T>) f(std::integral_constant<int, 2>{}, channel);
@@ -405,8 +409,8 @@ inline void with_constant_channels(int64_t d, F&& f) {
 // of the forward time is spent waiting for locations and weights.
 constexpr int64_t kPrefetchQueries = 8;
 
-// always_inline: GCC takes a function that only prefetches for one without effect, and drops calls to it.
-__attribute__((always_inline)) inline void prefetch_row(const Rows& rows, int64_t n, int64_t q, int64_t h, int64_t count) {
+// Must be inlined: GCC takes a function that only prefetches for one without effect, and drops calls to it.
+M2F_INLINE void prefetch_row(const Rows& rows, int64_t n, int64_t q, int64_t h, int64_t count) {
   const int64_t size = element_size(rows.dtype);
   const char* p = static_cast<const char*>(rows.data) + rows.offset(n, q, h) * size;
   for (int64_t byte = 0; byte < count * size + 63; byte += 64) __builtin_prefetch(p + byte);
@@ -421,7 +425,12 @@ inline void for_each_query(const MSDeformAttnArgs& args, int64_t n, int64_t h, i
       const int64_t ahead = query(i + kPrefetchQueries);
       prefetch_row(args.locations, n, ahead, h, 2 * args.levels.points_total);
       prefetch_row(args.weights, n, ahead, h, args.levels.points_total);
+      if (args.output.data) prefetch_row(args.output, n, ahead, h, args.d);
       if (args.grad_output.data) prefetch_row(args.grad_output, n, ahead, h, args.d);
+      if (args.needs_sampling) {
+        prefetch_row(args.grad_locations, n, ahead, h, 2 * args.levels.points_total);
+        prefetch_row(args.grad_weights, n, ahead, h, args.levels.points_total);
+      }
     }
     f(query(i));
   }

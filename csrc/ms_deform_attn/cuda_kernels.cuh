@@ -333,7 +333,7 @@ __device__ __forceinline__ Sample<A> read_sample(const DeformAttnArgs& args, con
 template <typename T, int kVec>
 struct Rows {
   const unsigned char* base;
-  unsigned row_bytes;  // one 32 x 32 -> 64 bit multiply-add per address; the launch makes sure that it fits
+  unsigned row_bytes;  // the caller sees to it that it fits: kMaxRowBytes
 
   __device__ __forceinline__ Rows(const DeformAttnArgs& args, int64_t n, int head, int channel)
       : base(static_cast<const unsigned char*>(args.value) +
@@ -344,8 +344,7 @@ struct Rows {
   __device__ __forceinline__ typename Vector<T, kVec>::Raw load(int position, int channel = 0) const {
     auto raw = Vector<T, kVec>::zero();
     if (position >= 0) {
-      raw = Vector<T, kVec>::load(base + static_cast<uint64_t>(static_cast<unsigned>(position)) * row_bytes +
-                                  channel * sizeof(T));
+      raw = Vector<T, kVec>::load(advance_rows(base, position, row_bytes) + channel * sizeof(T));
     }
     return raw;
   }
@@ -355,7 +354,7 @@ struct Rows {
 
 template <typename T, int kVec, bool kFromOffsets>
 __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 4)
-    ms_deform_attn_forward(const __grid_constant__ DeformAttnArgs args) {
+    ms_deform_attn_forward_kernel(const __grid_constant__ DeformAttnArgs args) {
   using A = Accumulator<T>;
   M2F_DYNAMIC_SHARED(shared);
   LevelTable& table = *reinterpret_cast<LevelTable*>(shared);
@@ -444,8 +443,8 @@ __device__ __forceinline__ void reduce_dots(A (&dot)[4], int lanes_log2, int mem
 }
 
 template <typename T, int kVec, bool kFromOffsets>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 3)
-    ms_deform_attn_backward(const __grid_constant__ DeformAttnArgs args) {
+__global__ void __launch_bounds__(kMaxThreads, 2)
+    ms_deform_attn_backward_kernel(const __grid_constant__ DeformAttnArgs args) {
   using A = Accumulator<T>;
   M2F_DYNAMIC_SHARED(shared);
   LevelTable& table = *reinterpret_cast<LevelTable*>(shared);
@@ -465,7 +464,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 3)
   const bool needs_reference = kFromOffsets && args.grad_reference != nullptr;
   const bool needs_dots = needs_sampling || needs_reference;
   const bool one_chunk = args.channels <= lanes * kVec;
-  const uint64_t grad_row = static_cast<uint64_t>(args.heads) * args.channels;
+  const unsigned grad_row_bytes = static_cast<unsigned>(args.heads) * args.channels * sizeof(A);
   const int head = blockIdx.x % args.heads;
   const unsigned tiles = tile_count(args, table);
   for (int64_t n = blockIdx.y; n < args.batch; n += gridDim.y) {
@@ -528,7 +527,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 3)
                   A addend[kVec];
 #pragma unroll
                   for (int v = 0; v < kVec; ++v) addend[v] = weight.at[c] * grad[v];
-                  atomic_add<A, kVec>(grad_value + static_cast<unsigned>(position.at[c]) * grad_row + channel, addend);
+                  atomic_add<A, kVec>(advance_rows(grad_value, position.at[c], grad_row_bytes) + channel, addend);
                 }
               }
             }
@@ -727,10 +726,10 @@ template <typename T, int kVec>
 void launch_kernel(DeformAttnArgs& args, bool from_offsets, const DeviceTraits& device, cudaStream_t stream) {
   const bool backward = args.grad_output != nullptr;
   const Geometry geometry = choose_geometry(args, kVec, backward, from_offsets, device);
-  const auto kernel = backward ? (from_offsets ? ms_deform_attn_backward<T, kVec, true>
-                                               : ms_deform_attn_backward<T, kVec, false>)
-                               : (from_offsets ? ms_deform_attn_forward<T, kVec, true>
-                                               : ms_deform_attn_forward<T, kVec, false>);
+  const auto kernel = backward ? (from_offsets ? ms_deform_attn_backward_kernel<T, kVec, true>
+                                               : ms_deform_attn_backward_kernel<T, kVec, false>)
+                               : (from_offsets ? ms_deform_attn_forward_kernel<T, kVec, true>
+                                               : ms_deform_attn_forward_kernel<T, kVec, false>);
   launch(kernel, geometry.grid, geometry.block, geometry.shared_bytes, stream, args);
 }
 
