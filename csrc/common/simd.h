@@ -117,6 +117,7 @@ inline void store(double* p, Vec<double> x) { *reinterpret_cast<DoubleVecUnalign
 using UInt16Vec = typename VecOf<uint16_t, kLanes<float>>::type;
 using UInt16VecUnaligned = typename VecOf<uint16_t, kLanes<float>>::unaligned;
 using UInt32Vec = typename VecOf<uint32_t, kLanes<float>>::type;
+using UInt32VecUnaligned = typename VecOf<uint32_t, kLanes<float>>::unaligned;
 
 inline UInt32Vec load_bits(const void* p) {
   const UInt16Vec narrow = *reinterpret_cast<const UInt16VecUnaligned*>(p);
@@ -129,12 +130,13 @@ inline void store_bits(void* p, UInt32Vec x) {
 
 inline Vec<float> load(const BFloat16* p) { return reinterpret_cast<Vec<float>>(load_bits(p) << 16); }
 
-// Round to nearest even; NaN stays NaN.
-inline void store(BFloat16* p, Vec<float> x) {
+// Round to nearest even, into the upper half of each lane; NaN stays NaN.
+inline UInt32Vec round_to_bfloat16(Vec<float> x) {
   const UInt32Vec bits = reinterpret_cast<UInt32Vec>(x);
-  const UInt32Vec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  store_bits(p, x == x ? rounded : UInt32Vec{} + 0x7fc0u);
+  return x == x ? bits + 0x7fffu + ((bits >> 16) & 1u) : UInt32Vec{} + 0x7fc00000u;
 }
+
+inline void store(BFloat16* p, Vec<float> x) { store_bits(p, round_to_bfloat16(x) >> 16); }
 
 inline Vec<float> load(const Float16* p) {
 #if defined(__AVX512F__)
@@ -215,6 +217,34 @@ inline void store_first(V* p, int count, Vec<Arithmetic<V>> x) {
   std::memcpy(p, padded, count * sizeof(V));
 }
 
+// kBlock vectors of consecutive channels. The order of channels over lanes is private to these two functions: pairs of
+// bfloat16 vectors are split into even and odd channels, which costs one instruction each where widening costs two.
+template <int kBlock, typename V>
+M2F_INLINE void load_block(const V* p, Vec<Arithmetic<V>>* out) {
+  constexpr int kStep = kLanes<Arithmetic<V>>;
+  if constexpr (std::is_same_v<V, BFloat16> && kBlock % 2 == 0) {
+    for (int v = 0; v < kBlock; v += 2) {
+      const UInt32Vec pairs = *reinterpret_cast<const UInt32VecUnaligned*>(p + v * kStep);
+      out[v] = reinterpret_cast<Vec<float>>(pairs << 16);
+      out[v + 1] = reinterpret_cast<Vec<float>>(pairs & 0xffff0000u);
+    }
+  } else {
+    for (int v = 0; v < kBlock; ++v) out[v] = load(p + v * kStep);
+  }
+}
+
+template <int kBlock, typename V>
+M2F_INLINE void store_block(V* p, const Vec<Arithmetic<V>>* x) {
+  constexpr int kStep = kLanes<Arithmetic<V>>;
+  if constexpr (std::is_same_v<V, BFloat16> && kBlock % 2 == 0) {
+    for (int v = 0; v < kBlock; v += 2)
+      *reinterpret_cast<UInt32VecUnaligned*>(p + v * kStep) =
+          (round_to_bfloat16(x[v]) >> 16) | (round_to_bfloat16(x[v + 1]) & 0xffff0000u);
+  } else {
+    for (int v = 0; v < kBlock; ++v) store(p + v * kStep, x[v]);
+  }
+}
+
 // Copy `count` elements of type V to or from arithmetic type. `out` and `x` may be touched up to the next full vector.
 template <typename V>
 inline void load_run(const V* p, int64_t count, Arithmetic<V>* out) {
@@ -278,11 +308,50 @@ inline void store_run(void* p, DType dtype, int64_t offset, int64_t count, const
 }
 
 // ---------------------------------------------------------------- reductions
+template <int kLanesTotal, int kBy, int... kI>
+constexpr auto rotated_indices(std::integer_sequence<int, kI...>) {
+  return std::integer_sequence<int, ((kI + kBy) % kLanesTotal)...>{};
+}
+
+// Combines all lanes with `op`; every lane of the result holds it.
+template <typename T, int kBy = kLanes<T> / 2, typename Op>
+M2F_INLINE Vec<T> reduce(Vec<T> x, Op op) {
+  constexpr auto kRotated = rotated_indices<kLanes<T>, kBy>(std::make_integer_sequence<int, kLanes<T>>{});
+  const Vec<T> combined = op(x, shuffle<Vec<T>, IntVec<T>>(x, x, kRotated));
+  if constexpr (kBy == 1) {
+    return combined;
+  } else {
+    return reduce<T, kBy / 2>(combined, op);
+  }
+}
+
 template <typename T>
-inline T horizontal_sum(Vec<T> x) {
-  T sum = 0;
-  for (int i = 0; i < kLanes<T>; ++i) sum += x[i];
-  return sum;
+M2F_INLINE Vec<T> sum_lanes(Vec<T> x) {
+  return reduce<T>(x, [](Vec<T> a, Vec<T> b) { return a + b; });
+}
+
+template <typename T>
+M2F_INLINE Vec<T> max_lanes(Vec<T> x) {
+  return reduce<T>(x, [](Vec<T> a, Vec<T> b) { return a > b ? a : b; });
+}
+
+// table[index] for each lane; the table holds at least one whole vector.
+template <typename T>
+M2F_INLINE Vec<T> look_up(const T* table, [[maybe_unused]] int64_t table_size, IntVec<T> index) {
+#if defined(__AVX512F__)
+  if (table_size <= kLanes<T>) {
+    if constexpr (std::is_same_v<T, float>)
+      return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), load(table));
+    else
+      return _mm512_permutexvar_pd(reinterpret_cast<__m512i>(index), load(table));
+  }
+#elif defined(__AVX2__)
+  if constexpr (std::is_same_v<T, float>)
+    if (table_size <= kLanes<T>) return _mm256_permutevar8x32_ps(load(table), reinterpret_cast<__m256i>(index));
+#endif
+  Vec<T> out{};
+  for (int i = 0; i < kLanes<T>; ++i) out[i] = table[index[i]];
+  return out;
 }
 
 template <int kLanesTotal, int kGroup, int kUpper, int... kI>

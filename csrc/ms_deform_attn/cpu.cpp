@@ -214,7 +214,8 @@ Gradients run_backward(Call& call, const Tensor& grad_output_, bool needs_value,
     if (panels) {
       const int64_t rows = std::accumulate(args.levels.height, args.levels.height + args.levels.count, int64_t{0});
       torch::stable::parallel_for(0, args.n * args.h * rows, 16, [&](int64_t first, int64_t last) {
-        kernel.combine_parts(args, first, last);
+        const Scratch row = allocate((args.d + 64) * sizeof(double));
+        kernel.combine_parts(args, first, last, row.get());
       });
     }
   } else if (needs_value) {

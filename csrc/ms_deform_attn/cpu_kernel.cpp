@@ -94,7 +94,9 @@ struct Samples {
   int* level;
   // Of the current query.
   T *raw_xy, *raw_weight;       // as loaded
-  T *reference;                 // reference_dim values per sample, by component: [4][padded]
+  T* point;                     // the query's reference points, reference_dim values per level
+  Int<T>* point_index;          // where a sample's level starts in it
+  T* reference;                 // the same spread over samples, by component: [4][padded]
   T *probability;               // attention weight before masking (from_offsets: after the softmax)
   T *weight;                    // attention weight, zero where the sample does not contribute
   T *fx, *fy;
@@ -133,6 +135,8 @@ Samples<T> take_samples(const MSDeformAttnArgs& args, Allocator& memory, bool ba
   s.level = memory.take<int>(s.padded);
   s.raw_xy = memory.take<T>(2 * s.padded);
   s.raw_weight = memory.take<T>(s.padded);
+  s.point = memory.take<T>(4 * kMaxLevels);
+  s.point_index = memory.take<Int<T>>(s.padded);
   s.reference = memory.take<T>(4 * s.padded);
   s.probability = memory.take<T>(s.padded);
   s.weight = memory.take<T>(s.padded);
@@ -167,6 +171,7 @@ void set_constants(const MSDeformAttnArgs& args, const Panel& panel, Samples<T>&
       s.row[k] = static_cast<Int<T>>(panel.level[l].row);
       s.inverse_count[k] = T(1) / static_cast<T>(args.levels.points[l]);
       s.level[k] = l;
+      s.point_index[k] = l * args.reference_dim;
     }
   }
   for (; k < s.padded; ++k) {
@@ -175,6 +180,7 @@ void set_constants(const MSDeformAttnArgs& args, const Panel& panel, Samples<T>&
     s.first[k] = s.row[k] = 0;
     s.inverse_count[k] = 0;
     s.level[k] = 0;
+    s.point_index[k] = 0;
   }
 }
 
@@ -226,27 +232,33 @@ inline void load_weights(const MSDeformAttnArgs& args, int64_t n, int64_t q, int
     const Vec<T> x = load(weights + k);
     largest = x > largest ? x : largest;
   }
-  T top = lowest;
-  for (int i = 0; i < kLanes<T>; ++i) top = largest[i] > top ? largest[i] : top;
+  largest = max_lanes<T>(largest);
   Vec<T> sum{};
   for (int64_t k = 0; k < s.padded; k += kLanes<T>) {
-    const Vec<T> e = exp_nonpositive(load(weights + k) - top);
+    const Vec<T> e = exp_nonpositive(load(weights + k) - largest);
     store(s.probability + k, e);
     sum += e;
   }
-  const T inverse = T(1) / horizontal_sum<T>(sum);
+  const Vec<T> inverse = T(1) / sum_lanes<T>(sum);
   for (int64_t k = 0; k < s.padded; k += kLanes<T>) store(s.probability + k, load(s.probability + k) * inverse);
 }
 
 template <typename T>
 inline void load_reference(const MSDeformAttnArgs& args, int64_t n, int64_t q, Samples<T>& s) {
-  alignas(64) T point[kLanes<T> < 4 ? 4 : kLanes<T>];
-  int64_t k = 0;
-  for (int l = 0; l < args.levels.count; ++l) {
-    load_run(args.reference.data, args.reference.dtype, args.reference.offset(n, q, l), args.reference_dim, point);
-    for (int p = 0; p < args.levels.points[l]; ++p, ++k)
-      for (int c = 0; c < args.reference_dim; ++c) s.reference[c * s.padded + k] = point[c];
+  const Rows& rows = args.reference;
+  const int64_t size = args.levels.count * args.reference_dim;
+  if (rows.stride[2] == args.reference_dim) {
+    load_run(rows.data, rows.dtype, rows.offset(n, q, 0), size, s.point);
+  } else {
+    alignas(64) T level[kLanes<T> < 4 ? 4 : kLanes<T>];
+    for (int l = 0; l < args.levels.count; ++l) {
+      load_run(rows.data, rows.dtype, rows.offset(n, q, l), args.reference_dim, level);
+      for (int c = 0; c < args.reference_dim; ++c) s.point[l * args.reference_dim + c] = level[c];
+    }
   }
+  for (int64_t k = 0; k < s.padded; k += kLanes<T>)
+    for (int c = 0; c < args.reference_dim; ++c)
+      store(s.reference + c * s.padded + k, look_up(s.point, size, load_int<T>(s.point_index + k) + c));
 }
 
 // Everything the gather needs, for all K samples at once.
@@ -346,12 +358,13 @@ M2F_INLINE void gather(const Samples<T>& samples, const Corners& corners, Channe
     corners(s, k, d, p);
     const Vec<T> w0 = splat(s.corner[0][k]), w1 = splat(s.corner[1][k]);
     const Vec<T> w2 = splat(s.corner[2][k]), w3 = splat(s.corner[3][k]);
+    Vec<T> value[4][kBlock];
+    for (int corner = 0; corner < 4; ++corner) load_block<kBlock>(p[corner] + channel, value[corner]);
     for (int v = 0; v < kBlock; ++v) {
-      const int64_t c = channel + v * kLanes<T>;
-      upper[v] += w0 * load(p[0] + c);
-      lower[v] += w2 * load(p[2] + c);
-      upper[v] += w1 * load(p[1] + c);
-      lower[v] += w3 * load(p[3] + c);
+      upper[v] += w0 * value[0][v];
+      lower[v] += w2 * value[2][v];
+      upper[v] += w1 * value[1][v];
+      lower[v] += w3 * value[3][v];
     }
   }
   for (int v = 0; v < kBlock; ++v) out[v] = upper[v] + lower[v];
@@ -360,10 +373,10 @@ M2F_INLINE void gather(const Samples<T>& samples, const Corners& corners, Channe
 // Adds `grad` into the value gradient and leaves the products of `grad` with the corner values in s.partial.
 template <int kBlock, bool kScatter, typename V, typename T, typename Corners, typename GradCorners, typename Channels>
 M2F_INLINE void scatter(const Samples<T>& samples, const Corners& corners, const GradCorners& grad_corners, Channels d,
-                        int64_t channel, const T* grad_row) {
+                        int64_t channel, const V* grad_row) {
   const Samples<T> s = samples;
   Vec<T> grad[kBlock];
-  for (int v = 0; v < kBlock; ++v) grad[v] = load(grad_row + channel + v * kLanes<T>);
+  load_block<kBlock>(grad_row + channel, grad);
   for (int64_t k = 0; k < s.k; ++k) {
     V* p[4];
     corners(s, k, d, p);
@@ -372,7 +385,9 @@ M2F_INLINE void scatter(const Samples<T>& samples, const Corners& corners, const
     for (int corner = 0; corner < 4; ++corner) {
       Vec<T>* partial = s.partial + corner * s.padded + k;
       Vec<T> product = channel == 0 ? Vec<T>{} : *partial;
-      for (int v = 0; v < kBlock; ++v) product += grad[v] * load(p[corner] + channel + v * kLanes<T>);
+      Vec<T> value[kBlock];
+      load_block<kBlock>(p[corner] + channel, value);
+      for (int v = 0; v < kBlock; ++v) product += grad[v] * value[v];
       *partial = product;
       if constexpr (kScatter) {
         const Vec<T> weight = splat(s.corner[corner][k]);
@@ -425,6 +440,7 @@ inline void for_each_query(const MSDeformAttnArgs& args, int64_t n, int64_t h, i
       const int64_t ahead = query(i + kPrefetchQueries);
       prefetch_row(args.locations, n, ahead, h, 2 * args.levels.points_total);
       prefetch_row(args.weights, n, ahead, h, args.levels.points_total);
+      if (args.from_offsets) prefetch_row(args.reference, n, ahead, 0, args.levels.count * args.reference_dim);
       if (args.output.data) prefetch_row(args.output, n, ahead, h, args.d);
       if (args.grad_output.data) prefetch_row(args.grad_output, n, ahead, h, args.d);
       if (args.needs_sampling) {
@@ -438,10 +454,11 @@ inline void for_each_query(const MSDeformAttnArgs& args, int64_t n, int64_t h, i
 
 // ---------------------------------------------------------------- forward
 template <typename V>
-size_t forward_layout(const MSDeformAttnArgs& args, Allocator& memory, Samples<Arithmetic<V>>& s, V*& panel) {
+size_t forward_layout(const MSDeformAttnArgs& args, Allocator& memory, Samples<Arithmetic<V>>& s, V*& row, V*& panel) {
   using T = Arithmetic<V>;
   const Panel shape = make_panel<T>(args);
   s = take_samples<T>(args, memory, false);
+  row = memory.take<V>(shape.d);
   panel = memory.take<V>(args.packed ? shape.pixels * shape.d : shape.d);
   return memory.used;
 }
@@ -451,8 +468,8 @@ void forward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task
   using T = Arithmetic<V>;
   Allocator memory{static_cast<char*>(scratch), 0};
   Samples<T> s;
-  V* panel;
-  forward_layout<V>(args, memory, s, panel);
+  V *row, *panel;
+  forward_layout<V>(args, memory, s, row, panel);
   const Panel shape = make_panel<T>(args);
   set_constants(args, shape, s);
   if (!args.packed) std::memset(panel, 0, shape.d * sizeof(V));
@@ -470,18 +487,13 @@ void forward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task
           if (args.from_offsets) load_reference(args, n, q, s);
           prepare(args, n, q, h, s);
           V* out = output + args.output.offset(n, q, h);
+          V* whole = args.d == shape.d ? out : row;
           for_each_block<T>(d, [&](auto block, int64_t channel) {
             Vec<T> sum[block];
             gather<block, V>(s, corners, d, channel, sum);
-            for (int v = 0; v < block; ++v) {
-              const int64_t c = channel + v * kLanes<T>;
-              if (c + kLanes<T> <= args.d) {
-                store(out + c, sum[v]);
-              } else {
-                store_first(out + c, static_cast<int>(args.d - c), sum[v]);
-              }
-            }
+            store_block<block>(whole + channel, sum);
           });
+          if (whole != out) std::memcpy(out, row, args.d * sizeof(V));
         });
       });
     };
@@ -500,17 +512,16 @@ struct BackwardMemory {
   Samples<Arithmetic<V>> samples;
   V* panel;                        // value
   Arithmetic<V>* grad_panel;       // its gradient; null where it lives elsewhere
-  Arithmetic<V>* row;              // output gradient of the current query
-  Arithmetic<V>*out_xy, *out_weight, *out_reference;
+  V* row;                          // output gradient of the current query, padded to whole vectors
+  Arithmetic<V>*out_xy, *out_weight;
 
   size_t layout(const MSDeformAttnArgs& args, Allocator& memory) {
     using T = Arithmetic<V>;
     const Panel shape = make_panel<T>(args);
     samples = take_samples<T>(args, memory, true);
-    row = memory.take<T>(shape.d);
+    row = memory.take<V>(shape.d);
     out_xy = memory.take<T>(2 * samples.padded);
     out_weight = memory.take<T>(samples.padded);
-    out_reference = memory.take<T>(kMaxLevels * 4);
     panel = memory.take<V>(args.packed ? shape.pixels * shape.d : shape.d);
     const bool own_grad = args.packed && args.parts == 1 && args.needs_value;
     grad_panel = memory.take<T>(own_grad ? shape.pixels * shape.d : shape.d);
@@ -542,7 +553,7 @@ inline void store_gradients(const MSDeformAttnArgs& args, int64_t n, int64_t q, 
   if (args.from_offsets) {
     Vec<T> mean{};
     for (int64_t k = 0; k < s.padded; k += kLanes<T>) mean += load(s.probability + k) * load(s.grad_weight + k);
-    const T expected = horizontal_sum<T>(mean);
+    const Vec<T> expected = sum_lanes<T>(mean);
     for (int64_t k = 0; k < s.padded; k += kLanes<T>)
       store(m.out_weight + k, load(s.probability + k) * (load(s.grad_weight + k) - expected));
     grad_weight = m.out_weight;
@@ -590,21 +601,23 @@ inline void store_gradients(const MSDeformAttnArgs& args, int64_t n, int64_t q, 
 // Rows [first, last) of one level of one head's gradient, summed over `parts` panels, into grad_value.
 template <typename V, typename T = Arithmetic<V>>
 void unpack_rows(const MSDeformAttnArgs& args, const Panel& shape, const T* panels, int64_t n, int64_t h, int l,
-                 int64_t first, int64_t last) {
+                 int64_t first, int64_t last, V* row) {
   const int64_t width = args.levels.width[l], panel_size = shape.pixels * shape.d;
   for (int64_t y = first; y < last; ++y) {
     const T* source = panels + (shape.level[l].first + (y + 2) * shape.level[l].row + 1) * shape.d;
     V* out = static_cast<V*>(args.grad_value.data) + args.grad_value.offset(n, args.levels.start[l] + y * width, h);
     for (int64_t x = 0; x < width; ++x, source += shape.d, out += args.grad_value.stride[1]) {
-      for (int64_t c = 0; c < args.d; c += kLanes<T>) {
-        Vec<T> sum = load(source + c);
-        for (int64_t part = 1; part < args.parts; ++part) sum += load(source + part * panel_size + c);
-        if (c + kLanes<T> <= args.d) {
-          store(out + c, sum);
-        } else {
-          store_first(out + c, static_cast<int>(args.d - c), sum);
+      V* whole = args.d == shape.d ? out : row;
+      for_each_block<T>(shape.d, [&](auto block, int64_t channel) {
+        Vec<T> sum[block];
+        for (int v = 0; v < block; ++v) {
+          const T* p = source + channel + v * kLanes<T>;
+          sum[v] = load(p);
+          for (int64_t part = 1; part < args.parts; ++part) sum[v] += load(p + part * panel_size);
         }
-      }
+        store_block<block>(whole + channel, sum);
+      });
+      if (whole != out) std::memcpy(out, row, args.d * sizeof(V));
     }
   }
 }
@@ -618,7 +631,7 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
   const Panel shape = make_panel<T>(args);
   Samples<T>& s = m.samples;
   set_constants(args, shape, s);
-  std::memset(m.row, 0, shape.d * sizeof(T));
+  std::memset(m.row, 0, shape.d * sizeof(V));
   std::memset(static_cast<void*>(s.partial), 0, 4 * s.padded * sizeof(Vec<T>));
   if (!args.packed) std::memset(m.panel, 0, shape.d * sizeof(V));
   int64_t packed_head = -1;
@@ -640,9 +653,10 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
         for_each_query(args, n, h, task % args.parts, [&](int64_t q) {
           if (args.from_offsets) load_reference(args, n, q, s);
           prepare(args, n, q, h, s);
-          load_run(static_cast<const V*>(args.grad_output.data) + args.grad_output.offset(n, q, h), args.d, m.row);
+          const V* grad = static_cast<const V*>(args.grad_output.data) + args.grad_output.offset(n, q, h);
+          if (args.d != shape.d) grad = static_cast<const V*>(std::memcpy(m.row, grad, args.d * sizeof(V)));
           for_each_block<T>(d, [&](auto block, int64_t channel) {
-            scatter<block, kScatter, V>(s, corners, grad_corners, d, channel, m.row);
+            scatter<block, kScatter, V>(s, corners, grad_corners, d, channel, grad);
           });
           finish_samples(s);
           store_gradients<V>(args, n, q, h, m);
@@ -660,7 +674,7 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
       walk_either(PackedCorners<V>{m.panel}, PackedCorners<T>{grad_panel});
       if (args.needs_value && args.parts == 1)
         for (int l = 0; l < args.levels.count; ++l)
-          unpack_rows<V>(args, shape, grad_panel, n, h, l, 0, args.levels.height[l]);
+          unpack_rows<V>(args, shape, grad_panel, n, h, l, 0, args.levels.height[l], m.row);
     } else if constexpr (std::is_same_v<V, T>) {
       V* origin = static_cast<V*>(args.value.data) + args.value.offset(n, 0, h);
       V* grad_origin = static_cast<V*>(args.grad_value.data);
@@ -673,7 +687,7 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
 }
 
 template <typename V>
-void combine_parts(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task) {
+void combine_parts(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
   using T = Arithmetic<V>;
   const Panel shape = make_panel<T>(args);
   int64_t rows = 0;
@@ -684,7 +698,7 @@ void combine_parts(const MSDeformAttnArgs& args, int64_t first_task, int64_t las
     int l = 0;
     for (; y >= args.levels.height[l]; ++l) y -= args.levels.height[l];
     const T* panels = static_cast<const T*>(args.grad_panels) + head * args.parts * shape.pixels * shape.d;
-    unpack_rows<V>(args, shape, panels, head / args.h, head % args.h, l, y, y + 1);
+    unpack_rows<V>(args, shape, panels, head / args.h, head % args.h, l, y, y + 1, static_cast<V*>(scratch));
   }
 }
 
@@ -704,8 +718,8 @@ size_t forward_scratch(const MSDeformAttnArgs& args) {
     using V = decltype(v);
     Allocator measure{nullptr, 0};
     Samples<Arithmetic<V>> s;
-    V* panel;
-    return forward_layout<V>(args, measure, s, panel);
+    V *row, *panel;
+    return forward_layout<V>(args, measure, s, row, panel);
   });
 }
 
@@ -732,8 +746,8 @@ size_t grad_panel(const MSDeformAttnArgs& args) {
   });
 }
 
-void combine_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task) {
-  with_value_type(args.value.dtype, [&](auto v) { combine_parts<decltype(v)>(args, first_task, last_task); });
+void combine_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
+  with_value_type(args.value.dtype, [&](auto v) { combine_parts<decltype(v)>(args, first_task, last_task, scratch); });
 }
 
 }  // namespace

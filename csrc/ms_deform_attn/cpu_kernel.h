@@ -53,9 +53,10 @@ struct MSDeformAttnKernels {
   void (*forward)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
   size_t (*backward_scratch)(const MSDeformAttnArgs&);
   void (*backward)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
-  // Size of one panel of the value gradient, and the sum over parts: tasks are (n, h, row block of a level).
+  // Size of one panel of the value gradient, and the sum over parts: tasks are (n, h, pixel row of any level), scratch
+  // holds one row of channels padded to whole vectors.
   size_t (*grad_panel)(const MSDeformAttnArgs&);
-  void (*combine_parts)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task);
+  void (*combine_parts)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
 };
 
 const MSDeformAttnKernels& ms_deform_attn_kernels_baseline();
