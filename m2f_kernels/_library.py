@@ -81,8 +81,8 @@ def warn_fallback(op: str, device: str) -> None:
     else:
         why = f"lib{library.name}.so is not in use: {library.problem}"
     warnings.warn(
-        f"m2f_kernels.{op} runs on the plain PyTorch reference on '{device}', which is slow and uses much memory: {why}. "
-        "`python -m m2f_kernels.info` shows the whole picture.",
+        f"m2f_kernels.{op} runs on the plain PyTorch reference on '{device}', which is slow and uses much memory: "
+        f"{why}. `python -m m2f_kernels.info` shows the whole picture.",
         RuntimeWarning,
         stacklevel=3,
     )
@@ -94,7 +94,8 @@ def cpu_capability() -> str | None:
     if handle is None:
         return None
     handle.m2f_cpu_capability.restype = ctypes.c_char_p
-    return handle.m2f_cpu_capability().decode()
+    name: bytes = handle.m2f_cpu_capability()
+    return name.decode()
 
 
 def set_cpu_capability(name: str) -> None:

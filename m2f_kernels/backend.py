@@ -84,5 +84,7 @@ def explain(op: str | Callable[..., Any], *args: Any) -> BackendChoice:
     name = op if isinstance(op, str) else op.__name__
     device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), None)
     if device is None:
-        raise ValueError(f"args: expected at least one tensor, which decides the device; got {len(args)} arguments without one")
+        raise ValueError(
+            f"args: expected at least one tensor, which decides the device; got {len(args)} arguments without one"
+        )
     return choose(name, device)

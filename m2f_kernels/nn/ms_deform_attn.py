@@ -30,13 +30,17 @@ class MSDeformAttn(nn.Module):
         ValueError: sizes that do not fit each other.
     """
 
-    def __init__(self, embed_dim: int = 256, num_levels: int = 4, num_heads: int = 8, num_points: int | Sequence[int] = 4) -> None:
+    def __init__(
+        self, embed_dim: int = 256, num_levels: int = 4, num_heads: int = 8, num_points: int | Sequence[int] = 4
+    ) -> None:
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim: expected a multiple of num_heads = {num_heads}; got {embed_dim}")
         points = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
         if len(points) != num_levels or any(p < 1 for p in points):
-            raise ValueError(f"num_points: expected one count, or {num_levels} of them, each at least 1; got {num_points!r}")
+            raise ValueError(
+                f"num_points: expected one count, or {num_levels} of them, each at least 1; got {num_points!r}"
+            )
         self.embed_dim = embed_dim
         self.num_levels = num_levels
         self.num_heads = num_heads
@@ -97,7 +101,9 @@ class MSDeformAttn(nn.Module):
         projected = self.value_proj(value)
         if padding_mask is not None:
             if padding_mask.dtype != torch.bool:
-                raise TypeError(f"padding_mask: expected bool, True where value is padding; got {describe(padding_mask)}")
+                raise TypeError(
+                    f"padding_mask: expected bool, True where value is padding; got {describe(padding_mask)}"
+                )
             check_shape("padding_mask", padding_mask, "[N, S]", (n, s))
             projected = projected.masked_fill(padding_mask[..., None], 0)
         points = sum(self.points_per_level)
@@ -113,4 +119,4 @@ class MSDeformAttn(nn.Module):
         return self.output_proj(out)
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, num_levels={self.num_levels}, num_heads={self.num_heads}, points_per_level={self.points_per_level}"
+        return f"{self.embed_dim}, num_heads={self.num_heads}, points_per_level={self.points_per_level}"

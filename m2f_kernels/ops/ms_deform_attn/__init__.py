@@ -93,9 +93,9 @@ def ms_deform_attn(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     check_floating("value", value, "[N, S, H, D]")
-    n, s, heads, d = value.shape
+    n, s, heads, _ = value.shape
     levels = resolve_levels(spatial_shapes, level_start_index, s)
-    count = len(levels.levels) // 3 or levels.spatial_shapes.shape[0]  # type: ignore[union-attr]
+    count = levels.num_levels
     locations, points = _flatten_points("sampling_locations", sampling_locations, count, points_per_level, ", 2")
     weights, _ = _flatten_points("attention_weights", attention_weights, count, points_per_level, "")
     q = locations.shape[1]
@@ -144,9 +144,9 @@ def ms_deform_attn_from_offsets(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     check_floating("value", value, "[N, S, H, D]")
-    n, s, heads, d = value.shape
+    n, s, heads, _ = value.shape
     levels = resolve_levels(spatial_shapes, level_start_index, s)
-    count = len(levels.levels) // 3 or levels.spatial_shapes.shape[0]  # type: ignore[union-attr]
+    count = levels.num_levels
     offsets, points = _flatten_points("sampling_offsets", sampling_offsets, count, points_per_level, ", 2")
     if isinstance(attention_logits, Tensor) and attention_logits.dim() == 4:
         logits = check_floating("attention_logits", attention_logits, "[N, Q, H, K]")
@@ -157,7 +157,9 @@ def ms_deform_attn_from_offsets(
     check_shape("attention_logits", logits, "[N, Q, H, K]", (n, q, heads, sum(points)))
     check_floating("reference_points", reference_points, "[N, Q, L, 2 or 4]")
     if reference_points.shape[-1] not in (2, 4):
-        raise ValueError(f"reference_points: expected 2 or 4 coordinates in the last axis; got {describe(reference_points)}")
+        raise ValueError(
+            f"reference_points: expected 2 or 4 coordinates in the last axis; got {describe(reference_points)}"
+        )
     if reference_points.shape[2] == 1:
         reference_points = reference_points.expand(-1, -1, count, -1)
     check_shape("reference_points", reference_points, "[N, Q, L, 2 or 4]", (n, q, count, reference_points.shape[-1]))
@@ -195,7 +197,9 @@ def _flatten_points(
 
 def _check_heads(value: Tensor) -> None:
     if value.shape[2] < 1 or value.shape[3] < 1:
-        raise ValueError(f"value: expected at least one head and one channel per head in [N, S, H, D]; got {describe(value)}")
+        raise ValueError(
+            f"value: expected at least one head and one channel per head in [N, S, H, D]; got {describe(value)}"
+        )
 
 
 def _autocast(value: Tensor) -> Tensor:
@@ -209,7 +213,9 @@ def _autocast(value: Tensor) -> Tensor:
 # Registered for every device; the compiled libraries override them on theirs.
 
 
-def _reference_gradients(function: Any, grad_output: Tensor, inputs: list[Tensor], needed: list[bool]) -> tuple[Tensor, ...]:
+def _reference_gradients(
+    function: Any, grad_output: Tensor, inputs: list[Tensor], needed: list[bool]
+) -> tuple[Tensor, ...]:
     with torch.enable_grad():
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
         wanted = [x for x, need in zip(leaves, needed, strict=True) if need]
@@ -217,14 +223,32 @@ def _reference_gradients(function: Any, grad_output: Tensor, inputs: list[Tensor
     return tuple(next(gradients) if need else x.new_empty(0) for x, need in zip(inputs, needed, strict=True))
 
 
-def _ms_deform_attn_reference(value, levels, spatial_shapes, level_start_index, locations, weights, points):  # type: ignore[no-untyped-def]
+def _ms_deform_attn_reference(
+    value: Tensor,
+    levels: list[int],
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    points: list[int],
+) -> Tensor:
     warn_fallback("ms_deform_attn", value.device.type)
-    return reference.ms_deform_attn(value, read_levels(levels, spatial_shapes, level_start_index), locations, weights, points)
+    sizes = read_levels(levels, spatial_shapes, level_start_index)
+    return reference.ms_deform_attn(value, sizes, locations, weights, points)
 
 
-def _ms_deform_attn_backward_reference(  # type: ignore[no-untyped-def]
-    grad_output, value, levels, spatial_shapes, level_start_index, locations, weights, points, needs_value, needs_sampling
-):
+def _ms_deform_attn_backward_reference(
+    grad_output: Tensor,
+    value: Tensor,
+    levels: list[int],
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    locations: Tensor,
+    weights: Tensor,
+    points: list[int],
+    needs_value: bool,
+    needs_sampling: bool,
+) -> tuple[Tensor, ...]:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     return _reference_gradients(
         lambda v, x, a: reference.ms_deform_attn(v, sizes, x, a, points),
@@ -234,29 +258,37 @@ def _ms_deform_attn_backward_reference(  # type: ignore[no-untyped-def]
     )
 
 
-def _from_offsets_reference(  # type: ignore[no-untyped-def]
-    value, levels, spatial_shapes, level_start_index, reference_points, offsets, logits, points, offset_scale
-):
+def _from_offsets_reference(
+    value: Tensor,
+    levels: list[int],
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    points: list[int],
+    offset_scale: float,
+) -> Tensor:
     warn_fallback("ms_deform_attn_from_offsets", value.device.type)
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     return reference.ms_deform_attn_from_offsets(value, sizes, reference_points, offsets, logits, points, offset_scale)
 
 
-def _from_offsets_backward_reference(  # type: ignore[no-untyped-def]
-    grad_output,
-    value,
-    levels,
-    spatial_shapes,
-    level_start_index,
-    reference_points,
-    offsets,
-    logits,
-    points,
-    offset_scale,
-    needs_value,
-    needs_reference,
-    needs_sampling,
-):
+def _from_offsets_backward_reference(
+    grad_output: Tensor,
+    value: Tensor,
+    levels: list[int],
+    spatial_shapes: Tensor | None,
+    level_start_index: Tensor | None,
+    reference_points: Tensor,
+    offsets: Tensor,
+    logits: Tensor,
+    points: list[int],
+    offset_scale: float,
+    needs_value: bool,
+    needs_reference: bool,
+    needs_sampling: bool,
+) -> tuple[Tensor, ...]:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     return _reference_gradients(
         lambda v, r, o, a: reference.ms_deform_attn_from_offsets(v, sizes, r, o, a, points, offset_scale),
@@ -273,6 +305,7 @@ LIBRARY.impl("ms_deform_attn_from_offsets_backward", _from_offsets_backward_refe
 
 
 # ---------------------------------------------------------------- fake kernels
+# Arguments in schema order; only shapes matter, so each names what it needs.
 
 
 def _fake_output(value: Tensor, sampling: Tensor) -> Tensor:
@@ -285,36 +318,26 @@ def _fake_gradients(inputs: list[Tensor], needed: list[bool]) -> tuple[Tensor, .
 
 
 @torch.library.register_fake("m2f::ms_deform_attn", lib=LIBRARY)
-def _(value, levels, spatial_shapes, level_start_index, locations, weights, points):  # type: ignore[no-untyped-def]
+def _(value: Tensor, *rest: Any) -> Tensor:
+    _, _, _, locations, _, _ = rest
     return _fake_output(value, locations)
 
 
 @torch.library.register_fake("m2f::ms_deform_attn_backward", lib=LIBRARY)
-def _(grad, value, levels, shapes, starts, locations, weights, points, needs_value, needs_sampling):  # type: ignore[no-untyped-def]
+def _(grad_output: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, locations, weights, _, needs_value, needs_sampling = rest
     return _fake_gradients([value, locations, weights], [needs_value, needs_sampling, needs_sampling])
 
 
 @torch.library.register_fake("m2f::ms_deform_attn_from_offsets", lib=LIBRARY)
-def _(value, levels, shapes, starts, reference_points, offsets, logits, points, offset_scale):  # type: ignore[no-untyped-def]
+def _(value: Tensor, *rest: Any) -> Tensor:
+    _, _, _, _, offsets, _, _, _ = rest
     return _fake_output(value, offsets)
 
 
 @torch.library.register_fake("m2f::ms_deform_attn_from_offsets_backward", lib=LIBRARY)
-def _(  # type: ignore[no-untyped-def]
-    grad,
-    value,
-    levels,
-    shapes,
-    starts,
-    reference_points,
-    offsets,
-    logits,
-    points,
-    offset_scale,
-    needs_value,
-    needs_reference,
-    needs_sampling,
-):
+def _(grad_output: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    _, _, _, reference_points, offsets, logits, _, _, needs_value, needs_reference, needs_sampling = rest
     return _fake_gradients(
         [value, reference_points, offsets, logits], [needs_value, needs_reference, needs_sampling, needs_sampling]
     )
@@ -344,11 +367,9 @@ def _ms_deform_attn_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     inputs = _saved_inputs(ctx)
     needs = ctx.needs_input_grad
     needs_value, needs_sampling = needs[0], needs[4] or needs[5]
-    op = torch.ops.m2f.ms_deform_attn_backward
-    if needs_value and _deterministic_needs_reference(inputs[0]):
-        op = _ms_deform_attn_backward_reference
-    grads = op(grad_output, *inputs, needs_value, needs_sampling)
-    grad_value, grad_locations, grad_weights = grads
+    use_reference = needs_value and _deterministic_needs_reference(inputs[0])
+    op: Any = _ms_deform_attn_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_backward
+    grad_value, grad_locations, grad_weights = op(grad_output, *inputs, needs_value, needs_sampling)
     return (
         grad_value if needs_value else None,
         *(None, None, None),
@@ -362,11 +383,11 @@ def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     inputs = _saved_inputs(ctx)
     needs = ctx.needs_input_grad
     needs_value, needs_reference, needs_sampling = needs[0], needs[4], needs[5] or needs[6]
-    op = torch.ops.m2f.ms_deform_attn_from_offsets_backward
-    if needs_value and _deterministic_needs_reference(inputs[0]):
-        op = _from_offsets_backward_reference
-    grads = op(grad_output, *inputs, needs_value, needs_reference, needs_sampling)
-    grad_value, grad_reference, grad_offsets, grad_logits = grads
+    use_reference = needs_value and _deterministic_needs_reference(inputs[0])
+    op: Any = _from_offsets_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_from_offsets_backward
+    grad_value, grad_reference, grad_offsets, grad_logits = op(
+        grad_output, *inputs, needs_value, needs_reference, needs_sampling
+    )
     return (
         grad_value if needs_value else None,
         *(None, None, None),
@@ -377,9 +398,7 @@ def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd(
-    "m2f::ms_deform_attn", _ms_deform_attn_vjp, setup_context=_setup_context, lib=LIBRARY
-)
+torch.library.register_autograd("m2f::ms_deform_attn", _ms_deform_attn_vjp, setup_context=_setup_context, lib=LIBRARY)
 torch.library.register_autograd(
     "m2f::ms_deform_attn_from_offsets", _from_offsets_vjp, setup_context=_setup_context, lib=LIBRARY
 )

@@ -29,6 +29,10 @@ class Levels(NamedTuple):
     spatial_shapes: Tensor | None
     level_start_index: Tensor | None
 
+    @property
+    def num_levels(self) -> int:
+        return len(self.levels) // 3 if self.spatial_shapes is None else self.spatial_shapes.shape[0]
+
 
 def _unreadable(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
@@ -56,11 +60,15 @@ def _host_levels(sizes: list[Sequence[int]], starts: Sequence[int] | None, lengt
         flat += [h, w, start]
         total += h * w
     if total != length:
-        raise ValueError(f"spatial_shapes: expected levels that sum to value's {length} positions; got {sizes}, which sum to {total}")
+        raise ValueError(
+            f"spatial_shapes: expected levels that sum to value's {length} positions; got {sizes}, which sum to {total}"
+        )
     return flat
 
 
-def resolve_levels(spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None, length: int) -> Levels:
+def resolve_levels(
+    spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None, length: int
+) -> Levels:
     """Check the description of the levels and bring it into schema form.
 
     Args:
@@ -114,5 +122,6 @@ def read_levels(levels: Sequence[int], spatial_shapes: Tensor | None, level_star
     """The inverse, where reading the tensors is allowed: `(h, w, start)` per level, flattened."""
     if levels:
         return list(levels)
-    assert spatial_shapes is not None and level_start_index is not None
+    if spatial_shapes is None or level_start_index is None:
+        raise ValueError("levels: expected (h, w, start) per level, or spatial_shapes and level_start_index as tensors")
     return torch.cat([spatial_shapes, level_start_index[:, None]], 1).flatten().tolist()

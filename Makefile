@@ -1,0 +1,67 @@
+# `make test` and `make bench` set everything up by themselves in .venv; nothing else needs to be installed but
+# Python >= 3.10, a C++ compiler and make. PYTHON chooses the interpreter, M2F_CUDA=auto|on|off the CUDA library.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+STAMP := $(VENV)/.stamp
+# What an installation in .venv is made from; the package itself is installed editable.
+SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
+CXX_FILES := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
+
+.PHONY: test test-slow bench lint format gpu resources clean
+
+# torch is pinned and goes first: resolved as somebody's dependency it may arrive with gigabytes of CUDA.
+$(STAMP)-venv: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	$(PIP) install 'setuptools>=77' numpy cmake ninja
+	@touch $@
+
+# The isolated build would download torch again.
+$(STAMP)-package: $(STAMP)-venv $(SOURCES)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip --disable-pip-version-check install --no-build-isolation -v -e '.[test]' \
+		> $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
+	@sed -n '/^ *m2f-kernels$$/,/ into /p' $(VENV)/install.log
+	@touch $@
+
+$(STAMP)-bench: $(STAMP)-package
+	$(PIP) install $(TORCH) '.[bench]' --no-build-isolation --no-deps
+	@touch $@
+
+$(STAMP)-lint: $(STAMP)-venv
+	$(PIP) install ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	@touch $@
+
+test: $(STAMP)-package
+	$(BIN)/python -m pytest $(ARGS)
+
+# Minutes and gigabytes.
+test-slow: $(STAMP)-package
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(STAMP)-bench
+	$(BIN)/python -m benchmarks.run $(ARGS)
+
+lint: $(STAMP)-package $(STAMP)-lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+
+format: $(STAMP)-lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+# Registers, shared memory and spills of every CUDA kernel on every shipped architecture; needs nvcc, no GPU.
+resources: $(STAMP)-venv
+	$(BIN)/python csrc/report_resources.py --check --output benchmarks/results/static/ms_deform_attn_resources.md
+
+# On a machine with a GPU, in the Python that has its torch: suite, compute-sanitizer, benchmark, all into one folder.
+gpu:
+	PYTHON=$(PYTHON) bash benchmarks/gpu.sh
+
+clean:
+	rm -rf build dist m2f_kernels/lib $(STAMP)-package
