@@ -105,7 +105,8 @@ struct Call {
       reference = unit_stride_last(*reference);
       args.from_offsets = true;
       args.reference_dim = static_cast<int>(reference->size(reference->dim() - 1));
-      STD_TORCH_CHECK(args.reference_dim == 2 || args.reference_dim == 4, "reference_points: expected 2 or 4 coordinates");
+      STD_TORCH_CHECK(args.reference_dim == 2 || args.reference_dim == 4,
+                      "reference_points: expected 2 or 4 coordinates");
       check_sizes(*reference, "reference_points", {args.n, args.q, args.levels.count, args.reference_dim});
       args.reference = rows_of(*reference, "reference_points");
       args.offset_scale = offset_scale;
@@ -156,7 +157,9 @@ struct Gradients {
 
 // A contiguous tensor [N, Q, H, ...] and its rows.
 Rows contiguous_rows(const Tensor& tensor, int64_t row) {
-  return {tensor.data_ptr(), dtype_of(tensor, "gradient"), {tensor.size(1) * tensor.size(2) * row, tensor.size(2) * row, row}};
+  return {tensor.data_ptr(),
+          dtype_of(tensor, "gradient"),
+          {tensor.size(1) * tensor.size(2) * row, tensor.size(2) * row, row}};
 }
 
 Tensor new_contiguous(const Tensor& like) {
@@ -185,8 +188,7 @@ Gradients run_backward(Call& call, const Tensor& grad_output_, bool needs_value,
 
   Gradients grads{needs_value ? new_contiguous(call.value) : not_needed(call.value),
                   needs_sampling ? new_contiguous(call.locations) : not_needed(call.locations),
-                  needs_sampling ? new_contiguous(call.weights) : not_needed(call.weights),
-                  not_needed(call.value)};
+                  needs_sampling ? new_contiguous(call.weights) : not_needed(call.weights), not_needed(call.value)};
   if (needs_value) args.grad_value = contiguous_rows(grads.value, args.d);
   if (needs_sampling) {
     args.grad_locations = contiguous_rows(grads.locations, 2 * args.levels.points_total);
