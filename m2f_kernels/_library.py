@@ -8,6 +8,7 @@ kept in `LIBRARIES` for :mod:`m2f_kernels.info` and for the one-time fallback wa
 from __future__ import annotations
 
 import ctypes
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,26 @@ def _load_all() -> dict[str, NativeLibrary]:
 #: By device type. A device that is not a key here is served by the reference.
 LIBRARIES = _load_all()
 
+
+def cpu_capability() -> str | None:
+    """Instruction set in use by the CPU library: 'avx512', 'avx2' or 'baseline'; None without the library."""
+    handle = LIBRARIES["cpu"].handle
+    if handle is None:
+        return None
+    handle.m2f_cpu_capability.restype = ctypes.c_char_p
+    name: bytes = handle.m2f_cpu_capability()
+    return name.decode()
+
+
+_wish = os.environ.get("M2F_CPU_CAPABILITY")
+if _wish is not None and LIBRARIES["cpu"].loaded and cpu_capability() != _wish:
+    warnings.warn(
+        f"M2F_CPU_CAPABILITY: expected an instruction set that this processor has, of 'avx512', 'avx2', 'baseline'; "
+        f"got {_wish!r}, using {cpu_capability()!r}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
 _warned: set[tuple[str, str]] = set()
 
 
@@ -86,16 +107,6 @@ def warn_fallback(op: str, device: str) -> None:
         RuntimeWarning,
         stacklevel=3,
     )
-
-
-def cpu_capability() -> str | None:
-    """Instruction set in use by the CPU library: 'avx512', 'avx2' or 'baseline'; None without the library."""
-    handle = LIBRARIES["cpu"].handle
-    if handle is None:
-        return None
-    handle.m2f_cpu_capability.restype = ctypes.c_char_p
-    name: bytes = handle.m2f_cpu_capability()
-    return name.decode()
 
 
 def set_cpu_capability(name: str) -> None:

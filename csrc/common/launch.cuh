@@ -35,15 +35,21 @@ __device__ __forceinline__ bool has_vector_reductions() {
 
 __device__ __forceinline__ void reduce_add_vector4(float* address, float a, float b, float c, float d) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
-               :
-               : "l"(__cvta_generic_to_global(address)), "f"(a), "f"(b), "f"(c), "f"(d)
-               : "memory");
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "f"(a), "f"(b),
+               "f"(c), "f"(d));
 #endif
 }
 
-// base + index * row_bytes in one instruction: written in C++, the compiler splits the product and rebuilds the base for
-// every access of a loop.
+// Not atomicAdd: where the compiler cannot tell that an address is global, it also emits a loop for shared memory.
+__device__ __forceinline__ void reduce_add(float* address, float x) {
+  asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "f"(x));
+}
+__device__ __forceinline__ void reduce_add(double* address, double x) {
+  asm volatile("red.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "d"(x));
+}
+
+// base + index * row_bytes in one instruction: written in C++, the compiler splits the product and rebuilds the base
+// for every access of a loop.
 template <typename T>
 __device__ __forceinline__ T* advance_rows(T* base, unsigned index, unsigned row_bytes) {
   T* out;
@@ -55,7 +61,7 @@ __device__ __forceinline__ T* advance_rows(T* base, unsigned index, unsigned row
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
-  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
 }
 
 }  // namespace m2f

@@ -1,4 +1,5 @@
-// Loads, stores, conversions and atomic additions of channel vectors, and scalars whose dtype is known at run time only.
+// Loads, stores, conversions and atomic additions of channel vectors, and scalars whose dtype is known at run time
+// only.
 #pragma once
 
 #include <cstdint>
@@ -116,9 +117,8 @@ struct Vector<T, 8> : Raw16 {
     Pair16<T>::unpack(raw.w, out[6], out[7]);
   }
   static __device__ __forceinline__ void store(T* p, const float (&x)[8]) {
-    __stcs(reinterpret_cast<uint4*>(p),
-           make_uint4(Pair16<T>::pack(x[0], x[1]), Pair16<T>::pack(x[2], x[3]), Pair16<T>::pack(x[4], x[5]),
-                      Pair16<T>::pack(x[6], x[7])));
+    __stcs(reinterpret_cast<uint4*>(p), make_uint4(Pair16<T>::pack(x[0], x[1]), Pair16<T>::pack(x[2], x[3]),
+                                                   Pair16<T>::pack(x[4], x[5]), Pair16<T>::pack(x[6], x[7])));
   }
 };
 
@@ -133,28 +133,35 @@ __device__ __forceinline__ void atomic_add(A* address, const A (&x)[kCount]) {
     }
   }
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) atomicAdd(address + i, x[i]);
+  for (int i = 0; i < kCount; ++i) reduce_add(address + i, x[i]);
 }
 
 // Scalars in a dtype that is a kernel argument: the branch is uniform over the grid, which spares a kernel per dtype.
 template <typename A>
 __device__ __forceinline__ A load_scalar(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::kFloat64: return static_cast<A>(load_element(static_cast<const double*>(data) + index));
-    case DType::kFloat32: return load_element(static_cast<const float*>(data) + index);
-    case DType::kBFloat16: return to_accumulator(load_element(static_cast<const __nv_bfloat16*>(data) + index));
-    default: return to_accumulator(load_element(static_cast<const __half*>(data) + index));
+    case DType::kFloat64:
+      return static_cast<A>(load_element(static_cast<const double*>(data) + index));
+    case DType::kFloat32:
+      return load_element(static_cast<const float*>(data) + index);
+    case DType::kBFloat16:
+      return to_accumulator(load_element(static_cast<const __nv_bfloat16*>(data) + index));
+    default:
+      return to_accumulator(load_element(static_cast<const __half*>(data) + index));
   }
 }
 
 template <typename A>
 __device__ __forceinline__ void store_scalar(void* data, DType dtype, int64_t index, A x) {
   switch (dtype) {
-    case DType::kFloat64: return store_element(static_cast<double*>(data) + index, static_cast<double>(x));
-    case DType::kFloat32: return store_element(static_cast<float*>(data) + index, static_cast<float>(x));
+    case DType::kFloat64:
+      return store_element(static_cast<double*>(data) + index, static_cast<double>(x));
+    case DType::kFloat32:
+      return store_element(static_cast<float*>(data) + index, static_cast<float>(x));
     case DType::kBFloat16:
       return store_element(static_cast<__nv_bfloat16*>(data) + index, static_cast<float>(x));
-    default: return store_element(static_cast<__half*>(data) + index, static_cast<float>(x));
+    default:
+      return store_element(static_cast<__half*>(data) + index, static_cast<float>(x));
   }
 }
 

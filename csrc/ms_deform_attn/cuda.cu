@@ -1,6 +1,4 @@
 // Multi-scale deformable attention on CUDA: the bindings. The kernels are in cuda_kernels.cuh.
-#include "ms_deform_attn/cuda_kernels.cuh"
-
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -9,6 +7,7 @@
 #include <tuple>
 
 #include "common/torch_args.h"
+#include "ms_deform_attn/cuda_kernels.cuh"
 #include "ms_deform_attn/torch_levels.h"
 
 namespace m2f {
@@ -43,8 +42,8 @@ void check_device(const Tensor& tensor, const Tensor& value, const char* name) {
 int64_t stride_of(const Tensor& tensor, int64_t axis) { return tensor.size(axis) > 1 ? tensor.stride(axis) : 0; }
 
 Strided strided(const Tensor& tensor, const char* name) {
-  return {tensor.data_ptr(),    dtype_of(tensor, name), false, stride_of(tensor, 0),
-          stride_of(tensor, 1), stride_of(tensor, 2),   stride_of(tensor, 3)};
+  return {tensor.data_ptr(),    dtype_of(tensor, name), false, stride_of(tensor, 0), stride_of(tensor, 1),
+          stride_of(tensor, 2), stride_of(tensor, 3)};
 }
 
 // The arguments of all operators. `points` are sampling locations or offsets, `weights` attention weights or logits;

@@ -5,7 +5,8 @@
 //   device memory        value 22.0 MB + output 22.0 MB + offsets 16.5 MB + logits 8.3 MB = 69 MB (94 MB where
 //                        locations and weights are fp32): 21 us at an H100's 3.35 TB/s, 14 us at an H200's 4.8 TB/s
 //   L1                   1.06 GB / (132 SMs * 128 B * 1.755 GHz = 29.6 TB/s) = 36 us: the floor when offsets are local
-//   L2                   1.06 GB / ~5.5 TB/s = 190 us: the floor when every corner misses L1 (random offsets); with each
+//   L2                   1.06 GB / ~5.5 TB/s = 190 us: the floor when every corner misses L1 (random offsets); with
+//   each
 //                        line used 6.2 times (below), 31 us
 //   arithmetic           0.53 G fused multiply-adds = 16 us at 67 TFLOP/s; unpacking bf16 costs as many instructions
 //                        again, so issue slots (about 100 per warp and sample, 52 M, 56 us) weigh as much as L1
@@ -38,9 +39,9 @@
 // Backward. A lane's four dot products with grad_output are summed over the group by shuffles that also transpose (3
 // for 4 lanes, 4 for 8, instead of 8 and 12), and the lane which prepared a sample turns its four dots into gradients.
 // Value gradients are added in fp32 (fp64): 16.5 M corners * 128 B = 2.1 GB of reductions, the floor of the backward.
-// On sm_90 and later they are 16 bytes per instruction and lane. Before, each lane of a group holds one channel, so that a
-// warp's scalar reductions are consecutive. Everything but the value gradient is deterministic: the
-// softmax's sum over samples and reference points' over points live in shared memory, the sum over heads in a second pass.
+// On sm_90 and later they are 16 bytes per instruction and lane. Before, each lane of a group holds one channel, so
+// that a warp's scalar reductions are consecutive. Everything but the value gradient is deterministic: the softmax's
+// sum over samples and reference points' over points live in shared memory, the sum over heads in a second pass.
 // Duplicate corners within a warp are not merged: that takes 8 shuffles per corner and step to save at most one
 // reduction of two 16-byte halves.
 #pragma once
@@ -134,11 +135,11 @@ __device__ __forceinline__ void build_level_table(const DeformAttnArgs& args, Le
       height = __ldg(shapes + 2 * thread);
       width = __ldg(shapes + 2 * thread + 1);
       start = __ldg(reinterpret_cast<const long long*>(args.device_starts) + thread);
-      if (height < 1 || width < 1 || start < 0 || start > args.positions ||
-          height > (args.positions - start) / width) {
-        M2F_DEVICE_TRAP("ms_deform_attn: level %d of %lld x %lld starting at %lld does not lie within value's %d positions\n",
-                        thread, static_cast<long long>(height), static_cast<long long>(width),
-                        static_cast<long long>(start), args.positions);
+      if (height < 1 || width < 1 || start < 0 || start > args.positions || height > (args.positions - start) / width) {
+        M2F_DEVICE_TRAP(
+            "ms_deform_attn: level %d of %lld x %lld starting at %lld does not lie within value's %d positions\n",
+            thread, static_cast<long long>(height), static_cast<long long>(width), static_cast<long long>(start),
+            args.positions);
       }
     }
     table.height[thread] = static_cast<int>(height);
@@ -283,8 +284,25 @@ template <typename A>
 struct Sample {
   Corners<A> corners;
   A attention;
-  A step_x, step_y;  // pixels per unit of the points tensor
 };
+
+// Pixels per unit of the points tensor, along x and y.
+template <typename A, bool kFromOffsets>
+__device__ __forceinline__ void pixel_steps(const DeformAttnArgs& args, const LevelTable& table,
+                                            const Sampler<A, kFromOffsets>& sampler, int level, A& step_x, A& step_y) {
+  step_x = static_cast<A>(table.width[level]);
+  step_y = static_cast<A>(table.height[level]);
+  if constexpr (kFromOffsets) {
+    if (args.reference_size == 4) {
+      const int64_t size = sampler.reference + level * args.reference.k + 2;
+      const A scale = static_cast<A>(args.offset_scale) / args.levels.points[level];
+      step_x *= load_scalar<A>(args.reference.data, args.reference.dtype, size) * scale;
+      step_y *= load_scalar<A>(args.reference.data, args.reference.dtype, size + 1) * scale;
+    } else {
+      step_x = step_y = 1;
+    }
+  }
+}
 
 // Sample k of the group; `level` is that of the lane's previous sample, from which the search goes on.
 template <typename A, bool kFromOffsets>
@@ -294,30 +312,20 @@ __device__ __forceinline__ Sample<A> read_sample(const DeformAttnArgs& args, con
   Sample<A> sample;
   A x = -INFINITY, y = -INFINITY;  // outside every level
   int height = 0, width = 0;
-  sample.attention = sample.step_x = sample.step_y = 0;
+  sample.attention = 0;
   if (wanted) {
     while (k >= table.first_point[level + 1]) ++level;
     height = table.height[level];
     width = table.width[level];
-    const A w = static_cast<A>(width), h = static_cast<A>(height);
     sampler.point(args, k, x, y);
+    A step_x, step_y;
+    pixel_steps(args, table, sampler, level, step_x, step_y);
+    x = x * step_x - A(0.5);
+    y = y * step_y - A(0.5);
     if constexpr (kFromOffsets) {
       const int64_t index = sampler.reference + level * args.reference.k;
-      const A rx = load_scalar<A>(args.reference.data, args.reference.dtype, index);
-      const A ry = load_scalar<A>(args.reference.data, args.reference.dtype, index + 1);
-      sample.step_x = sample.step_y = 1;
-      if (args.reference_size == 4) {
-        const A scale = static_cast<A>(args.offset_scale) / args.levels.points[level];
-        sample.step_x = load_scalar<A>(args.reference.data, args.reference.dtype, index + 2) * scale * w;
-        sample.step_y = load_scalar<A>(args.reference.data, args.reference.dtype, index + 3) * scale * h;
-      }
-      x = rx * w + x * sample.step_x - A(0.5);
-      y = ry * h + y * sample.step_y - A(0.5);
-    } else {
-      sample.step_x = w;
-      sample.step_y = h;
-      x = x * w - A(0.5);
-      y = y * h - A(0.5);
+      x += load_scalar<A>(args.reference.data, args.reference.dtype, index) * width;
+      y += load_scalar<A>(args.reference.data, args.reference.dtype, index + 1) * height;
     }
     sample.attention = sampler.attention(args, k);
   }
@@ -352,8 +360,17 @@ struct Rows {
 
 // ---------------------------------------------------------------- forward
 
+// Blocks per SM that the registers have to leave room for: as many as compile without spills.
+template <typename T, int kVec>
+__host__ __device__ constexpr int forward_blocks() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+  if (kVec == 8) return 3;  // addresses take more registers there
+#endif
+  return sizeof(T) == 8 ? 2 : 4;
+}
+
 template <typename T, int kVec, bool kFromOffsets>
-__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 4)
+__global__ void __launch_bounds__(kMaxThreads, forward_blocks<T, kVec>())
     ms_deform_attn_forward_kernel(const __grid_constant__ DeformAttnArgs args) {
   using A = Accumulator<T>;
   M2F_DYNAMIC_SHARED(shared);
@@ -405,8 +422,8 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 ? 2 : 4)
             }
           }
           if (query >= 0 && channel < args.channels) {
-            T* out = static_cast<T*>(args.output) +
-                     ((n * args.queries + query) * args.heads + head) * args.channels + channel;
+            T* out = static_cast<T*>(args.output) + ((n * args.queries + query) * args.heads + head) * args.channels +
+                     channel;
             Vector<T, kVec>::store(out, sum);
           }
         }
@@ -443,7 +460,7 @@ __device__ __forceinline__ void reduce_dots(A (&dot)[4], int lanes_log2, int mem
 }
 
 template <typename T, int kVec, bool kFromOffsets>
-__global__ void __launch_bounds__(kMaxThreads, 2)
+__global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 || kFromOffsets ? 2 : 3)
     ms_deform_attn_backward_kernel(const __grid_constant__ DeformAttnArgs args) {
   using A = Accumulator<T>;
   M2F_DYNAMIC_SHARED(shared);
@@ -451,14 +468,15 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
   auto* positions = reinterpret_cast<Quad<int>*>(shared + kTableBytes);
   auto* weights = reinterpret_cast<Quad<A>*>(positions + blockDim.x);
   auto* dots = weights + blockDim.x;
+  auto* prepared = dots + blockDim.x;  // fx, fy and attention weight of the lane's sample: off its registers meanwhile
   build_level_table(args, table);
 
   const Lane lane(args.lanes_log2);
   const int lanes = 1 << args.lanes_log2;
   const int samples = args.levels.points_total;
   // Per group: gradients of the attention weights, then where wanted of the normalised locations' x and y.
-  A* const history = reinterpret_cast<A*>(dots + blockDim.x) +
-                     static_cast<int64_t>(lane.group_in_block) * samples * args.history;
+  A* const history =
+      reinterpret_cast<A*>(prepared + blockDim.x) + static_cast<int64_t>(lane.group_in_block) * samples * args.history;
   const bool needs_value = args.grad_value != nullptr;
   const bool needs_sampling = args.grad_points != nullptr;
   const bool needs_reference = kFromOffsets && args.grad_reference != nullptr;
@@ -485,16 +503,19 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         if (active && one_chunk && lane.member * kVec < args.channels) {
           raw_grad = Vector<T, kVec>::load(grad_output + lane.member * kVec);
         }
-        A weighted_sum = 0;  // sum over this lane's samples of weight * gradient of the weight
+        A weighted_sum = 0;  // over this lane's samples, of weight * gradient of the weight
         int level = 0;
         for (int k = 0; k < samples; k += lanes) {
           const int own = k + lane.member;
           const bool wanted = active && own < samples;
-          const Sample<A> sample = read_sample(args, table, sampler, wanted, own, level);
-          __syncwarp();  // the previous round has been read
-          positions[lane.slot(lane.member)] = sample.corners.position;
-          weights[lane.slot(lane.member)] = corner_weights(sample.corners, sample.attention);
-          __syncwarp();
+          {
+            const Sample<A> sample = read_sample(args, table, sampler, wanted, own, level);
+            __syncwarp();  // the previous round has been read
+            positions[lane.slot(lane.member)] = sample.corners.position;
+            weights[lane.slot(lane.member)] = corner_weights(sample.corners, sample.attention);
+            prepared[threadIdx.x] = {{sample.corners.fx, sample.corners.fy, sample.attention}};
+            __syncwarp();
+          }
           const int count = min(lanes, samples - k);
           for (int i = 0; i < count; ++i) {
             const Quad<int> position = positions[lane.slot(i)];
@@ -536,23 +557,30 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
           if (!needs_dots) continue;
           __syncwarp();
           if (!wanted) continue;
-          const Quad<A> dot = dots[lane.slot(lane.member)];
-          const A fx = sample.corners.fx, fy = sample.corners.fy;
+          const Quad<int> position = positions[lane.slot(lane.member)];
+          const bool contributes = (position.at[0] & position.at[1] & position.at[2] & position.at[3]) >= 0;
+          const A attention = prepared[threadIdx.x].at[2];
           A grad_weight = 0, grad_x = 0, grad_y = 0;  // with respect to pixels
-          if (sample.corners.contributes) {
+          A grad_point_x = 0, grad_point_y = 0;
+          if (contributes) {  // otherwise some factors may not be finite, and must not meet a zero
+            const Quad<A> dot = dots[lane.slot(lane.member)];
+            const A fx = prepared[threadIdx.x].at[0], fy = prepared[threadIdx.x].at[1];
             const A top = (1 - fx) * dot.at[0] + fx * dot.at[1];
             const A bottom = (1 - fx) * dot.at[2] + fx * dot.at[3];
             grad_weight = (1 - fy) * top + fy * bottom;
-            grad_x = sample.attention * ((1 - fy) * (dot.at[1] - dot.at[0]) + fy * (dot.at[3] - dot.at[2]));
-            grad_y = sample.attention * (bottom - top);
+            grad_x = attention * ((1 - fy) * (dot.at[1] - dot.at[0]) + fy * (dot.at[3] - dot.at[2]));
+            grad_y = attention * (bottom - top);
+            A step_x, step_y;
+            pixel_steps(args, table, sampler, level, step_x, step_y);
+            grad_point_x = grad_x * step_x;
+            grad_point_y = grad_y * step_y;
           }
           if (needs_sampling) {
-            const bool inside = sample.corners.contributes;  // a step that is not finite must not meet a zero
-            store_pair(args.grad_points, args.points.dtype, 2 * (group_index * samples + own),
-                       inside ? grad_x * sample.step_x : A(0), inside ? grad_y * sample.step_y : A(0));
+            store_pair(args.grad_points, args.points.dtype, 2 * (group_index * samples + own), grad_point_x,
+                       grad_point_y);
           }
           if constexpr (kFromOffsets) {
-            weighted_sum += sample.attention * grad_weight;
+            weighted_sum += attention * grad_weight;
             history[own] = grad_weight;
             if (needs_reference) {
               history[samples + own] = grad_x * table.width[level];
@@ -564,9 +592,10 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
         }
 
         if constexpr (kFromOffsets) {
-          const A mean = group_sum(weighted_sum, args.lanes_log2);
-          if (needs_sampling && active) {
-            for (int k = lane.member; k < samples; k += lanes) {
+          if (needs_sampling) {
+            // The softmax's Jacobian: weight * (gradient - weighted mean of the gradients).
+            const A mean = group_sum(weighted_sum, args.lanes_log2);
+            for (int k = lane.member; active && k < samples; k += lanes) {
               store_scalar(args.grad_weights, args.weights.dtype, group_index * samples + k,
                            sampler.attention(args, k) * (history[k] - mean));
             }
@@ -590,7 +619,6 @@ __global__ void __launch_bounds__(kMaxThreads, 2)
               }
               static_cast<A*>(args.grad_reference)[group_index * args.levels.count * size + i] = sum;
             }
-            __syncwarp();  // the next query's history overwrites this one
           }
         }
       }
@@ -672,7 +700,7 @@ inline Geometry choose_geometry(DeformAttnArgs& args, int vec, bool backward, bo
   int64_t threads = kMaxThreads;
   int64_t shared = 0;
   const auto measure = [&] {
-    shared = kTableBytes + threads * (16 + 4 * accumulator_bytes * (backward ? 2 : 1)) +
+    shared = kTableBytes + threads * (16 + 4 * accumulator_bytes * (backward ? 3 : 1)) +
              (threads >> args.lanes_log2) * args.levels.points_total * args.history * accumulator_bytes;
   };
   const auto blocks = [&] {
@@ -699,10 +727,9 @@ inline Geometry choose_geometry(DeformAttnArgs& args, int vec, bool backward, bo
   int64_t tiles = ((static_cast<int64_t>(args.queries) - 1) >> args.queries_log2) + 1;
   if (args.queries == args.positions) {
     // Sizes that only the device knows: enough blocks for levels of common shapes; blocks stride over the rest.
-    tiles = args.device_shapes != nullptr
-                ? tiles + args.levels.count
-                : std::max(tiles, tiles_of_levels(args.levels, args.tile_width_log2,
-                                                  args.queries_log2 - args.tile_width_log2));
+    tiles = args.device_shapes != nullptr ? tiles + args.levels.count
+                                          : std::max(tiles, tiles_of_levels(args.levels, args.tile_width_log2,
+                                                                            args.queries_log2 - args.tile_width_log2));
   }
   tiles = std::min<int64_t>(tiles, 0x7fffffff / args.heads);
   return {dim3(static_cast<unsigned>(tiles * args.heads), static_cast<unsigned>(std::min<int64_t>(args.batch, 65535))),
@@ -751,10 +778,14 @@ constexpr int64_t kMaxRowBytes = 0xffffffff;
 inline void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& device, cudaStream_t stream) {
   const bool from_offsets = args.reference.data != nullptr;
   switch (args.dtype) {
-    case DType::kFloat64: return launch_kernel<double, 1>(args, from_offsets, device, stream);
-    case DType::kFloat32: return launch_widest<float, 4>(args, device, from_offsets, stream);
-    case DType::kBFloat16: return launch_widest<__nv_bfloat16, 8>(args, device, from_offsets, stream);
-    case DType::kFloat16: return launch_widest<__half, 8>(args, device, from_offsets, stream);
+    case DType::kFloat64:
+      return launch_kernel<double, 1>(args, from_offsets, device, stream);
+    case DType::kFloat32:
+      return launch_widest<float, 4>(args, device, from_offsets, stream);
+    case DType::kBFloat16:
+      return launch_widest<__nv_bfloat16, 8>(args, device, from_offsets, stream);
+    case DType::kFloat16:
+      return launch_widest<__half, 8>(args, device, from_offsets, stream);
   }
 }
 
@@ -768,7 +799,8 @@ inline void launch_round_gradient(const float* sum, void* out, DType dtype, int6
                                   cudaStream_t stream) {
   const dim3 grid = grid_for((count + 7) / 8, device);
   if (dtype == DType::kBFloat16) {
-    launch(round_gradient<__nv_bfloat16>, grid, dim3(kMaxThreads), 0, stream, sum, static_cast<__nv_bfloat16*>(out), count);
+    launch(round_gradient<__nv_bfloat16>, grid, dim3(kMaxThreads), 0, stream, sum, static_cast<__nv_bfloat16*>(out),
+           count);
   } else {
     launch(round_gradient<__half>, grid, dim3(kMaxThreads), 0, stream, sum, static_cast<__half*>(out), count);
   }

@@ -9,11 +9,11 @@ constexpr int kMaxLevels = 16;
 
 struct Levels {
   int count;
-  int points_total;               // K: the sum of points over levels
-  int points[kMaxLevels];         // points of each level, per query and head
+  int points_total;        // K: the sum of points over levels
+  int points[kMaxLevels];  // points of each level, per query and head
   int64_t height[kMaxLevels];
   int64_t width[kMaxLevels];
-  int64_t start[kMaxLevels];      // first position in value
+  int64_t start[kMaxLevels];  // first position in value
 };
 
 }  // namespace m2f
