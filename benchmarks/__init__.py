@@ -1,0 +1,27 @@
+"""Benchmarks of every operator against its peers, its reference and the hardware's floor.
+
+`python -m benchmarks.run` measures and writes `benchmarks/results/<device>/`;
+`pytest benchmarks` runs the same cases under pytest-benchmark.
+
+To add an operator: write `benchmarks/bench_<op>.py` with a module-level
+`BENCHMARK = Benchmark(...)` (see `benchmarks/cases.py`) and add a line to `REGISTRY`.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from benchmarks.cases import Benchmark
+
+#: Operator -> module that defines its `BENCHMARK`.
+REGISTRY: dict[str, str] = {
+    "ms_deform_attn": "benchmarks.bench_ms_deform_attn",
+}
+
+
+def load(op: str) -> Benchmark:
+    """The benchmark of an operator in `REGISTRY`."""
+    benchmark: Benchmark = import_module(REGISTRY[op]).BENCHMARK
+    return benchmark

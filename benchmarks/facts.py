@@ -1,0 +1,115 @@
+"""What a measurement depends on: machine, driver, versions, threads, allocator."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+
+import m2f_kernels
+from benchmarks import peers
+from m2f_kernels import backend
+
+#: Allocator settings on CPU: environment of a fresh process. Large PyTorch temporaries cost page faults under glibc's
+#: defaults; with the heap retained and huge pages they do not. Every CPU ratio is shown under both.
+CPU_SETTINGS: dict[str, dict[str, str]] = {
+    "default": {},
+    "heap retained": {
+        "MALLOC_TOP_PAD_": str(1 << 30),
+        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+        "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+        "THP_MEM_ALLOC_ENABLE": "1",
+    },
+}
+#: On CUDA there is one: PyTorch's caching allocator. deformops may compile its CUDA kernels: its best is measured.
+CUDA_SETTINGS: dict[str, dict[str, str]] = {"cuda": {"DEFORMOPS_COMPILE": "fallback"}}
+
+_ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
+
+
+def settings(device: str) -> dict[str, dict[str, str]]:
+    return CUDA_SETTINGS if device == "cuda" else CPU_SETTINGS
+
+
+def environment(extra: dict[str, str]) -> dict[str, str]:
+    """This process's environment with every allocator variable replaced by `extra`."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_ALLOCATOR_VARIABLES)}
+    return kept | extra
+
+
+def _output(*command: str) -> str:
+    try:
+        here = Path(__file__).parent
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True, cwd=here)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout.strip()
+
+
+def cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    return torch.cuda.get_device_name(0) if device == "cuda" else cpu_name()
+
+
+def device_slug(device: str) -> str:
+    """Name of the results folder: 'cpu-amd-epyc', 'nvidia-h100-80gb-hbm3'."""
+    name = re.sub(r"\((r|tm)\)|\b(cpu|processor|\d+-core)\b|@.*", " ", device_name(device).lower())
+    slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
+    return slug if device == "cuda" else f"cpu-{slug}"
+
+
+def _commit() -> str:
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return "not a git checkout"
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    return commit + (" + uncommitted changes" if changed else "")
+
+
+def gather(device: str, ops: list[str]) -> dict[str, str]:
+    """Everything the report states about where and with what it was measured."""
+    facts = {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "device": device_name(device),
+        "cpu": f"{cpu_name()}, {os.cpu_count()} logical processors, {torch.get_num_threads()} threads used",
+        "load average before": f"{os.getloadavg()[0]:.2f}",
+        "system": f"{platform.system()} {platform.release()}, {'-'.join(platform.libc_ver())}",
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "triton": peers.version("triton") or "not installed",
+        "m2f-kernels": f"{m2f_kernels.__version__} at commit {_commit()}",
+        "PyTorch grid_sample form": peers.grid_sample_source(),
+    }
+    for peer in ("torch-ms-deform-attn", "deformops"):
+        facts[peer] = peers.version(peer) or "not installed"
+    if device == "cuda":
+        facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+        facts["cuda"] = str(torch.version.cuda)
+    else:
+        for name, variables in CPU_SETTINGS.items():
+            stated = ", ".join(f"{k}={v}" for k, v in variables.items())
+            facts[f"allocator '{name}'"] = stated or "glibc's defaults, no allocator variable set"
+        pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+        facts["transparent huge pages"] = pages.read_text().strip() if pages.exists() else "unknown"
+        facts["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "not set")
+    return facts | {f"backend of {op}": backend_of(op, device) for op in ops}
+
+
+def backend_of(op: str, device: str) -> str:
+    """Which of this package's implementations serves an operator here, and why."""
+    return str(backend.choose(op, device)) if op in backend.IMPLEMENTED else "not an operator of its own"

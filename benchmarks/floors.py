@@ -1,0 +1,125 @@
+"""What this machine can do at best, measured in the same run: the floor under every time.
+
+- bandwidth: the better of copying a buffer (bytes read + bytes written) and summing it (bytes read), over all cores,
+  from buffers many times the last-level cache.
+- gather rate: `embedding_bag(mode="sum")` over 128-byte rows (32 floats, one head of one pixel) at uniformly random
+  indices, from a table that fills half of L1, of L2 or of the last-level cache, or exceeds them all. It reads rows
+  and adds them, and writes one row in 256: a hand-vectorised loop in PyTorch, so a rate that
+  code can really reach, not a data sheet's. Only the bytes of the rows are counted.
+
+The least time of many runs counts, since a floor is about the hardware, not about its neighbours; a rate with more
+threads is never below the one with fewer. On a GPU the
+same operator does not saturate the caches, so there the floor of the gather is an upper bound and a share
+may exceed 1.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from benchmarks.cases import Work
+
+Floors = dict[str, float]
+
+_ROW_FLOATS = 32
+_ROW_BYTES = 4 * _ROW_FLOATS
+_BAG = 256
+_REPEATS = 7
+_SECONDS = 0.2
+#: Used where the system does not say.
+_DEFAULT_CACHES = {"l1": 32 << 10, "l2": 512 << 10, "l3": 16 << 20}
+
+
+def cache_sizes(device: str) -> dict[str, int]:
+    """Bytes of the caches of a core (l1, l2) or the chip (l3); on a GPU, l1 of a multiprocessor and l2 of the chip."""
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        shared = getattr(properties, "shared_memory_per_multiprocessor", 96 << 10)
+        return {"l1": shared, "l2": getattr(properties, "L2_cache_size", 0) or (32 << 20)}
+    sizes = dict(_DEFAULT_CACHES)
+    for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        if (cache / "type").read_text().strip() == "Instruction":
+            continue
+        text = (cache / "size").read_text().strip()
+        level = "l" + (cache / "level").read_text().strip()
+        sizes[level] = int(text.rstrip("KM")) << (20 if text.endswith("M") else 10)
+    return sizes
+
+
+def _least_seconds(run: Callable[[], Any], device: str) -> float:
+    run()
+    best, repeats, start_of_all = float("inf"), 0, time.perf_counter()
+    while repeats < _REPEATS or time.perf_counter() - start_of_all < _SECONDS:
+        repeats += 1
+        if device == "cuda":
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            torch.cuda.synchronize()
+            best = min(best, start.elapsed_time(end) / 1e3)
+        else:
+            before = time.perf_counter()
+            run()
+            best = min(best, time.perf_counter() - before)
+    return best
+
+
+def bandwidth(device: str, megabytes: int) -> float:
+    """Bytes per second to and from memory."""
+    source = torch.ones(megabytes << 18, device=device)
+    target = torch.zeros_like(source)
+    copied = 2 * source.nbytes / _least_seconds(lambda: target.copy_(source), device)
+    read = source.nbytes / _least_seconds(source.sum, device)
+    return max(copied, read)
+
+
+def gather_rate(device: str, table_bytes: int, lookups: int) -> float:
+    """Bytes of rows per second, gathered at random from a table of the given size by all threads."""
+    rows = max(1, table_bytes // _ROW_BYTES)
+    table = torch.ones(rows, _ROW_FLOATS, device=device)
+    bags = max(1, lookups // _BAG)
+    indices = torch.randint(rows, (bags, _BAG), dtype=torch.int32, device=device)
+    with torch.no_grad():
+        seconds = _least_seconds(lambda: F.embedding_bag(indices, table, mode="sum"), device)
+    return bags * _BAG * _ROW_BYTES / seconds
+
+
+def measure_all(device: str, counts: set[int], quick: bool) -> dict[str, Floors]:
+    """The rates of `measure` by number of threads."""
+    rates: dict[str, Floors] = {}
+    best: Floors = {}
+    for count in sorted(counts):
+        found = measure(device, count, quick)
+        best = {name: max(rate, best.get(name, 0.0)) for name, rate in found.items()}
+        rates[str(count)] = best
+    return rates
+
+
+def measure(device: str, threads: int, quick: bool) -> Floors:
+    """Rates in bytes per second: "bandwidth", and of the gather "l1", "l2", "l3" (CPU) and "memory"."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        large = 128 if quick else 256
+        lookups = 1 << 20 if device == "cpu" else 1 << 23
+        floors = {"bandwidth": bandwidth(device, large if device == "cpu" else 1024)}
+        for level, size in cache_sizes(device).items():
+            floors[level] = gather_rate(device, size // 2, lookups)
+        floors["memory"] = gather_rate(device, large << 20, lookups)
+        return floors
+    finally:
+        torch.set_num_threads(before)
+
+
+def floor(work: Work, floors: Floors) -> tuple[float, str]:
+    """The floor time in milliseconds, and which of the two bounds it."""
+    moved = work.bytes_moved / floors["bandwidth"] * 1e3
+    gathered = work.gather_bytes / floors[work.gather_level] * 1e3
+    return (moved, "bandwidth") if moved >= gathered else (gathered, f"{work.gather_level} gather")

@@ -1,0 +1,121 @@
+"""Real inputs: a photograph through a backbone, and the two distributions of sampling locations.
+
+No download: the photograph is scikit-image's astronaut, the backbone a ResNet-50 of `transformers` built from its
+configuration with seeded random weights, followed by the 1x1 projection and group norm of Mask2Former's pixel decoder.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Levels
+
+SEED = 0
+#: Coordinates keep this distance, in pixels, from pixel centres: there the gradient jumps, and rounding alone would
+#: decide which side an implementation takes.
+CENTRE_MARGIN = 1 / 64
+
+
+def generator(offset: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(SEED + offset)
+
+
+def photograph(height: int, width: int) -> Tensor:
+    """The astronaut, [1, 3, height, width], normalised."""
+    from skimage import data  # an optional dependency, and slow to import
+
+    image = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None].float() / 255
+    image = F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)
+    return (image - 0.45) / 0.225
+
+
+@torch.no_grad()
+def projected_levels(height: int, width: int, channels: int, stride_64: bool = False) -> list[Tensor]:
+    """Feature maps [1, channels, h, w] of the photograph at strides 8, 16, 32 (and 64), each of about unit variance."""
+    from transformers import ResNetBackbone, ResNetConfig
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        backbone = ResNetBackbone(ResNetConfig(out_features=["stage2", "stage3", "stage4"])).eval()
+        features = list(backbone(photograph(height, width)).feature_maps)
+        levels = []
+        for feature in features:
+            projection = torch.nn.Conv2d(feature.shape[1], channels, 1)
+            levels.append(F.group_norm(projection(feature), 32))
+        if stride_64:
+            down = torch.nn.Conv2d(features[-1].shape[1], channels, 3, stride=2, padding=1)
+            levels.append(F.group_norm(down(features[-1]), 32))
+    return levels
+
+
+def flatten_levels(levels: list[Tensor], heads: int, batch: int) -> tuple[Tensor, Levels]:
+    """value [batch, S, heads, D] of the levels in the given order, and their sizes; odd images are mirrored."""
+    flat = torch.cat([level.flatten(2) for level in levels], dim=2)
+    mirrored = torch.cat([level.flip(-1).flatten(2) for level in levels], dim=2)
+    both = torch.cat([mirrored if i % 2 else flat for i in range(batch)])
+    value = both.transpose(1, 2).unflatten(2, (heads, -1)).contiguous()
+    return value, [(level.shape[2], level.shape[3]) for level in levels]
+
+
+def _sizes(levels: Levels) -> Tensor:
+    """(w, h) of each level, [L, 1, 2]."""
+    return torch.tensor([[w, h] for h, w in levels], dtype=torch.float32)[:, None]
+
+
+def away_from_centres(locations: Tensor, levels: Levels) -> Tensor:
+    """Move coordinates that lie within `CENTRE_MARGIN` of a pixel centre, [..., L, P, 2]."""
+    pixel = locations * _sizes(levels) - 0.5
+    whole = pixel.floor()
+    fraction = (pixel - whole).clamp(CENTRE_MARGIN, 1 - CENTRE_MARGIN)
+    return (whole + fraction + 0.5) / _sizes(levels)
+
+
+def reference_grid(levels: Levels, batch: int) -> Tensor:
+    """Each position's own centre, on every level: reference points [batch, S, L, 2] of an encoder."""
+    centres = []
+    for h, w in levels:
+        y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+        centres.append(torch.stack([x, y], -1).flatten(0, 1))
+    return torch.cat(centres)[None, :, None].expand(batch, -1, len(levels), -1).contiguous()
+
+
+def local_offsets(batch: int, queries: int, heads: int, levels: int, points: int) -> Tensor:
+    """Offsets of a few pixels, [batch, queries, heads, levels, points, 2].
+
+    The published initialisation (head h looks in direction 2 pi h / heads, point p at distance p + 1) plus unit normal
+    noise in pixels.
+    """
+    angle = torch.arange(heads) * (2 * math.pi / heads)
+    direction = torch.stack([angle.cos(), angle.sin()], -1)
+    direction = direction / direction.abs().amax(-1, keepdim=True)
+    fixed = direction[:, None, None] * (torch.arange(points) + 1.0)[:, None]
+    noise = torch.randn(batch, queries, heads, levels, points, 2, generator=generator(1))
+    return fixed + noise
+
+
+def local_locations(levels: Levels, batch: int, heads: int, points: int) -> Tensor:
+    """Locations around each position of the levels: [batch, S, heads, L, points, 2]."""
+    reference = reference_grid(levels, batch)
+    offsets = local_offsets(batch, reference.shape[1], heads, len(levels), points)
+    locations = reference[:, :, None, :, None] + offsets / _sizes(levels)
+    return away_from_centres(locations, levels)
+
+
+def random_locations(levels: Levels, batch: int, queries: int, heads: int, points: int) -> Tensor:
+    """Locations uniform over the image: [batch, queries, heads, L, points, 2]."""
+    locations = torch.rand(batch, queries, heads, len(levels), points, 2, generator=generator(2))
+    return away_from_centres(locations, levels)
+
+
+def attention_logits(batch: int, queries: int, heads: int, levels: int, points: int) -> Tensor:
+    """Unit normal logits [batch, queries, heads, levels, points]."""
+    return torch.randn(batch, queries, heads, levels, points, generator=generator(3))
+
+
+def offsets_of(locations: Tensor, reference: Tensor, levels: Levels) -> Tensor:
+    """The offsets in pixels that lead from `reference` [N, Q, L, 2] to `locations`."""
+    return (locations - reference[:, :, None, :, None]) * _sizes(levels)

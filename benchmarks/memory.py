@@ -1,0 +1,86 @@
+"""Peak memory of one call.
+
+CPU: the kernel's own peak of the resident set (`VmHWM` in /proc/self/status). One fresh process per measurement;
+a small call first starts threads and loads code; `malloc_trim` returns what is free; writing 5 to
+/proc/self/clear_refs resets the peak to the present; then the call runs once. glibc's mmap threshold is fixed
+(`ENVIRONMENT`), so that a freed tensor leaves the resident set at once and the peak is that of live memory,
+not of the allocator's cache. `calibration` measures a known temporary by the same steps.
+
+CUDA: `torch.cuda.max_memory_allocated`, the peak of live tensors in the caching allocator.
+
+Both give: extra = peak - memory before the call - outputs, and total = inputs + outputs + extra. The outputs of
+forward + backward are the output and the gradients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+MIB = 1 << 20
+#: What the kernel's page accounting and code pages touched for the first time may add, in MiB.
+RESOLUTION_MIB = 1.0
+#: Environment of a measuring process on glibc.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def bytes_of(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors among `tensors`."""
+    return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+def _status_mib(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return float(line.split()[1]) / 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def peak_mib(run: Callable[[], Any], device: str) -> tuple[float, float]:
+    """Peak growth over the memory in use before `run()`, and the size of what it returned, in MiB.
+
+    Raises:
+        OSError: on CPU, where the system has no resettable peak (anything but Linux).
+    """
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / MIB, bytes_of(result) / MIB
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    _CLEAR_REFS.write_text("5")
+    before_mib = _status_mib("VmRSS")
+    result = run()
+    return _status_mib("VmHWM") - before_mib, bytes_of(result) / MIB
+
+
+def measure(run: Callable[[], Any], inputs: Iterable[Any], device: str) -> tuple[float, float]:
+    """(extra, total) in MiB of one call; see the module's docstring."""
+    peak, outputs = peak_mib(run, device)
+    extra = max(0.0, peak - outputs)
+    return extra, bytes_of(inputs) / MIB + outputs + extra
+
+
+def calibration() -> float:
+    """The extra memory measured, in MiB, of a call that needs exactly 64 MiB beside its 16 MiB output."""
+
+    def known() -> tuple[Tensor, ...]:
+        temporary = torch.ones(64 * MIB // 4)
+        output = temporary[: 16 * MIB // 4] + 1
+        return (output,)
+
+    torch.ones(1 << 16).add(1)
+    extra, _ = measure(known, (), "cpu")
+    return extra
