@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 STAMP := $(VENV)/.stamp
 # What an installation in .venv is made from; the package itself is installed editable.
-SOURCES := pyproject.toml setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
+SOURCES := pyproject.toml tests/requirements.txt setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 CXX_FILES := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .PHONY: test test-slow bench lint format gpu resources clean
@@ -27,8 +27,8 @@ $(STAMP)-package: $(STAMP)-venv $(SOURCES)
 	@touch $@
 
 # The peers measured against. One that cannot be built here is reported in the tables as not installed.
-$(STAMP)-bench: $(STAMP)-package
-	$(PIP) install $(TORCH) rich==15.0.0 matplotlib==3.11.2 scikit-image==0.26.0 transformers==5.23.0
+$(STAMP)-bench: $(STAMP)-package benchmarks/requirements.txt
+	$(PIP) install $(TORCH) -r benchmarks/requirements.txt
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation packaging wheel torch-ms-deform-attn==0.1.1 \
 		|| echo "torch-ms-deform-attn could not be installed; its rows will say so"
 	@touch $@

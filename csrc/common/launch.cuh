@@ -61,7 +61,9 @@ __device__ __forceinline__ T* advance_rows(T* base, unsigned index, unsigned row
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {
-  kernel<<<grid, block, shared_bytes, stream> > >(arguments...);
+  // clang-format off
+  kernel<<<grid, block, shared_bytes, stream>>>(arguments...);
+  // clang-format on
 }
 
 }  // namespace m2f

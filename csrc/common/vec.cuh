@@ -140,28 +140,20 @@ __device__ __forceinline__ void atomic_add(A* address, const A (&x)[kCount]) {
 template <typename A>
 __device__ __forceinline__ A load_scalar(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
-    case DType::kFloat64:
-      return static_cast<A>(load_element(static_cast<const double*>(data) + index));
-    case DType::kFloat32:
-      return load_element(static_cast<const float*>(data) + index);
-    case DType::kBFloat16:
-      return to_accumulator(load_element(static_cast<const __nv_bfloat16*>(data) + index));
-    default:
-      return to_accumulator(load_element(static_cast<const __half*>(data) + index));
+    case DType::kFloat64: return static_cast<A>(load_element(static_cast<const double*>(data) + index));
+    case DType::kFloat32: return load_element(static_cast<const float*>(data) + index);
+    case DType::kBFloat16: return to_accumulator(load_element(static_cast<const __nv_bfloat16*>(data) + index));
+    default: return to_accumulator(load_element(static_cast<const __half*>(data) + index));
   }
 }
 
 template <typename A>
 __device__ __forceinline__ void store_scalar(void* data, DType dtype, int64_t index, A x) {
   switch (dtype) {
-    case DType::kFloat64:
-      return store_element(static_cast<double*>(data) + index, static_cast<double>(x));
-    case DType::kFloat32:
-      return store_element(static_cast<float*>(data) + index, static_cast<float>(x));
-    case DType::kBFloat16:
-      return store_element(static_cast<__nv_bfloat16*>(data) + index, static_cast<float>(x));
-    default:
-      return store_element(static_cast<__half*>(data) + index, static_cast<float>(x));
+    case DType::kFloat64: return store_element(static_cast<double*>(data) + index, static_cast<double>(x));
+    case DType::kFloat32: return store_element(static_cast<float*>(data) + index, static_cast<float>(x));
+    case DType::kBFloat16: return store_element(static_cast<__nv_bfloat16*>(data) + index, static_cast<float>(x));
+    default: return store_element(static_cast<__half*>(data) + index, static_cast<float>(x));
   }
 }
 
@@ -192,8 +184,7 @@ __device__ __forceinline__ void load_pair(const void* data, DType dtype, bool al
 template <typename A>
 __device__ __forceinline__ void store_pair(void* data, DType dtype, int64_t index, A x, A y) {
   switch (dtype) {
-    case DType::kFloat64:
-      return store_scalar(data, dtype, index, x), store_scalar(data, dtype, index + 1, y);
+    case DType::kFloat64: return store_scalar(data, dtype, index, x), store_scalar(data, dtype, index + 1, y);
     case DType::kFloat32:
       return __stcs(reinterpret_cast<float2*>(static_cast<float*>(data) + index),
                     make_float2(static_cast<float>(x), static_cast<float>(y)));

@@ -5,11 +5,11 @@
 //   device memory        value 22.0 MB + output 22.0 MB + offsets 16.5 MB + logits 8.3 MB = 69 MB (94 MB where
 //                        locations and weights are fp32): 21 us at an H100's 3.35 TB/s, 14 us at an H200's 4.8 TB/s
 //   L1                   1.06 GB / (132 SMs * 128 B * 1.755 GHz = 29.6 TB/s) = 36 us: the floor when offsets are local
-//   L2                   1.06 GB / ~5.5 TB/s = 190 us: the floor when every corner misses L1 (random offsets); with
-//   each
-//                        line used 6.2 times (below), 31 us
-//   arithmetic           0.53 G fused multiply-adds = 16 us at 67 TFLOP/s; unpacking bf16 costs as many instructions
-//                        again, so issue slots (about 100 per warp and sample, 52 M, 56 us) weigh as much as L1
+//   L2                   1.06 GB / ~5.5 TB/s = 190 us: the floor when every corner misses L1 (random offsets);
+//                        31 us with each line used 6.2 times (below)
+//   arithmetic           0.53 G fused multiply-adds = 16 us at 67 TFLOP/s; unpacking bf16 takes as many instructions
+//                        again, so issue slots weigh more: 102 per warp and sample (counted in sm_90's code), 53 M in
+//                        all, over 132 SMs * 4 * 1.755 GHz = 57 us
 // Those rates are data-sheet figures; nothing here was timed yet.
 //
 // Lanes. A group of 2^k lanes serves one (query, head); each lane holds 16 bytes of the channels, so that a bf16
@@ -22,16 +22,17 @@
 // per lane and sample; shuffles would take eight instructions for what two loads do. Rounds keep shared memory at
 // 32 bytes per thread (8 KB per block) whatever K is, which leaves the rest of the SM's 256 KB to L1.
 //
-// Loads in flight. A sample's four corners are independent and two samples are unrolled: 8 loads of 16 bytes per lane.
-// 32 warps per SM (64 registers) have 128 KB requested; hiding a 250 ns L2 latency at 5.5 TB/s / 132 takes 10 KB.
+// Loads in flight. A sample's four corners are independent: a lane issues four 16-byte loads before it uses the first,
+// and the next sample's while it uses them. 32 warps per SM (64 registers) have 64 KB requested; hiding a 250 ns L2
+// latency at 5.5 TB/s / 132 takes 10 KB.
 //
 // Walking queries. In an encoder (Q == S) query i sits at position i. A block takes a tile of 64 queries, 8 x 8 on
 // their level, and one head. Measured on that workload's local offsets, each line fetched serves 6.2 corners, against
 // 2.7 for 32 queries in raster order. Same head, because other heads read other bytes of a position: adding heads to a
 // block adds footprint and no reuse, while adding queries adds reuse. All threads of a block walk the levels in the
-// same order, so that at any time its working set is one level's: 64 * 4 * 4 / 6.2 = 165 lines of 128 bytes, 21 KB, and
-// eight blocks per SM fit L1. Heads vary fastest over blockIdx.x: the blocks that share lines of value and sectors of
-// offsets run at the same time, and meet in L2. Any other Q is walked in raster order.
+// same order, so that at any time its working set is one level's: 64 * 4 * 4 / 6.2 = 165 lines of 128 bytes, 21 KB,
+// and the four blocks of an SM fit L1. Heads vary fastest over blockIdx.x: the blocks that share lines of value and
+// sectors of offsets run at the same time, and meet in L2. Any other Q is walked in raster order.
 //
 // Where level sizes lie in device memory each block reads and checks them; blocks stride over tiles, so the grid does
 // not depend on the sizes and nothing synchronises with the host.
@@ -778,14 +779,10 @@ constexpr int64_t kMaxRowBytes = 0xffffffff;
 inline void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& device, cudaStream_t stream) {
   const bool from_offsets = args.reference.data != nullptr;
   switch (args.dtype) {
-    case DType::kFloat64:
-      return launch_kernel<double, 1>(args, from_offsets, device, stream);
-    case DType::kFloat32:
-      return launch_widest<float, 4>(args, device, from_offsets, stream);
-    case DType::kBFloat16:
-      return launch_widest<__nv_bfloat16, 8>(args, device, from_offsets, stream);
-    case DType::kFloat16:
-      return launch_widest<__half, 8>(args, device, from_offsets, stream);
+    case DType::kFloat64: return launch_kernel<double, 1>(args, from_offsets, device, stream);
+    case DType::kFloat32: return launch_widest<float, 4>(args, device, from_offsets, stream);
+    case DType::kBFloat16: return launch_widest<__nv_bfloat16, 8>(args, device, from_offsets, stream);
+    case DType::kFloat16: return launch_widest<__half, 8>(args, device, from_offsets, stream);
   }
 }
 

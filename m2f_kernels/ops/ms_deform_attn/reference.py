@@ -99,11 +99,16 @@ def locations_from_offsets(
     """
     points = torch.tensor(points_per_level, device=sampling_offsets.device)
     per_point = reference_points.repeat_interleave(points, dim=2, output_size=sum(points_per_level)).unsqueeze(2)
+    # What is not finite contributes nothing, and 0 * inf must not reach a gradient either.
+    finite = sampling_offsets.isfinite().all(-1, True) & per_point.isfinite().all(-1, True)
+    per_point, offsets = torch.where(finite, per_point, 0), torch.where(finite, sampling_offsets, 0)
     if reference_points.shape[-1] == 2:
         sizes = [(levels[3 * i + 1], levels[3 * i]) for i, p in enumerate(points_per_level) for _ in range(p)]
-        return per_point + sampling_offsets / sampling_offsets.new_tensor(sizes)
-    count = sampling_offsets.new_tensor([[p] for p in points_per_level for _ in range(p)])
-    return per_point[..., :2] + sampling_offsets / count * per_point[..., 2:] * offset_scale
+        locations = per_point + offsets / offsets.new_tensor(sizes)
+    else:
+        count = offsets.new_tensor([[p] for p in points_per_level for _ in range(p)])
+        locations = per_point[..., :2] + offsets / count * per_point[..., 2:] * offset_scale
+    return torch.where(finite, locations, torch.nan)
 
 
 def ms_deform_attn_from_offsets(

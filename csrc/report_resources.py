@@ -1,0 +1,141 @@
+"""What each CUDA kernel takes of a multiprocessor, as the compiler reports it, for every shipped architecture.
+
+    python csrc/report_resources.py --output benchmarks/results/static/ms_deform_attn_resources.md --check
+
+Needs nvcc and the headers of any installed torch; no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+SOURCE = Path("ms_deform_attn/cuda.cu")
+ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+_CSRC = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel of one architecture. Bytes are per thread, but shared memory per block: the static part."""
+
+    name: str
+    architecture: str
+    registers: int
+    shared: int
+    stack: int
+    spill_stores: int
+    spill_loads: int
+
+
+def compile_verbosely(nvcc: str, architecture: str) -> str:
+    """The assembler's report on `SOURCE` for one architecture."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or torch.origin is None:
+        raise RuntimeError("torch is not installed: its headers are needed to compile the bindings")
+    with tempfile.TemporaryDirectory() as directory:
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
+        command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", str(_CSRC)]
+        command += ["-isystem", str(Path(torch.origin).parent / "include")]
+        command += ["-c", str(_CSRC / SOURCE), "-o", str(Path(directory) / "out.o")]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+    return done.stderr
+
+
+def demangle(names: list[str]) -> list[str]:
+    """Readable names without return types, parameters and the package's namespace; as they are without c++filt."""
+    if shutil.which("c++filt") is None:
+        return names
+    text = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True).stdout
+    return [re.sub(r"^void |m2f::|\((?!anonymous).*\)$", "", line) for line in text.splitlines()]
+
+
+def parse(report: str, architecture: str) -> list[Kernel]:
+    """The kernels of a verbose assembler report.
+
+    Raises:
+        RuntimeError: it contains none, as when the compiler's wording changes.
+    """
+    found = re.findall(
+        r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers(.*?)$",
+        report,
+        re.DOTALL | re.MULTILINE,
+    )
+    if not found:
+        raise RuntimeError(f"no kernel in the compiler's report:\n{report}")
+    names = demangle([row[0] for row in found])
+    kernels = []
+    for name, (_, stack, stores, loads, registers, rest) in zip(names, found, strict=True):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernels.append(
+            Kernel(
+                name, architecture, int(registers), int(shared[1]) if shared else 0, int(stack), int(stores), int(loads)
+            )
+        )
+    return sorted(kernels, key=lambda kernel: kernel.name)
+
+
+def table(kernels: list[Kernel]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| kernel | architecture | registers | static shared memory | stack | spill stores | spill loads |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for k in kernels:
+        numbers = (k.registers, k.shared, k.stack, k.spill_stores, k.spill_loads)
+        lines.append(f"| `{k.name}` | sm_{k.architecture} | {' | '.join(map(str, numbers))} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--archs", default=";".join(ARCHITECTURES), help="separated by ';' or ','; default: all shipped"
+    )
+    parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
+    parser.add_argument("--check", action="store_true", help="fail if a forward kernel spills registers")
+    options = parser.parse_args()
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        print("report_resources: nvcc is not on PATH", file=sys.stderr)
+        return 2
+    kernels: list[Kernel] = []
+    for architecture in re.split("[;,]", options.archs):
+        kernels += parse(compile_verbosely(nvcc, architecture), architecture)
+    print(table(kernels))
+    spilling = [k for k in kernels if k.spill_stores or k.spill_loads]
+    version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
+    release = re.search(r"release [\d.]+, V[\d.]+", version)
+    summary = (
+        f"{len(kernels)} kernels on {len({k.architecture for k in kernels})} architectures, "
+        f"{len(spilling)} of them with register spills."
+    )
+    print(summary)
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(
+            f"# Resources of the kernels in `csrc/{SOURCE}`\n\n"
+            f"Written by `python csrc/report_resources.py --output {options.output.as_posix()} --check` with nvcc\n"
+            f"{release[0] if release else 'of unknown release'}. Stack and spills are bytes per thread; shared memory\n"
+            "is bytes per block, to which the launch adds dynamic shared memory. A stack without spills holds the\n"
+            "arguments of the message that is printed when a level does not lie within value.\n\n"
+            f"{summary}\n\n{table(kernels)}\n"
+        )
+    failed = [k for k in spilling if "forward" in k.name]
+    for k in failed:
+        print(f"report_resources: {k.name} spills on sm_{k.architecture}", file=sys.stderr)
+    return 1 if options.check and failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
