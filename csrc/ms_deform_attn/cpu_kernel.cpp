@@ -69,6 +69,21 @@ struct DirectCorners {
 // ---------------------------------------------------------------- gather and scatter of kBlock vectors of channels
 // Inlined so that constant channel counts turn corner addresses into immediate offsets; the samples are copied so that
 // no store can be suspected of changing their pointers.
+// Few queries find their rows in no cache: ask for all of a query's before the first is used.
+template <typename T, typename V>
+M2F_INLINE void prefetch_corners(const Samples<T>& s, const DirectCorners<V>& corners, int64_t d) {
+  for (int64_t k = 0; k < s.k; ++k) {
+    V* p[4];
+    corners(s, k, d, p);
+    for (V* corner : p)
+      for (int64_t byte = 0; byte < d * static_cast<int64_t>(sizeof(V)); byte += 64)
+        __builtin_prefetch(reinterpret_cast<const char*>(corner) + byte);
+  }
+}
+
+template <typename T, typename V>
+M2F_INLINE void prefetch_corners(const Samples<T>&, const PackedCorners<V>&, int64_t) {}
+
 template <int kBlock, typename V, typename T, typename Corners, typename Channels>
 M2F_INLINE void gather(const Samples<T>& samples, const Corners& corners, Channels d, int64_t channel, Vec<T>* out) {
   const Samples<T> s = samples;
@@ -206,6 +221,7 @@ void forward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task
         for_each_query(args, n, h, task % args.parts, [&](int64_t q) {
           if (args.from_offsets) load_reference(args, n, q, s);
           prepare(args, n, q, h, s);
+          prefetch_corners(s, corners, d);
           V* out = output + args.output.offset(n, q, h);
           V* whole = args.d == shape.d ? out : row;
           for_each_block<T>(d, [&](auto block, int64_t channel) {
@@ -374,6 +390,7 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
         for_each_query(args, n, h, task % args.parts, [&](int64_t q) {
           if (args.from_offsets) load_reference(args, n, q, s);
           prepare(args, n, q, h, s);
+          prefetch_corners(s, corners, d);
           const V* grad = static_cast<const V*>(args.grad_output.data) + args.grad_output.offset(n, q, h);
           if (args.d != shape.d) grad = static_cast<const V*>(std::memcpy(m.row, grad, args.d * sizeof(V)));
           for_each_block<T>(d, [&](auto block, int64_t channel) {
