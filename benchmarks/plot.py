@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.cases import Benchmark, Row
 from benchmarks.memory import RESOLUTION_MIB
-from benchmarks.report import mebibytes
+from benchmarks.report import mebibytes, number
 
 _OURS, _OURS_OTHER = "#d1495b", "#e8a0aa"
 _PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98")
@@ -48,7 +48,7 @@ def _panel(
             else:
                 axes.barh(position, measured, _BAR, color=colours[row.implementation])
                 ratio = f"  {measured / first:.1f}x" if first and row is not group[0] else ""
-                label = f" {measured:.3g} {unit}{ratio}"
+                label = f" {number(measured)} {unit}{ratio}"
                 if unit == "MiB":
                     label = f" {mebibytes(measured)} MiB" + (
                         ratio if first and min(first, measured) >= RESOLUTION_MIB else ""

@@ -37,7 +37,7 @@ class Run:
     rows: list[Row]
 
 
-def _number(value: float | None, digits: int = 3) -> str:
+def number(value: float | None, digits: int = 3) -> str:
     """Three significant digits without an exponent; a dash for nothing."""
     if value is None:
         return "-"
@@ -50,7 +50,7 @@ def _number(value: float | None, digits: int = 3) -> str:
 def mebibytes(value: float | None) -> str:
     """A measured amount of memory; what is below the resolution of the method is not stated to the byte."""
     small = value is not None and value < memory.RESOLUTION_MIB
-    return f"< {memory.RESOLUTION_MIB:.0f}" if small else _number(value)
+    return f"< {memory.RESOLUTION_MIB:.0f}" if small else number(value)
 
 
 def _error(value: float | None) -> str:
@@ -65,11 +65,11 @@ def _time_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     header = ["case", "implementation", "ms (IQR)", "speed-up", "error", "error grad", "faults", "floor ms", "share"]
     lines = []
     for row in rows:
-        time = row.status if row.median_ms is None else f"{_number(row.median_ms)} ({_number(row.iqr_ms)})"
-        speedup = "" if row.subject_speedup is None else f"{_number(row.subject_speedup)}x"
+        time = row.status if row.median_ms is None else f"{number(row.median_ms)} ({number(row.iqr_ms)})"
+        speedup = "" if row.subject_speedup is None else f"{number(row.subject_speedup)}x"
         faults = "-" if row.page_faults is None else f"{row.page_faults:.0f}"
         share = "-" if row.floor_share is None else f"{row.floor_share:.0%}"
-        floor = "-" if row.floor_ms is None else f"{_number(row.floor_ms)} ({row.floor_kind})"
+        floor = "-" if row.floor_ms is None else f"{number(row.floor_ms)} ({row.floor_kind})"
         lines.append(
             [row.case, row.implementation, time, speedup, _error(row.error_output), _error(row.error_gradients),
              faults, floor, share]
@@ -96,8 +96,8 @@ def _scaling_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     for row in measured.values():
         whole = measured.get((row.op, row.case.rsplit(f" {row.threads} thread", 1)[0], row.implementation, row.setting))
         if whole is not None and whole is not row and row.median_ms and whole.median_ms:
-            few, all_ = [str(row.threads), _number(row.median_ms)], [str(whole.threads), _number(whole.median_ms)]
-            scaling = f"{_number(row.median_ms / whole.median_ms)}x"
+            few, all_ = [str(row.threads), number(row.median_ms)], [str(whole.threads), number(whole.median_ms)]
+            scaling = f"{number(row.median_ms / whole.median_ms)}x"
             lines.append([whole.case, row.implementation, row.setting, *few, *all_, scaling])
     return header, lines
 
@@ -105,7 +105,7 @@ def _scaling_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     names = list(next(iter(floors.values())))
     return ["threads", *(f"{name} GB/s" for name in names)], [
-        [threads, *(_number(rates[name] / 1e9) for name in names)] for threads, rates in floors.items()
+        [threads, *(number(rates[name] / 1e9) for name in names)] for threads, rates in floors.items()
     ]
 
 
@@ -145,11 +145,11 @@ def figure_table(benchmark: Benchmark, run: Run) -> tuple[list[str], list[list[s
             if found is None:
                 measured, verdict = "-", "not measured"
             else:
-                measured = f"{'> ' if found[1] else ''}{_number(found[0])}x"
+                measured = f"{'> ' if found[1] else ''}{number(found[0])}x"
                 verdict = "no target" if target is None else "met" if found[0] >= target else "MISSED"
                 if run.scale.quick and target is not None:
                     verdict = "quick shapes: not judged"
-            lines.append([figure.label, setting, "-" if target is None else f"≥ {_number(target)}x", measured, verdict])
+            lines.append([figure.label, setting, "-" if target is None else f"≥ {number(target)}x", measured, verdict])
     return header, lines
 
 
@@ -258,13 +258,13 @@ def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
             continue
         name = f"{row.case}, {row.implementation}, {row.setting}"
         if row.median_ms is None:
-            found.append(f"{name}: was {_number(was.median_ms)} ms, now {row.status}")
+            found.append(f"{name}: was {number(was.median_ms)} ms, now {row.status}")
             continue
         grown = row.median_ms - was.median_ms
         if grown > REGRESSION_SHARE * was.median_ms and grown > (row.iqr_ms or 0) + (was.iqr_ms or 0):
-            found.append(f"{name}: {_number(was.median_ms)} -> {_number(row.median_ms)} ms")
+            found.append(f"{name}: {number(was.median_ms)} -> {number(row.median_ms)} ms")
         if row.memory_extra_mib is not None and was.memory_extra_mib is not None:
             more = row.memory_extra_mib - was.memory_extra_mib
             if more > max(REGRESSION_SHARE * was.memory_extra_mib, 2 * memory.RESOLUTION_MIB):
-                found.append(f"{name}: {_number(was.memory_extra_mib)} -> {_number(row.memory_extra_mib)} MiB extra")
+                found.append(f"{name}: {number(was.memory_extra_mib)} -> {number(row.memory_extra_mib)} MiB extra")
     return found
