@@ -78,7 +78,7 @@ def cpu_capability() -> str | None:
 
 
 _wish = os.environ.get("M2F_CPU_CAPABILITY")
-if _wish is not None and LIBRARIES["cpu"].loaded and cpu_capability() != _wish:
+if _wish and LIBRARIES["cpu"].loaded and cpu_capability() != _wish:
     warnings.warn(
         f"M2F_CPU_CAPABILITY: expected an instruction set that this processor has, of 'avx512', 'avx2', 'baseline'; "
         f"got {_wish!r}, using {cpu_capability()!r}",

@@ -74,17 +74,21 @@ def choose(op: str, device: str) -> BackendChoice:
     return BackendChoice(op, device, backend, detail)
 
 
-def explain(op: str | Callable[..., Any], *args: Any) -> BackendChoice:
+def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> BackendChoice:
     """Say which backend `op(*args)` would take and why, without running it.
 
     Args:
         op: an operator of this package, or its name.
-        args: what would be passed; the first tensor decides the device.
+        args, kwargs: what would be passed; the first tensor decides the device.
+
+    Raises:
+        ValueError: an unknown operator, or no tensor among the arguments.
     """
-    name = op if isinstance(op, str) else op.__name__
-    device = next((a.device.type for a in args if isinstance(a, torch.Tensor)), None)
+    name = op if isinstance(op, str) else getattr(op, "__name__", repr(op))
+    given = [*args, *kwargs.values()]
+    device = next((a.device.type for a in given if isinstance(a, torch.Tensor)), None)
     if device is None:
         raise ValueError(
-            f"args: expected at least one tensor, which decides the device; got {len(args)} arguments without one"
+            f"args: expected at least one tensor, which decides the device; got {len(given)} arguments without one"
         )
     return choose(name, device)

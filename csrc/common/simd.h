@@ -117,7 +117,8 @@ inline void store(double* p, Vec<double> x) { *reinterpret_cast<DoubleVecUnalign
 using UInt16Vec = typename VecOf<uint16_t, kLanes<float>>::type;
 using UInt16VecUnaligned = typename VecOf<uint16_t, kLanes<float>>::unaligned;
 using UInt32Vec = typename VecOf<uint32_t, kLanes<float>>::type;
-using UInt32VecUnaligned = typename VecOf<uint32_t, kLanes<float>>::unaligned;
+// Pairs of 16-bit elements: aligned like one of them.
+typedef uint32_t UInt32VecUnaligned __attribute__((vector_size(kVectorBytes), aligned(2), may_alias));
 
 inline UInt32Vec load_bits(const void* p) {
   const UInt16Vec narrow = *reinterpret_cast<const UInt16VecUnaligned*>(p);

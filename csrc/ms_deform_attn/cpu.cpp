@@ -82,19 +82,20 @@ struct Call {
   Call(const Tensor& value_, const IntList& levels, const OptionalTensor& spatial_shapes,
        const OptionalTensor& level_start_index, const OptionalTensor& reference_, const Tensor& locations_,
        const Tensor& weights_, const IntList& points_per_level, double offset_scale, bool backward)
-      : value(unit_stride_last(value_)),
-        locations(dense_rows(locations_)),
-        weights(dense_rows(weights_)),
-        reference(reference_) {
+      : value(value_), locations(locations_), weights(weights_), reference(reference_) {
     STD_TORCH_CHECK(value.dim() == 4, "value: expected [N, S, H, D]");
     STD_TORCH_CHECK(weights.dim() == 4, "attention weights: expected [N, Q, H, K]");
+    STD_TORCH_CHECK(locations.dim() == 5, "sampling locations: expected [N, Q, H, K, 2]");
+    value = unit_stride_last(value);
+    locations = dense_rows(locations);
+    weights = dense_rows(weights);
     args.n = value.size(0);
     args.s = value.size(1);
     args.h = value.size(2);
     args.d = value.size(3);
     args.q = weights.size(1);
     args.levels = read_levels(levels, spatial_shapes, level_start_index, points_per_level, args.s, true);
-    STD_TORCH_CHECK(args.s < (int64_t{1} << 30), "value: expected fewer than 2^30 positions, got ", args.s);
+    STD_TORCH_CHECK(args.s < (int64_t{1} << 28), "value: expected fewer than 2^28 positions, got ", args.s);
     const int64_t k = args.levels.points_total;
     check_sizes(weights, "attention weights", {args.n, args.q, args.h, k});
     check_sizes(locations, "sampling locations", {args.n, args.q, args.h, k, 2});
@@ -102,6 +103,7 @@ struct Call {
     args.locations = rows_of(locations, "sampling locations");
     args.weights = rows_of(weights, "attention weights");
     if (reference.has_value()) {
+      STD_TORCH_CHECK(reference->dim() == 4, "reference_points: expected [N, Q, L, 2 or 4]");
       reference = unit_stride_last(*reference);
       args.from_offsets = true;
       args.reference_dim = static_cast<int>(reference->size(reference->dim() - 1));
@@ -188,7 +190,8 @@ Gradients run_backward(Call& call, const Tensor& grad_output_, bool needs_value,
 
   Gradients grads{needs_value ? new_contiguous(call.value) : not_needed(call.value),
                   needs_sampling ? new_contiguous(call.locations) : not_needed(call.locations),
-                  needs_sampling ? new_contiguous(call.weights) : not_needed(call.weights), not_needed(call.value)};
+                  needs_sampling ? new_contiguous(call.weights) : not_needed(call.weights),
+                  not_needed(call.reference.has_value() ? *call.reference : call.value)};
   if (needs_value) args.grad_value = contiguous_rows(grads.value, args.d);
   if (needs_sampling) {
     args.grad_locations = contiguous_rows(grads.locations, 2 * args.levels.points_total);

@@ -192,8 +192,7 @@ inline Vec<float> exp_nonpositive(Vec<float> x) {
   y = y * r + 1.0f;
   y = y * r + 1.0f;
   const Vec<float> scale = reinterpret_cast<Vec<float>>((n + 127) << 23);
-  const Vec<float> result = tiny ? Vec<float>{} : y * scale;
-  return x == x ? result : x;
+  return tiny ? Vec<float>{} : y * scale;
 }
 
 inline Vec<double> exp_nonpositive(Vec<double> x) {

@@ -15,11 +15,15 @@ inline Levels read_levels(const std::vector<int64_t>& levels, const std::optiona
   const int64_t count = static_cast<int64_t>(points_per_level.size());
   STD_TORCH_CHECK(count >= 1 && count <= kMaxLevels, "points_per_level: expected 1 to 16 levels, got ", count);
   out.count = static_cast<int>(count);
+  int64_t points_total = 0;
   for (int64_t l = 0; l < count; ++l) {
-    STD_TORCH_CHECK(points_per_level[l] >= 1, "points_per_level: expected counts of at least 1");
+    STD_TORCH_CHECK(points_per_level[l] >= 1 && points_per_level[l] <= INT32_MAX,
+                    "points_per_level: expected counts of at least 1 and less than 2^31");
     out.points[l] = static_cast<int>(points_per_level[l]);
-    out.points_total += out.points[l];
+    points_total += points_per_level[l];
   }
+  STD_TORCH_CHECK(points_total <= INT32_MAX / 4, "points_per_level: expected fewer than 2^29 points in all");
+  out.points_total = static_cast<int>(points_total);
   const int64_t* shapes = nullptr;
   const int64_t* starts = nullptr;
   if (levels.empty()) {
@@ -37,6 +41,7 @@ inline Levels read_levels(const std::vector<int64_t>& levels, const std::optiona
   } else {
     STD_TORCH_CHECK(static_cast<int64_t>(levels.size()) == 3 * count, "levels: expected (h, w, start) per level");
   }
+  int64_t total = 0;
   for (int64_t l = 0; l < count; ++l) {
     out.height[l] = shapes ? shapes[2 * l] : levels[3 * l];
     out.width[l] = shapes ? shapes[2 * l + 1] : levels[3 * l + 1];
@@ -46,7 +51,16 @@ inline Levels read_levels(const std::vector<int64_t>& levels, const std::optiona
     STD_TORCH_CHECK(out.start[l] >= 0 && out.height[l] <= (value_length - out.start[l]) / out.width[l],
                     "level_start_index: level ", l, " of ", out.height[l], " x ", out.width[l], " starting at ",
                     out.start[l], " does not lie within value's ", value_length, " positions");
+    total += out.height[l] * out.width[l];
+    // Levels that cover as many positions as value has leave none out exactly if no two of them overlap.
+    for (int64_t other = 0; other < l; ++other) {
+      const bool apart = out.start[other] + out.height[other] * out.width[other] <= out.start[l] ||
+                         out.start[l] + out.height[l] * out.width[l] <= out.start[other];
+      STD_TORCH_CHECK(apart, "level_start_index: levels ", other, " and ", l, " overlap");
+    }
   }
+  STD_TORCH_CHECK(total == value_length, "spatial_shapes: expected levels that sum to value's ", value_length,
+                  " positions, got ", total);
   return out;
 }
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from m2f_kernels._checks import check_floating, check_shape, describe
+from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn_from_offsets
-from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes
+from m2f_kernels.ops.ms_deform_attn.levels import MAX_LEVELS, SpatialShapes
 
 
 class MSDeformAttn(nn.Module):
@@ -36,6 +36,11 @@ class MSDeformAttn(nn.Module):
         super().__init__()
         if embed_dim < 1 or num_heads < 1 or embed_dim % num_heads:
             raise ValueError(f"embed_dim: expected a multiple of num_heads = {num_heads}; got {embed_dim}")
+        if not 1 <= num_levels <= MAX_LEVELS:
+            raise ValueError(f"num_levels: expected 1 to {MAX_LEVELS}; got {num_levels}")
+        counts = [num_points] if isinstance(num_points, int) else num_points
+        if not isinstance(counts, Sequence) or not all(isinstance(p, int) for p in counts):
+            raise TypeError(f"num_points: expected an integer, or one per level; got {num_points!r}")
         points = [num_points] * num_levels if isinstance(num_points, int) else list(num_points)
         if len(points) != num_levels or any(p < 1 for p in points):
             raise ValueError(
@@ -100,11 +105,12 @@ class MSDeformAttn(nn.Module):
         check_shape("value", value, "[N, S, C]", (n, s, self.embed_dim))
         projected = self.value_proj(value)
         if padding_mask is not None:
-            if padding_mask.dtype != torch.bool:
+            if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:
                 raise TypeError(
                     f"padding_mask: expected bool, True where value is padding; got {describe(padding_mask)}"
                 )
             check_shape("padding_mask", padding_mask, "[N, S]", (n, s))
+            check_same_device("padding_mask", padding_mask, "value", value)
             projected = projected.masked_fill(padding_mask[..., None], 0)
         points = sum(self.points_per_level)
         out = ms_deform_attn_from_offsets(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -93,8 +93,8 @@ def ms_deform_attn(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     check_floating("value", value, "[N, S, H, D]")
-    n, s, heads, _ = value.shape
-    levels = resolve_levels(spatial_shapes, level_start_index, s)
+    n, _, heads, _ = value.shape
+    levels = resolve_levels(spatial_shapes, level_start_index, value)
     count = levels.num_levels
     locations, points = _flatten_points("sampling_locations", sampling_locations, count, points_per_level, ", 2")
     weights, _ = _flatten_points("attention_weights", attention_weights, count, points_per_level, "")
@@ -144,8 +144,8 @@ def ms_deform_attn_from_offsets(
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
     check_floating("value", value, "[N, S, H, D]")
-    n, s, heads, _ = value.shape
-    levels = resolve_levels(spatial_shapes, level_start_index, s)
+    n, _, heads, _ = value.shape
+    levels = resolve_levels(spatial_shapes, level_start_index, value)
     count = levels.num_levels
     offsets, points = _flatten_points("sampling_offsets", sampling_offsets, count, points_per_level, ", 2")
     if isinstance(attention_logits, Tensor) and attention_logits.dim() == 4:
@@ -163,6 +163,8 @@ def ms_deform_attn_from_offsets(
     if reference_points.shape[2] == 1:
         reference_points = reference_points.expand(-1, -1, count, -1)
     check_shape("reference_points", reference_points, "[N, Q, L, 2 or 4]", (n, q, count, reference_points.shape[-1]))
+    if not isinstance(offset_scale, (int, float)):
+        raise TypeError(f"offset_scale: expected a number; got {describe(offset_scale)}")
     _check_heads(value)
     check_same_device("sampling_offsets", offsets, "value", value)
     check_same_device("attention_logits", logits, "value", value)
@@ -189,9 +191,13 @@ def _flatten_points(
                 f"got {describe(tensor)}"
             )
         return tensor.flatten(3, 4), [tensor.shape[4]] * levels
+    if not isinstance(points_per_level, Iterable):
+        raise TypeError(f"points_per_level: expected {levels} counts, one per level; got {describe(points_per_level)}")
     points = list(points_per_level)
     if len(points) != levels or any(not isinstance(p, int) or p < 1 for p in points):
-        raise ValueError(f"points_per_level: expected {levels} counts of at least 1, one per level; got {points}")
+        raise ValueError(
+            f"points_per_level: expected {levels} counts of at least 1, one per level; got {describe(points_per_level)}"
+        )
     return check_floating(name, tensor, f"[N, Q, H, K{tail}]"), points
 
 
@@ -204,7 +210,8 @@ def _check_heads(value: Tensor) -> None:
 
 def _autocast(value: Tensor) -> Tensor:
     device = value.device.type
-    if value.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    available = torch.amp.is_autocast_available(device)
+    if available and value.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return value.to(torch.get_autocast_dtype(device))
     return value
 
@@ -363,13 +370,39 @@ def _deterministic_needs_reference(value: Tensor) -> bool:
     return value.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
 
 
+class _DifferentiableOnce(torch.autograd.Function):
+    """Passes `gradients` on and ties them to what they were computed from, so that differentiating again is an error.
+
+    Without it PyTorch would take them for constants, and second derivatives for zero.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *sources_and_gradients: Tensor) -> tuple[Tensor, ...]:
+        return tuple(g.view_as(g) for g in sources_and_gradients[count:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "m2f_kernels: multi-scale deformable attention is differentiable once; "
+            "its second derivative is not implemented"
+        )
+
+
+def _differentiable_once(gradients: tuple[Tensor, ...], sources: list[Any]) -> tuple[Tensor, ...]:
+    tensors = [x for x in sources if isinstance(x, Tensor) and x.requires_grad]
+    if not torch.is_grad_enabled() or not tensors:
+        return gradients
+    return _DifferentiableOnce.apply(len(tensors), *tensors, *gradients)
+
+
 def _ms_deform_attn_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     inputs = _saved_inputs(ctx)
     needs = ctx.needs_input_grad
     needs_value, needs_sampling = needs[0], needs[4] or needs[5]
     use_reference = needs_value and _deterministic_needs_reference(inputs[0])
     op: Any = _ms_deform_attn_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_backward
-    grad_value, grad_locations, grad_weights = op(grad_output, *inputs, needs_value, needs_sampling)
+    gradients = op(grad_output, *inputs, needs_value, needs_sampling)
+    grad_value, grad_locations, grad_weights = _differentiable_once(gradients, [grad_output, *inputs])
     return (
         grad_value if needs_value else None,
         *(None, None, None),
@@ -385,9 +418,8 @@ def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     needs_value, needs_reference, needs_sampling = needs[0], needs[4], needs[5] or needs[6]
     use_reference = needs_value and _deterministic_needs_reference(inputs[0])
     op: Any = _from_offsets_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_from_offsets_backward
-    grad_value, grad_reference, grad_offsets, grad_logits = op(
-        grad_output, *inputs, needs_value, needs_reference, needs_sampling
-    )
+    gradients = op(grad_output, *inputs, needs_value, needs_reference, needs_sampling)
+    grad_value, grad_reference, grad_offsets, grad_logits = _differentiable_once(gradients, [grad_output, *inputs])
     return (
         grad_value if needs_value else None,
         *(None, None, None),

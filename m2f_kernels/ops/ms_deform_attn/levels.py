@@ -7,14 +7,16 @@ synchronisation, or while tracing), `levels` is empty and the tensors travel ins
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from numbers import Integral
+from typing import Any, NamedTuple
 
 import torch
 from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from m2f_kernels._checks import describe
+from m2f_kernels._checks import check_same_device, describe
 
 MAX_LEVELS = 16
 
@@ -45,29 +47,51 @@ def _check_integers(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
         raise ValueError(f"{name}: expected {layout}; got {describe(tensor)}")
 
 
-def _host_levels(sizes: list[Sequence[int]], starts: Sequence[int] | None, length: int) -> list[int]:
+def _integers(name: str, values: Any, expected: str) -> list[Any]:
+    """`values` as a list of integers, symbolic ones included; NumPy's are taken too."""
+    try:
+        items = list(values)
+    except TypeError:
+        items = [None]
+    if all(isinstance(v, (Integral, SymInt)) for v in items):
+        return [v if isinstance(v, SymInt) else int(v) for v in items]
+    raise TypeError(f"{name}: expected {expected}; got {describe(values)}")
+
+
+def _host_levels(sizes: list[tuple[int, int]], starts: Sequence[int] | None, length: int) -> list[int]:
     flat: list[int] = []
-    total = 0
     for i, (h, w) in enumerate(sizes):
         if h < 1 or w < 1:
             raise ValueError(f"spatial_shapes: expected sizes of at least 1; got {(h, w)} for level {i}")
-        start = total if starts is None else starts[i]
+    total = sum(h * w for h, w in sizes)
+    if total != length:
+        raise ValueError(
+            f"spatial_shapes: expected levels that sum to value's {length} positions; got {sizes}, which sum to {total}"
+        )
+    end = 0
+    for i, (h, w) in enumerate(sizes):
+        start = end if starts is None else starts[i]
         if start < 0 or start + h * w > length:
             raise ValueError(
                 f"level_start_index: expected level {i} of {h} x {w} to lie within value's {length} positions; "
                 f"it starts at {start}"
             )
         flat += [h, w, start]
-        total += h * w
-    if total != length:
-        raise ValueError(
-            f"spatial_shapes: expected levels that sum to value's {length} positions; got {sizes}, which sum to {total}"
-        )
+        end += h * w
+    if starts is not None:
+        # Levels that cover as many positions as value has leave none out exactly if no two of them overlap.
+        order = sorted(range(len(sizes)), key=lambda i: starts[i])
+        for first, second in itertools.pairwise(order):
+            if starts[first] + sizes[first][0] * sizes[first][1] > starts[second]:
+                raise ValueError(
+                    f"level_start_index: expected levels that do not overlap; got {list(starts)} for sizes {sizes}, "
+                    f"where levels {first} and {second} do"
+                )
     return flat
 
 
 def resolve_levels(
-    spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None, length: int
+    spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None, value: Tensor
 ) -> Levels:
     """Check the description of the levels and bring it into schema form.
 
@@ -76,46 +100,51 @@ def resolve_levels(
         level_start_index: first position of each level in value, [L]; None for
             levels that follow each other. On a GPU it is read by the kernel, and
             not at all when `spatial_shapes` is on the host.
-        length: number of positions in value.
+        value: [N, S, H, D]; the levels have to cover its S positions.
 
     Raises:
         ValueError, TypeError: naming the argument.
     """
+    length = value.shape[1]
     if isinstance(spatial_shapes, Tensor):
         _check_integers("spatial_shapes", spatial_shapes, 2, "[L, 2]")
         count = spatial_shapes.shape[0]
     else:
+        expected = "a tensor [L, 2] or pairs (h, w) of integers"
         try:
-            spatial_shapes = [(h, w) for h, w in spatial_shapes]
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"spatial_shapes: expected a tensor [L, 2] or pairs (h, w); got {describe(spatial_shapes)}"
-            ) from None
-        for i, pair in enumerate(spatial_shapes):
-            if not all(isinstance(v, (int, SymInt)) for v in pair):
-                raise TypeError(f"spatial_shapes: expected pairs of integers; got {pair!r} for level {i}")
-        count = len(spatial_shapes)
+            pairs = [_integers("spatial_shapes", pair, expected) for pair in spatial_shapes]
+        except TypeError:
+            pairs = [[]]
+        if isinstance(spatial_shapes, str) or any(len(pair) != 2 for pair in pairs):
+            raise TypeError(f"spatial_shapes: expected {expected}; got {describe(spatial_shapes)}")
+        count = len(pairs)
     if not 1 <= count <= MAX_LEVELS:
         raise ValueError(f"spatial_shapes: expected 1 to {MAX_LEVELS} levels; got {count}")
 
     starts = level_start_index
     if isinstance(starts, Tensor):
         _check_integers("level_start_index", starts, 1, "[L]")
+    elif starts is not None:
+        starts = _integers("level_start_index", starts, "a tensor [L] or integers")
     if starts is not None and len(starts) != count:
         raise ValueError(f"level_start_index: expected {count} entries, one per level; got {len(starts)}")
+    for name, tensor in (("spatial_shapes", spatial_shapes), ("level_start_index", starts)):
+        if isinstance(tensor, Tensor) and tensor.device.type != "cpu":
+            check_same_device(name, tensor, "value", value)
 
     if isinstance(spatial_shapes, Tensor) and _unreadable(spatial_shapes):
-        shapes = spatial_shapes.to(torch.int64).contiguous()
+        shapes = spatial_shapes.to(value.device, torch.int64).contiguous()
         if starts is None:
             starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
         elif not isinstance(starts, Tensor):
             starts = torch.tensor(starts, dtype=torch.int64, device=shapes.device)
-        return Levels([], shapes, starts.to(torch.int64).contiguous())
+        return Levels([], shapes, starts.to(value.device, torch.int64).contiguous())
 
-    sizes = spatial_shapes.tolist() if isinstance(spatial_shapes, Tensor) else spatial_shapes
+    if isinstance(spatial_shapes, Tensor):
+        pairs = spatial_shapes.tolist()
     if isinstance(starts, Tensor):
         starts = None if _unreadable(starts) else starts.tolist()
-    return Levels(_host_levels(sizes, starts, length), None, None)
+    return Levels(_host_levels([(h, w) for h, w in pairs], starts, length), None, None)
 
 
 def read_levels(levels: Sequence[int], spatial_shapes: Tensor | None, level_start_index: Tensor | None) -> list[int]:
