@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cases import Benchmark, Row
+from benchmarks.formats import mebibytes, number
 from benchmarks.memory import RESOLUTION_MIB
-from benchmarks.report import mebibytes, number
 
 _OURS, _OURS_OTHER = "#d1495b", "#e8a0aa"
 _PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98")

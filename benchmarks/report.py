@@ -14,6 +14,7 @@ from rich.table import Table
 
 from benchmarks import memory
 from benchmarks.cases import Benchmark, Figure, Row, Scale
+from benchmarks.formats import mebibytes, number
 
 #: A time is a regression if it grew by more than this share and by more than both interquartile ranges together.
 REGRESSION_SHARE = 0.10
@@ -35,22 +36,6 @@ class Run:
     facts: dict[str, str]
     floors: dict[str, dict[str, float]]
     rows: list[Row]
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """Three significant digits without an exponent; a dash for nothing."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
-    decimals = max(0, digits - len(str(int(abs(value)))) if abs(value) >= 1 else digits)
-    return f"{value:.{decimals}f}"
-
-
-def mebibytes(value: float | None) -> str:
-    """A measured amount of memory; what is below the resolution of the method is not stated to the byte."""
-    small = value is not None and value < memory.RESOLUTION_MIB
-    return f"< {memory.RESOLUTION_MIB:.0f}" if small else number(value)
 
 
 def _error(value: float | None) -> str:

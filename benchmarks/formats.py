@@ -1,0 +1,21 @@
+"""How measured numbers are written."""
+
+from __future__ import annotations
+
+from benchmarks.memory import RESOLUTION_MIB
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """Three significant digits without an exponent; a dash for nothing."""
+    if value is None:
+        return "-"
+    if value == 0:
+        return "0"
+    decimals = max(0, digits - len(str(int(abs(value)))) if abs(value) >= 1 else digits)
+    return f"{value:.{decimals}f}"
+
+
+def mebibytes(value: float | None) -> str:
+    """A measured amount of memory; what is below the resolution of the method is not stated to the byte."""
+    small = value is not None and value < RESOLUTION_MIB
+    return f"< {RESOLUTION_MIB:.0f}" if small else number(value)

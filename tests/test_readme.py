@@ -1,0 +1,26 @@
+"""README says what the committed results say, and its code runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "ms_deform_attn.md"]
+
+
+def test_figures_are_those_of_the_committed_run():
+    pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
+    from benchmarks import readme
+    from benchmarks.report import read_csv
+
+    text = (ROOT / "README.md").read_text()
+    assert readme.update(text, read_csv(readme.DEFAULT / "ms_deform_attn.csv")) == text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_code_blocks_run(page):
+    """All Python blocks of a page, one after the other."""
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert blocks
+    exec(compile("\n".join(blocks), page.name, "exec"), {"__name__": "__page__"})
