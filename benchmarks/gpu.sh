@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What `make gpu` does, on a machine with a CUDA GPU: build, the whole suite, compute-sanitizer, the benchmarks with
-# every peer that is installed. Needs a Python ($PYTHON) with a CUDA torch >= 2.11, cmake, ninja, pybind11, pytest and
-# hypothesis; downloads nothing. Each step's log goes to $RESULTS (default benchmarks/results/<GPU name>/run); a failed
+# every peer that is installed. Needs a Python ($PYTHON) with a CUDA torch >= 2.11, cmake, ninja, pybind11, pytest,
+# hypothesis and what benchmarks/requirements.txt lists; downloads nothing. Each step's log goes to $RESULTS (default benchmarks/results/<GPU name>/run); a failed
 # step does not stop the later ones, and makes the exit status non-zero. STEPS chooses some of them.
 set -uo pipefail
 cd "$(dirname "$0")/.."

@@ -66,9 +66,6 @@ struct DirectCorners {
   }
 };
 
-// ---------------------------------------------------------------- gather and scatter of kBlock vectors of channels
-// Inlined so that constant channel counts turn corner addresses into immediate offsets; the samples are copied so that
-// no store can be suspected of changing their pointers.
 // Few queries find their rows in no cache: ask for all of a query's before the first is used.
 template <typename T, typename V>
 M2F_INLINE void prefetch_corners(const Samples<T>& s, const DirectCorners<V>& corners, int64_t d) {
@@ -84,6 +81,9 @@ M2F_INLINE void prefetch_corners(const Samples<T>& s, const DirectCorners<V>& co
 template <typename T, typename V>
 M2F_INLINE void prefetch_corners(const Samples<T>&, const PackedCorners<V>&, int64_t) {}
 
+// ---------------------------------------------------------------- gather and scatter of kBlock vectors of channels
+// Inlined so that constant channel counts turn corner addresses into immediate offsets; the samples are copied so that
+// no store can be suspected of changing their pointers.
 template <int kBlock, typename V, typename T, typename Corners, typename Channels>
 M2F_INLINE void gather(const Samples<T>& samples, const Corners& corners, Channels d, int64_t channel, Vec<T>* out) {
   const Samples<T> s = samples;
@@ -135,7 +135,7 @@ M2F_INLINE void scatter(const Samples<T>& samples, const Corners& corners, const
   }
 }
 
-// Calls f(block, channel) over all channels, in blocks of up to kMax vectors; d is a whole number of vectors.
+// Calls f(block, channel) over all channels, in blocks of up to four vectors; d is a whole number of vectors.
 template <typename T, typename Channels, typename F>
 M2F_INLINE void for_each_block(Channels d, F&& f) {
   int64_t channel = 0;
