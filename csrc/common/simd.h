@@ -72,6 +72,18 @@ inline IntVec<T> truncate(Vec<T> x) {
   return __builtin_convertvector(x, IntVec<T>);
 }
 
+// a * b + c with one rounding. Where there is no such instruction (baseline) with two: callers gain accuracy only.
+M2F_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a, b, c);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a, b, c);
+#else
+  return a * b + c;
+#endif
+}
+M2F_INLINE Vec<double> fused(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+
 // ---------------------------------------------------------------- shuffles of two vectors by constant indices
 template <typename V, typename I, int... kIndex>
 inline V shuffle(V a, V b, std::integer_sequence<int, kIndex...>) {

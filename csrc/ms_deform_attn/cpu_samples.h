@@ -250,19 +250,26 @@ inline void prepare(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t 
   const T scale = static_cast<T>(args.offset_scale);
   for (int64_t k = 0; k < s.padded; k += kLanes<T>) {
     const Vec<T> a = load(s.raw_xy + 2 * k), b = load(s.raw_xy + 2 * k + kLanes<T>);
-    Vec<T> x = every_second<T, 0>(a, b), y = every_second<T, 1>(a, b);
+    const Vec<T> raw_x = every_second<T, 0>(a, b), raw_y = every_second<T, 1>(a, b);
     const Vec<T> width = load(s.width + k), height = load(s.height + k);
-    if (!args.from_offsets) {
-      x = x * width - T(0.5);
-      y = y * height - T(0.5);
-    } else if (args.reference_dim == 2) {
-      x = load(s.reference + k) * width + x - T(0.5);
-      y = load(s.reference + s.padded + k) * height + y - T(0.5);
-    } else {
-      const Vec<T> unit = load(s.inverse_count + k) * scale;
-      x = (load(s.reference + k) + x * unit * load(s.reference + 2 * s.padded + k)) * width - T(0.5);
-      y = (load(s.reference + s.padded + k) + y * unit * load(s.reference + 3 * s.padded + k)) * height - T(0.5);
+    // Pixel = anchor * size + shift.
+    Vec<T> anchor_x = raw_x, anchor_y = raw_y, shift_x = splat(T(-0.5)), shift_y = splat(T(-0.5));
+    if (args.from_offsets) {
+      anchor_x = load(s.reference + k);
+      anchor_y = load(s.reference + s.padded + k);
+      Vec<T> unit_x = splat(T(1)), unit_y = splat(T(1));
+      if (args.reference_dim == 4) {
+        const Vec<T> unit = load(s.inverse_count + k) * scale;
+        unit_x = unit * load(s.reference + 2 * s.padded + k) * width;
+        unit_y = unit * load(s.reference + 3 * s.padded + k) * height;
+      }
+      shift_x += raw_x * unit_x;
+      shift_y += raw_y * unit_y;
     }
+    // A product of the level's size is rounded to 1e-7 of it; what that cuts off still counts for the fractions.
+    const Vec<T> product_x = anchor_x * width, product_y = anchor_y * height;
+    const Vec<T> rest_x = fused(anchor_x, width, -product_x), rest_y = fused(anchor_y, height, -product_y);
+    Vec<T> x = product_x + shift_x, y = product_y + shift_y;
     // False for NaN.
     const IntVec<T> inside = (x > T(-1)) & (x < width) & (y > T(-1)) & (y < height);
     x = select<T>(inside, x, Vec<T>{});
@@ -270,7 +277,8 @@ inline void prepare(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t 
     IntVec<T> x0 = truncate<T>(x), y0 = truncate<T>(y);
     x0 += to_float<T>(x0) > x;  // a true comparison is -1: truncation becomes floor
     y0 += to_float<T>(y0) > y;
-    const Vec<T> fx = x - to_float<T>(x0), fy = y - to_float<T>(y0);
+    const Vec<T> fx = select<T>(inside, ((product_x - to_float<T>(x0)) + shift_x) + rest_x, Vec<T>{});
+    const Vec<T> fy = select<T>(inside, ((product_y - to_float<T>(y0)) + shift_y) + rest_y, Vec<T>{});
     const Vec<T> weight = select<T>(inside, load(s.probability + k), Vec<T>{});
     const IntVec<T> pixel = load_int<T>(s.first + k) + (((y0 + 2) * load_int<T>(s.row + k) + x0 + 1) & inside);
     const Vec<T> upper = weight * (T(1) - fy), lower = weight * fy;
