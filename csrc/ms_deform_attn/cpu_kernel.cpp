@@ -155,8 +155,8 @@ inline void with_constant_channels(int64_t d, F&& f) {
   }
 }
 
-// A head's rows lie H rows apart and are visited in tiles, which no hardware prefetcher follows: without this, half
-// of the forward time is spent waiting for locations and weights.
+// A head's rows lie H rows apart and are visited in tiles, which no hardware prefetcher follows: without this
+// two thirds of the forward time are spent waiting for locations and weights (39 ms instead of 13 on one thread).
 constexpr int64_t kPrefetchQueries = 8;
 
 // Must be inlined: GCC takes a function that only prefetches for one without effect, and drops calls to it.

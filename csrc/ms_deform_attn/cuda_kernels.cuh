@@ -27,7 +27,7 @@
 // latency at 5.5 TB/s / 132 takes 10 KB.
 //
 // Walking queries. In an encoder (Q == S) query i sits at position i. A block takes a tile of 64 queries, 8 x 8 on
-// their level, and one head. Measured on that workload's local offsets, each line fetched serves 6.2 corners, against
+// their level, and one head. Counted for offsets of about two pixels, each line fetched serves 6.2 corners, against
 // 2.7 for 32 queries in raster order. Same head, because other heads read other bytes of a position: adding heads to a
 // block adds footprint and no reuse, while adding queries adds reuse. All threads of a block walk the levels in the
 // same order, so that at any time its working set is one level's: 64 * 4 * 4 / 6.2 = 165 lines of 128 bytes, 21 KB,
