@@ -3,14 +3,23 @@
 from m2f_kernels import nn
 from m2f_kernels._version import __version__
 from m2f_kernels.backend import BackendChoice, explain, use_backend
+from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.ops.attention_mask import pack_attention_mask, predict_attention_mask, resize_mask_features
+from m2f_kernels.ops.masked_attention import masked_attention
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
 
 __all__ = [
     "BackendChoice",
+    "FactoredMasks",
+    "PackedMask",
     "__version__",
     "explain",
+    "masked_attention",
     "ms_deform_attn",
     "ms_deform_attn_from_offsets",
     "nn",
+    "pack_attention_mask",
+    "predict_attention_mask",
+    "resize_mask_features",
     "use_backend",
 ]

@@ -37,3 +37,9 @@ def check_shape(name: str, value: Tensor, layout: str, expected: Sequence[int]) 
 def check_same_device(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
     if value.device != other.device:
         raise ValueError(f"{name}: expected it on {other.device}, where {other_name} is; got {describe(value)}")
+
+
+def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    if value.dtype != other.dtype:
+        expected = str(other.dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected {other_name}'s dtype {expected}; got {describe(value)}")

@@ -8,10 +8,13 @@ kept in `LIBRARIES` for :mod:`m2f_kernels.info` and for the one-time fallback wa
 from __future__ import annotations
 
 import ctypes
+import importlib
+import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -66,6 +69,22 @@ def _load_all() -> dict[str, NativeLibrary]:
 #: By device type. A device that is not a key here is served by the reference.
 LIBRARIES = _load_all()
 
+#: Why the Triton kernels are not in use, or None. Triton itself is imported at the first call of a kernel.
+TRITON_PROBLEM: str | None = None
+if importlib.util.find_spec("triton") is None:
+    TRITON_PROBLEM = "triton is not installed; pip install triton"
+
+
+def implement_with_triton(op: str, module: str) -> None:
+    """Serve `m2f::<op>` on CUDA by the function `op` of `module`, which is imported at the first call."""
+    if TRITON_PROBLEM is not None:
+        return
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(module), op)(*args)
+
+    LIBRARY.impl(op, call, "CUDA")
+
 
 def cpu_capability() -> str | None:
     """Instruction set in use by the CPU library: 'avx512', 'avx2' or 'baseline'; None without the library."""
@@ -89,13 +108,18 @@ if _wish and LIBRARIES["cpu"].loaded and cpu_capability() != _wish:
 _warned: set[tuple[str, str]] = set()
 
 
-def warn_fallback(op: str, device: str) -> None:
-    """Say once per operator and device that the slow reference is running, and what would end that."""
+def warn_fallback(op: str, device: str, backend: str | None = None) -> None:
+    """Say once per operator and device that the slow reference is running, and what would end that.
+
+    `backend` is what would serve the operator there: "cpp", "cuda" or "triton".
+    """
     if (op, device) in _warned:
         return
     _warned.add((op, device))
     library = LIBRARIES.get(device)
-    if library is None:
+    if backend == "triton" and TRITON_PROBLEM is not None:
+        why = TRITON_PROBLEM
+    elif library is None:
         why = f"m2f-kernels has no compiled kernel for device type '{device}' (it has for: {', '.join(LIBRARIES)})"
     elif library.problem is None:
         why = f"lib{library.name}.so is loaded but does not implement it"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from m2f_kernels import _library
 from m2f_kernels._library import LIBRARIES, cpu_capability
 
 #: Public name of each operator -> device type -> backend that implements it there.
@@ -56,6 +58,11 @@ def use_backend(name: str) -> Iterator[None]:
         _forced = before
 
 
+def fall_back(op: str, device: str) -> None:
+    """To be called where the reference serves `op` although nobody asked for it: warns once."""
+    _library.warn_fallback(op, device, IMPLEMENTED[op].get(device))
+
+
 def choose(op: str, device: str) -> BackendChoice:
     """The backend of operator `op` (its public name) on a device type such as "cpu" or "cuda"."""
     if op not in IMPLEMENTED:
@@ -65,6 +72,10 @@ def choose(op: str, device: str) -> BackendChoice:
     backend = IMPLEMENTED[op].get(device)
     if backend is None:
         return BackendChoice(op, device, "reference", f"no compiled kernel for device type '{device}'")
+    if backend == "triton":
+        if _library.TRITON_PROBLEM is not None:
+            return BackendChoice(op, device, "reference", f"triton: {_library.TRITON_PROBLEM}")
+        return BackendChoice(op, device, backend, f"triton {importlib.metadata.version('triton')}")
     library = LIBRARIES[device]
     if not library.loaded:
         return BackendChoice(op, device, "reference", f"lib{library.name}.so: {library.problem}")

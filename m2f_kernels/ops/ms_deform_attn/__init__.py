@@ -10,7 +10,9 @@ from torch import Tensor
 
 from m2f_kernels import backend
 from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
-from m2f_kernels._library import LIBRARY, warn_fallback
+from m2f_kernels._dtypes import autocast
+from m2f_kernels._library import LIBRARY
+from m2f_kernels.ops._autograd import differentiable_once, reference_gradients, saved_inputs, setup_context
 from m2f_kernels.ops.ms_deform_attn import reference
 from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes, read_levels, resolve_levels
 
@@ -22,6 +24,7 @@ __all__ = ["ms_deform_attn", "ms_deform_attn_from_offsets"]
 
 _LEVELS = "SymInt[] levels, Tensor? spatial_shapes, Tensor? level_start_index"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
+_TITLE = "multi-scale deformable attention"
 
 LIBRARY.define(
     f"ms_deform_attn(Tensor value, {_LEVELS}, Tensor sampling_locations, Tensor attention_weights, "
@@ -104,7 +107,7 @@ def ms_deform_attn(
     _check_heads(value)
     check_same_device("sampling_locations", locations, "value", value)
     check_same_device("attention_weights", weights, "value", value)
-    value = _autocast(value)
+    value = autocast(value)
     if backend.reference_forced():
         return reference.ms_deform_attn(value, read_levels(*levels), locations, weights, points)
     return torch.ops.m2f.ms_deform_attn(value, *levels, locations, weights, points)
@@ -169,7 +172,7 @@ def ms_deform_attn_from_offsets(
     check_same_device("sampling_offsets", offsets, "value", value)
     check_same_device("attention_logits", logits, "value", value)
     check_same_device("reference_points", reference_points, "value", value)
-    value = _autocast(value)
+    value = autocast(value)
     if backend.reference_forced():
         return reference.ms_deform_attn_from_offsets(
             value, read_levels(*levels), reference_points, offsets, logits, points, offset_scale
@@ -208,26 +211,8 @@ def _check_heads(value: Tensor) -> None:
         )
 
 
-def _autocast(value: Tensor) -> Tensor:
-    device = value.device.type
-    available = torch.amp.is_autocast_available(device)
-    if available and value.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return value.to(torch.get_autocast_dtype(device))
-    return value
-
-
 # ---------------------------------------------------------------- reference implementations
 # Registered for every device; the compiled libraries override them on theirs.
-
-
-def _reference_gradients(
-    function: Any, grad_output: Tensor, inputs: list[Tensor], needed: list[bool]
-) -> tuple[Tensor, ...]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needed, strict=True)]
-        wanted = [x for x, need in zip(leaves, needed, strict=True) if need]
-        gradients = iter(torch.autograd.grad(function(*leaves), wanted, grad_output) if wanted else ())
-    return tuple(next(gradients) if need else x.new_empty(0) for x, need in zip(inputs, needed, strict=True))
 
 
 def _ms_deform_attn_reference(
@@ -239,7 +224,7 @@ def _ms_deform_attn_reference(
     weights: Tensor,
     points: list[int],
 ) -> Tensor:
-    warn_fallback("ms_deform_attn", value.device.type)
+    backend.fall_back("ms_deform_attn", value.device.type)
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     return reference.ms_deform_attn(value, sizes, locations, weights, points)
 
@@ -257,7 +242,7 @@ def _ms_deform_attn_backward_reference(
     needs_sampling: bool,
 ) -> tuple[Tensor, ...]:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
-    return _reference_gradients(
+    return reference_gradients(
         lambda v, x, a: reference.ms_deform_attn(v, sizes, x, a, points),
         grad_output,
         [value, locations, weights],
@@ -276,7 +261,7 @@ def _from_offsets_reference(
     points: list[int],
     offset_scale: float,
 ) -> Tensor:
-    warn_fallback("ms_deform_attn_from_offsets", value.device.type)
+    backend.fall_back("ms_deform_attn_from_offsets", value.device.type)
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     return reference.ms_deform_attn_from_offsets(value, sizes, reference_points, offsets, logits, points, offset_scale)
 
@@ -297,7 +282,7 @@ def _from_offsets_backward_reference(
     needs_sampling: bool,
 ) -> tuple[Tensor, ...]:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
-    return _reference_gradients(
+    return reference_gradients(
         lambda v, r, o, a: reference.ms_deform_attn_from_offsets(v, sizes, r, o, a, points, offset_scale),
         grad_output,
         [value, reference_points, offsets, logits],
@@ -353,56 +338,19 @@ def _(grad_output: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------- autograd
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    """Save tensors apart from the rest; both operators list their tensors and constants in schema order."""
-    ctx.is_tensor = [isinstance(x, Tensor) for x in inputs]
-    ctx.save_for_backward(*(x for x in inputs if isinstance(x, Tensor)))
-    ctx.constants = [x for x in inputs if not isinstance(x, Tensor)]
-
-
-def _saved_inputs(ctx: Any) -> list[Any]:
-    tensors, constants = iter(ctx.saved_tensors), iter(ctx.constants)
-    return [next(tensors) if is_tensor else next(constants) for is_tensor in ctx.is_tensor]
-
-
 def _deterministic_needs_reference(value: Tensor) -> bool:
     """The CUDA kernel adds value gradients with atomics: where reproducibility is asked for, take the reference."""
     return value.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
 
 
-class _DifferentiableOnce(torch.autograd.Function):
-    """Passes `gradients` on and ties them to what they were computed from, so that differentiating again is an error.
-
-    Without it PyTorch would take them for constants, and second derivatives for zero.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, count: int, *sources_and_gradients: Tensor) -> tuple[Tensor, ...]:
-        return tuple(g.view_as(g) for g in sources_and_gradients[count:])
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "m2f_kernels: multi-scale deformable attention is differentiable once; "
-            "its second derivative is not implemented"
-        )
-
-
-def _differentiable_once(gradients: tuple[Tensor, ...], sources: list[Any]) -> tuple[Tensor, ...]:
-    tensors = [x for x in sources if isinstance(x, Tensor) and x.requires_grad]
-    if not torch.is_grad_enabled() or not tensors:
-        return gradients
-    return _DifferentiableOnce.apply(len(tensors), *tensors, *gradients)
-
-
 def _ms_deform_attn_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    inputs = _saved_inputs(ctx)
+    inputs = saved_inputs(ctx)
     needs = ctx.needs_input_grad
     needs_value, needs_sampling = needs[0], needs[4] or needs[5]
     use_reference = needs_value and _deterministic_needs_reference(inputs[0])
     op: Any = _ms_deform_attn_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_backward
     gradients = op(grad_output, *inputs, needs_value, needs_sampling)
-    grad_value, grad_locations, grad_weights = _differentiable_once(gradients, [grad_output, *inputs])
+    grad_value, grad_locations, grad_weights = differentiable_once(_TITLE, gradients, [grad_output, *inputs])
     return (
         grad_value if needs_value else None,
         *(None, None, None),
@@ -413,13 +361,15 @@ def _ms_deform_attn_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
-    inputs = _saved_inputs(ctx)
+    inputs = saved_inputs(ctx)
     needs = ctx.needs_input_grad
     needs_value, needs_reference, needs_sampling = needs[0], needs[4], needs[5] or needs[6]
     use_reference = needs_value and _deterministic_needs_reference(inputs[0])
     op: Any = _from_offsets_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_from_offsets_backward
     gradients = op(grad_output, *inputs, needs_value, needs_reference, needs_sampling)
-    grad_value, grad_reference, grad_offsets, grad_logits = _differentiable_once(gradients, [grad_output, *inputs])
+    grad_value, grad_reference, grad_offsets, grad_logits = differentiable_once(
+        _TITLE, gradients, [grad_output, *inputs]
+    )
     return (
         grad_value if needs_value else None,
         *(None, None, None),
@@ -430,7 +380,7 @@ def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd("m2f::ms_deform_attn", _ms_deform_attn_vjp, setup_context=_setup_context, lib=LIBRARY)
+torch.library.register_autograd("m2f::ms_deform_attn", _ms_deform_attn_vjp, setup_context=setup_context, lib=LIBRARY)
 torch.library.register_autograd(
-    "m2f::ms_deform_attn_from_offsets", _from_offsets_vjp, setup_context=_setup_context, lib=LIBRARY
+    "m2f::ms_deform_attn_from_offsets", _from_offsets_vjp, setup_context=setup_context, lib=LIBRARY
 )

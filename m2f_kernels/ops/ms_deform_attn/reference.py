@@ -13,10 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays; everything else is computed in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from m2f_kernels._dtypes import accumulation_dtype
 
 
 def _bilinear(value: Tensor, height: int, width: int, location: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,20 @@
+"""Which dtype an operator computes in, and which one autocast wants."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays; everything else is computed in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast(tensor: Tensor) -> Tensor:
+    """`tensor` in autocast's dtype where autocast is on; float64 stays, as in PyTorch's own autocast rules."""
+    device = tensor.device.type
+    available = torch.amp.is_autocast_available(device)
+    if available and tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return tensor.to(torch.get_autocast_dtype(device))
+    return tensor

@@ -1,0 +1,82 @@
+"""The compact forms in which masks travel between operators."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+#: Keys per word of a packed mask.
+WORD = 32
+
+
+def pack(attend: Tensor) -> tuple[Tensor, Tensor]:
+    """Bits of a bool tensor [N, Q, S] (True = attend).
+
+    Returns:
+        int32 [N, Q, ceil(S/32)], key `s` in bit `s % 32` of word `s // 32`, zero beyond S; and bool [N, Q],
+        whether a row has any bit.
+    """
+    n, q, s = attend.shape
+    words = (s + WORD - 1) // WORD
+    padded = F.pad(attend, (0, words * WORD - s)).view(n, q, words, WORD)
+    bits = (padded.long() << torch.arange(WORD, device=attend.device)).sum(-1)
+    return torch.where(bits >= 2**31, bits - 2**32, bits).int(), attend.any(-1)
+
+
+def unpack(bits: Tensor, row_any: Tensor, num_keys: int) -> Tensor:
+    """The inverse, with the row rule applied: bool [N, Q, S], True = attend."""
+    attend = (bits.unsqueeze(-1) >> torch.arange(WORD, device=bits.device, dtype=bits.dtype)) & 1
+    return attend.bool().flatten(-2)[..., :num_keys] | ~row_any.unsqueeze(-1)
+
+
+class PackedMask(NamedTuple):
+    """Which keys each query attends to, one bit each, shared by all heads.
+
+    A tuple of its three fields, so it passes through `torch.compile`, checkpointing and anything else that
+    takes pytrees. Made by :func:`predict_attention_mask` and :func:`pack_attention_mask`.
+
+    Attributes:
+        bits: int32 [N, Q, ceil(S/32)]; key `s` is bit `s % 32` of word `s // 32`, 1 means attend. Bits beyond S are 0.
+        row_any: bool [N, Q], whether a query has any bit. One that has none attends everywhere (the row rule of
+            Mask2Former); its bits stay 0.
+        num_keys: S.
+    """
+
+    bits: Tensor
+    row_any: Tensor
+    num_keys: int
+
+    def to_bool(self) -> Tensor:
+        """bool [N, Q, S], True = attend, with the row rule applied: no row is all False."""
+        return unpack(self.bits, self.row_any, self.num_keys)
+
+
+class FactoredMasks(NamedTuple):
+    """Mask logits as the two factors whose product they are; Q + h*w vectors of C numbers instead of Q * h*w logits.
+
+    A tuple of its two fields, so it passes through `torch.compile`, checkpointing and anything else that takes
+    pytrees. The operators on points take it wherever they take logits.
+
+    Attributes:
+        mask_embed: [N, Q, C], one embedding per query.
+        mask_features: [N, C, h, w], the pixel decoder's features.
+    """
+
+    mask_embed: Tensor
+    mask_features: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """[N, Q, h, w], that of the logits."""
+        return torch.Size((*self.mask_embed.shape[:2], *self.mask_features.shape[2:]))
+
+    def logits(self) -> Tensor:
+        """[N, Q, h, w], differentiable in both factors."""
+        return torch.einsum("nqc,nchw->nqhw", self.mask_embed, self.mask_features)
+
+    def select(self, queries: Tensor | slice) -> FactoredMasks:
+        """The masks of some queries: a slice, or indices or a bool mask [Q], the same for every image."""
+        return FactoredMasks(self.mask_embed[:, queries], self.mask_features)

@@ -1,0 +1,197 @@
+"""Masked cross-attention: schemas, checks, fake kernels, autograd."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2f_kernels import backend
+from m2f_kernels._checks import check_floating, check_same_device, check_same_dtype, check_shape, describe
+from m2f_kernels._dtypes import accumulation_dtype, autocast
+from m2f_kernels._library import LIBRARY, implement_with_triton
+from m2f_kernels.masks import WORD, PackedMask, unpack
+from m2f_kernels.ops._autograd import differentiable_once, reference_gradients
+from m2f_kernels.ops.attention_mask import pack_attention_mask
+from m2f_kernels.ops.masked_attention import reference
+
+__all__ = ["masked_attention"]
+
+# ---------------------------------------------------------------- schemas
+# Outputs and gradients lie in memory as [N, Q, H, D] and [N, S, H, D]: merging the heads of what the public function
+# returns is then free, whichever layout the inputs have.
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor bits, Tensor row_any"
+LIBRARY.define(f"masked_attention({_INPUTS}, float scale) -> (Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(
+    f"masked_attention_backward(Tensor grad_output, {_INPUTS}, Tensor output, Tensor logsumexp, float scale) "
+    "-> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+backend.IMPLEMENTED["masked_attention"] = {"cpu": "cpp", "cuda": "triton"}
+for _name in ("masked_attention", "masked_attention_backward"):
+    implement_with_triton(_name, "m2f_kernels.ops.masked_attention.triton")
+
+
+# ---------------------------------------------------------------- public function
+
+
+def masked_attention(
+    query: Tensor, key: Tensor, value: Tensor, mask: PackedMask | Tensor, *, scale: float | None = None
+) -> Tensor:
+    """Cross-attention in which each query attends only to its own mask (Cheng et al. 2022, section 3.2.1, equation 1).
+
+    `softmax(scale * query key^T, over the keys that mask names) value`, the mask shared by all heads. Scores are never
+    written; tiles that no query attends to are skipped; a blocked key contributes exactly nothing, even where it is
+    NaN or infinite. A query whose mask is empty attends everywhere.
+
+    Args:
+        query: [N, H, Q, D]. float64, float32, bfloat16 or float16.
+        key, value: [N, H, S, D], S >= 1. Any strides with unit stride in D: heads cut out of `[N, *, H*D]` by
+            `x.unflatten(-1, (H, D)).transpose(1, 2)` need no copy.
+        mask: from :func:`predict_attention_mask` or :func:`pack_attention_mask`; or bool [N, Q, S] or [N, 1, Q, S],
+            True = attend, which is packed first.
+        scale: factor of the scores; None for 1/sqrt(D).
+
+    The three floating tensors have one dtype; under autocast they are cast to autocast's. Arithmetic is float32;
+    float64 runs through the reference.
+
+    Returns:
+        [N, H, Q, D] in query's dtype; in memory [N, Q, H, D], so that `out.transpose(1, 2).flatten(2)` copies nothing.
+        Differentiable once in the three floating tensors; only the output and one float32 log-sum-exp per query are
+        saved for it. Bitwise deterministic, forward and backward, for any number of threads.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    check_floating("query", query, "[N, H, Q, D]")
+    check_floating("key", key, "[N, H, S, D]")
+    check_floating("value", value, "[N, H, S, D]")
+    n, heads, q, d = query.shape
+    s = key.shape[2]
+    check_shape("key", key, "[N, H, S, D]", (n, heads, s, d))
+    check_shape("value", value, "[N, H, S, D]", (n, heads, s, d))
+    if d < 1 or s < 1:
+        raise ValueError(f"key: expected at least one key and one channel per head; got {describe(key)}")
+    for name, tensor in (("key", key), ("value", value)):
+        check_same_device(name, tensor, "query", query)
+    query, key, value = autocast(query), autocast(key), autocast(value)
+    for name, tensor in (("key", key), ("value", value)):
+        check_same_dtype(name, tensor, "query", query)
+    if scale is None:
+        scale = d**-0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
+        raise TypeError(f"scale: expected a number; got {describe(scale)}")
+    packed = _packed(mask, query, s)
+    if backend.reference_forced() or query.dtype == torch.float64:
+        return reference.masked_attention(query, key, value, packed.to_bool(), scale)[0]
+    output, _ = torch.ops.m2f.masked_attention(query, key, value, packed.bits, packed.row_any, scale)
+    return output.transpose(1, 2)
+
+
+def _packed(mask: PackedMask | Tensor, query: Tensor, keys: int) -> PackedMask:
+    """The mask, packed, after checking that it belongs to these queries and keys."""
+    n, _, q, _ = query.shape
+    if isinstance(mask, PackedMask):
+        if mask.num_keys != keys:
+            raise ValueError(f"mask: expected S = {keys}, key's; got a PackedMask of num_keys = {mask.num_keys}")
+        check_shape("mask.bits", mask.bits, "[N, Q, ceil(S/32)]", (n, q, (keys + WORD - 1) // WORD))
+        check_shape("mask.row_any", mask.row_any, "[N, Q]", (n, q))
+        check_same_device("mask.bits", mask.bits, "query", query)
+        check_same_device("mask.row_any", mask.row_any, "query", query)
+        if mask.bits.dtype != torch.int32 or mask.row_any.dtype != torch.bool:
+            raise TypeError(
+                f"mask: expected bits in int32 and row_any in bool; got {describe(mask.bits)} "
+                f"and {describe(mask.row_any)}"
+            )
+        return mask
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            f"mask: expected a PackedMask or a bool tensor [N, Q, S], True = attend; got {describe(mask)}; "
+            "pack_attention_mask takes logits"
+        )
+    check_same_device("mask", mask, "query", query)
+    if mask.dim() == 4:
+        check_shape("mask", mask, "[N, 1, Q, S]", (n, 1, q, keys))
+        mask = mask.squeeze(1)
+    check_shape("mask", mask, "[N, Q, S]", (n, q, keys))
+    return pack_attention_mask(mask)
+
+
+# ---------------------------------------------------------------- reference implementations
+
+
+def _masked_attention_reference(
+    query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    backend.fall_back("masked_attention", query.device.type)
+    attend = unpack(bits, row_any, key.shape[2])
+    output, logsumexp = reference.masked_attention(query, key, value, attend, scale)
+    return output.transpose(1, 2).contiguous(), logsumexp
+
+
+def _masked_attention_backward_reference(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bits: Tensor,
+    row_any: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    attend = unpack(bits, row_any, key.shape[2])
+    gradients = reference_gradients(
+        lambda q, k, v: reference.masked_attention(q, k, v, attend, scale)[0].transpose(1, 2),
+        grad_output,
+        [query, key, value],
+        [True, True, True],
+    )
+    return tuple(g.transpose(1, 2).contiguous() for g in gradients)
+
+
+LIBRARY.impl("masked_attention", _masked_attention_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("masked_attention_backward", _masked_attention_backward_reference, "CompositeExplicitAutograd")
+
+
+# ---------------------------------------------------------------- fake kernels
+
+
+@torch.library.register_fake("m2f::masked_attention", lib=LIBRARY)
+def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    n, heads, q, d = query.shape
+    logsumexp = query.new_empty(n, heads, q, dtype=accumulation_dtype(query.dtype))
+    return query.new_empty(n, q, heads, d), logsumexp
+
+
+@torch.library.register_fake("m2f::masked_attention_backward", lib=LIBRARY)
+def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    def empty(x: Tensor) -> Tensor:
+        n, heads, length, d = x.shape
+        return x.new_empty(n, length, heads, d)
+
+    return empty(query), empty(key), empty(value)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.scale = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _vjp(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor | None) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    gradients = torch.ops.m2f.masked_attention_backward(grad_output, *saved, ctx.scale)
+    gradients = differentiable_once("masked attention", gradients, [grad_output, *saved])
+    needed = ctx.needs_input_grad
+    found = (g.transpose(1, 2) if need else None for g, need in zip(gradients, needed[:3], strict=True))
+    return (*found, None, None, None)
+
+
+torch.library.register_autograd("m2f::masked_attention", _vjp, setup_context=_setup_context, lib=LIBRARY)
