@@ -85,7 +85,9 @@ void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, co
     for (int k = first * kWord; k < (first + words) * kWord; k += kFloatLanes) {
       const uint32_t bits = m.active.bits[q * kWords + k / kWord] >> (k % kWord);
       float *weight = weights + r * kTile + k, *gradient = grad_scores + r * kTile + k;
-      const FloatVec p = select_bits(bits, exp2(load(weight) - shift), FloatVec{});
+      const FloatVec exponent = load(weight) - shift;
+      // No weight exceeds 1; with scores so large that their rounding errors do, one would overflow.
+      const FloatVec p = select_bits(bits, exp2(exponent > 0.0f ? FloatVec{} : exponent), FloatVec{});
       store(weight, p);
       store(gradient, select_bits(bits, p * (load(gradient) - delta), FloatVec{}));
     }
