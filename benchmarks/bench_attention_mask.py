@@ -160,24 +160,13 @@ def cases(scale: Scale) -> list[Case]:
     implementations = [ours, *peers_attention.attention_mask_peers()]
     small, large = _sizes(scale)
 
-    def case(what: str, size: int, dtype: str, memory: bool = False, threads: int | None = None) -> Case:
-        name = _name(what, size, dtype)
-        return Case(
-            name if threads is None else f"{name} {threads} thread",
-            name,
-            "forward",
-            implementations,
-            dtype=dtype,
-            threads=threads,
-            memory=memory,
-            headline=dtype == ("bf16" if cuda else "fp32") and threads is None,
-        )
+    def case(what: str, size: int, dtype: str, memory: bool = False) -> Case:
+        name, headline = _name(what, size, dtype), dtype == ("bf16" if cuda else "fp32")
+        return Case(name, name, "forward", implementations, dtype=dtype, memory=memory, headline=headline)
 
     found = [case(ALL, large, "fp32", memory=True), case(ALL, small, "fp32"), case(ALL, large, "bf16")]
     if cuda:
         found += [case(STRIDE_8, large, dtype, memory=True) for dtype in DTYPES]
-    elif not scale.quick:
-        found.append(case(ALL, large, "fp32", threads=1))
     return found
 
 
@@ -249,5 +238,5 @@ BENCHMARK = Benchmark(
     figures=figures,
     check=check,
     operators=("resize_mask_features", "predict_attention_mask"),
-    budget_s=2.5,
+    budget_s=2.0,
 )
