@@ -160,9 +160,10 @@ void store_tile(const Rows& rows, int64_t n, int64_t h, int64_t tile, int64_t s,
   }
 }
 
-void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head, int64_t n,
+void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head, const Task& task,
                    int64_t h, int64_t tile, bool any) {
-  const int64_t d = padded(args.d);
+  const int64_t n = task.n, d = padded(args.d);
+  Prefetch next_key(args.key, task, h, tile + 1, args.s, args.d), next_value(args.value, task, h, tile + 1, args.s, args.d);
   for (float* gradient : {m.grad_key, m.grad_value})
     for (int64_t i = 0; i < kTile * d; i += kFloatLanes) store(gradient + i, FloatVec{});
   if (any) {
@@ -183,9 +184,13 @@ void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, con
       });
       for (int r = 0; r < rows; ++r) chunk.index[chunk.size() + r] = index[r];
       chunk.count[words == 2 ? 0 : first == 0 ? 1 : 2] += rows;
+      next_key.lines(kLinesAtOnce);
+      next_value.lines(kLinesAtOnce);
     });
     accumulate_chunk(args, m, head, chunk);
   }
+  next_key.rest();
+  next_value.rest();
   store_tile(args.grad_value, n, h, tile, args.s, args.d, m.grad_value, 1.0f, m.key);
   // The query rows carry scale * log2(e); their gradient's factor is scale.
   store_tile(args.grad_key, n, h, tile, args.s, args.d, m.grad_key, kLn2, m.key);
@@ -229,9 +234,7 @@ void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_
     for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
       const bool any = m.active.find(args, task.n, tile);
       for (int64_t h = task.first_head; h < task.last_head; ++h) {
-        prefetch_share(args.key, task, h, tile + 1, args.s, args.d);
-        prefetch_share(args.value, task, h, tile + 1, args.s, args.d);
-        backward_tile(args, m, backward_head_of(args, task, h, pieces, bytes), task.n, h, tile, any);
+        backward_tile(args, m, backward_head_of(args, task, h, pieces, bytes), task, h, tile, any);
       }
     }
     if (args.parts > 1) continue;

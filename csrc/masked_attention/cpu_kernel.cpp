@@ -129,16 +129,21 @@ void forward_group(const MaskedAttentionArgs& args, const ForwardMemory& m, cons
                         head.sum + index[r] * d);
 }
 
-void forward_tile(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, int64_t n, int64_t h,
+void forward_tile(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, const Task& task, int64_t h,
                   int64_t tile) {
-  const int64_t d = padded(args.d);
+  const int64_t n = task.n, d = padded(args.d);
+  Prefetch next_key(args.key, task, h, tile + 1, args.s, args.d), next_value(args.value, task, h, tile + 1, args.s, args.d);
   load_tile(args.key, n, h, tile * kTile, args.s, args.d, m.tile);
   transpose_tile(m.tile, d, m.key_columns);
   load_tile(args.value, n, h, tile * kTile, args.s, args.d, m.value);
   const bool finite = all_finite(m.value, kTile * d);
   m.active.for_groups(args.q, [&](int first, int words, const int32_t* index, int rows) {
     with_rows(rows, [&](auto r) { forward_group<decltype(r)::value>(args, m, head, finite, first, words, index); });
+    next_key.lines(kLinesAtOnce);
+    next_value.lines(kLinesAtOnce);
   });
+  next_key.rest();
+  next_value.rest();
 }
 
 // Output and log-sum-exp of one query from its unnormalised sum, maximum and sum of weights.
@@ -168,9 +173,7 @@ void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_t
     for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
       if (!m.active.find(args, task.n, tile)) continue;
       for (int64_t h = task.first_head; h < task.last_head; ++h) {
-        prefetch_share(args.key, task, h, tile + 1, args.s, args.d);
-        prefetch_share(args.value, task, h, tile + 1, args.s, args.d);
-        forward_tile(args, m, head_of(args, task, h, pieces, bytes), task.n, h, tile);
+        forward_tile(args, m, head_of(args, task, h, pieces, bytes), task, h, tile);
       }
     }
     for (int64_t h = task.first_head; h < task.last_head; ++h) {
