@@ -99,7 +99,9 @@ struct Task {
   }
 };
 
-inline int64_t most_heads(const MaskedAttentionArgs& args) { return (args.h + args.head_groups - 1) / args.head_groups; }
+inline int64_t most_heads(const MaskedAttentionArgs& args) {
+  return (args.h + args.head_groups - 1) / args.head_groups;
+}
 
 // One head's share of the next tile, line by line in the order in which it lies in memory. Asking for a few lines
 // between products costs nothing; asking for all at once waits for the line buffers.
