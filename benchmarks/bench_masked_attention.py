@@ -32,6 +32,8 @@ OURS = "m2f_kernels"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIFFERENTIABLE = ("query", "key", "value")
 OPEN, BLOBS, RANDOM = "open", "blobs", "random"
+#: The data of the one case that has the projections too.
+MODULE = "module"
 
 
 # ---------------------------------------------------------------- this package
@@ -46,6 +48,16 @@ def _inputs(inputs_: Tensors, levels: Levels) -> dict[str, Any]:
 
 def _attention(a: dict[str, Any]) -> Tensor:
     return m2f_kernels.masked_attention(a["query"], a["key"], a["value"], a["mask"])
+
+
+def _module_inputs(inputs_: Tensors, levels: Levels) -> dict[str, Any]:
+    module = m2f_kernels.nn.MaskedCrossAttention(CHANNELS, HEADS)
+    return peers_attention.module_inputs(inputs_, module) | {"mask": m2f_kernels.pack_attention_mask(inputs_["attend"])}
+
+
+def _module(a: dict[str, Any]) -> Tensor:
+    output: Tensor = a["module"](a["query"], a["pixels"], a["mask"], key_pos=a["key_pos"])
+    return output
 
 
 # ---------------------------------------------------------------- data
@@ -88,15 +100,49 @@ def _data(scale: Scale, keys: int, queries: int, kind: str, density: float, dtyp
     return Data(tensors, truth, [(side, side)], grad_outputs=(grad_output,), differentiable=DIFFERENTIABLE)
 
 
+def _module_data(scale: Scale, dtype: str) -> Data:
+    """The module with its projections at the largest level, regions of 0.3; only forward."""
+    keys, generator = _large(scale), inputs.generator(9)
+    side = round(keys**0.5)
+    shapes = {
+        "query": (1, 100, CHANNELS),
+        "pixels": (1, keys, CHANNELS),
+        "key_pos": (1, keys, CHANNELS),
+        "in_proj_weight": (3 * CHANNELS, CHANNELS),
+        "in_proj_bias": (3 * CHANNELS,),
+        "out_proj.weight": (CHANNELS, CHANNELS),
+        "out_proj.bias": (CHANNELS,),
+    }
+    tensors = {}
+    for name, shape in shapes.items():
+        factor = CHANNELS**-0.5 if "proj" in name else 1.0
+        tensors[name] = (torch.randn(shape, generator=generator) * factor).to(DTYPES[dtype])
+    tensors["attend"] = inputs.blob_masks((side, side), 1, 100, 0.3)
+    exact = {
+        name: t.to(scale.device, torch.float64 if t.is_floating_point() else t.dtype) for name, t in tensors.items()
+    }
+    with m2f_kernels.use_backend("reference"), torch.no_grad():
+        truth = _module(_module_inputs(exact, []))
+    return Data(tensors, {"output": truth.float().cpu()}, [(side, side)])
+
+
 def data(scale: Scale) -> dict[str, Callable[[], Data]]:
     found: dict[str, Callable[[], Data]] = {}
     for case in sorted(cases(scale), key=lambda c: c.backward):  # with backward last: its truth serves both
-        found[case.data] = partial(_data, scale, *_parts(case.data), case.backward)
+        if case.data == MODULE:
+            found[case.data] = partial(_module_data, scale, case.dtype)
+        else:
+            found[case.data] = partial(_data, scale, *_parts(case.data), case.backward)
     return found
 
 
 def shrink(data: Data) -> Data:
     """The first 4 queries and 64 keys."""
+    if "pixels" in data.inputs:
+        few = data.inputs | {name: data.inputs[name][:, :64] for name in ("pixels", "key_pos")}
+        few |= {"query": data.inputs["query"][:, :4]}
+        few["attend"] = torch.ones(1, 4, 64, dtype=torch.bool)
+        return replace(data, inputs=few)
     few = {name: data.inputs[name][:, :, : 4 if name == "query" else 64] for name in DIFFERENTIABLE}
     few["attend"] = data.inputs["attend"][:, :4, :64] | torch.ones(64, dtype=torch.bool)
     return replace(data, inputs=few, grad_outputs=(data.grad_outputs[0][:, :, :4],))
@@ -156,6 +202,9 @@ def cases(scale: Scale) -> list[Case]:
     ]
     other = "fp32" if cuda else "bf16"
     found.append(case(large, 100, BLOBS, 0.3, other))
+    module = [Implementation(OURS, _module, _module_inputs, ours=True), *peers_attention.module_peers()]
+    name = f"module with projections S={large} Q=100 {BLOBS} 0.3 {main} forward"
+    found.append(Case(name, MODULE, "forward", module, BLOBS, main, memory=True))
     if not cuda and not scale.quick:
         whole = case(large, 100, BLOBS, 0.3)
         found.append(replace(whole, name=f"{whole.name} 1 thread", threads=1))
@@ -170,11 +219,15 @@ def work(case: Case, data: Data) -> Work:
     """
     attend = data.inputs["attend"]
     n, queries, keys = attend.shape
-    tensors = bytes_of(data.inputs[name] for name in DIFFERENTIABLE)
-    read = tensors + n * queries * (4 * ((keys + 31) // 32) + 1)
-    output = data.inputs["query"].nbytes
     product = 2 * CHANNELS * int(attend.sum())
     dtype = "bfloat16" if case.dtype == "bf16" else "float32"
+    output = data.inputs["query"].nbytes
+    if case.data == MODULE:  # queries and output, keys and values are projected
+        projections = 2 * CHANNELS**2 * n * (2 * queries + 2 * keys)
+        read = bytes_of(t for t in data.inputs.values() if t.is_floating_point())
+        return Work(read + output, flops=projections + 2 * product, flop_dtype=dtype)
+    tensors = bytes_of(data.inputs[name] for name in DIFFERENTIABLE)
+    read = tensors + n * queries * (4 * ((keys + 31) // 32) + 1)
     if not case.backward:
         return Work(read + output, flops=2 * product, flop_dtype=dtype)
     return Work(2 * read + 3 * output + tensors, flops=6 * product, flop_dtype=dtype)
@@ -245,7 +298,8 @@ BENCHMARK = Benchmark(
         "This package takes heads as views of [N, *, H*D] and a packed mask; every peer takes contiguous heads and the "
         "mask in the form it likes best, made untimed. *nn.MultiheadAttention's core*: what that module does between "
         "its projections as `transformers` calls it, with the boolean mask repeated over heads. FlexAttention is "
-        "compared on a GPU only. The floor counts the products of attended pairs only, and no exponential."
+        "compared on a GPU only. One case is the whole module, the position embedding of the keys and all projections "
+        "included. The floor counts the products of attended pairs only, and no exponential."
     ),
     cases=cases,
     data=data,
