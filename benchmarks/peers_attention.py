@@ -179,7 +179,11 @@ def _block_mask(attend: Tensor, compile_: bool) -> Any:
 def _flex_attention(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    if not compiled:
+        return flex_attention
+    # Each case has its own shapes. Beyond the limit PyTorch would run it uncompiled; with fullgraph it would say so.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex(rebuild: bool, compiled: bool = True) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]]:
