@@ -67,7 +67,7 @@ for _name in ("mask_matching_cost", "point_mask_loss", "point_mask_loss_backward
     implement_with_triton(_name, "m2f_kernels.ops.point_loss.triton")
 
 #: Sampled logits of the matching cost exist a block of queries at a time, of about this many bytes.
-_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES = 8 * 2**20
 
 
 # ---------------------------------------------------------------- public functions
@@ -197,10 +197,11 @@ def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> 
     """The same from embeddings [Q, C] and features [C, K] sampled at the points; a block of queries at a time."""
     dtype = accumulation_dtype(embed.dtype)
     embed = embed.to(dtype)
-    block = max(1, _BLOCK_BYTES // (samples.shape[1] * dtype.itemsize))
-    pairs = [cost_of_samples(factored.multiply(rows, samples), labels) for rows in embed.split(block)]
-    if not pairs:
-        return tuple(embed.new_zeros(0, labels.shape[0]) for _ in range(2))  # type: ignore[return-value]
+    k = samples.shape[1]
+    parts = -(-embed.shape[0] * k * dtype.itemsize // _BLOCK_BYTES)
+    blocks = embed.tensor_split(max(1, parts))
+    buffer = embed.new_empty(blocks[0].shape[0], k)
+    pairs = [cost_of_samples(factored.multiply(rows, samples, out=buffer[: rows.shape[0]]), labels) for rows in blocks]
     return torch.cat([bce for bce, _ in pairs]), torch.cat([dice for _, dice in pairs])
 
 
