@@ -55,6 +55,17 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 _MASK = "m2f_kernels.ops.attention_mask.triton"
 CASES = [
     Case(_MASK, "pack_attention_mask", lambda dtype, _: (meta(1, 100, 16384, dtype=dtype),)),
+    Case(
+        _MASK,
+        "predict_attention_mask",
+        lambda dtype, _: (meta(1, 100, 256, dtype=dtype), meta(1, 256, 21504, dtype=dtype)[:, :, 5120:]),
+    ),
+    # The fast path and, for the last level, the general one.
+    Case(
+        _MASK,
+        "resize_mask_features",
+        lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128, 100, 100]),
+    ),
 ]
 
 
