@@ -52,7 +52,23 @@ def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def attention_inputs(dtype: torch.dtype, d: int, queries: int = 100) -> tuple[Any, ...]:
+    """One image, 8 heads, 128 x 128 keys; heads cut out of [N, *, H*D] as the model has them."""
+    query, key, value = (
+        meta(1, rows, 8 * d, dtype=dtype).unflatten(-1, (8, d)).transpose(1, 2) for rows in (queries, 16384, 16384)
+    )
+    return query, key, value, meta(1, queries, 512, dtype=torch.int32), meta(1, queries, dtype=torch.bool)
+
+
+def backward_inputs(dtype: torch.dtype, d: int, queries: int) -> tuple[Any, ...]:
+    """The gradient of the output, the forward's inputs and results."""
+    output = meta(1, queries, 8, d, dtype=dtype)
+    logsumexp = meta(1, 8, queries, dtype=torch.float32)
+    return output, *attention_inputs(dtype, d, queries), output, logsumexp, d**-0.5
+
+
 _MASK = "m2f_kernels.ops.attention_mask.triton"
+_ATTENTION = "m2f_kernels.ops.masked_attention.triton"
 CASES = [
     Case(_MASK, "pack_attention_mask", lambda dtype, _: (meta(1, 100, 16384, dtype=dtype),)),
     Case(
@@ -66,12 +82,33 @@ CASES = [
         "resize_mask_features",
         lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128, 100, 100]),
     ),
+    Case(_ATTENTION, "masked_attention", lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5), (32, 16, 64, 128, 80)),
+    Case(
+        _ATTENTION,
+        "masked_attention",
+        lambda dtype, d: (*attention_inputs(dtype, d, queries=20), d**-0.5),
+        (32, 16, 64, 128, 80),
+    ),
+]
+
+CASES += [
+    Case(
+        _ATTENTION,
+        "masked_attention_backward",
+        lambda dtype, d, queries=queries: backward_inputs(dtype, d, queries),
+        (32, 16, 64, 128, 80),
+    )
+    for queries in (100, 200)
 ]
 
 
 @dataclass(frozen=True)
 class Resources:
-    """One compiled kernel: registers and stack (which holds what was spilled) per thread, shared memory per program."""
+    """One compiled kernel: registers and stack bytes per thread, shared memory bytes per program.
+
+    `spills` counts the instructions that read or write local memory. A stack alone is no spill: the assembler keeps a
+    frame without using it.
+    """
 
     function: str
     kernel: str
@@ -85,12 +122,13 @@ class Resources:
     shared_limit: int
     registers: int
     stack: int
+    spills: int
 
     def problems(self) -> list[str]:
         name = f"{self.kernel} ({self.dtype}, D={self.head_dim}, {self.constants}) on {self.architecture}"
         found = []
-        if self.stack:
-            found.append(f"{name} spills: {self.stack} bytes of stack per thread")
+        if self.spills:
+            found.append(f"{name} spills: {self.spills} instructions, {self.stack} bytes of stack per thread")
         if self.shared > self.shared_limit:
             found.append(f"{name} wants {self.shared} bytes of shared memory; a program may have {self.shared_limit}")
         return found
@@ -175,7 +213,7 @@ def compile_case(index: int, dtype: str, head_dim: int, capability: int) -> list
             function=case.function, kernel=launch.kernel.__name__, dtype=dtype, head_dim=head_dim,
             architecture=architecture.name, constants=shown, num_warps=launch.num_warps,
             num_stages=launch.num_stages, shared=compiled.metadata.shared, shared_limit=SHARED_LIMITS[capability],
-            registers=registers, stack=stack,
+            registers=registers, stack=stack, spills=len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"])),
         )  # fmt: skip
         results.setdefault(f"{result}", result)
     return list(results.values())
@@ -202,13 +240,13 @@ def compile_all(work: list[tuple[int, str, int, int]], processes: int) -> list[R
 def table(results: list[Resources]) -> str:
     """A Markdown table."""
     lines = [
-        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack |",
-        "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|",
+        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack | spills |",
+        "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
         lines.append(
             f"| {r.function} | `{r.kernel}` | {r.dtype} | {r.head_dim} | {r.architecture} | {r.constants} "
-            f"| {r.num_warps} | {r.num_stages} | {r.shared} | {r.registers} | {r.stack} |"
+            f"| {r.num_warps} | {r.num_stages} | {r.shared} | {r.registers} | {r.stack} | {r.spills} |"
         )
     return "\n".join(lines)
 
@@ -241,7 +279,8 @@ def main() -> int:
             "# Resources of the Triton kernels\n\n"
             f"Written by `python -m benchmarks.static --output {options.output.as_posix()}` with triton "
             f"{triton.__version__}.\n"
-            "Registers and stack are per thread (a stack holds spilled registers); stack and shared memory are bytes.\n"
+            "Registers and stack bytes are per thread, shared memory bytes per program; spills are instructions that\n"
+            "access local memory.\n"
             f"Compiled for these architectures, not run on them.\n\n{summary}\n\n{table(results)}\n"
         )
     for problem in problems:
