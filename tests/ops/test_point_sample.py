@@ -183,8 +183,10 @@ def test_philox_known_answers():
     assert [f"{int(x):08x}" for x in words] == ["408f276d", "41c83b0e", "a20bc7c6", "6d5451fd"]
 
 
-@pytest.mark.parametrize(("k", "oversample", "ratio"), [(1, 3.0, 0.75), (7, 3.0, 0.75), (100, 3.0, 0.75), (50, 1.0, 1.0),
-                                                        (33, 2.5, 0.0), (64, 4.0, 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("k", "oversample", "ratio"),
+    [(1, 3.0, 0.75), (7, 3.0, 0.75), (100, 3.0, 0.75), (50, 1.0, 1.0), (33, 2.5, 0.0), (64, 4.0, 1.0)],
+)
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 def test_uncertain_points(implementation, generator, k, oversample, ratio, dtype):
     """Exactly the reference's points where logits are distinct enough that rounding cannot exchange their ranks."""

@@ -209,7 +209,7 @@ def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(logits.device.type, enabled=False):
         if backend.reference_forced() or logits.dtype == torch.float64:
             return reference.mask_matching_cost(logits, labels)
-        cross_entropy, dice = torch.ops.m2f.mask_matching_cost(logits, labels)
+        cross_entropy, dice = torch.ops.m2f.mask_matching_cost(logits, labels.to(logits.dtype))
         return cross_entropy, dice
 
 
@@ -302,7 +302,8 @@ def pair_up(
         rows.append(chosen + first_row)
         first_row += count
     masks = select_rows(mask_logits, [queries for queries, _ in matches])
-    return masks, targets, torch.cat(rows).to(masks.device, non_blocking=True)
+    target_rows = torch.cat(rows) if rows else masks.rows
+    return masks, targets, target_rows.to(masks.device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- reference implementations
@@ -320,7 +321,9 @@ def _point_mask_loss_reference(mask_logits: Tensor, *rest: Any) -> tuple[Tensor,
 
 LIBRARY.impl("mask_matching_cost", _mask_matching_cost_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("point_mask_loss", _point_mask_loss_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("point_mask_loss_backward", reference.point_mask_loss_backward, "CompositeExplicitAutograd")
+LIBRARY.impl(
+    "point_mask_loss_backward", torch.no_grad()(reference.point_mask_loss_backward), "CompositeExplicitAutograd"
+)
 # The chunk loops are the same on every device; what they call is not.
 LIBRARY.impl("factored_point_mask_loss", factored.forward, "CompositeExplicitAutograd")
 LIBRARY.impl("factored_point_mask_loss_backward", factored.backward, "CompositeExplicitAutograd")
@@ -401,7 +404,8 @@ def _factored_vjp(ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor, *_: A
     return (
         grad_embed if needs[0] else None,
         grad_features if needs[1] else None,
-        *(None, None),
+        None,
+        None if ctx.counts else [],
         [None] * ctx.images,
         *[None] * 6,
     )

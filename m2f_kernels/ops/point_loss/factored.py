@@ -17,6 +17,7 @@ from m2f_kernels.ops.point_sample.masks import chunk_bounds, exact, multiply, pr
 __all__ = ["backward", "forward", "multiply"]
 
 
+@torch.no_grad()
 def forward(
     mask_embed: Tensor,
     mask_features: Tensor,
@@ -49,6 +50,7 @@ def forward(
     return cross_entropy, dice, drawn, probability, labels
 
 
+@torch.no_grad()
 def backward(
     grad_cross_entropy: Tensor,
     grad_dice: Tensor,
