@@ -24,13 +24,16 @@ const MaskedAttentionKernels& kernels() {
   return masked_attention_kernels_baseline();
 }
 
-// Enough tasks for many threads where heads alone are few, of at least this many tiles of keys each. A function of
-// the shape alone: results do not depend on the number of threads.
-constexpr int64_t kTasks = 32, kTilesPerPart = 16;
+// Keys are divided by their number alone, so that results do not depend on the number of threads; heads, which are
+// independent of each other, as far as the threads need it.
+constexpr int64_t kTilesPerPart = 16, kMostParts = 8, kTasksPerThread = 2;
 
-int64_t parts_of(const MaskedAttentionArgs& args) {
-  const int64_t heads = std::max<int64_t>(args.n * args.h, 1), tiles = (args.s + kTileKeys - 1) / kTileKeys;
-  return std::clamp<int64_t>(std::max<int64_t>(tiles / kTilesPerPart, 1), 1, (kTasks + heads - 1) / heads);
+void divide(MaskedAttentionArgs& args) {
+  const int64_t tiles = (args.s + kTileKeys - 1) / kTileKeys;
+  const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
+  args.parts = std::clamp<int64_t>(tiles / kTilesPerPart, 1, kMostParts);
+  const int64_t tasks = std::max<int64_t>(args.n * args.parts, 1);
+  args.head_groups = std::clamp<int64_t>((wanted + tasks - 1) / tasks, 1, std::max<int64_t>(args.h, 1));
 }
 
 // A contiguous tensor [N, positions, H, D] as rows of D by (n, h, position).
@@ -78,7 +81,7 @@ struct Call {
     args.value = rows_of(value, "value");
     args.bits = static_cast<const int32_t*>(bits.data_ptr());
     args.row_any = static_cast<const bool*>(row_any.data_ptr());
-    args.parts = parts_of(args);
+    divide(args);
   }
 
   int64_t heads() const { return args.n * args.h; }
@@ -90,7 +93,7 @@ struct Call {
       partial = allocate_scratch(heads() * args.parts * partial_floats * sizeof(float));
       args.partial = static_cast<float*>(partial.get());
     }
-    torch::stable::parallel_for(0, heads() * args.parts, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, args.n * args.head_groups * args.parts, 1, [&](int64_t first, int64_t last) {
       const Scratch scratch = allocate_scratch(scratch_bytes);
       kernel(args, first, last, scratch.get());
     });

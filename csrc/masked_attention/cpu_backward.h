@@ -1,6 +1,6 @@
 // Masked cross-attention on CPU, backward; compiled once per instruction set, as part of cpu_kernel.cpp.
 //
-// A task owns a range of keys, so their gradients are written once and by nobody else; what it adds to the queries'
+// A task owns a range of keys and a group of heads, so their gradients are written once and by nobody else; what it adds to the queries'
 // gradients it keeps to itself, and parts are summed in order: no atomics, the same bits in every run. Scores are computed
 // again from the saved log-sum-exp. Per tile: weights and score gradients of up to kChunk queries (24 KiB, in L1), from
 // which the query gradients (rows of a few queries accumulate) and the key and value gradients (rows of a few keys do).
@@ -16,31 +16,51 @@ constexpr int kChunk = 8 * kRows;
 constexpr int kKeyRows = kVectorBytes == 64 ? 8 : 4;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
-struct BackwardMemory {
-  ActiveQueries active;
+// One head's queries.
+struct BackwardHead {
   float *query, *grad_output, *delta, *logsumexp;
-  float *key, *key_columns, *value_columns, *grad_key, *grad_value;
-  float *weights, *grad_scores;  // [kChunk][kTile]
-  float* grad_query;             // [Q][padded(D)], what a task leaves behind
+  float* grad_query;  // [Q][padded(D)], what the head leaves behind
 
-  BackwardMemory(const MaskedAttentionArgs& args, Pieces& pieces, float* partial) {
+  BackwardHead(const MaskedAttentionArgs& args, Pieces& pieces, float* partial) {
     const int64_t d = padded(args.d);
-    active = ActiveQueries::take(pieces, args);
     for (float** rows : {&query, &grad_output}) *rows = pieces.take<float>(args.q * d);
     for (float** numbers : {&delta, &logsumexp}) *numbers = pieces.take<float>(args.q);
-    for (float** tile : {&key, &key_columns, &value_columns, &grad_key, &grad_value})
-      *tile = pieces.take<float>(kTile * d);
-    for (float** chunk : {&weights, &grad_scores}) *chunk = pieces.take<float>(kChunk * kTile);
     grad_query = partial ? partial : pieces.take<float>(args.q * d);
+  }
+};
+
+struct BackwardMemory {
+  ActiveQueries active;
+  float *key, *key_columns, *value_columns, *grad_key, *grad_value;
+  float *weights, *grad_scores;  // [kChunk][kTile]
+
+  BackwardMemory(const MaskedAttentionArgs& args, Pieces& pieces) {
+    active = ActiveQueries::take(pieces, args);
+    for (float** tile : {&key, &key_columns, &value_columns, &grad_key, &grad_value})
+      *tile = pieces.take<float>(kTile * padded(args.d));
+    for (float** chunk : {&weights, &grad_scores}) *chunk = pieces.take<float>(kChunk * kTile);
   }
 };
 
 int64_t backward_partial(const MaskedAttentionArgs& args) { return args.q * padded(args.d); }
 
+size_t backward_head_bytes(const MaskedAttentionArgs& args) {
+  Pieces pieces{nullptr};
+  BackwardHead head(args, pieces, nullptr);
+  return pieces.used;
+}
+
+BackwardHead backward_head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Pieces pieces,
+                              size_t head_bytes) {
+  pieces.used += (h - task.first_head) * head_bytes;
+  const int64_t index = (task.n * args.h + h) * args.parts + task.part;
+  return BackwardHead(args, pieces, args.parts > 1 ? args.partial + index * backward_partial(args) : nullptr);
+}
+
 size_t backward_scratch(const MaskedAttentionArgs& args) {
   Pieces pieces{nullptr};
-  BackwardMemory memory(args, pieces, nullptr);
-  return pieces.used;
+  BackwardMemory memory(args, pieces);
+  return pieces.used + most_heads(args) * backward_head_bytes(args);
 }
 
 // The queries of a chunk in the order of their rows in `weights`: those concerned by both words, by the first, by the second.
@@ -52,14 +72,14 @@ struct Chunk {
 
 // Weights and score gradients of one group, and what they add to the query gradients.
 template <int kR>
-void backward_group(const MaskedAttentionArgs& args, BackwardMemory& m, bool finite, int first, int words,
-                    const int32_t* index, float* weights, float* grad_scores) {
+void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head, bool finite,
+                    int first, int words, const int32_t* index, float* weights, float* grad_scores) {
   const int64_t d = padded(args.d);
-  scores<kR>(m.query, d, index, m.key_columns, args.d, first, words, weights);
-  scores<kR>(m.grad_output, d, index, m.value_columns, args.d, first, words, grad_scores);
+  scores<kR>(head.query, d, index, m.key_columns, args.d, first, words, weights);
+  scores<kR>(head.grad_output, d, index, m.value_columns, args.d, first, words, grad_scores);
   for (int r = 0; r < kR; ++r) {
     const int64_t q = index[r];
-    const FloatVec shift = splat<float>(m.logsumexp[q]), delta = splat<float>(m.delta[q]);
+    const FloatVec shift = splat<float>(head.logsumexp[q]), delta = splat<float>(head.delta[q]);
     for (int k = first * kWord; k < (first + words) * kWord; k += kFloatLanes) {
       const uint32_t bits = m.active.bits[q * kWords + k / kWord] >> (k % kWord);
       float *weight = weights + r * kTile + k, *gradient = grad_scores + r * kTile + k;
@@ -69,12 +89,13 @@ void backward_group(const MaskedAttentionArgs& args, BackwardMemory& m, bool fin
     }
   }
   if (__builtin_expect(finite, 1)) {
-    accumulate_rows<kR>(grad_scores, m.key, d, first * kWord, (first + words) * kWord, index, nullptr, m.grad_query);
+    accumulate_rows<kR>(grad_scores, m.key, d, first * kWord, (first + words) * kWord, index, nullptr,
+                        head.grad_query);
     return;
   }
   for (int r = 0; r < kR; ++r)
     accumulate_attended(grad_scores + r * kTile, m.active.bits + index[r] * kWords, m.key, d, 1.0f,
-                        m.grad_query + index[r] * d);
+                        head.grad_query + index[r] * d);
 }
 
 // sum[k][:] += sum over i in [first, last) of weights[i][k] * rows[index[i]][:], for kKeyRows keys.
@@ -114,7 +135,8 @@ void accumulate_word(const float* weights, const float* rows, int64_t stride, co
 }
 
 // A finished chunk's share of the key and value gradients.
-void accumulate_chunk(const MaskedAttentionArgs& args, BackwardMemory& m, const Chunk& chunk) {
+void accumulate_chunk(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head,
+                      const Chunk& chunk) {
   const int64_t d = padded(args.d);
   const int both = chunk.count[0], low = both + chunk.count[1], all = chunk.size();
   struct Product {
@@ -122,7 +144,7 @@ void accumulate_chunk(const MaskedAttentionArgs& args, BackwardMemory& m, const 
     float* sum;
   };
   for (const Product& p :
-       {Product{m.weights, m.grad_output, m.grad_value}, Product{m.grad_scores, m.query, m.grad_key}}) {
+       {Product{m.weights, head.grad_output, m.grad_value}, Product{m.grad_scores, head.query, m.grad_key}}) {
     accumulate_word(p.weights, p.rows, d, chunk, 0, 0, low, p.sum);
     accumulate_word(p.weights, p.rows, d, chunk, 1, 0, both, p.sum);
     accumulate_word(p.weights, p.rows, d, chunk, 1, low, all, p.sum);
@@ -138,11 +160,12 @@ void store_tile(const Rows& rows, int64_t n, int64_t h, int64_t tile, int64_t s,
   }
 }
 
-void backward_tile(const MaskedAttentionArgs& args, BackwardMemory& m, int64_t n, int64_t h, int64_t tile) {
+void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head, int64_t n,
+                   int64_t h, int64_t tile, bool any) {
   const int64_t d = padded(args.d);
   for (float* gradient : {m.grad_key, m.grad_value})
     for (int64_t i = 0; i < kTile * d; i += kFloatLanes) store(gradient + i, FloatVec{});
-  if (m.active.find(args, n, tile)) {
+  if (any) {
     load_tile(args.value, n, h, tile * kTile, args.s, args.d, m.key);
     transpose_tile(m.key, d, m.value_columns);
     load_tile(args.key, n, h, tile * kTile, args.s, args.d, m.key);
@@ -151,17 +174,17 @@ void backward_tile(const MaskedAttentionArgs& args, BackwardMemory& m, int64_t n
     Chunk chunk;
     m.active.for_groups(args.q, [&](int first, int words, const int32_t* index, int rows) {
       if (chunk.size() + rows > kChunk) {
-        accumulate_chunk(args, m, chunk);
+        accumulate_chunk(args, m, head, chunk);
         chunk = Chunk{};
       }
       const int64_t at = chunk.size() * kTile;
       with_rows(rows, [&](auto r) {
-        backward_group<decltype(r)::value>(args, m, finite, first, words, index, m.weights + at, m.grad_scores + at);
+        backward_group<decltype(r)::value>(args, m, head, finite, first, words, index, m.weights + at, m.grad_scores + at);
       });
       for (int r = 0; r < rows; ++r) chunk.index[chunk.size() + r] = index[r];
       chunk.count[words == 2 ? 0 : first == 0 ? 1 : 2] += rows;
     });
-    accumulate_chunk(args, m, chunk);
+    accumulate_chunk(args, m, head, chunk);
   }
   store_tile(args.grad_value, n, h, tile, args.s, args.d, m.grad_value, 1.0f, m.key);
   // The query rows carry scale * log2(e); their gradient's factor is scale.
@@ -183,24 +206,37 @@ void finish_queries(const MaskedAttentionArgs& args, int64_t n, int64_t h, float
 }
 
 void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
-  const int64_t d = padded(args.d), tiles = (args.s + kTile - 1) / kTile;
-  for (int64_t task = first_task; task < last_task; ++task) {
-    const int64_t part = task % args.parts, head = task / args.parts, n = head / args.h, h = head % args.h;
-    Pieces pieces{static_cast<char*>(scratch)};
-    BackwardMemory m(args, pieces, args.parts > 1 ? args.partial + task * backward_partial(args) : nullptr);
-    load_rows(args.saved_output, n, h, 0, args.q, args.d, 1.0f, m.query);  // for delta; overwritten below
-    load_rows(args.grad_output, n, h, 0, args.q, args.d, 1.0f, m.grad_output);
-    for (int64_t q = 0; q < args.q; ++q) {
-      FloatVec sum = {};
-      for (int64_t c = 0; c < d; c += kFloatLanes) sum += load(m.query + q * d + c) * load(m.grad_output + q * d + c);
-      m.delta[q] = sum_lanes(sum);
-      m.logsumexp[q] = args.saved_logsumexp[head * args.q + q] * kLog2E;
+  const int64_t d = padded(args.d);
+  const size_t bytes = backward_head_bytes(args);
+  Pieces pieces{static_cast<char*>(scratch)};
+  BackwardMemory m(args, pieces);
+  for (int64_t index = first_task; index < last_task; ++index) {
+    const Task task(args, index);
+    for (int64_t h = task.first_head; h < task.last_head; ++h) {
+      const BackwardHead head = backward_head_of(args, task, h, pieces, bytes);
+      float* output = head.query;  // until delta is known
+      load_rows(args.saved_output, task.n, h, 0, args.q, args.d, 1.0f, output);
+      load_rows(args.grad_output, task.n, h, 0, args.q, args.d, 1.0f, head.grad_output);
+      for (int64_t q = 0; q < args.q; ++q) {
+        FloatVec sum = {};
+        for (int64_t c = 0; c < d; c += kFloatLanes) sum += load(output + q * d + c) * load(head.grad_output + q * d + c);
+        head.delta[q] = sum_lanes(sum);
+        head.logsumexp[q] = args.saved_logsumexp[(task.n * args.h + h) * args.q + q] * kLog2E;
+      }
+      load_rows(args.query, task.n, h, 0, args.q, args.d, static_cast<float>(args.scale) * kLog2E, head.query);
+      for (int64_t i = 0; i < args.q * d; i += kFloatLanes) store(head.grad_query + i, FloatVec{});
     }
-    load_rows(args.query, n, h, 0, args.q, args.d, static_cast<float>(args.scale) * kLog2E, m.query);
-    for (int64_t i = 0; i < args.q * d; i += kFloatLanes) store(m.grad_query + i, FloatVec{});
-    for (int64_t tile = part * tiles / args.parts; tile < (part + 1) * tiles / args.parts; ++tile)
-      backward_tile(args, m, n, h, tile);
-    if (args.parts == 1) finish_queries(args, n, h, m.grad_query, 1, 0);
+    for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
+      const bool any = m.active.find(args, task.n, tile);
+      for (int64_t h = task.first_head; h < task.last_head; ++h) {
+        prefetch_share(args.key, task, h, tile + 1, args.s, args.d);
+        prefetch_share(args.value, task, h, tile + 1, args.s, args.d);
+        backward_tile(args, m, backward_head_of(args, task, h, pieces, bytes), task.n, h, tile, any);
+      }
+    }
+    if (args.parts > 1) continue;
+    for (int64_t h = task.first_head; h < task.last_head; ++h)
+      finish_queries(args, task.n, h, backward_head_of(args, task, h, pieces, bytes).grad_query, 1, 0);
   }
 }
 

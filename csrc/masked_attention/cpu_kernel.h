@@ -18,8 +18,9 @@ struct MaskedAttentionArgs {
   const bool* row_any;     // [N, Q]
   int64_t words;
 
-  int64_t parts;  // how many tasks share the keys of one (n, h)
-  float* partial;  // where parts > 1: per task, what `partial_floats` says
+  int64_t parts;        // into how many the keys are divided
+  int64_t head_groups;  // into how many the heads are; does not change a result
+  float* partial;       // where parts > 1: what each (n, h, part) leaves behind
 
   Rows output;       // rows of D by (n, h, q)
   float* logsumexp;  // [N, H, Q], natural logarithm
@@ -30,13 +31,13 @@ struct MaskedAttentionArgs {
   Rows grad_query, grad_key, grad_value;
 };
 
-// Tasks are numbered (n, h, part), part fastest. `scratch` is 64-byte aligned and private to the calling thread.
+// Tasks are numbered (n, group of heads, part), part fastest. `scratch` is 64-byte aligned and private to the calling thread.
 struct MaskedAttentionKernels {
   size_t (*forward_scratch)(const MaskedAttentionArgs&);
   void (*forward)(const MaskedAttentionArgs&, int64_t first_task, int64_t last_task, void* scratch);
   size_t (*backward_scratch)(const MaskedAttentionArgs&);
   void (*backward)(const MaskedAttentionArgs&, int64_t first_task, int64_t last_task, void* scratch);
-  // Floats that a task leaves behind where parts > 1, and the sums over parts: tasks are (n, h).
+  // Floats per (n, h, part), and the sums over parts: tasks are (n, h).
   int64_t (*forward_partial)(const MaskedAttentionArgs&);
   void (*combine_forward)(const MaskedAttentionArgs&, int64_t first, int64_t last, void* scratch);
   int64_t (*backward_partial)(const MaskedAttentionArgs&);

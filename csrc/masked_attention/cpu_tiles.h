@@ -80,6 +80,48 @@ inline void load_tile(const Rows& rows, int64_t i, int64_t j, int64_t first, int
   for (int64_t c = count * padded(d); c < kTile * padded(d); c += kFloatLanes) store(out + c, FloatVec{});
 }
 
+// The heads and the tiles of keys that a task owns. All heads of a group walk a tile before the next is touched: where
+// heads are cut out of rows of H*D elements, whole rows then stream from memory in order, which hardware follows at
+// three times the speed of one head's strided pieces.
+struct Task {
+  int64_t n, part, first_head, last_head, first_tile, last_tile;
+
+  Task(const MaskedAttentionArgs& args, int64_t index) {
+    const int64_t tiles = (args.s + kTile - 1) / kTile, group = index / args.parts % args.head_groups;
+    part = index % args.parts;
+    n = index / args.parts / args.head_groups;
+    first_head = group * args.h / args.head_groups;
+    last_head = (group + 1) * args.h / args.head_groups;
+    first_tile = part * tiles / args.parts;
+    last_tile = (part + 1) * tiles / args.parts;
+  }
+};
+
+inline int64_t most_heads(const MaskedAttentionArgs& args) { return (args.h + args.head_groups - 1) / args.head_groups; }
+
+M2F_INLINE void prefetch_run(const Rows& rows, int64_t offset, int64_t count) {
+  const int64_t element = element_size(rows.dtype);
+  const char* run = static_cast<const char*>(rows.data) + offset * element;
+  for (int64_t byte = 0; byte < count * element; byte += 64) __builtin_prefetch(run + byte, 0, 2);
+}
+
+// Asks for one head's share of the next tile, in the order in which it lies in memory.
+M2F_INLINE void prefetch_share(const Rows& rows, const Task& task, int64_t h, int64_t tile, int64_t s, int64_t d) {
+  const int64_t first = tile * kTile, count = s - first < kTile ? s - first : kTile;
+  if (count <= 0) return;
+  const int64_t heads = task.last_head - task.first_head, share = h - task.first_head;
+  const bool interleaved = rows.stride[1] < rows.stride[2];
+  const int64_t begin = interleaved ? share * count / heads : 0;
+  const int64_t end = interleaved ? (share + 1) * count / heads : count;
+  for (int64_t k = begin; k < end; ++k) {
+    if (interleaved) {
+      prefetch_run(rows, rows.offset(task.n, task.first_head, first + k), (heads - 1) * rows.stride[1] + d);
+    } else {
+      prefetch_run(rows, rows.offset(task.n, h, first + k), d);
+    }
+  }
+}
+
 // The queries with bits in a tile, in three lists: those with bits in both words are worth a whole tile's width.
 struct ActiveQueries {
   int32_t* index;  // [3][Q]
