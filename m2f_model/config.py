@@ -71,6 +71,7 @@ class Mask2FormerConfig:
         frozen_batch_norm: keep a backbone's batch norm as it was pre-trained, as published.
         label_names: one per label, or None.
         stuff_labels: labels of which a panoptic output has one segment per image; None where not known.
+        image_size: (short, long): images are resized until their short side is this, or their long side that.
 
     Raises:
         ValueError, TypeError: naming the field.
@@ -98,6 +99,7 @@ class Mask2FormerConfig:
     frozen_batch_norm: bool = True
     label_names: tuple[str, ...] | None = None
     stuff_labels: tuple[int, ...] | None = None
+    image_size: tuple[int, int] = (800, 1333)
 
     def __post_init__(self) -> None:
         for name in (
@@ -127,6 +129,8 @@ class Mask2FormerConfig:
             raise ValueError(f"backbone: expected a backbone configuration with a model_type; got {self.backbone!r}")
         if self.label_names is not None and len(self.label_names) != self.num_labels:
             raise ValueError(f"label_names: expected {self.num_labels} names; got {len(self.label_names)}")
+        if len(self.image_size) != 2 or not 1 <= self.image_size[0] <= self.image_size[1]:
+            raise ValueError(f"image_size: expected (short, long) sides of at least 1; got {self.image_size!r}")
         if any(not 0 <= label < self.num_labels for label in self.stuff_labels or ()):
             raise ValueError(f"stuff_labels: expected labels in [0, {self.num_labels}); got {self.stuff_labels}")
 
@@ -152,7 +156,12 @@ class Mask2FormerConfig:
         num_labels, stuff = DATASETS[dataset]
         queries = 200 if backbone == "swin-large" and not dataset.endswith("semantic") else 100
         fields = {"num_labels": num_labels, "backbone": BACKBONES[backbone], "num_queries": queries}
-        return cls(**{**fields, "stuff_labels": stuff, **changes})
+        size = (800, 1333)
+        if dataset.startswith("cityscapes"):
+            size = (1024, 2048)
+        elif dataset.startswith("ade20k"):
+            size = (640, 2560) if backbone in ("swin-base", "swin-large") or "panoptic" in dataset else (512, 2048)
+        return cls(**{**fields, "stuff_labels": stuff, "image_size": size, **changes})
 
     @classmethod
     def tiny(cls, num_labels: int, **changes: Any) -> Mask2FormerConfig:
@@ -163,10 +172,11 @@ class Mask2FormerConfig:
         sizes = {"feature_size": 64, "mask_feature_size": 64, "hidden_dim": 64, "num_queries": 20}
         layers = {"encoder_layers": 2, "encoder_ffn_dim": 128, "decoder_layers": 3, "decoder_ffn_dim": 128}
         fields = {"num_labels": num_labels, "backbone": BACKBONES["tiny"], "num_heads": 4, "num_points": 1024}
+        fields["image_size"] = (128, 256)
         return cls(**{**fields, **sizes, **layers, "frozen_batch_norm": False, **changes})
 
     def to_transformers(self) -> Any:
-        """The same in `transformers`' words; `frozen_batch_norm` and `stuff_labels` ride along."""
+        """The same in `transformers`' words; what those lack rides along under `m2f`."""
         if self.backbone is None:
             raise ValueError("backbone: expected a `transformers` backbone configuration, to be written down; got None")
         names = self.label_names or tuple(f"LABEL_{i}" for i in range(self.num_labels))
@@ -179,7 +189,7 @@ class Mask2FormerConfig:
             label2id={name: i for i, name in enumerate(names)},
             **{theirs: values[ours] for ours, theirs in _SAME.items()},
             decoder_layers=self.decoder_layers + 1,
-            m2f={"frozen_batch_norm": self.frozen_batch_norm, "stuff_labels": values["stuff_labels"]},
+            m2f={name: values[name] for name in _OURS},
         )
 
     @classmethod
@@ -194,15 +204,14 @@ class Mask2FormerConfig:
             if (tuple(found) if isinstance(found, (list, tuple)) else found) != wanted:
                 raise ValueError(f"{name}: expected {wanted!r}, as in every published checkpoint; got {found!r}")
         extra = getattr(config, "m2f", None) or {}
-        stuff = extra.get("stuff_labels")
         names = tuple(config.id2label[i] for i in range(config.num_labels))
+        fields: dict[str, Any] = {ours: getattr(config, theirs) for ours, theirs in _SAME.items()}
+        fields |= {k: tuple(v) if isinstance(v, list) else v for k, v in extra.items() if k in _OURS}
         return cls(
             num_labels=config.num_labels,
             backbone=config.backbone_config.to_dict(),
-            **{ours: getattr(config, theirs) for ours, theirs in _SAME.items()},
             decoder_layers=config.decoder_layers - 1,
-            frozen_batch_norm=extra.get("frozen_batch_norm", True),
-            stuff_labels=None if stuff is None else tuple(stuff),
+            **fields,
             label_names=None if names == tuple(f"LABEL_{i}" for i in range(config.num_labels)) else names,
         )
 
@@ -217,6 +226,9 @@ _SAME = {
     "decoder_ffn_dim": "dim_feedforward",
     "num_points": "train_num_points",
 }
+
+#: Fields that `transformers`' configuration has no word for.
+_OURS = ("frozen_batch_norm", "stuff_labels", "image_size")
 
 #: Settings of `transformers` that are architecture here.
 _ASSUMED: dict[str, Any] = {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from m2f_kernels import FactoredMasks
 from m2f_model.backbone import Backbone
 from m2f_model.config import Mask2FormerConfig
+from m2f_model.criterion import Targets, build_criterion, losses_of
 from m2f_model.layers import CheckpointedLayer
 from m2f_model.pixel_decoder import PixelDecoder
 from m2f_model.transformer_decoder import Prediction, TransformerDecoder
@@ -24,11 +25,13 @@ class Mask2FormerOutput(NamedTuple):
         class_logits: [N, Q, num_labels + 1], "no object" last.
         masks: mask logits [N, Q, h, w] at stride 4 of the input, as their two factors; `.logits()` multiplies them.
         auxiliary: the earlier predictions, that of the learned queries first.
+        losses: weighted, by name, where targets were given: their sum is the training loss.
     """
 
     class_logits: Tensor
     masks: FactoredMasks
     auxiliary: list[Prediction]
+    losses: dict[str, Tensor] | None = None
 
 
 class Mask2Former(nn.Module):
@@ -49,13 +52,16 @@ class Mask2Former(nn.Module):
             self.backbone = Backbone(backbone, config.frozen_batch_norm)
         self.pixel_decoder = PixelDecoder(config, self.backbone.channels)
         self.transformer_decoder = TransformerDecoder(config)
+        self.criterion = build_criterion(config)
 
-    def forward(self, pixel_values: Tensor) -> Mask2FormerOutput:
-        """Predict masks and classes.
+    def forward(self, pixel_values: Tensor, targets: Targets | None = None) -> Mask2FormerOutput:
+        """Predict masks and classes, and compare them with `targets`.
 
         Args:
             pixel_values: normalised images [N, 3, H, W], any size. Sizes that are multiples of 32 have masks whose
                 pixels cover exactly 4 x 4 of theirs.
+            targets: for each image "labels", int64 [T], and "masks" [T, h, w], bool, uint8 or floating point; of any
+                resolution, but of the extent of the input, padding included.
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
@@ -66,8 +72,10 @@ class Mask2Former(nn.Module):
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or 0 in pixel_values.shape:
             raise ValueError(f"pixel_values: expected [N, 3, H, W], not empty; got {got}")
         mask_features, levels = self.pixel_decoder(self.backbone(pixel_values))
-        *auxiliary, last = self.transformer_decoder(mask_features, levels)
-        return Mask2FormerOutput(last.class_logits, last.masks, auxiliary)
+        predictions = self.transformer_decoder(mask_features, levels)
+        losses = None if targets is None else losses_of(self.criterion, predictions, targets)
+        *auxiliary, last = predictions
+        return Mask2FormerOutput(last.class_logits, last.masks, auxiliary, losses)
 
     @classmethod
     def from_pretrained(cls, name_or_path: str | Path, config: Mask2FormerConfig | None = None) -> Mask2Former:

@@ -1,7 +1,5 @@
 """`transformers`' Mask2Former with random weights that exercise everything, and photographs to feed it."""
 
-import functools
-
 import skimage.data
 import skimage.transform
 import torch
@@ -28,7 +26,6 @@ CONFIGS = {
 }
 
 
-@functools.cache
 def their_config(name):
     """`transformers`' configuration of one of CONFIGS."""
     backbone, changes = CONFIGS[name]

@@ -47,11 +47,12 @@ def test_exactly_the_published_function(name, tmp_path):
         assert (mine[-1][1] - mine[0][1]).abs().max() > 0.1 * mine[0][1].abs().max()
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_float32(name, tmp_path):
+def test_float32(name, backend, tmp_path):
     theirs, ours = both(name, tmp_path)
     for photo in PHOTOGRAPHS:
-        with m2f_kernels.use_backend("reference"):
+        with m2f_kernels.use_backend(backend):
             assert_same(*predictions_of(ours, theirs, photograph(*photo)), 1e-4)
 
 
