@@ -33,8 +33,8 @@ __all__ = ["Matches", "mask_matching_cost", "point_mask_loss"]
 Matches = Sequence[tuple[Tensor, Tensor]]
 
 # ---------------------------------------------------------------- schemas
-# Targets are a list over images of [T_i, H_i, W_i]; `target_rows` counts over all of them. The sampled logits and
-# labels are outputs so that backward needs neither masks nor targets.
+# Targets are a list over images of [T_i, H_i, W_i]; `target_rows` counts over all of them. The probability and
+# label at each point are outputs so that backward needs neither masks nor targets.
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define("mask_matching_cost(Tensor logits, Tensor labels) -> (Tensor, Tensor)", tags=_TAGS)
@@ -44,8 +44,8 @@ LIBRARY.define(
     tags=_TAGS,
 )
 LIBRARY.define(
-    "point_mask_loss_backward(Tensor grad_cross_entropy, Tensor grad_dice, Tensor rows, Tensor points, Tensor logits, "
-    "Tensor labels, SymInt planes, SymInt height, SymInt width) -> Tensor",
+    "point_mask_loss_backward(Tensor grad_cross_entropy, Tensor grad_dice, Tensor rows, Tensor points, "
+    "Tensor probability, Tensor labels, SymInt planes, SymInt height, SymInt width) -> Tensor",
     tags=_TAGS,
 )
 # With a seed the points are drawn where the masks are uncertain, chunk by chunk, and come out; without, they are given.
@@ -57,7 +57,7 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "factored_point_mask_loss_backward(Tensor grad_cross_entropy, Tensor grad_dice, Tensor mask_embed, "
-    "Tensor mask_features, Tensor rows, SymInt[] counts, Tensor points, Tensor logits, Tensor labels) "
+    "Tensor mask_features, Tensor rows, SymInt[] counts, Tensor points, Tensor probability, Tensor labels) "
     "-> (Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -354,8 +354,8 @@ def _(mask_embed: Tensor, mask_features: Tensor, rows: Tensor, *rest: Any) -> An
     points, keep, fresh = rest[3], rest[-2], rest[-1]
     count = points.shape[1] if points is not None else keep + fresh
     drawn = mask_embed.new_empty((rows.shape[0], count, 2) if points is None else (0,), dtype=torch.float32)
-    cross_entropy, dice, logits, labels = _fake_losses(mask_embed, rows.shape[0], count)
-    return cross_entropy, dice, drawn, logits, labels
+    cross_entropy, dice, probability, labels = _fake_losses(mask_embed, rows.shape[0], count)
+    return cross_entropy, dice, drawn, probability, labels
 
 
 @torch.library.register_fake("m2f::factored_point_mask_loss_backward", lib=LIBRARY)

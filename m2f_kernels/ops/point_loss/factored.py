@@ -28,13 +28,13 @@ def forward(
     keep: int,
     fresh: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy [M], dice [M], drawn points [M, K, 2] (empty where they were given), logits and labels [M, K]."""
+    """Cross-entropy [M], dice [M], drawn points [M, K, 2] (empty where they were given), probability and labels [M, K]."""
     dtype = accumulation_dtype(mask_embed.dtype)
     k = keep + fresh if points is None else points.shape[1]
     m = rows.shape[0]
     drawn = mask_embed.new_empty((m, k, 2) if points is None else (0,), dtype=torch.float32)
     cross_entropy, dice = (mask_embed.new_empty(m, dtype=dtype) for _ in range(2))
-    logits, labels = (mask_embed.new_empty(m, k, dtype=dtype) for _ in range(2))
+    probability, labels = (mask_embed.new_empty(m, k, dtype=dtype) for _ in range(2))
     for chunk in product_chunks(mask_embed, mask_features, rows, counts):
         here, own = chunk.slice, chunk.arange()
         if points is None:
@@ -42,9 +42,9 @@ def forward(
         found = torch.ops.m2f.point_mask_loss(
             chunk.logits, own, targets, target_rows[here], (drawn if points is None else points)[here]
         )
-        for whole, part in zip((cross_entropy, dice, logits, labels), found, strict=True):
+        for whole, part in zip((cross_entropy, dice, probability, labels), found, strict=True):
             whole[here] = part
-    return cross_entropy, dice, drawn, logits, labels
+    return cross_entropy, dice, drawn, probability, labels
 
 
 def backward(
@@ -55,11 +55,11 @@ def backward(
     rows: Tensor,
     counts: list[int],
     points: Tensor,
-    logits: Tensor,
+    probability: Tensor,
     labels: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both factors: each chunk's logit gradient is scattered, multiplied twice and dropped."""
-    dtype = logits.dtype
+    dtype = probability.dtype
     n, c, h, w = mask_features.shape
     embed = mask_embed.flatten(0, 1)[rows].to(dtype)
     grad_rows = torch.zeros_like(embed)
@@ -78,7 +78,7 @@ def backward(
                     grad_dice[here],
                     own,
                     points[here],
-                    logits[here],
+                    probability[here],
                     labels[here],
                     last - first,
                     h,

@@ -64,13 +64,14 @@ def point_mask_loss(
         targets: for each image [T_i, H_i, W_i], floating point, bool or uint8; `target_rows` [M] counts over all.
 
     Returns:
-        binary cross-entropy [M], dice [M], sampled logits [M, K], sampled targets [M, K], in the accumulation dtype.
+        binary cross-entropy [M], dice [M], probability (sigmoid of the sampled logits) [M, K] and sampled targets
+        [M, K], in the accumulation dtype.
     """
     dtype = accumulation_dtype(mask_logits.dtype)
     points = points.to(dtype)
     x = reference.point_sample(mask_logits[rows, None], points, exact=True)[:, 0]
     t = sampled_targets(targets, target_rows, points)
-    return *point_losses(x, t), x, t
+    return *point_losses(x, t), x.sigmoid(), t
 
 
 def point_mask_loss_backward(
@@ -78,18 +79,20 @@ def point_mask_loss_backward(
     grad_dice: Tensor,
     rows: Tensor,
     points: Tensor,
-    logits: Tensor,
+    probability: Tensor,
     labels: Tensor,
     planes: int,
     height: int,
     width: int,
 ) -> Tensor:
     """Gradient [P, h, w] of the mask logits, from what :func:`point_mask_loss` returned."""
+    s, t = probability, labels
+    overlap = 2 * (s * t).sum(1, keepdim=True) + 1
+    total = s.sum(1, keepdim=True) + t.sum(1, keepdim=True) + 1
+    gradient = grad_cross_entropy[:, None] * (s - t) / s.shape[1]
+    gradient = gradient + grad_dice[:, None] * s * (1 - s) * (overlap / total - 2 * t) / total
     with torch.enable_grad():
-        x = logits.detach().requires_grad_()
-        (grad_x,) = torch.autograd.grad(point_losses(x, labels), x, (grad_cross_entropy, grad_dice))
-        pixels = logits.new_zeros(rows.shape[0], 1, height, width).requires_grad_()
+        pixels = s.new_zeros(rows.shape[0], 1, height, width).requires_grad_()
         sampled = reference.point_sample(pixels, points)[:, 0]
-        (grad_pixels,) = torch.autograd.grad(sampled, pixels, grad_x)
-    gradient = logits.new_zeros(planes, height, width)
-    return gradient.index_add(0, rows, grad_pixels[:, 0])
+        (grad_pixels,) = torch.autograd.grad(sampled, pixels, gradient)
+    return s.new_zeros(planes, height, width).index_add(0, rows, grad_pixels[:, 0])
