@@ -58,8 +58,9 @@ format: $(STAMP)-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Registers, shared memory and spills of every CUDA kernel on every shipped architecture; needs nvcc, no GPU.
-resources: $(STAMP)-venv
+# Registers, shared memory and spills of every CUDA and Triton kernel on every shipped architecture; needs nvcc, no GPU.
+resources: $(STAMP)-package
+	$(BIN)/python -m benchmarks.static --check --output benchmarks/results/static/triton_resources.md
 	$(BIN)/python csrc/report_resources.py --check --output benchmarks/results/static/ms_deform_attn_resources.md
 
 # On a machine with a GPU, in the Python that has its torch: suite, compute-sanitizer, benchmark, all into one folder.

@@ -1,7 +1,14 @@
 """Fixtures that every operator's tests share: where a test runs, with which instructions and how many threads."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    # Without a GPU, Triton's interpreter runs the kernels on CPU tensors. It must be chosen before the first module
+    # with kernels is imported, which the package does at the first call of one.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from m2f_kernels import _library
 

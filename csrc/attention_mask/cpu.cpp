@@ -91,9 +91,12 @@ Tensor resize_mask_features(const Tensor& mask_features, IntList sizes) {
     total += level.height * level.width;
     widest = std::max(widest, level.width);
   }
+  // The finest level reads a plane in order; the others then find it in the cache.
+  std::stable_sort(args.level, args.level + args.levels,
+                   [](const ResizeLevel& a, const ResizeLevel& b) { return a.height > b.height; });
   Tensor output = empty_like_sizes(input, {args.n, args.c, total});
   args.output = {output.data_ptr(), args.input.dtype, {args.c * total, total, 0}};
-  const size_t scratch_bytes = (2 * args.width + widest + 3 * 64) * sizeof(float);
+  const size_t scratch_bytes = (args.width + widest + 2 * 64) * sizeof(float);
   torch::stable::parallel_for(0, args.n * args.c, 1, [&](int64_t first, int64_t last) {
     const Scratch scratch = allocate_scratch(scratch_bytes);
     kernels().resize(args, first, last, static_cast<float*>(scratch.get()));
@@ -125,7 +128,8 @@ std::tuple<Tensor, Tensor> predict_attention_mask(const Tensor& mask_embed, cons
   args.s = features.size(2);
   check_sizes(features, "level_features", {args.n, args.c, args.s});
   args.embed = {embed.data_ptr(), dtype_of(embed, "mask_embed"), {embed.stride(0), embed.stride(1), 0}};
-  args.features = {features.data_ptr(), dtype_of(features, "level_features"), {features.stride(0), features.stride(1), 0}};
+  args.features = {
+      features.data_ptr(), dtype_of(features, "level_features"), {features.stride(0), features.stride(1), 0}};
   Packed packed = new_packed(embed, args.n, args.q, args.s);
   args.bits = packed.bits_data();
   args.row_any = packed.row_any_data();

@@ -20,15 +20,14 @@ namespace {
 constexpr int kWord = 32;
 
 // ---------------------------------------------------------------- resize
-// sum[x] = a[x] + weight * (b[x] - a[x]), or a[x] + b[x].
-void blend_rows(const ResizeArgs& args, int64_t plane, int64_t y0, int64_t y1, const float* weight, float* row_a,
-                float* row_b) {
-  const int64_t n = plane / args.c, c = plane % args.c;
-  load_run(args.input.data, args.input.dtype, args.input.offset(n, c, y0), args.width, row_a);
-  load_run(args.input.data, args.input.dtype, args.input.offset(n, c, y1), args.width, row_b);
-  for (int64_t x = 0; x < args.width; x += kFloatLanes) {
-    const FloatVec a = load(row_a + x), b = load(row_b + x);
-    store(row_a + x, weight ? a * (1 - *weight) + b * *weight : a + b);
+// sum[x] = a[x] + b[x], or the mean of both with a weight for b.
+template <typename V>
+void blend_rows(const V* a, const V* b, int64_t width, const float* weight, float* sum) {
+  for (int64_t x = 0; x < width; x += kFloatLanes) {
+    const int count = width - x < kFloatLanes ? static_cast<int>(width - x) : kFloatLanes;
+    const FloatVec va = count == kFloatLanes ? load(a + x) : load_first(a + x, count);
+    const FloatVec vb = count == kFloatLanes ? load(b + x) : load_first(b + x, count);
+    store(sum + x, weight ? va * (1 - *weight) + vb * *weight : va + vb);
   }
 }
 
@@ -44,30 +43,40 @@ void centre_pairs(const float* sum, int64_t width, float* out) {
   for (; x < width; ++x) out[x] = 0.25f * (sum[kRatio * x + kRatio / 2 - 1] + sum[kRatio * x + kRatio / 2]);
 }
 
-void resize(const ResizeArgs& args, int64_t first, int64_t last, float* scratch) {
-  const int64_t padded = args.width + kFloatLanes;
-  float *row_a = scratch, *row_b = scratch + padded, *out = scratch + 2 * padded;
+template <typename V>
+void resize_planes(const ResizeArgs& args, int64_t first, int64_t last, float* scratch) {
+  float *sum = scratch, *out = scratch + args.width + kFloatLanes;
   for (int64_t plane = first; plane < last; ++plane) {
-    const int64_t target = args.output.offset(plane / args.c, plane % args.c, 0);
+    const int64_t n = plane / args.c, c = plane % args.c, target = args.output.offset(n, c, 0);
+    const auto row = [&](int64_t y) { return static_cast<const V*>(args.input.data) + args.input.offset(n, c, y); };
     for (int l = 0; l < args.levels; ++l) {
       const ResizeLevel& level = args.level[l];
       const int64_t r = level.ratio;
       for (int64_t y = 0; y < level.height; ++y) {
         if (r) {
-          blend_rows(args, plane, y * r + r / 2 - 1, y * r + r / 2, nullptr, row_a, row_b);
-          if (r == 2) centre_pairs<2>(row_a, level.width, out);
-          if (r == 4) centre_pairs<4>(row_a, level.width, out);
-          if (r == 8) centre_pairs<8>(row_a, level.width, out);
+          blend_rows(row(y * r + r / 2 - 1), row(y * r + r / 2), args.width, nullptr, sum);
+          if (r == 2) centre_pairs<2>(sum, level.width, out);
+          if (r == 4) centre_pairs<4>(sum, level.width, out);
+          if (r == 8) centre_pairs<8>(sum, level.width, out);
         } else {
-          blend_rows(args, plane, level.rows[2 * y], level.rows[2 * y + 1], level.row_weight + y, row_a, row_b);
+          blend_rows(row(level.rows[2 * y]), row(level.rows[2 * y + 1]), args.width, level.row_weight + y, sum);
           for (int64_t x = 0; x < level.width; ++x) {
             const float w = level.column_weight[x];
-            out[x] = row_a[level.columns[2 * x]] * (1 - w) + row_a[level.columns[2 * x + 1]] * w;
+            out[x] = sum[level.columns[2 * x]] * (1 - w) + sum[level.columns[2 * x + 1]] * w;
           }
         }
         store_run(args.output.data, args.output.dtype, target + level.start + y * level.width, level.width, out);
       }
     }
+  }
+}
+
+void resize(const ResizeArgs& args, int64_t first, int64_t last, float* scratch) {
+  switch (args.input.dtype) {
+    case DType::kFloat32: return resize_planes<float>(args, first, last, scratch);
+    case DType::kBFloat16: return resize_planes<BFloat16>(args, first, last, scratch);
+    case DType::kFloat16: return resize_planes<Float16>(args, first, last, scratch);
+    case DType::kFloat64: return;  // the binding refuses it
   }
 }
 
@@ -113,10 +122,39 @@ void pack_features(const PredictArgs& args, int64_t image, int64_t start, int64_
   }
 }
 
+// The features of the group after this one, line by line: their rows lie thousands of keys apart, which hardware
+// prefetchers do not follow, and there are as many of them as steps along the channels in every fourth product.
+struct Prefetch {
+  const char* row;
+  int64_t rows, row_bytes, run_bytes, byte;
+
+  M2F_INLINE void line() {
+    if (rows == 0) return;
+    __builtin_prefetch(row + byte, 0, 2);
+    byte += 64;
+    if (byte < run_bytes) return;
+    byte = 0;
+    row += row_bytes;
+    --rows;
+  }
+};
+
+template <typename V>
+Prefetch prefetch_group(const PredictArgs& args, int64_t task, int64_t last, int64_t groups) {
+  if (task >= last) return {};
+  const int64_t start = task % groups * kKeysPerTask;
+  const int64_t keys = args.s - start < kKeysPerTask ? args.s - start : kKeysPerTask;
+  const V* first = static_cast<const V*>(args.features.data) + args.features.offset(task / groups, 0, 0) + start;
+  return {reinterpret_cast<const char*>(first), args.c, args.features.stride[1] * int64_t{sizeof(V)},
+          keys * int64_t{sizeof(V)}, 0};
+}
+
 // Bits of kRows queries for kColumns keys.
-M2F_INLINE void predict_block(const float* embed, const float* panel, int64_t channels, uint32_t bits[kRows]) {
+M2F_INLINE void predict_block(const float* embed, const float* panel, int64_t channels, Prefetch& next,
+                              uint32_t bits[kRows]) {
   FloatVec sum[kRows][2] = {};
   for (int64_t c = 0; c < channels; ++c) {
+    if (c % 4 == 0) next.line();
     const FloatVec b0 = load(panel + c * kWord), b1 = load(panel + c * kWord + kFloatLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
@@ -137,6 +175,7 @@ void predict_tasks(const PredictArgs& args, int64_t first, int64_t last, float* 
     const int64_t image = task / groups, start = task % groups * kKeysPerTask;
     const int64_t keys = args.s - start < kKeysPerTask ? args.s - start : kKeysPerTask;
     pack_features<V>(args, image, start, keys, panels);
+    Prefetch next = prefetch_group<V>(args, task + 1, last, groups);
     const float* embed = args.packed_embed + image * (packed_embed(args) / sizeof(float));
     for (int64_t word = 0; word * kWord < keys; ++word) {
       const int64_t inside = keys - word * kWord;
@@ -146,7 +185,7 @@ void predict_tasks(const PredictArgs& args, int64_t first, int64_t last, float* 
         uint32_t found[kRows] = {};
         for (int column = 0; column < kWord; column += kColumns) {
           uint32_t bits[kRows];
-          predict_block(embed + block * args.c * kRows, panel + column, args.c, bits);
+          predict_block(embed + block * args.c * kRows, panel + column, args.c, next, bits);
           for (int r = 0; r < kRows; ++r) found[r] |= bits[r] << column;
         }
         for (int r = 0; r < kRows && block * kRows + r < args.q; ++r) {

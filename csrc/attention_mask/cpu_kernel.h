@@ -10,14 +10,15 @@ namespace m2f {
 
 constexpr int kMaxResizeLevels = 16;
 
-// One level of a resize: output pixels [h, w] from `start` of a plane's output row. Where both sides are the input's over
-// 2, 4 or 8, `ratio` says so; otherwise each axis has, per output pixel, the two inputs and the weight of the second.
+// One level of a resize: output pixels [h, w] from `start` of a plane's output row. Where both sides are the input's
+// over 2, 4 or 8, `ratio` says so; otherwise each axis has, per output pixel, the two inputs and the weight of the
+// second.
 struct ResizeLevel {
   int64_t height, width, start;
   int ratio;
-  const int32_t* rows;       // [2 * height]
-  const int32_t* columns;    // [2 * width]
-  const float* row_weight;   // [height]
+  const int32_t* rows;         // [2 * height]
+  const int32_t* columns;      // [2 * width]
+  const float* row_weight;     // [height]
   const float* column_weight;  // [width]
 };
 
@@ -31,8 +32,8 @@ struct ResizeArgs {
 
 struct PredictArgs {
   int64_t n, q, c, s;
-  Rows embed;     // rows of C by (n, q, 0)
-  Rows features;  // rows of S by (n, c, 0)
+  Rows embed;                 // rows of C by (n, q, 0)
+  Rows features;              // rows of S by (n, c, 0)
   const float* packed_embed;  // pack_embed's result, per image
   int32_t* bits;              // [N, Q, words]
   bool* row_any;              // [N, Q], zero before
@@ -49,7 +50,7 @@ struct PackArgs {
 };
 
 struct AttentionMaskKernels {
-  // Tasks are planes (n, c). Scratch: two input rows and one output row in float.
+  // Tasks are planes (n, c). Scratch: one input row and one output row in float.
   void (*resize)(const ResizeArgs&, int64_t first, int64_t last, float* scratch);
   // Bytes of one image's packed embeddings, and packing them.
   size_t (*packed_embed)(const PredictArgs&);

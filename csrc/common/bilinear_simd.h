@@ -23,10 +23,22 @@ struct SampleAxis {
   IntVec<float> inside;
 };
 
+// What rounding took from the product of a and b.
+M2F_INLINE FloatVec lost_by_product(FloatVec a, float b, FloatVec product) {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  return fused(a, splat(b), -product);
+#else
+  FloatVec lost{};
+  for (int i = 0; i < kFloatLanes; ++i)
+    lost[i] = static_cast<float>(static_cast<double>(a[i]) * static_cast<double>(b) - static_cast<double>(product[i]));
+  return lost;
+#endif
+}
+
 M2F_INLINE SampleAxis sample_axis(FloatVec coordinate, int64_t size) {
   const float length = static_cast<float>(size);
   const FloatVec scaled = coordinate * length;
-  const FloatVec lost = fused(coordinate, splat(length), -scaled);  // what rounding took from the product
+  const FloatVec lost = lost_by_product(coordinate, length, scaled);
   const FloatVec x = scaled - 0.5f;
   SampleAxis axis;
   // Comparisons with NaN are false, so a NaN coordinate contributes nothing.

@@ -1,9 +1,10 @@
 // Masked cross-attention on CPU, backward; compiled once per instruction set, as part of cpu_kernel.cpp.
 //
-// A task owns a range of keys and a group of heads, so their gradients are written once and by nobody else; what it adds to the queries'
-// gradients it keeps to itself, and parts are summed in order: no atomics, the same bits in every run. Scores are computed
-// again from the saved log-sum-exp. Per tile: weights and score gradients of up to kChunk queries (24 KiB, in L1), from
-// which the query gradients (rows of a few queries accumulate) and the key and value gradients (rows of a few keys do).
+// A task owns a range of keys and a group of heads, so their gradients are written once and by nobody else; what it
+// adds to the queries' gradients it keeps to itself, and parts are summed in order: no atomics, the same bits in every
+// run. Scores are computed again from the saved log-sum-exp. Per tile: weights and score gradients of up to kChunk
+// queries (24 KiB, in L1), from which the query gradients (rows of a few queries accumulate) and the key and value
+// gradients (rows of a few keys do).
 #pragma once
 
 #include "masked_attention/cpu_tiles.h"
@@ -63,7 +64,8 @@ size_t backward_scratch(const MaskedAttentionArgs& args) {
   return pieces.used + most_heads(args) * backward_head_bytes(args);
 }
 
-// The queries of a chunk in the order of their rows in `weights`: those concerned by both words, by the first, by the second.
+// The queries of a chunk in the order of their rows in `weights`: those concerned by both words, by the first, by the
+// second.
 struct Chunk {
   int32_t index[kChunk];
   int count[3] = {};
@@ -83,14 +85,15 @@ void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, co
     for (int k = first * kWord; k < (first + words) * kWord; k += kFloatLanes) {
       const uint32_t bits = m.active.bits[q * kWords + k / kWord] >> (k % kWord);
       float *weight = weights + r * kTile + k, *gradient = grad_scores + r * kTile + k;
-      const FloatVec p = select_bits(bits, exp2(load(weight) - shift), FloatVec{});
+      const FloatVec exponent = load(weight) - shift;
+      // No weight exceeds 1; with scores so large that their rounding errors do, one would overflow.
+      const FloatVec p = select_bits(bits, exp2(exponent > 0.0f ? FloatVec{} : exponent), FloatVec{});
       store(weight, p);
       store(gradient, select_bits(bits, p * (load(gradient) - delta), FloatVec{}));
     }
   }
   if (__builtin_expect(finite, 1)) {
-    accumulate_rows<kR>(grad_scores, m.key, d, first * kWord, (first + words) * kWord, index, nullptr,
-                        head.grad_query);
+    accumulate_rows<kR>(grad_scores, m.key, d, first * kWord, (first + words) * kWord, index, nullptr, head.grad_query);
     return;
   }
   for (int r = 0; r < kR; ++r)
@@ -100,8 +103,8 @@ void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, co
 
 // sum[k][:] += sum over i in [first, last) of weights[i][k] * rows[index[i]][:], for kKeyRows keys.
 template <int kVectors>
-M2F_INLINE void accumulate_keys(const float* weights, const float* rows, int64_t stride, const int32_t* index, int first,
-                                int last, float* sum) {
+M2F_INLINE void accumulate_keys(const float* weights, const float* rows, int64_t stride, const int32_t* index,
+                                int first, int last, float* sum) {
   FloatVec total[kKeyRows][kVectors];
 #pragma GCC unroll 8
   for (int k = 0; k < kKeyRows; ++k)
@@ -160,9 +163,11 @@ void store_tile(const Rows& rows, int64_t n, int64_t h, int64_t tile, int64_t s,
   }
 }
 
-void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head, int64_t n,
+void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head, const Task& task,
                    int64_t h, int64_t tile, bool any) {
-  const int64_t d = padded(args.d);
+  const int64_t n = task.n, d = padded(args.d);
+  Prefetch next_key(args.key, task, h, tile + 1, args.s, args.d),
+      next_value(args.value, task, h, tile + 1, args.s, args.d);
   for (float* gradient : {m.grad_key, m.grad_value})
     for (int64_t i = 0; i < kTile * d; i += kFloatLanes) store(gradient + i, FloatVec{});
   if (any) {
@@ -179,13 +184,18 @@ void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, con
       }
       const int64_t at = chunk.size() * kTile;
       with_rows(rows, [&](auto r) {
-        backward_group<decltype(r)::value>(args, m, head, finite, first, words, index, m.weights + at, m.grad_scores + at);
+        backward_group<decltype(r)::value>(args, m, head, finite, first, words, index, m.weights + at,
+                                           m.grad_scores + at);
       });
       for (int r = 0; r < rows; ++r) chunk.index[chunk.size() + r] = index[r];
       chunk.count[words == 2 ? 0 : first == 0 ? 1 : 2] += rows;
+      next_key.lines(kLinesAtOnce);
+      next_value.lines(kLinesAtOnce);
     });
     accumulate_chunk(args, m, head, chunk);
   }
+  next_key.rest();
+  next_value.rest();
   store_tile(args.grad_value, n, h, tile, args.s, args.d, m.grad_value, 1.0f, m.key);
   // The query rows carry scale * log2(e); their gradient's factor is scale.
   store_tile(args.grad_key, n, h, tile, args.s, args.d, m.grad_key, kLn2, m.key);
@@ -219,7 +229,8 @@ void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_
       load_rows(args.grad_output, task.n, h, 0, args.q, args.d, 1.0f, head.grad_output);
       for (int64_t q = 0; q < args.q; ++q) {
         FloatVec sum = {};
-        for (int64_t c = 0; c < d; c += kFloatLanes) sum += load(output + q * d + c) * load(head.grad_output + q * d + c);
+        for (int64_t c = 0; c < d; c += kFloatLanes)
+          sum += load(output + q * d + c) * load(head.grad_output + q * d + c);
         head.delta[q] = sum_lanes(sum);
         head.logsumexp[q] = args.saved_logsumexp[(task.n * args.h + h) * args.q + q] * kLog2E;
       }
@@ -229,9 +240,7 @@ void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_
     for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
       const bool any = m.active.find(args, task.n, tile);
       for (int64_t h = task.first_head; h < task.last_head; ++h) {
-        prefetch_share(args.key, task, h, tile + 1, args.s, args.d);
-        prefetch_share(args.value, task, h, tile + 1, args.s, args.d);
-        backward_tile(args, m, backward_head_of(args, task, h, pieces, bytes), task.n, h, tile, any);
+        backward_tile(args, m, backward_head_of(args, task, h, pieces, bytes), task, h, tile, any);
       }
     }
     if (args.parts > 1) continue;

@@ -1,10 +1,10 @@
 // Masked cross-attention on CPU, forward; compiled once per instruction set (backward: cpu_backward.cpp).
 //
-// A task is a range of an image's keys and a group of heads. Tiles of 64 keys are walked; for each, the queries that have
-// bits in it are listed, once for all heads, and only they are touched: the mask saves work at the grain of one query and 32 keys. A tile's
-// keys are packed once, transposed, and serve all its queries: scores are products with keys along the vector, so a
-// word of bits is a vector mask; the softmax is online, in base 2, and rescales only where a tile's scores exceed the
-// running maximum by more than kHeadroom. Scores live in a few KB of L1 and nowhere else.
+// A task is a range of an image's keys and a group of heads. Tiles of 64 keys are walked; for each, the queries that
+// have bits in it are listed, once for all heads, and only they are touched: the mask saves work at the grain of one
+// query and 32 keys. A tile's keys are packed once, transposed, and serve all its queries: scores are products with
+// keys along the vector, so a word of bits is a vector mask; the softmax is online, in base 2, and rescales only where
+// a tile's scores exceed the running maximum by more than kHeadroom. Scores live in a few KB of L1 and nowhere else.
 //
 // How many parts the keys are divided into depends on the shape alone, and parts are combined in order: the same bits
 // come out for any number of threads.
@@ -21,11 +21,12 @@
 namespace m2f {
 namespace {
 
-// In powers of two: weights stay below 2^kHeadroom times the largest true one, far from overflow and exact all the same.
+// In powers of two: weights stay below 2^kHeadroom times the largest true one, far from overflow and exact all the
+// same.
 constexpr float kHeadroom = 8;
 
-// One head's queries, and what was summed over the keys so far: unnormalised output [Q][padded(D)], running maximum [Q],
-// sum of weights [Q][lanes], added up over lanes at the end [Q].
+// One head's queries, and what was summed over the keys so far: unnormalised output [Q][padded(D)], running maximum
+// [Q], sum of weights [Q][lanes], added up over lanes at the end [Q].
 struct Head {
   float *query, *normaliser;
   float *sum, *maximum, *total;
@@ -79,7 +80,8 @@ size_t forward_scratch(const MaskedAttentionArgs& args) {
 }
 
 // Scores of one query in [first, first + words) become weights; returns the factor for what was summed before.
-M2F_INLINE float online_softmax(float* row, const uint32_t* bits, int first, int words, float& maximum_, FloatVec& sum) {
+M2F_INLINE float online_softmax(float* row, const uint32_t* bits, int first, int words, float& maximum_,
+                                FloatVec& sum) {
   const FloatVec minus_infinity = splat<float>(-__builtin_inff());
   const int begin = first * kWord, end = (first + words) * kWord;
   FloatVec largest = minus_infinity;
@@ -120,8 +122,8 @@ void forward_group(const MaskedAttentionArgs& args, const ForwardMemory& m, cons
     store(head.normaliser + q * kFloatLanes, sum);
   }
   if (__builtin_expect(finite, 1)) {
-    accumulate_rows<kR>(m.weights, m.value, d, first * kWord, (first + words) * kWord, index, rescale ? factor : nullptr,
-                        head.sum);
+    accumulate_rows<kR>(m.weights, m.value, d, first * kWord, (first + words) * kWord, index,
+                        rescale ? factor : nullptr, head.sum);
     return;
   }
   for (int r = 0; r < kR; ++r)
@@ -129,16 +131,22 @@ void forward_group(const MaskedAttentionArgs& args, const ForwardMemory& m, cons
                         head.sum + index[r] * d);
 }
 
-void forward_tile(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, int64_t n, int64_t h,
-                  int64_t tile) {
-  const int64_t d = padded(args.d);
+void forward_tile(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, const Task& task,
+                  int64_t h, int64_t tile) {
+  const int64_t n = task.n, d = padded(args.d);
+  Prefetch next_key(args.key, task, h, tile + 1, args.s, args.d),
+      next_value(args.value, task, h, tile + 1, args.s, args.d);
   load_tile(args.key, n, h, tile * kTile, args.s, args.d, m.tile);
   transpose_tile(m.tile, d, m.key_columns);
   load_tile(args.value, n, h, tile * kTile, args.s, args.d, m.value);
   const bool finite = all_finite(m.value, kTile * d);
   m.active.for_groups(args.q, [&](int first, int words, const int32_t* index, int rows) {
     with_rows(rows, [&](auto r) { forward_group<decltype(r)::value>(args, m, head, finite, first, words, index); });
+    next_key.lines(kLinesAtOnce);
+    next_value.lines(kLinesAtOnce);
   });
+  next_key.rest();
+  next_value.rest();
 }
 
 // Output and log-sum-exp of one query from its unnormalised sum, maximum and sum of weights.
@@ -168,9 +176,7 @@ void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_t
     for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
       if (!m.active.find(args, task.n, tile)) continue;
       for (int64_t h = task.first_head; h < task.last_head; ++h) {
-        prefetch_share(args.key, task, h, tile + 1, args.s, args.d);
-        prefetch_share(args.value, task, h, tile + 1, args.s, args.d);
-        forward_tile(args, m, head_of(args, task, h, pieces, bytes), task.n, h, tile);
+        forward_tile(args, m, head_of(args, task, h, pieces, bytes), task, h, tile);
       }
     }
     for (int64_t h = task.first_head; h < task.last_head; ++h) {
@@ -214,7 +220,7 @@ void combine_forward(const MaskedAttentionArgs& args, int64_t first, int64_t las
 #define M2F_CONCATENATE(a, b) M2F_CONCATENATE_(a, b)
 
 const MaskedAttentionKernels& M2F_CONCATENATE(masked_attention_kernels_, M2F_VARIANT)() {
-  static const MaskedAttentionKernels kernels = {forward_scratch,  forward,         backward_scratch, backward,
+  static const MaskedAttentionKernels kernels = {forward_scratch, forward,         backward_scratch, backward,
                                                  forward_partial, combine_forward, backward_partial, combine_backward};
   return kernels;
 }

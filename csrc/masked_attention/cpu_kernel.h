@@ -31,7 +31,8 @@ struct MaskedAttentionArgs {
   Rows grad_query, grad_key, grad_value;
 };
 
-// Tasks are numbered (n, group of heads, part), part fastest. `scratch` is 64-byte aligned and private to the calling thread.
+// Tasks are numbered (n, group of heads, part), part fastest. `scratch` is 64-byte aligned and private to the calling
+// thread.
 struct MaskedAttentionKernels {
   size_t (*forward_scratch)(const MaskedAttentionArgs&);
   void (*forward)(const MaskedAttentionArgs&, int64_t first_task, int64_t last_task, void* scratch);

@@ -43,10 +43,12 @@ inline void load_rows(const Rows& rows, int64_t i, int64_t j, int64_t first, int
   }
 }
 
+// `count` is that of a tile: a multiple of four vectors.
 inline bool all_finite(const float* x, int64_t count) {
-  FloatVec sum = {};
-  for (int64_t i = 0; i < count; i += kFloatLanes) sum += load(x + i) * 0.0f;  // NaN where x is not finite
-  return sum_lanes(sum) == 0;
+  FloatVec sum[4] = {};
+  for (int64_t i = 0; i < count; i += 4 * kFloatLanes)
+    for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kFloatLanes) * 0.0f;  // NaN where x is not finite
+  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) == 0;
 }
 
 // Transposes kFloatLanes x kFloatLanes numbers: log2 rounds of a perfect shuffle of the rows.
@@ -97,30 +99,45 @@ struct Task {
   }
 };
 
-inline int64_t most_heads(const MaskedAttentionArgs& args) { return (args.h + args.head_groups - 1) / args.head_groups; }
-
-M2F_INLINE void prefetch_run(const Rows& rows, int64_t offset, int64_t count) {
-  const int64_t element = element_size(rows.dtype);
-  const char* run = static_cast<const char*>(rows.data) + offset * element;
-  for (int64_t byte = 0; byte < count * element; byte += 64) __builtin_prefetch(run + byte, 0, 2);
+inline int64_t most_heads(const MaskedAttentionArgs& args) {
+  return (args.h + args.head_groups - 1) / args.head_groups;
 }
 
-// Asks for one head's share of the next tile, in the order in which it lies in memory.
-M2F_INLINE void prefetch_share(const Rows& rows, const Task& task, int64_t h, int64_t tile, int64_t s, int64_t d) {
-  const int64_t first = tile * kTile, count = s - first < kTile ? s - first : kTile;
-  if (count <= 0) return;
-  const int64_t heads = task.last_head - task.first_head, share = h - task.first_head;
-  const bool interleaved = rows.stride[1] < rows.stride[2];
-  const int64_t begin = interleaved ? share * count / heads : 0;
-  const int64_t end = interleaved ? (share + 1) * count / heads : count;
-  for (int64_t k = begin; k < end; ++k) {
-    if (interleaved) {
-      prefetch_run(rows, rows.offset(task.n, task.first_head, first + k), (heads - 1) * rows.stride[1] + d);
-    } else {
-      prefetch_run(rows, rows.offset(task.n, h, first + k), d);
+// One head's share of the next tile, line by line in the order in which it lies in memory. Asking for a few lines
+// between products costs nothing; asking for all at once waits for the line buffers.
+struct Prefetch {
+  const char* row = nullptr;
+  int64_t rows = 0, row_bytes = 0, run_bytes = 0, byte = 0;
+
+  Prefetch(const Rows& from, const Task& task, int64_t h, int64_t tile, int64_t s, int64_t d) {
+    const int64_t first = tile * kTile, count = s - first < kTile ? s - first : kTile;
+    if (count <= 0) return;
+    const int64_t heads = task.last_head - task.first_head, share = h - task.first_head;
+    const bool interleaved = from.stride[1] < from.stride[2];
+    const int64_t begin = interleaved ? share * count / heads : 0;
+    const int64_t end = interleaved ? (share + 1) * count / heads : count;
+    const int64_t element = element_size(from.dtype);
+    const int64_t offset = from.offset(task.n, interleaved ? task.first_head : h, first + begin);
+    row = static_cast<const char*>(from.data) + offset * element;
+    rows = end - begin;
+    row_bytes = from.stride[2] * element;
+    run_bytes = ((interleaved ? (heads - 1) * from.stride[1] : 0) + d) * element;
+  }
+
+  M2F_INLINE void lines(int64_t count) {
+    for (; rows > 0 && count > 0; --count) {
+      __builtin_prefetch(row + byte, 0, 2);
+      byte += 64;
+      if (byte < run_bytes) continue;
+      byte = 0;
+      row += row_bytes;
+      --rows;
     }
   }
-}
+
+  M2F_INLINE void rest() { lines(INT64_MAX); }
+};
+constexpr int64_t kLinesAtOnce = 8;
 
 // The queries with bits in a tile, in three lists: those with bits in both words are worth a whole tile's width.
 struct ActiveQueries {

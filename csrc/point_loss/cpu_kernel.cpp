@@ -28,10 +28,12 @@ constexpr float kLog2E = 1.4426950408889634f;
 M2F_INLINE void sigmoid_softplus(FloatVec x, FloatVec& sigmoid, FloatVec& softplus) {
   const FloatVec magnitude = reinterpret_cast<FloatVec>(reinterpret_cast<UInt32Vec>(x) & 0x7fffffffu);
   const FloatVec e = exp2(magnitude * -kLog2E);
-  const FloatVec inverse = 1.0f / (1.0f + e);
+  // Both quotients from one division.
+  const FloatVec one = 1.0f + e, two = 2.0f + e, quotient = 1.0f / (one * two);
+  const FloatVec inverse = quotient * two;
   sigmoid = x < 0.0f ? e * inverse : inverse;
   // log(1 + e) = 2 artanh(e / (2 + e)), whose argument is at most 1/3.
-  const FloatVec s = e / (2.0f + e), s2 = s * s;
+  const FloatVec s = e * (quotient * one), s2 = s * s;
   FloatVec p = splat(2.0f / 15);
   p = fused(p, s2, splat(2.0f / 13));
   p = fused(p, s2, splat(2.0f / 11));
@@ -44,11 +46,7 @@ M2F_INLINE void sigmoid_softplus(FloatVec x, FloatVec& sigmoid, FloatVec& softpl
   softplus = fused(p, s, positive);
 }
 
-M2F_INLINE double sum(FloatVec x) {
-  double total = 0;
-  for (int i = 0; i < kFloatLanes; ++i) total += static_cast<double>(x[i]);
-  return total;
-}
+M2F_INLINE double sum(FloatVec x) { return static_cast<double>(sum_lanes<float>(x)[0]); }
 
 M2F_INLINE FloatVec first_lanes(FloatVec x, int64_t count) {
   if (count >= kFloatLanes) return x;
@@ -61,7 +59,7 @@ constexpr int kTile = 4;  // queries by targets whose products are summed togeth
 
 struct CostScratch {
   float *x, *sigmoid;           // [kQueriesPerTask][kStretch]
-  float* labels;                // [kTile][kStretch], for the last stretch, which ends in zeros
+  float* labels;                // [kTile][kStretch], for targets and points that fill up a tile: zeros
   double *x_sum, *sigmoid_sum;  // [kQueriesPerTask][T], products with the targets
 };
 
@@ -69,20 +67,27 @@ size_t cost_scratch(const MatchingCostArgs& args) {
   return (2 * kQueriesPerTask + kTile) * kStretch * sizeof(float) + 2 * kQueriesPerTask * args.t * sizeof(double);
 }
 
-// Products of `queries` rows of x and of sigmoid with `targets` rows of labels, over `steps` vectors.
-template <int kQueries, int kTargets>
-M2F_INLINE void multiply_tile(const float* a, const float* const* labels, int64_t steps, double* sums, int64_t t) {
-  FloatVec total[kQueries][kTargets] = {};
+// Products of kTile rows of x or sigmoid with kTile rows of labels, over `steps` vectors; the first queries x targets
+// of them are added to `sums`.
+M2F_INLINE void multiply_tile(const float* a, const float* const* labels, int64_t steps, int64_t queries,
+                              int64_t targets, double* sums, int64_t t) {
+  FloatVec total[kTile * kTile] = {};
   for (int64_t i = 0; i < steps; ++i) {
-    FloatVec label[kTargets];
-    for (int j = 0; j < kTargets; ++j) label[j] = load(labels[j] + i * kFloatLanes);
-    for (int q = 0; q < kQueries; ++q) {
+    FloatVec label[kTile];
+    for (int j = 0; j < kTile; ++j) label[j] = load(labels[j] + i * kFloatLanes);
+    for (int q = 0; q < kTile; ++q) {
       const FloatVec value = load(a + q * kStretch + i * kFloatLanes);
-      for (int j = 0; j < kTargets; ++j) total[q][j] = fused(value, label[j], total[q][j]);
+      for (int j = 0; j < kTile; ++j) total[q * kTile + j] = fused(value, label[j], total[q * kTile + j]);
     }
   }
-  for (int q = 0; q < kQueries; ++q)
-    for (int j = 0; j < kTargets; ++j) sums[q * t + j] += static_cast<double>(sum_lanes(total[q][j]));
+  static_assert(kTile * kTile % kFloatLanes == 0, "whole vectors of sums");
+  for (int i = 0; i < kTile * kTile; i += kFloatLanes) {
+    const FloatVec each = sum_each<float>(total + i);
+    for (int lane = 0; lane < kFloatLanes; ++lane) {
+      const int q = (i + lane) / kTile, j = (i + lane) % kTile;
+      if (q < queries && j < targets) sums[q * t + j] += static_cast<double>(each[lane]);
+    }
+  }
 }
 
 void cost_block(const MatchingCostArgs& args, int64_t block, const CostScratch& s) {
@@ -90,6 +95,7 @@ void cost_block(const MatchingCostArgs& args, int64_t block, const CostScratch& 
   const int64_t queries = args.q - first < kQueriesPerTask ? args.q - first : kQueriesPerTask;
   double softplus_sum[kQueriesPerTask] = {}, sigmoid_sum[kQueriesPerTask] = {};
   std::memset(s.x_sum, 0, 2 * kQueriesPerTask * args.t * sizeof(double));
+  if (queries < kQueriesPerTask) std::memset(s.x, 0, 2 * kQueriesPerTask * kStretch * sizeof(float));
   for (int64_t k = 0; k < args.k; k += kStretch) {
     const int64_t count = args.k - k < kStretch ? args.k - k : kStretch;
     const int64_t steps = (count + kFloatLanes - 1) / kFloatLanes;
@@ -114,26 +120,19 @@ void cost_block(const MatchingCostArgs& args, int64_t block, const CostScratch& 
     for (int64_t t = 0; t < args.t; t += kTile) {
       const float* labels[kTile];
       const int64_t targets = args.t - t < kTile ? args.t - t : kTile;
-      for (int64_t j = 0; j < targets; ++j) {
+      for (int64_t j = 0; j < kTile; ++j) {
+        float* copy = s.labels + j * kStretch;
+        const int64_t copied = j < targets ? count : 0;
         labels[j] = args.labels + (t + j) * args.k + k;
-        if (whole) continue;
-        std::memcpy(s.labels + j * kStretch, labels[j], static_cast<size_t>(count) * sizeof(float));
-        std::memset(s.labels + j * kStretch + count, 0,
-                    static_cast<size_t>(steps * kFloatLanes - count) * sizeof(float));
-        labels[j] = s.labels + j * kStretch;
+        if (whole && j < targets) continue;
+        std::memcpy(copy, labels[j], static_cast<size_t>(copied) * sizeof(float));
+        std::memset(copy + copied, 0, static_cast<size_t>(steps * kFloatLanes - copied) * sizeof(float));
+        labels[j] = copy;
       }
       for (int64_t q = 0; q < queries; q += kTile) {
-        for (const bool probability : {false, true}) {
-          const float* a = (probability ? s.sigmoid : s.x) + q * kStretch;
-          double* sums = (probability ? s.sigmoid_sum : s.x_sum) + q * args.t + t;
-          if (targets == kTile && queries - q >= kTile) {
-            multiply_tile<kTile, kTile>(a, labels, steps, sums, args.t);
-          } else {
-            for (int64_t i = 0; i < kTile && q + i < queries; ++i)
-              for (int64_t j = 0; j < targets; ++j)
-                multiply_tile<1, 1>(a + i * kStretch, labels + j, steps, sums + i * args.t + j, args.t);
-          }
-        }
+        const int64_t at = q * args.t + t;
+        multiply_tile(s.x + q * kStretch, labels, steps, queries - q, targets, s.x_sum + at, args.t);
+        multiply_tile(s.sigmoid + q * kStretch, labels, steps, queries - q, targets, s.sigmoid_sum + at, args.t);
       }
     }
   }

@@ -123,7 +123,7 @@ class PointMaskCriterion(nn.Module):
         labels = torch.cat([*batch.labels, no_object])[position.to(batch.device, non_blocking=True)]
         weights = self.class_weights[labels].flatten(1)
         negative_log = F.cross_entropy(batch.class_logits.flatten(0, 2), labels.flatten(), reduction="none")
-        return (negative_log.view(outputs, n * q) * weights).sum(1) / weights.sum(1)
+        return (negative_log.view(outputs, n * q) * weights).sum(1) / weights.sum(1).clamp(min=1e-12)
 
     def _mask_losses(self, batch: Batch, indices: Indices) -> tuple[list[Tensor], list[Tensor]]:
         """Sums over matched masks, for each output."""
@@ -158,7 +158,8 @@ class PointMaskCriterion(nn.Module):
         for losses in (bce, dice):
             # Masks lie in order of images, then of outputs.
             per_image = [x.view(size, -1).sum(1) for x in losses.split(counts)]
-            sums.append(torch.stack(per_image).sum(0) if per_image else losses.new_zeros(size))
+            # Of an empty batch too the sums are connected to the predictions.
+            sums.append(torch.stack(per_image).sum(0) if per_image else losses.sum().expand(size))
         return [(output, sums[0][part], sums[1][part]) for part, output in enumerate(group.outputs)]
 
     def _num_masks(self, batch: Batch) -> float | Tensor:

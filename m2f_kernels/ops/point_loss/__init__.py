@@ -67,7 +67,7 @@ for _name in ("mask_matching_cost", "point_mask_loss", "point_mask_loss_backward
     implement_with_triton(_name, "m2f_kernels.ops.point_loss.triton")
 
 #: Sampled logits of the matching cost exist a block of queries at a time, of about this many bytes.
-_BLOCK_BYTES = 16 * 2**20
+_BLOCK_BYTES = 8 * 2**20
 
 
 # ---------------------------------------------------------------- public functions
@@ -197,10 +197,11 @@ def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> 
     """The same from embeddings [Q, C] and features [C, K] sampled at the points; a block of queries at a time."""
     dtype = accumulation_dtype(embed.dtype)
     embed = embed.to(dtype)
-    block = max(1, _BLOCK_BYTES // (samples.shape[1] * dtype.itemsize))
-    pairs = [cost_of_samples(factored.multiply(rows, samples), labels) for rows in embed.split(block)]
-    if not pairs:
-        return tuple(embed.new_zeros(0, labels.shape[0]) for _ in range(2))  # type: ignore[return-value]
+    k = samples.shape[1]
+    parts = -(-embed.shape[0] * k * dtype.itemsize // _BLOCK_BYTES)
+    blocks = embed.tensor_split(max(1, parts))
+    buffer = embed.new_empty(blocks[0].shape[0], k)
+    pairs = [cost_of_samples(factored.multiply(rows, samples, out=buffer[: rows.shape[0]]), labels) for rows in blocks]
     return torch.cat([bce for bce, _ in pairs]), torch.cat([dice for _, dice in pairs])
 
 
@@ -208,7 +209,7 @@ def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(logits.device.type, enabled=False):
         if backend.reference_forced() or logits.dtype == torch.float64:
             return reference.mask_matching_cost(logits, labels)
-        cross_entropy, dice = torch.ops.m2f.mask_matching_cost(logits, labels)
+        cross_entropy, dice = torch.ops.m2f.mask_matching_cost(logits, labels.to(logits.dtype))
         return cross_entropy, dice
 
 
@@ -301,7 +302,8 @@ def pair_up(
         rows.append(chosen + first_row)
         first_row += count
     masks = select_rows(mask_logits, [queries for queries, _ in matches])
-    return masks, targets, torch.cat(rows).to(masks.device, non_blocking=True)
+    target_rows = torch.cat(rows) if rows else masks.rows
+    return masks, targets, target_rows.to(masks.device, non_blocking=True)
 
 
 # ---------------------------------------------------------------- reference implementations
@@ -319,7 +321,9 @@ def _point_mask_loss_reference(mask_logits: Tensor, *rest: Any) -> tuple[Tensor,
 
 LIBRARY.impl("mask_matching_cost", _mask_matching_cost_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("point_mask_loss", _point_mask_loss_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("point_mask_loss_backward", reference.point_mask_loss_backward, "CompositeExplicitAutograd")
+LIBRARY.impl(
+    "point_mask_loss_backward", torch.no_grad()(reference.point_mask_loss_backward), "CompositeExplicitAutograd"
+)
 # The chunk loops are the same on every device; what they call is not.
 LIBRARY.impl("factored_point_mask_loss", factored.forward, "CompositeExplicitAutograd")
 LIBRARY.impl("factored_point_mask_loss_backward", factored.backward, "CompositeExplicitAutograd")
@@ -400,7 +404,8 @@ def _factored_vjp(ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor, *_: A
     return (
         grad_embed if needs[0] else None,
         grad_features if needs[1] else None,
-        *(None, None),
+        None,
+        None if ctx.counts else [],
         [None] * ctx.images,
         *[None] * 6,
     )

@@ -6,6 +6,8 @@ multiplying the matched masks out.
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,7 @@ from m2f_kernels.ops.point_sample.masks import chunk_bounds, exact, multiply, pr
 __all__ = ["backward", "forward", "multiply"]
 
 
+@torch.no_grad()
 def forward(
     mask_embed: Tensor,
     mask_features: Tensor,
@@ -28,7 +31,7 @@ def forward(
     keep: int,
     fresh: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy [M], dice [M], drawn points [M, K, 2] (empty where they were given), probability and labels [M, K]."""
+    """Cross-entropy and dice [M], drawn points [M, K, 2] (empty where given), probability and labels [M, K]."""
     dtype = accumulation_dtype(mask_embed.dtype)
     k = keep + fresh if points is None else points.shape[1]
     m = rows.shape[0]
@@ -47,6 +50,7 @@ def forward(
     return cross_entropy, dice, drawn, probability, labels
 
 
+@torch.no_grad()
 def backward(
     grad_cross_entropy: Tensor,
     grad_dice: Tensor,
@@ -60,34 +64,36 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of both factors: each chunk's logit gradient is scattered, multiplied twice and dropped."""
     dtype = probability.dtype
-    n, c, h, w = mask_features.shape
+    n, q, c = mask_embed.shape
+    h, w = mask_features.shape[2:]
     embed = mask_embed.flatten(0, 1)[rows].to(dtype)
-    grad_rows = torch.zeros_like(embed)
+    grad_embed = torch.empty_like(mask_embed, memory_format=torch.contiguous_format)
     grad_features = mask_features.new_empty(n, c, h * w)
+    chunks = list(chunk_bounds(counts, h * w * dtype.itemsize))
+    starts = list(itertools.accumulate(counts, initial=0))
     with torch.autocast(embed.device.type, enabled=False):
-        bounds = list(chunk_bounds(counts, h * w * dtype.itemsize))
         for image in range(n):
             features = exact(mask_features[image]).to(dtype)
             total = grad_features[image] if grad_features.dtype == dtype else embed.new_empty(c, h * w)
-            total.zero_()
-            for _, first, last in (b for b in bounds if b[0] == image):
-                here = slice(first, last)
-                own = torch.arange(last - first, device=embed.device)
+            grad_rows = embed.new_empty(counts[image], c)
+            if counts[image] == 0:
+                total.zero_()
+            for _, first, last in (chunk for chunk in chunks if chunk[0] == image):
+                here, own = slice(first, last), torch.arange(last - first, device=embed.device)
                 gradient = torch.ops.m2f.point_mask_loss_backward(
-                    grad_cross_entropy[here],
-                    grad_dice[here],
-                    own,
-                    points[here],
-                    probability[here],
-                    labels[here],
-                    last - first,
-                    h,
-                    w,
+                    *(grad_cross_entropy[here], grad_dice[here], own, points[here], probability[here], labels[here]),
+                    *(last - first, h, w),
                 ).flatten(1)
-                torch.mm(gradient, features.T, out=grad_rows[here])
-                total.addmm_(embed[here].T, gradient)
+                offset = starts[image]
+                torch.mm(gradient, features.T, out=grad_rows[first - offset : last - offset])
+                if first == offset:
+                    torch.mm(embed[here].T, gradient, out=total)
+                else:
+                    total.addmm_(embed[here].T, gradient)
+            # A query may have several targets. A product with zeros and ones adds its rows, in the same order always.
+            own_rows = rows[starts[image] : starts[image + 1]] - image * q
+            chosen = (own_rows == torch.arange(q, device=rows.device)[:, None]).to(dtype)
+            grad_embed[image] = chosen @ grad_rows
             if grad_features.dtype != dtype:
                 grad_features[image] = total
-    grad_embed = torch.zeros_like(mask_embed.flatten(0, 1), dtype=dtype)
-    grad_embed.index_add_(0, rows, grad_rows)
-    return grad_embed.view(mask_embed.shape).to(mask_embed.dtype), grad_features.view(n, c, h, w)
+    return grad_embed, grad_features.view(n, c, h, w)

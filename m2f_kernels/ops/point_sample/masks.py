@@ -108,5 +108,6 @@ def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None)
             raise TypeError(f"queries[{i}]: expected an int64 tensor [M]; got {describe(chosen)}")
         if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < q:
             raise ValueError(f"queries[{i}]: expected indices from 0 to {q - 1}; got {chosen.tolist()}")
-    rows = torch.cat([chosen + i * q for i, chosen in enumerate(queries)])
+    shifted = [chosen + i * q for i, chosen in enumerate(queries)]
+    rows = torch.cat(shifted) if shifted else torch.zeros(0, dtype=torch.int64)
     return MaskRows(masks, rows.to(device, non_blocking=True), [chosen.shape[0] for chosen in queries])

@@ -1,0 +1,348 @@
+"""What each Triton kernel takes of a multiprocessor, compiled ahead of time for every supported architecture.
+
+    python -m benchmarks.static --check --output benchmarks/results/static/triton_resources.md
+
+Needs triton, which brings the assembler, and no GPU. Each operator is called on tensors of the meta device while
+`m2f_kernels._triton.recording` collects its launches, so what is compiled is what production would launch. A new
+operator needs one line in `CASES`. `csrc/report_resources.py` does the same for CUDA C++.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Compute capability -> bytes of shared memory that one program may have.
+SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A function of an operator's `triton.py` and a call of it.
+
+    Attributes:
+        module: "m2f_kernels.ops.<op>.triton".
+        function: the one to call.
+        arguments: makes its arguments, on the meta device, from the dtype and the channels per head.
+        head_dims: channels per head to compile for; the first is the representative one.
+    """
+
+    module: str
+    function: str
+    arguments: Callable[[torch.dtype, int], tuple[Any, ...]]
+    head_dims: tuple[int, ...] = (32,)
+
+
+def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor that has no memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def attention_inputs(dtype: torch.dtype, d: int, queries: int = 100) -> tuple[Any, ...]:
+    """One image, 8 heads, 128 x 128 keys; heads cut out of [N, *, H*D] as the model has them."""
+    query, key, value = (
+        meta(1, rows, 8 * d, dtype=dtype).unflatten(-1, (8, d)).transpose(1, 2) for rows in (queries, 16384, 16384)
+    )
+    return query, key, value, meta(1, queries, 512, dtype=torch.int32), meta(1, queries, dtype=torch.bool)
+
+
+def backward_inputs(dtype: torch.dtype, d: int, queries: int) -> tuple[Any, ...]:
+    """The gradient of the output, the forward's inputs and results."""
+    output = meta(1, queries, 8, d, dtype=dtype)
+    logsumexp = meta(1, 8, queries, dtype=torch.float32)
+    return output, *attention_inputs(dtype, d, queries), output, logsumexp, d**-0.5
+
+
+_MASK = "m2f_kernels.ops.attention_mask.triton"
+_ATTENTION = "m2f_kernels.ops.masked_attention.triton"
+CASES = [
+    Case(_MASK, "pack_attention_mask", lambda dtype, _: (meta(1, 100, 16384, dtype=dtype),)),
+    Case(
+        _MASK,
+        "predict_attention_mask",
+        lambda dtype, _: (meta(1, 100, 256, dtype=dtype), meta(1, 256, 21504, dtype=dtype)[:, :, 5120:]),
+    ),
+    # The fast path and, for the last level, the general one.
+    Case(
+        _MASK,
+        "resize_mask_features",
+        lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128, 100, 100]),
+    ),
+    Case(
+        _ATTENTION, "masked_attention", lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5), (32, 16, 64, 128, 80)
+    ),
+    Case(
+        _ATTENTION,
+        "masked_attention",
+        lambda dtype, d: (*attention_inputs(dtype, d, queries=20), d**-0.5),
+        (32, 16, 64, 128, 80),
+    ),
+]
+
+CASES += [
+    Case(
+        _ATTENTION,
+        "masked_attention_backward",
+        lambda dtype, d, queries=queries: backward_inputs(dtype, d, queries),
+        (32, 16, 64, 128, 80),
+    )
+    for queries in (100, 200)
+]
+
+
+def matched(dtype: torch.dtype) -> tuple[Any, ...]:
+    """A chunk of 100 matched masks at stride 4 of a 1024 x 1024 image, and K = 12544 points of each."""
+    indices = meta(100, dtype=torch.int64)
+    return meta(100, 256, 256, dtype=dtype), indices, indices, meta(100, 12544, 2, dtype=torch.float32)
+
+
+def loss_inputs(dtype: torch.dtype, target_dtype: torch.dtype) -> tuple[Any, ...]:
+    logits, rows, target_rows, points = matched(dtype)
+    return logits, rows, [meta(30, 1024, 1024, dtype=target_dtype)], target_rows, points
+
+
+def loss_backward_inputs() -> tuple[Any, ...]:
+    _, rows, _, points = matched(torch.float32)
+    grad, kept = meta(100, dtype=torch.float32), meta(100, 12544, dtype=torch.float32)
+    return grad, grad, rows, points, kept, kept, 100, 256, 256
+
+
+_SAMPLE = "m2f_kernels.ops.point_sample.triton"
+_LOSS = "m2f_kernels.ops.point_loss.triton"
+_POINTS = (1, 12544, 2)
+CASES += [
+    Case(
+        _SAMPLE,
+        "point_sample",
+        lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), meta(*_POINTS, dtype=torch.float32), True),
+    ),
+    Case(
+        _SAMPLE,
+        "point_sample",
+        lambda dtype, _: (meta(1, 30, 1024, 1024, dtype=torch.bool), meta(*_POINTS, dtype=torch.float32), True),
+    ),
+    Case(
+        _SAMPLE,
+        "point_sample_backward",
+        lambda dtype, _: (meta(1, 256, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
+    ),
+    Case(
+        _SAMPLE,
+        "uncertain_points",
+        lambda dtype, _: (*matched(dtype)[:2], meta(1, dtype=torch.int64), 0, 37632, 9408, 3136),
+    ),
+    Case(
+        _LOSS,
+        "mask_matching_cost",
+        lambda dtype, _: (meta(1000, 12544, dtype=torch.float32), meta(30, 12544, dtype=torch.float32)),
+    ),
+    *(
+        Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, kind))
+        for kind in (torch.bool, torch.float32)
+    ),
+    Case(_LOSS, "point_mask_loss_backward", lambda dtype, _: loss_backward_inputs()),
+]
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One compiled kernel: registers and stack bytes per thread, shared memory bytes per program.
+
+    `spills` counts the instructions that read or write local memory. A stack alone is no spill: the assembler keeps a
+    frame without using it.
+    """
+
+    function: str
+    kernel: str
+    dtype: str
+    head_dim: int
+    architecture: str
+    constants: str
+    num_warps: int
+    num_stages: int
+    shared: int
+    shared_limit: int
+    registers: int
+    stack: int
+    spills: int
+
+    def problems(self) -> list[str]:
+        name = f"{self.kernel} ({self.dtype}, D={self.head_dim}, {self.constants}) on {self.architecture}"
+        found = []
+        if self.spills:
+            found.append(f"{name} spills: {self.spills} instructions, {self.stack} bytes of stack per thread")
+        if self.shared > self.shared_limit:
+            found.append(f"{name} wants {self.shared} bytes of shared memory; a program may have {self.shared_limit}")
+        return found
+
+
+def specialise(
+    kernel: Any, arguments: dict[str, Any]
+) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
+    """The signature, constants and attributes that Triton's launcher would derive from a call's arguments."""
+    signature: dict[str, str] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    aligned = [["tt.divisibility", 16]]
+    names = {torch.bool: "i1", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+    names.update({dtype: name for name, dtype in DTYPES.items()})
+    for index, parameter in enumerate(kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr or value is None or (_is_int(value) and value == 1 and _specialised(parameter)):
+            signature[parameter.name], constants[parameter.name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[parameter.name] = f"*{names[value.dtype]}"
+            if value.storage_offset() * value.element_size() % 16 == 0:
+                attributes[(index,)] = aligned
+        elif isinstance(value, float):
+            signature[parameter.name] = "fp32"
+        elif _is_int(value):
+            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and _specialised(parameter):
+                attributes[(index,)] = aligned
+        else:
+            raise TypeError(f"{parameter.name}: expected a tensor, a float, an int or None; got {value!r}")
+    return signature, constants, attributes
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _specialised(parameter: Any) -> bool:
+    return not parameter.do_not_specialize
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers and stack bytes per thread, by the tool that comes with triton."""
+    import triton
+
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+)", text)
+    if len(found) != 1:
+        raise RuntimeError(f"expected one kernel in the report of {command}; got:\n{text}")
+    return int(found[0][0]), int(found[0][1])
+
+
+def compile_case(index: int, dtype: str, head_dim: int, capability: int) -> list[Resources]:
+    """Compile every kernel that `CASES[index]` launches."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
+
+    case, architecture = CASES[index], ARCHITECTURES[capability]
+    function = getattr(importlib.import_module(case.module), case.function)
+    with recording(architecture) as launches:
+        function(*case.arguments(DTYPES[dtype], head_dim))
+    if not launches:
+        raise RuntimeError(f"{case.function} launched no kernel")
+    results: dict[str, Resources] = {}
+    for launch in launches:
+        signature, constants, attributes = specialise(launch.kernel, launch.arguments)
+        source = ASTSource(launch.kernel, signature, constants, attributes)
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
+        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        registers, stack = resource_usage(compiled.asm["cubin"])
+        # Small letters are arguments that happened to be 1, not choices.
+        shown = ", ".join(f"{name}={value}" for name, value in constants.items() if name.isupper())
+        result = Resources(
+            function=case.function, kernel=launch.kernel.__name__, dtype=dtype, head_dim=head_dim,
+            architecture=architecture.name, constants=shown, num_warps=launch.num_warps,
+            num_stages=launch.num_stages, shared=compiled.metadata.shared, shared_limit=SHARED_LIMITS[capability],
+            registers=registers, stack=stack, spills=len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"])),
+        )  # fmt: skip
+        results.setdefault(f"{result}", result)
+    return list(results.values())
+
+
+def jobs(representative: bool, capabilities: Iterable[int], select: str = "") -> list[tuple[int, str, int, int]]:
+    """Arguments of `compile_case`: all, or those that CI compiles on every change (fp32, bf16, one D)."""
+    return [
+        (index, dtype, head_dim, capability)
+        for index, case in enumerate(CASES)
+        if select in case.function
+        for dtype in (("fp32", "bf16") if representative else DTYPES)
+        for head_dim in (case.head_dims[:1] if representative else case.head_dims)
+        for capability in capabilities
+    ]
+
+
+def compile_all(work: list[tuple[int, str, int, int]], processes: int) -> list[Resources]:
+    """Compile in parallel processes."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return [result for results in pool.map(compile_case, *zip(*work, strict=True)) for result in results]
+
+
+def table(results: list[Resources]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack | spills |",
+        "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for r in results:
+        lines.append(
+            f"| {r.function} | `{r.kernel}` | {r.dtype} | {r.head_dim} | {r.architecture} | {r.constants} "
+            f"| {r.num_warps} | {r.num_stages} | {r.shared} | {r.registers} | {r.stack} | {r.spills} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if a kernel spills or wants too much shared memory")
+    parser.add_argument("--representative", action="store_true", help="what CI compiles: fp32 and bf16, one D")
+    parser.add_argument("--select", default="", help="only operators whose name contains this")
+    parser.add_argument("--archs", default=",".join(map(str, SHARED_LIMITS)), help="separated by ','; default: all")
+    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        print("benchmarks.static: TRITON_INTERPRET=1 is set: the interpreter compiles nothing", file=sys.stderr)
+        return 2
+    work = jobs(options.representative, [int(a) for a in options.archs.split(",")], options.select)
+    if not work:
+        print(f"benchmarks.static: no operator's name contains {options.select!r}", file=sys.stderr)
+        return 2
+    results = compile_all(work, options.processes)
+    problems = [problem for result in results for problem in result.problems()]
+    summary = f"{len(results)} kernels, {len(problems)} of them with spills or too much shared memory."
+    print(f"{table(results)}\n{summary}")
+    if options.output is not None:
+        import triton
+
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(
+            "# Resources of the Triton kernels\n\n"
+            f"Written by `python -m benchmarks.static --output {options.output.as_posix()}` with triton "
+            f"{triton.__version__}.\n"
+            "Registers and stack bytes are per thread, shared memory bytes per program; spills are instructions that\n"
+            "access local memory.\n"
+            f"Compiled for these architectures, not run on them.\n\n{summary}\n\n{table(results)}\n"
+        )
+    for problem in problems:
+        print(f"benchmarks.static: {problem}", file=sys.stderr)
+    return 1 if options.check and problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

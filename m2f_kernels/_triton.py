@@ -1,0 +1,142 @@
+"""What every operator's `triton.py` needs to launch its kernels.
+
+Imported with them at the first call of a Triton kernel, never at the import of the package. A launch goes through
+:func:`launch`, so that :func:`recording` can collect the kernels of an operator with their production configurations
+on tensors of the meta device: that is how they are compiled ahead of time on a machine without a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+#: True in Triton's interpreter (TRITON_INTERPRET=1), which runs kernels on CPU tensors.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+_INTERPRETED = tl.constexpr(INTERPRETED)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What launch configurations depend on.
+
+    Attributes:
+        capability: compute capability, 90 for sm_90.
+        multiprocessors: how many there are to fill with programs.
+    """
+
+    capability: int
+    multiprocessors: int
+
+    @property
+    def name(self) -> str:
+        return f"sm_{self.capability}"
+
+
+#: Options of every kernel. Triton 3.10 will no longer fuse multiplication and addition unless told to.
+OPTIONS = {"enable_fp_fusion": True}
+
+#: The data centre part of each generation (A100, H100, B200), for which kernels are compiled ahead of time.
+ARCHITECTURES = {
+    80: Architecture(80, 108),
+    90: Architecture(90, 132),
+    100: Architecture(100, 148),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a kernel.
+
+    Attributes:
+        kernel: what `triton.jit` returned.
+        arguments: by name, in the kernel's order, constants included.
+        grid: number of programs along each axis.
+        num_warps, num_stages: Triton's options.
+    """
+
+    kernel: Any
+    arguments: dict[str, Any]
+    grid: tuple[int, ...]
+    num_warps: int
+    num_stages: int
+
+
+_recording: tuple[Architecture, list[Launch]] | None = None
+
+
+@contextmanager
+def recording(architecture: Architecture) -> Iterator[list[Launch]]:
+    """Collect launches instead of making them, configured for `architecture`; tensors may be on the meta device."""
+    global _recording
+    launches: list[Launch] = []
+    before, _recording = _recording, (architecture, launches)
+    try:
+        yield launches
+    finally:
+        _recording = before
+
+
+@cache
+def _cuda_architecture(index: int) -> Architecture:
+    properties = torch.cuda.get_device_properties(index)
+    return Architecture(10 * properties.major + properties.minor, properties.multi_processor_count)
+
+
+def architecture(device: torch.device) -> Architecture:
+    """The architecture to configure a launch for; H100's in the interpreter."""
+    if _recording is not None:
+        return _recording[0]
+    if device.type == "cuda":
+        return _cuda_architecture(torch.cuda.current_device() if device.index is None else device.index)
+    return ARCHITECTURES[90]
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any
+) -> None:
+    """`kernel[grid](*args, **constants)` on the device of the first argument, a tensor, and its current stream.
+
+    Args:
+        kernel: what `triton.jit` returned.
+        grid: numbers of programs, all positive; axis 0 may be as large as 2^31 - 1, the others 65535.
+        args: the kernel's leading parameters: tensors and numbers.
+        num_warps, num_stages: Triton's options.
+        constants: its remaining parameters, by name.
+    """
+    if _recording is not None:
+        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+        _recording[1].append(Launch(kernel, arguments, grid, num_warps, num_stages))
+        return
+    device: torch.device = args[0].device
+    if INTERPRETED:
+        kernel[grid](*args, **constants)
+        return
+    options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
+    if device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            kernel[grid](*args, **constants, **options)
+    else:
+        kernel[grid](*args, **constants, **options)
+
+
+def contiguous_last(tensor: Tensor) -> Tensor:
+    """`tensor` itself if its last axis has unit stride (or at most one element), else a contiguous copy."""
+    return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+@triton.jit
+def dot(a, b):  # type: ignore[no-untyped-def]
+    """a @ b in float32: float32 factors without TF32, low precision exactly as the tensor cores multiply it."""
+    if _INTERPRETED:
+        # The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those.
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")

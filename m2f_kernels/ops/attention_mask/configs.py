@@ -1,0 +1,52 @@
+"""Launch configurations of predict_attention_mask: heuristic default and what the tuner tries."""
+
+from __future__ import annotations
+
+from itertools import product
+
+from m2f_kernels import _tuning
+from m2f_kernels._tuning import Configuration
+
+PREDICT = "predict_attention_mask"
+
+
+def key(element_size: int, num_queries: int) -> str:
+    """What of the arguments a configuration depends on: the element size and the padded number of queries."""
+    return f"{8 * element_size} bit, Q {padded_queries(num_queries)}"
+
+
+def padded_queries(num_queries: int) -> int:
+    """Queries of a program: a power of two from 16 (the narrowest matrix instruction) to 128."""
+    return min(max(1 << (num_queries - 1).bit_length(), 16), 128)
+
+
+def default(element_size: int, num_queries: int) -> Configuration:
+    """Keys are the rows of the product: 64 of them are one warp group's matrix instruction from sm_90 on.
+
+    float32 is multiplied without tensor cores and holds its operands in registers: smaller tiles, more warps.
+    """
+    queries = padded_queries(num_queries)
+    if element_size == 4:
+        return {"BLOCK_S": 64, "BLOCK_Q": min(queries, 64), "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
+    return {"BLOCK_S": 64, "BLOCK_Q": queries, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
+
+
+def predict(capability: int, element_size: int, num_queries: int) -> Configuration:
+    """The configuration to launch with."""
+    return _tuning.configuration(
+        capability, PREDICT, key(element_size, num_queries), default(element_size, num_queries)
+    )
+
+
+def candidates(element_size: int, num_queries: int) -> list[Configuration]:
+    """What the tuner measures, the default first."""
+    queries = padded_queries(num_queries)
+    found = [default(element_size, num_queries)]
+    for s, q, c, warps, stages in product((32, 64, 128), {queries, min(queries, 64)}, (16, 32, 64), (4, 8), (2, 3, 4)):
+        # Sums of one block stay in registers: at most 128 per thread. float32 holds its operands there too.
+        if s * q > warps * 32 * 128 or (element_size == 4 and (c > 32 or s * q > warps * 32 * 64)):
+            continue
+        one = {"BLOCK_S": s, "BLOCK_Q": q, "BLOCK_C": c, "num_warps": warps, "num_stages": stages}
+        if one not in found:
+            found.append(one)
+    return found
