@@ -348,15 +348,15 @@ BENCHMARK = Benchmark(
     title="Loss with full masks, with points as published, and with this package",
     description=(
         "The loss part of a training step, forward and backward, matching included: one photograph, ten predictions of "
-        "Q = 100 queries, C = 256, K = 12544 points, T targets cut out of photographs. Every implementation starts from "
-        "mask embeddings and mask features and ends with their gradients. *Full masks* upsamples predictions to the "
-        "ground truth and takes cross-entropy and dice over every pixel, which is what the published comparison means by "
-        "it; *at stride 4* shrinks the ground truth instead. Published, for a whole training step of an R50 model: 18 GB "
-        "against 6 GB per image (Cheng et al. 2022, table 7b); the rows here are of the loss part alone. *Fresh points* "
-        "draws points for each output, as published; by default the outputs of an image share them while matching. "
-        "Error: losses and gradients at random points against the mean of three draws of `transformers`, so it is the "
-        "noise of sampling; of full masks, the difference between the two quantities. With the same points, tests hold "
-        "this package to 1e-5 (losses) and 1e-4 (gradients)."
+        "Q = 100 queries, C = 256, K = 12544 points, T targets cut out of photographs. Every implementation starts "
+        "from mask embeddings and mask features and ends with their gradients. *Full masks* upsamples predictions to "
+        "the ground truth and takes cross-entropy and dice over every pixel, which is what the published comparison "
+        "means by it; *at stride 4* shrinks the ground truth instead. Published, for a whole training step of an R50 "
+        "model: 18 GB against 6 GB per image (Cheng et al. 2022); the rows here are of the loss part "
+        "alone. *Fresh points* draws points for each output, as published; by default the outputs of an image share "
+        "them while matching. Error: losses and gradients at random points against the mean of three draws of "
+        "`transformers`, so it is the noise of sampling; of full masks, the difference between the two quantities. "
+        "With the same points, tests hold this package to 1e-5 (losses) and 1e-4 (gradients)."
     ),
     cases=cases,
     data=data,

@@ -307,7 +307,8 @@ def compile_all(work: list[tuple[int, str, int, int]], processes: int) -> list[R
 def table(results: list[Resources]) -> str:
     """A Markdown table."""
     lines = [
-        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack | spills |",
+        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack "
+        "| spills |",
         "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:

@@ -123,7 +123,7 @@ def train(
         if weights is not None:
             model = Mask2Former.from_pretrained(weights)
         else:
-            labels = {"label_names": samples.label_names, "stuff_labels": samples.stuff_labels}
+            labels: dict[str, Any] = {"label_names": samples.label_names, "stuff_labels": samples.stuff_labels}
             if data == "shapes":
                 config = Mask2FormerConfig.tiny(len(samples.label_names), **labels)
             else:

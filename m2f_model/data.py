@@ -49,8 +49,8 @@ class Shapes:
         seed: of all randomness; validation data are another seed.
     """
 
-    label_names = ("disc", "square", "triangle", "sky", "ground")
-    stuff_labels = (3, 4)
+    label_names: tuple[str, ...] = ("disc", "square", "triangle", "sky", "ground")
+    stuff_labels: tuple[int, ...] = (3, 4)
 
     def __init__(self, length: int = 4096, size: int = 128, seed: int = 0) -> None:
         if length < 1 or size < 16:
@@ -144,9 +144,7 @@ class CocoInstances:
         masks = [self._mask(a, *image.shape[1:]) for a in annotations]
         labels = [self._label[a["category_id"]] for a in annotations]
         stacked = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.bool)
-        return _without_empty(
-            {"image": image, "labels": torch.tensor(labels, dtype=torch.int64), "masks": stacked}
-        )
+        return _without_empty({"image": image, "labels": torch.tensor(labels, dtype=torch.int64), "masks": stacked})
 
     def _mask(self, annotation: dict[str, Any], height: int, width: int) -> Tensor:
         from pycocotools import mask as coco
@@ -216,7 +214,8 @@ class CocoPanoptic:
             raise AnnotationError(f"{self.path}: annotation of image {entry['id']}: {error}") from error
         if pixels.shape[:2] != image.shape[1:]:
             raise AnnotationError(
-                f"{path}: expected the size of image {entry['id']}, {list(image.shape[1:])}; got {list(pixels.shape[:2])}"
+                f"{path}: expected the size of image {entry['id']}, {list(image.shape[1:])}; "
+                f"got {list(pixels.shape[:2])}"
             )
         ids = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
         segments = [s for s in annotation["segments_info"] if not s.get("iscrowd", 0)]
@@ -302,7 +301,7 @@ def jitter(sample: Sample, size: int, scales: tuple[float, float], generator: to
 
 
 def collate(samples: Sequence[Sample], size: int | None = None) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Normalised pixels [N, 3, H, W] and targets, both padded to `size`, or to the largest image and multiples of 32."""
+    """Normalised pixels [N, 3, H, W] and targets, padded to `size`, or to the largest image and multiples of 32."""
     if size is None:
         sides = (max(s["image"].shape[axis] for s in samples) for axis in (1, 2))
         h, w = (-(-side // STRIDE) * STRIDE for side in sides)

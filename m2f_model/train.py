@@ -10,7 +10,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ class Recipe:
 
 
 def build_optimizer(model: Mask2Former, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW with the published groups: the backbone learns slower; norms, embeddings and biases of positions decay not."""
+    """AdamW with the published groups: the backbone learns slower; norms, embeddings, position biases do not decay."""
     still: set[str] = set()
     for module_name, module in model.named_modules():
         if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d, nn.SyncBatchNorm, nn.Embedding)):
@@ -127,7 +127,7 @@ class Process:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @classmethod
     @contextlib.contextmanager

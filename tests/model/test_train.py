@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.cli import app
 from m2f_model.data import Shapes
 from m2f_model.train import Recipe, Trainer, build_optimizer
-from typer.testing import CliRunner
 
 DATA = Shapes(length=12, size=64)
 #: Four steps with everything on that could make a difference: milestones, jitter, evaluation.
@@ -128,7 +128,9 @@ def test_published_recipe():
 
 def test_another_recipe_does_not_go_on(tmp_path):
     trainer(tmp_path).run(stop=2)
-    with pytest.raises(ValueError, match=r"checkpoint\.pth: expected a checkpoint of this recipe; lr: 0\.001 there, 1 here"):
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pth: expected a checkpoint of this recipe; lr: 0\.001 there, 1 here"
+    ):
         trainer(tmp_path, dataclasses.replace(RECIPE, lr=1))
     with pytest.raises(ValueError, match="expected the weights of this model"):
         trainer(tmp_path, num_queries=9)

@@ -31,15 +31,16 @@ def default_forward(element_size: int, num_queries: int, d: int) -> Configuratio
     """
     queries, channels = min(padded(num_queries), 128), padded(d)
     if element_size == 4:
-        tile = {"BLOCK_Q": min(queries, 64 if channels <= 32 else 32), "BLOCK_K": 32}
-        return {**tile, "KEYS_FIRST": 0, "num_warps": 4 if channels <= 64 else 16, "num_stages": 1, "waves": 4}
+        queries = min(queries, 64 if channels <= 32 else 16)
+        warps = {16: 8, 32: 4 if queries == 64 else 8, 64: 4}.get(channels, 16)
+        return {"BLOCK_Q": queries, "BLOCK_K": 32, "KEYS_FIRST": 0, "num_warps": warps, "num_stages": 1, "waves": 4}
     if channels >= 128:
         queries = min(queries, 64)
     return {
         "BLOCK_Q": queries,
         "BLOCK_K": 64 if channels <= 128 else 32,
         "KEYS_FIRST": int(queries < 64),
-        "num_warps": 4,
+        "num_warps": 8 if channels >= 128 or (channels == 64 and queries == 128) else 4,
         "num_stages": 2,
         "waves": 2,
     }
@@ -53,16 +54,16 @@ def default_backward(capability: int, element_size: int, num_queries: int, d: in
     """
     queries, channels = min(padded(num_queries), 128), padded(d)
     if element_size == 4:
-        tile = {"BLOCK_Q": min(queries, 32), "BLOCK_K": 32}
-        return {**tile, "num_warps": 4 if channels <= 32 else 8, "num_stages": 1, "waves": 4}
+        tile = {"BLOCK_Q": min(queries, 16 if channels == 16 else 32), "BLOCK_K": 32}
+        return {**tile, "num_warps": 4 if channels == 32 else 8, "num_stages": 1, "waves": 4}
     if channels >= 64 or num_queries > 128:
         queries = min(queries, 64)
-    large = queries * channels > 2048
+    ahead = capability // 10 == 9 and channels == 32 and queries == 128
     return {
         "BLOCK_Q": queries,
-        "BLOCK_K": 64,
-        "num_warps": 8 if large else 4,
-        "num_stages": 2 if large and capability // 10 == 9 else 1,
+        "BLOCK_K": 64 if channels <= 32 else 32,
+        "num_warps": 4 if channels == 16 and queries <= 64 else 8,
+        "num_stages": 2 if ahead else 1,
         "waves": 2,
     }
 

@@ -1,9 +1,10 @@
 """Masked attention that predicts its own mask: an alternative to `predict_attention_mask` and `masked_attention`.
 
-A program owns one tile of keys of one image. It multiplies mask embeddings and level features once, keeps the thresholded
-result in registers, and goes through all heads with it: no bits are written, and there is one launch less. The price is
-that every tile writes a partial sum per head and query, where `triton.py` adds several tiles up first. Which of the two is
-faster only a GPU can tell (`benchmarks/bench_masked_attention.py` compares them there); until one has, nothing calls this.
+A program owns one tile of keys of one image. It multiplies mask embeddings and level features once, keeps the
+thresholded result in registers, and goes through all heads with it: no bits are written, and there is one launch less.
+The price is that every tile writes a partial sum per head and query, where `triton.py` adds several tiles up first.
+Which of the two is faster only a GPU can tell (`benchmarks/bench_masked_attention.py` compares them there); until one
+has, nothing calls this.
 """
 
 from __future__ import annotations
