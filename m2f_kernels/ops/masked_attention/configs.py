@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 from m2f_kernels import _tuning
 from m2f_kernels._tuning import Configuration
 
@@ -78,6 +80,17 @@ def backward(capability: int, element_size: int, num_queries: int, d: int) -> Co
     """The configuration to launch with."""
     default = default_backward(capability, element_size, num_queries, d)
     return _tuning.configuration(capability, BACKWARD, key(element_size, num_queries, d), default)
+
+
+def candidates(default: Configuration) -> list[Configuration]:
+    """What the tuner measures for a kernel whose heuristic is `default`, which comes first."""
+    found = [default]
+    queries = sorted({default["BLOCK_Q"], max(default["BLOCK_Q"] // 2, 16)})
+    for q, k, warps, stages, waves in product(queries, (32, 64, 128), (4, 8), (1, 2, 3), (2, 4)):
+        one = {**default, "BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, "waves": waves}
+        if one not in found:
+            found.append(one)
+    return found
 
 
 def tiles_per_program(tiles: int, programs: int, multiprocessors: int, waves: int) -> int:
