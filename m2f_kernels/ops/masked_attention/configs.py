@@ -33,9 +33,11 @@ def default_forward(element_size: int, num_queries: int, d: int) -> Configuratio
     """
     queries, channels = min(padded(num_queries), 128), padded(d)
     if element_size == 4:
-        queries = min(queries, 64 if channels <= 32 else 16)
-        warps = {16: 8, 32: 4 if queries == 64 else 8, 64: 4}.get(channels, 16)
-        return {"BLOCK_Q": queries, "BLOCK_K": 32, "KEYS_FIRST": 0, "num_warps": warps, "num_stages": 1, "waves": 4}
+        queries = min(queries, {16: 64, 32: 64, 64: 16}.get(channels, 32))
+        few = {16: 8, 32: 4 if queries == 64 else 8, 64: 4}
+        warps = few.get(channels, 4 if queries == 32 else 8)
+        shape = {"BLOCK_Q": queries, "BLOCK_K": 32, "KEYS_FIRST": int(channels >= 128)}
+        return {**shape, "num_warps": warps, "num_stages": 1, "waves": 4}
     if channels >= 128:
         queries = min(queries, 64)
     return {
