@@ -25,13 +25,17 @@ from benchmarks.cases import (
     check_relative_l2,
 )
 from benchmarks.memory import bytes_of
-from benchmarks.peers_attention import EAGER, FLEX, FLEX_REBUILT, HEADS, MULTIHEAD, SDPA
+from benchmarks.peers_attention import EAGER, FLEX, FLEX_REBUILT, HEADS, MULTIHEAD, SDPA, as_given
 
 CHANNELS = 256
 OURS = "m2f_kernels"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIFFERENTIABLE = ("query", "key", "value")
 OPEN, BLOBS, RANDOM = "open", "blobs", "random"
+#: The data of the one case that has the projections too.
+MODULE = "module"
+#: The data of the one case, on a GPU, that predicts the mask too, and the implementation that is compared there.
+PREDICTED, ONE_KERNEL = "predicted", "m2f_kernels, one kernel"
 
 
 # ---------------------------------------------------------------- this package
@@ -46,6 +50,29 @@ def _inputs(inputs_: Tensors, levels: Levels) -> dict[str, Any]:
 
 def _attention(a: dict[str, Any]) -> Tensor:
     return m2f_kernels.masked_attention(a["query"], a["key"], a["value"], a["mask"])
+
+
+def _module_inputs(inputs_: Tensors, levels: Levels) -> dict[str, Any]:
+    module = m2f_kernels.nn.MaskedCrossAttention(CHANNELS, HEADS)
+    return peers_attention.module_inputs(inputs_, module) | {"mask": m2f_kernels.pack_attention_mask(inputs_["attend"])}
+
+
+def _module(a: dict[str, Any]) -> Tensor:
+    output: Tensor = a["module"](a["query"], a["pixels"], a["mask"], key_pos=a["key_pos"])
+    return output
+
+
+def _predict_and_attend(a: dict[str, Any]) -> Tensor:
+    mask = m2f_kernels.predict_attention_mask(a["mask_embed"], a["level_features"])
+    return m2f_kernels.masked_attention(a["query"], a["key"], a["value"], mask)
+
+
+def _one_kernel(a: dict[str, Any]) -> Tensor:
+    from m2f_kernels.ops.masked_attention.triton_one_kernel import predicted_masked_attention
+
+    tensors = (a[name] for name in (*DIFFERENTIABLE, "mask_embed", "level_features"))
+    output, _ = predicted_masked_attention(*tensors, a["query"].shape[-1] ** -0.5)
+    return output.transpose(1, 2)
 
 
 # ---------------------------------------------------------------- data
@@ -88,17 +115,67 @@ def _data(scale: Scale, keys: int, queries: int, kind: str, density: float, dtyp
     return Data(tensors, truth, [(side, side)], grad_outputs=(grad_output,), differentiable=DIFFERENTIABLE)
 
 
+def _module_data(scale: Scale, dtype: str) -> Data:
+    """The module with its projections at the largest level, regions of 0.3; only forward."""
+    keys, generator = _large(scale), inputs.generator(9)
+    side = round(keys**0.5)
+    shapes = {
+        "query": (1, 100, CHANNELS),
+        "pixels": (1, keys, CHANNELS),
+        "key_pos": (1, keys, CHANNELS),
+        "in_proj_weight": (3 * CHANNELS, CHANNELS),
+        "in_proj_bias": (3 * CHANNELS,),
+        "out_proj.weight": (CHANNELS, CHANNELS),
+        "out_proj.bias": (CHANNELS,),
+    }
+    tensors = {}
+    for name, shape in shapes.items():
+        factor = CHANNELS**-0.5 if "proj" in name else 1.0
+        tensors[name] = (torch.randn(shape, generator=generator) * factor).to(DTYPES[dtype])
+    tensors["attend"] = inputs.blob_masks((side, side), 1, 100, 0.3)
+    exact = {
+        name: t.to(scale.device, torch.float64 if t.is_floating_point() else t.dtype) for name, t in tensors.items()
+    }
+    with m2f_kernels.use_backend("reference"), torch.no_grad():
+        truth = _module(_module_inputs(exact, []))
+    return Data(tensors, {"output": truth.float().cpu()}, [(side, side)])
+
+
+def _predicted_data(scale: Scale, dtype: str) -> Data:
+    """The mask as embeddings and features whose product it is: channel q holds +1 or -1 for query q."""
+    large = _data(scale, _large(scale), 100, BLOBS, 0.3, dtype, 1, False)
+    attend = large.inputs["attend"]
+    features = torch.zeros(1, CHANNELS, attend.shape[2])
+    features[:, : attend.shape[1]] = 2 * attend.float() - 1
+    embed = torch.eye(CHANNELS)[None, : attend.shape[1]]
+    more = {"mask_embed": embed.to(DTYPES[dtype]), "level_features": features.to(DTYPES[dtype])}
+    return replace(large, inputs=large.inputs | more)
+
+
 def data(scale: Scale) -> dict[str, Callable[[], Data]]:
     found: dict[str, Callable[[], Data]] = {}
     for case in sorted(cases(scale), key=lambda c: c.backward):  # with backward last: its truth serves both
-        found[case.data] = partial(_data, scale, *_parts(case.data), case.backward)
+        if case.data == MODULE:
+            found[case.data] = partial(_module_data, scale, case.dtype)
+        elif case.data == PREDICTED:
+            found[case.data] = partial(_predicted_data, scale, case.dtype)
+        else:
+            found[case.data] = partial(_data, scale, *_parts(case.data), case.backward)
     return found
 
 
 def shrink(data: Data) -> Data:
     """The first 4 queries and 64 keys."""
+    if "pixels" in data.inputs:
+        few = data.inputs | {name: data.inputs[name][:, :64] for name in ("pixels", "key_pos")}
+        few |= {"query": data.inputs["query"][:, :4]}
+        few["attend"] = torch.ones(1, 4, 64, dtype=torch.bool)
+        return replace(data, inputs=few)
     few = {name: data.inputs[name][:, :, : 4 if name == "query" else 64] for name in DIFFERENTIABLE}
     few["attend"] = data.inputs["attend"][:, :4, :64] | torch.ones(64, dtype=torch.bool)
+    if "mask_embed" in data.inputs:
+        few["mask_embed"] = data.inputs["mask_embed"][:, :4]
+        few["level_features"] = data.inputs["level_features"][:, :, :64]
     return replace(data, inputs=few, grad_outputs=(data.grad_outputs[0][:, :, :4],))
 
 
@@ -156,6 +233,16 @@ def cases(scale: Scale) -> list[Case]:
     ]
     other = "fp32" if cuda else "bf16"
     found.append(case(large, 100, BLOBS, 0.3, other))
+    module = [Implementation(OURS, _module, _module_inputs, ours=True), *peers_attention.module_peers()]
+    name = f"module with projections S={large} Q=100 {BLOBS} 0.3 {main} forward"
+    found.append(Case(name, MODULE, "forward", module, BLOBS, main, memory=True))
+    if cuda:
+        both = [
+            Implementation(OURS, _predict_and_attend, as_given, ours=True),
+            Implementation(ONE_KERNEL, _one_kernel, as_given, ours=True),
+        ]
+        name = f"prediction of the mask and attention S={large} Q=100 {BLOBS} 0.3 {main} forward"
+        found.append(Case(name, PREDICTED, "forward", both, BLOBS, main))
     if not cuda and not scale.quick:
         whole = case(large, 100, BLOBS, 0.3)
         found.append(replace(whole, name=f"{whole.name} 1 thread", threads=1))
@@ -170,11 +257,19 @@ def work(case: Case, data: Data) -> Work:
     """
     attend = data.inputs["attend"]
     n, queries, keys = attend.shape
-    tensors = bytes_of(data.inputs[name] for name in DIFFERENTIABLE)
-    read = tensors + n * queries * (4 * ((keys + 31) // 32) + 1)
-    output = data.inputs["query"].nbytes
     product = 2 * CHANNELS * int(attend.sum())
     dtype = "bfloat16" if case.dtype == "bf16" else "float32"
+    output = data.inputs["query"].nbytes
+    if case.data == MODULE:  # queries and output, keys and values are projected
+        projections = 2 * CHANNELS**2 * n * (2 * queries + 2 * keys)
+        read = bytes_of(t for t in data.inputs.values() if t.is_floating_point())
+        return Work(read + output, flops=projections + 2 * product, flop_dtype=dtype)
+    tensors = bytes_of(data.inputs[name] for name in DIFFERENTIABLE)
+    if case.data == PREDICTED:
+        factors = [data.inputs["mask_embed"], data.inputs["level_features"]]
+        flops = 2 * product + 2 * CHANNELS * n * queries * keys
+        return Work(tensors + bytes_of(factors) + output, flops=flops, flop_dtype=dtype)
+    read = tensors + n * queries * (4 * ((keys + 31) // 32) + 1)
     if not case.backward:
         return Work(read + output, flops=2 * product, flop_dtype=dtype)
     return Work(2 * read + 3 * output + tensors, flops=6 * product, flop_dtype=dtype)
@@ -245,7 +340,8 @@ BENCHMARK = Benchmark(
         "This package takes heads as views of [N, *, H*D] and a packed mask; every peer takes contiguous heads and the "
         "mask in the form it likes best, made untimed. *nn.MultiheadAttention's core*: what that module does between "
         "its projections as `transformers` calls it, with the boolean mask repeated over heads. FlexAttention is "
-        "compared on a GPU only. The floor counts the products of attended pairs only, and no exponential."
+        "compared on a GPU only. One case is the whole module, the position embedding of the keys and all projections "
+        "included. The floor counts the products of attended pairs only, and no exponential."
     ),
     cases=cases,
     data=data,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -217,6 +218,7 @@ class Benchmark:
         check: compares results, decoded, with the truth.
         operators: the package's operators that it measures, whose backends the report states; empty for `op` itself.
         budget_s: seconds of interleaved timing per case in a full run.
+        pictures: draws what bars do not show into a directory, and returns the names of the files.
     """
 
     op: str
@@ -230,6 +232,7 @@ class Benchmark:
     check: Check
     operators: tuple[str, ...] = ()
     budget_s: float = 3.0
+    pictures: Callable[[Path, Sequence[Row]], list[str]] = lambda directory, rows: []
 
     @property
     def measured_operators(self) -> tuple[str, ...]:

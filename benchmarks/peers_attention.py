@@ -35,6 +35,7 @@ STRIDED = "PyTorch, strided slices"
 
 SDPA, SDPA_ADDITIVE = "SDPA, boolean mask", "SDPA, additive mask made before"
 MULTIHEAD = "nn.MultiheadAttention's core"
+MULTIHEAD_MODULE, MULTIHEAD_NO_WEIGHTS = "nn.MultiheadAttention", "nn.MultiheadAttention, need_weights=False"
 EAGER = "matmul, masked_fill, softmax, matmul"
 FLEX, FLEX_REBUILT = "FlexAttention, block mask ready", "FlexAttention, block mask rebuilt"
 
@@ -178,7 +179,11 @@ def _block_mask(attend: Tensor, compile_: bool) -> Any:
 def _flex_attention(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=False) if compiled else flex_attention
+    if not compiled:
+        return flex_attention
+    # Each case has its own shapes. Beyond the limit PyTorch would run it uncompiled; with fullgraph it would say so.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
 
 
 def flex(rebuild: bool, compiled: bool = True) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]]:
@@ -194,6 +199,42 @@ def flex(rebuild: bool, compiled: bool = True) -> tuple[Callable[..., Any], Call
         return _flex_attention(compiled)(a["query"], a["key"], a["value"], block_mask=block_mask)
 
     return call, adapt
+
+
+def module_inputs(inputs: Tensors, module: torch.nn.Module) -> dict[str, Any]:
+    """`module` with the parameters among the inputs, which have the names of `nn.MultiheadAttention`'s."""
+    module.to(inputs["query"].device, inputs["query"].dtype)
+    module.load_state_dict({name: inputs[name] for name in module.state_dict()})
+    return inputs | {"module": module.eval()}
+
+
+def _multihead_inputs(inputs: Tensors, levels: Levels) -> dict[str, Any]:
+    """Sequence first and the mask repeated over heads, as `transformers` has them."""
+    arguments = module_inputs(inputs, torch.nn.MultiheadAttention(inputs["query"].shape[-1], HEADS))
+    arguments |= {name: inputs[name].transpose(0, 1).contiguous() for name in ("query", "pixels", "key_pos")}
+    return arguments | {"blocked": (~inputs["attend"]).repeat_interleave(HEADS, 0)}
+
+
+def _multihead(need_weights: bool) -> Callable[[dict[str, Any]], Tensor]:
+    def call(a: dict[str, Any]) -> Tensor:
+        key = a["pixels"] + a["key_pos"]
+        mask = a["blocked"]
+        output: Tensor = a["module"](a["query"], key, a["pixels"], attn_mask=mask, need_weights=need_weights)[0]
+        return output
+
+    return call
+
+
+def module_peers() -> list[Implementation]:
+    """Peers of `nn.MaskedCrossAttention`: the module as `transformers` calls it, and asked for no weights."""
+
+    def batch_first(results: Any, data: Data) -> list[Tensor]:
+        return [output.transpose(0, 1) for output in results]
+
+    return [
+        Implementation(name, _multihead(need_weights), _multihead_inputs, decode=batch_first)
+        for name, need_weights in ((MULTIHEAD_MODULE, True), (MULTIHEAD_NO_WEIGHTS, False))
+    ]
 
 
 def masked_attention_peers(device: str) -> list[Implementation]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import peers_attention
+from benchmarks import peers_attention, peers_points
 from benchmarks.cases import Row
 from benchmarks.formats import mebibytes, number
 from benchmarks.report import read_csv
@@ -65,6 +65,22 @@ def amounts(
 
 
 # ---------------------------------------------------------------- tables
+
+
+def point_loss(rows: Sequence[Row]) -> str:
+    columns = {
+        OURS: "m2f",
+        peers_points.TRANSFORMERS: "K = 12544 points as published",
+        peers_points.STRIDE_4: "full masks at stride 4",
+        peers_points.FULL: "full masks",
+    }
+    shown = [(size, targets) for size in (1024, 512) for targets in (10, 30, 100)]
+    cases = {f"loss part {size}² T={targets}": f"time, {size}², {targets} targets" for size, targets in shown}
+    lines = times(rows, cases, columns)
+    for case, name in cases.items():
+        if "1024²" in case or case == "loss part 512² T=10":
+            lines.append(amounts(rows, case, columns, name.replace("time", "peak MiB", 1)))
+    return "\n".join(lines)
 
 
 def deformable_attention(rows: Sequence[Row]) -> str:
@@ -136,11 +152,13 @@ class Block:
         return self.table([row for path in paths for row in read_csv(path)])
 
 
+COMMITTED = RESULTS / "cpu-intel-xeon"
 BLOCKS = (
+    Block("figures of the loss", COMMITTED, ("point_loss.csv",), point_loss),
     Block("figures", RESULTS / "cpu-amd-epyc", ("ms_deform_attn.csv",), deformable_attention),
     Block(
         "figures of masked attention",
-        RESULTS / "cpu-intel-xeon",
+        COMMITTED,
         ("attention_mask.csv", "masked_attention.csv"),
         masked_attention,
     ),

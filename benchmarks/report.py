@@ -188,13 +188,14 @@ def show(console: Console, benchmark: Benchmark, run: Run) -> None:
         console.print(_rich(title, header, lines))
 
 
-def markdown(benchmark: Benchmark, run: Run, picture: bool) -> str:
+def markdown(benchmark: Benchmark, run: Run, picture: bool, others: Sequence[str] = ()) -> str:
     """An operator's tables as Markdown, without the facts."""
     parts = [f"# {benchmark.title}", benchmark.description]
     if run.scale.quick:
         parts.append("**Quick run: small shapes and few rounds. Required figures are not judged.**")
     if picture:
         parts.append(f"![{benchmark.title}]({benchmark.op}.png)")
+    parts += [f"![{benchmark.title}]({name})" for name in others]
     for title, header, lines in _sections(benchmark, run):
         parts += [f"## {title}", _markdown(header, lines)]
     return "\n\n".join(parts) + "\n"
@@ -220,7 +221,7 @@ def write(directory: Path, benchmarks: Sequence[Benchmark], run: Run) -> None:
         rows = [row for row in run.rows if row.op == benchmark.op]
         write_csv(directory / f"{benchmark.op}.csv", rows)
         picture = plot.draw(directory / f"{benchmark.op}.png", benchmark, rows, run.facts)
-        chapter = markdown(benchmark, run, picture)
+        chapter = markdown(benchmark, run, picture, benchmark.pictures(directory, rows))
         (directory / f"{benchmark.op}.md").write_text(chapter + "\n" + facts_markdown(run) + "\n" + method_markdown())
         chapters.append(chapter)
     (directory / "report.md").write_text("\n".join([*chapters, facts_markdown(run), method_markdown()]))

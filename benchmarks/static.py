@@ -104,6 +104,17 @@ CASES += [
 ]
 
 
+def one_kernel_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
+    """The attention's inputs with what the mask is predicted from, 256 channels, in place of the mask."""
+    query, key, value, _, _ = attention_inputs(dtype, d)
+    return query, key, value, meta(1, 100, 256, dtype=dtype), meta(1, 256, 16384, dtype=dtype), d**-0.5
+
+
+CASES.append(
+    Case(f"{_ATTENTION}_one_kernel", "predicted_masked_attention", one_kernel_inputs, (32, 16, 64, 128)),
+)
+
+
 def matched(dtype: torch.dtype) -> tuple[Any, ...]:
     """A chunk of 100 matched masks at stride 4 of a 1024 x 1024 image, and K = 12544 points of each."""
     indices = meta(100, dtype=torch.int64)
@@ -296,7 +307,8 @@ def compile_all(work: list[tuple[int, str, int, int]], processes: int) -> list[R
 def table(results: list[Resources]) -> str:
     """A Markdown table."""
     lines = [
-        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack | spills |",
+        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack "
+        "| spills |",
         "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:

@@ -303,3 +303,17 @@ def test_packed_results_decode_to_bits(masks):
     data = Data({}, {"layer 1": attend}, outputs=("layer 1",))
     (decoded,) = bench_attention_mask._decode([packed.bits, packed.row_any], data)
     assert torch.equal(decoded, packed.to_bool())
+
+
+def test_every_form_of_the_module_is_right(monkeypatch):
+    pytest.importorskip("skimage", reason=NEEDS_BENCH)
+    monkeypatch.setattr(bench_masked_attention, "_large", lambda scale: 256)
+    scale = Scale("cpu", True)
+    case = next(c for c in bench_masked_attention.cases(scale) if c.data == bench_masked_attention.MODULE)
+    data = bench_masked_attention.data(scale)[case.data]()
+    assert len(case.implementations) == 3
+    for implementation in case.implementations:
+        run = case.bind(implementation, data)
+        verdict = check_relative_l2(case, implementation, data, implementation.decode(run(), data))
+        assert verdict.right, implementation.name
+        case.bind(implementation, bench_masked_attention.shrink(data))()

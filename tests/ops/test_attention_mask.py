@@ -203,7 +203,8 @@ def test_predict_rarely_differs(implementation):
     """At most one bit in a million in float32, with 256 channels."""
     g = torch.Generator().manual_seed(0)
     wrong, total = assert_right(
-        torch.randn(1, 100, 256, generator=g).to(implementation), torch.randn(1, 256, 15000, generator=g).to(implementation)
+        torch.randn(1, 100, 256, generator=g).to(implementation),
+        torch.randn(1, 256, 15000, generator=g).to(implementation),
     )
     assert wrong <= 1e-6 * total
 

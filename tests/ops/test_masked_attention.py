@@ -217,7 +217,7 @@ def test_saved_for_backward(device):
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 def test_blocked_keys_contribute_nothing(implementation, name, bad, dtype):
-    """What a key holds that a query does not attend to cannot be seen in that query's output or in any gradient of it."""
+    """What a blocked key holds shows neither in the output nor in any gradient."""
     case = make_case(q=9, s=150, dtype=dtype).to(implementation)
     case.attend[:, :, 40:45] = False
     case.attend[:, :, 0] = True  # no row is empty
