@@ -293,8 +293,9 @@ def pair_up(
         raise ValueError(f"matches: expected {n} pairs of index tensors, one per image; got {len(matches)}")
     rows, first_row = [], 0
     for i, (queries, chosen) in enumerate(matches):
-        if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.dim() != 1:
-            raise TypeError(f"matches[{i}]: expected two int64 tensors [M]; got {describe(chosen)}")
+        for indices in (queries, chosen):
+            if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
+                raise TypeError(f"matches[{i}]: expected two int64 tensors [M]; got {describe(indices)}")
         check_shape(f"matches[{i}]", chosen, "[M] of the targets, like that of the queries,", queries.shape)
         count = targets[i].shape[0]
         if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
