@@ -149,6 +149,7 @@ class HungarianMatcher(nn.Module):
             self.non_finite_costs += bad
             if bad:
                 cost = torch.where(finite, cost, torch.finfo(cost.dtype).max)
+            # One after the other: the solver holds the interpreter's lock, so that a thread pool gains nothing.
             for output, matrix in enumerate(cost.numpy()):
                 pair = linear_sum_assignment(matrix)
                 indices[output].append((torch.from_numpy(pair[0]), torch.from_numpy(pair[1])))
