@@ -88,3 +88,39 @@ def tiles_per_program(tiles: int, programs: int, multiprocessors: int, waves: in
     while power < MAX_TILES and power < tiles and wanted > power * 2**0.5:
         power *= 2
     return power
+
+
+def candidates_forward(element_size: int, num_queries: int, d: int) -> list[Configuration]:
+    """What the tuner measures, the default first."""
+    queries, channels = min(padded(num_queries), 128), padded(d)
+    found = [default_forward(element_size, num_queries, d)]
+    blocks_q = sorted({min(queries, size) for size in (32, 64, 128)})
+    stages = (1, 2) if element_size == 4 else (2, 3)
+    for q, k, first, warps, depth, waves in product(blocks_q, (32, 64, 128), (0, 1), (4, 8), stages, (2, 4)):
+        if _fits(element_size, q, k, channels, warps, depth):
+            one = {"BLOCK_Q": q, "BLOCK_K": k, "KEYS_FIRST": first, "num_warps": warps, "num_stages": depth,
+                   "waves": waves}  # fmt: skip
+            if one not in found:
+                found.append(one)
+    return found
+
+
+def candidates_backward(element_size: int, num_queries: int, d: int) -> list[Configuration]:
+    """What the tuner measures, the default first."""
+    queries, channels = min(padded(num_queries), 128), padded(d)
+    found = [default_backward(element_size, num_queries, d)]
+    blocks_q = sorted({min(queries, size) for size in (32, 64, 128)})
+    for q, k, warps, depth, waves in product(blocks_q, (32, 64, 128), (4, 8), (1, 2), (1, 2, 4)):
+        if _fits(element_size, q, k, channels, warps, depth):
+            one = {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": depth, "waves": waves}
+            if one not in found:
+                found.append(one)
+    return found
+
+
+def _fits(element_size: int, block_q: int, block_k: int, channels: int, warps: int, stages: int) -> bool:
+    """Whether a tile is worth compiling: its scores and sums in registers (float32 has its operands there too), and
+    the stages of K and V in shared memory."""
+    numbers = 32 * warps * (32 if element_size == 4 else 64)
+    in_registers = max(block_q * block_k, max(block_q, block_k) * channels) <= numbers
+    return in_registers and 2 * stages * block_k * channels * element_size <= 128 * 1024
