@@ -82,7 +82,9 @@ CASES = [
         "resize_mask_features",
         lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128, 100, 100]),
     ),
-    Case(_ATTENTION, "masked_attention", lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5), (32, 16, 64, 128, 80)),
+    Case(
+        _ATTENTION, "masked_attention", lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5), (32, 16, 64, 128, 80)
+    ),
     Case(
         _ATTENTION,
         "masked_attention",

@@ -51,7 +51,7 @@ def test_write_table_merges(tmp_path: Path) -> None:
 def test_bad_table_is_an_error(tmp_path: Path, text: str, words: list[str]) -> None:
     path = tmp_path / "sm_90.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match="sm_90.json: expected") as caught:
+    with pytest.raises(ValueError, match=r"sm_90\.json: expected") as caught:
         _tuning.read_table(path)
     assert all(word in str(caught.value) for word in words)
 

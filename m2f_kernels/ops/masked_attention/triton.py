@@ -44,7 +44,9 @@ def _expand(words, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AXIS: tl.conste
 
 
 @triton.jit
-def _active_tiles(bits, rows, exists, empty, first_key, num_words, num_keys, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
+def _active_tiles(
+    bits, rows, exists, empty, first_key, num_words, num_keys, TILES: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Which of TILES tiles of keys some query attends to, as the bits of a scalar, and how many they are.
 
     Known before the loop over tiles, so that the loop has no branch and its loads can be issued ahead.
@@ -78,7 +80,9 @@ def _load_rows(start, first, stride, num_rows, D: tl.constexpr, BLOCK: tl.conste
 def _load_row(start, row, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """One row, as float32 [1, BLOCK_D]."""
     channels = tl.arange(0, BLOCK_D)
-    return tl.load(start + tl.cast(row, tl.int64) * stride + channels, mask=channels < D, other=0.0).to(tl.float32)[None, :]
+    return tl.load(start + tl.cast(row, tl.int64) * stride + channels, mask=channels < D, other=0.0).to(tl.float32)[
+        None, :
+    ]
 
 
 @triton.jit
