@@ -96,7 +96,7 @@ Tensor resize_mask_features(const Tensor& mask_features, IntList sizes) {
                    [](const ResizeLevel& a, const ResizeLevel& b) { return a.height > b.height; });
   Tensor output = empty_like_sizes(input, {args.n, args.c, total});
   args.output = {output.data_ptr(), args.input.dtype, {args.c * total, total, 0}};
-  const size_t scratch_bytes = (2 * args.width + widest + 3 * 64) * sizeof(float);
+  const size_t scratch_bytes = (args.width + widest + 2 * 64) * sizeof(float);
   torch::stable::parallel_for(0, args.n * args.c, 1, [&](int64_t first, int64_t last) {
     const Scratch scratch = allocate_scratch(scratch_bytes);
     kernels().resize(args, first, last, static_cast<float*>(scratch.get()));

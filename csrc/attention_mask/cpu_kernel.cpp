@@ -20,15 +20,14 @@ namespace {
 constexpr int kWord = 32;
 
 // ---------------------------------------------------------------- resize
-// sum[x] = a[x] + weight * (b[x] - a[x]), or a[x] + b[x].
-void blend_rows(const ResizeArgs& args, int64_t plane, int64_t y0, int64_t y1, const float* weight, float* row_a,
-                float* row_b) {
-  const int64_t n = plane / args.c, c = plane % args.c;
-  load_run(args.input.data, args.input.dtype, args.input.offset(n, c, y0), args.width, row_a);
-  load_run(args.input.data, args.input.dtype, args.input.offset(n, c, y1), args.width, row_b);
-  for (int64_t x = 0; x < args.width; x += kFloatLanes) {
-    const FloatVec a = load(row_a + x), b = load(row_b + x);
-    store(row_a + x, weight ? a * (1 - *weight) + b * *weight : a + b);
+// sum[x] = a[x] + b[x], or the mean of both with a weight for b.
+template <typename V>
+void blend_rows(const V* a, const V* b, int64_t width, const float* weight, float* sum) {
+  for (int64_t x = 0; x < width; x += kFloatLanes) {
+    const int count = width - x < kFloatLanes ? static_cast<int>(width - x) : kFloatLanes;
+    const FloatVec va = count == kFloatLanes ? load(a + x) : load_first(a + x, count);
+    const FloatVec vb = count == kFloatLanes ? load(b + x) : load_first(b + x, count);
+    store(sum + x, weight ? va * (1 - *weight) + vb * *weight : va + vb);
   }
 }
 
@@ -44,30 +43,40 @@ void centre_pairs(const float* sum, int64_t width, float* out) {
   for (; x < width; ++x) out[x] = 0.25f * (sum[kRatio * x + kRatio / 2 - 1] + sum[kRatio * x + kRatio / 2]);
 }
 
-void resize(const ResizeArgs& args, int64_t first, int64_t last, float* scratch) {
-  const int64_t padded = args.width + kFloatLanes;
-  float *row_a = scratch, *row_b = scratch + padded, *out = scratch + 2 * padded;
+template <typename V>
+void resize_planes(const ResizeArgs& args, int64_t first, int64_t last, float* scratch) {
+  float *sum = scratch, *out = scratch + args.width + kFloatLanes;
   for (int64_t plane = first; plane < last; ++plane) {
-    const int64_t target = args.output.offset(plane / args.c, plane % args.c, 0);
+    const int64_t n = plane / args.c, c = plane % args.c, target = args.output.offset(n, c, 0);
+    const auto row = [&](int64_t y) { return static_cast<const V*>(args.input.data) + args.input.offset(n, c, y); };
     for (int l = 0; l < args.levels; ++l) {
       const ResizeLevel& level = args.level[l];
       const int64_t r = level.ratio;
       for (int64_t y = 0; y < level.height; ++y) {
         if (r) {
-          blend_rows(args, plane, y * r + r / 2 - 1, y * r + r / 2, nullptr, row_a, row_b);
-          if (r == 2) centre_pairs<2>(row_a, level.width, out);
-          if (r == 4) centre_pairs<4>(row_a, level.width, out);
-          if (r == 8) centre_pairs<8>(row_a, level.width, out);
+          blend_rows(row(y * r + r / 2 - 1), row(y * r + r / 2), args.width, nullptr, sum);
+          if (r == 2) centre_pairs<2>(sum, level.width, out);
+          if (r == 4) centre_pairs<4>(sum, level.width, out);
+          if (r == 8) centre_pairs<8>(sum, level.width, out);
         } else {
-          blend_rows(args, plane, level.rows[2 * y], level.rows[2 * y + 1], level.row_weight + y, row_a, row_b);
+          blend_rows(row(level.rows[2 * y]), row(level.rows[2 * y + 1]), args.width, level.row_weight + y, sum);
           for (int64_t x = 0; x < level.width; ++x) {
             const float w = level.column_weight[x];
-            out[x] = row_a[level.columns[2 * x]] * (1 - w) + row_a[level.columns[2 * x + 1]] * w;
+            out[x] = sum[level.columns[2 * x]] * (1 - w) + sum[level.columns[2 * x + 1]] * w;
           }
         }
         store_run(args.output.data, args.output.dtype, target + level.start + y * level.width, level.width, out);
       }
     }
+  }
+}
+
+void resize(const ResizeArgs& args, int64_t first, int64_t last, float* scratch) {
+  switch (args.input.dtype) {
+    case DType::kFloat32: return resize_planes<float>(args, first, last, scratch);
+    case DType::kBFloat16: return resize_planes<BFloat16>(args, first, last, scratch);
+    case DType::kFloat16: return resize_planes<Float16>(args, first, last, scratch);
+    case DType::kFloat64: return;  // the binding refuses it
   }
 }
 

@@ -50,7 +50,7 @@ struct PackArgs {
 };
 
 struct AttentionMaskKernels {
-  // Tasks are planes (n, c). Scratch: two input rows and one output row in float.
+  // Tasks are planes (n, c). Scratch: one input row and one output row in float.
   void (*resize)(const ResizeArgs&, int64_t first, int64_t last, float* scratch);
   // Bytes of one image's packed embeddings, and packing them.
   size_t (*packed_embed)(const PredictArgs&);

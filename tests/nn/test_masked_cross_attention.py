@@ -61,9 +61,7 @@ def test_positions_are_optional_and_may_lack_the_batch():
     assert torch.equal(ours(query, pixels, attend), zero)
     shared = ours(query, pixels, attend, query_pos[0], key_pos[0])
     repeated = query_pos[:1].expand(N, -1, -1), key_pos[:1].expand(N, -1, -1)
-    assert torch.equal(
-        shared, ours(query, pixels, attend, query_pos[:1].expand(N, -1, -1), key_pos[:1].expand(N, -1, -1))
-    )
+    assert torch.equal(shared, ours(query, pixels, attend, *repeated))
 
 
 @pytest.mark.parametrize("bias", [True, False])

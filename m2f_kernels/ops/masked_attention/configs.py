@@ -21,7 +21,7 @@ def padded(size: int, smallest: int = 16) -> int:
 
 def key(element_size: int, num_queries: int, d: int) -> str:
     """What of the arguments a configuration depends on; sizes are padded."""
-    return f"{8 * element_size} bit, Q {min(padded(num_queries), 128)}, D {padded(d)}"
+    return f"{8 * element_size} bit, Q {min(padded(num_queries), 256)}, D {padded(d)}"
 
 
 def default_forward(element_size: int, num_queries: int, d: int) -> Configuration:
@@ -33,30 +33,43 @@ def default_forward(element_size: int, num_queries: int, d: int) -> Configuratio
     """
     queries, channels = min(padded(num_queries), 128), padded(d)
     if element_size == 4:
-        tile = {"BLOCK_Q": min(queries, 64 if channels <= 32 else 32), "BLOCK_K": 32}
-        return {**tile, "KEYS_FIRST": 0, "num_warps": 4 if channels <= 64 else 16, "num_stages": 1, "waves": 4}
+        queries = min(queries, {16: 64, 32: 64, 64: 16}.get(channels, 32))
+        few = {16: 8, 32: 4 if queries == 64 else 8, 64: 4}
+        warps = few.get(channels, 4 if queries == 32 else 8)
+        shape = {"BLOCK_Q": queries, "BLOCK_K": 32, "KEYS_FIRST": int(channels >= 128)}
+        return {**shape, "num_warps": warps, "num_stages": 1, "waves": 4}
     if channels >= 128:
         queries = min(queries, 64)
     return {
         "BLOCK_Q": queries,
         "BLOCK_K": 64 if channels <= 128 else 32,
         "KEYS_FIRST": int(queries < 64),
-        "num_warps": 4,
+        "num_warps": 8 if channels >= 128 or (channels == 64 and queries == 128) else 4,
         "num_stages": 2,
         "waves": 2,
     }
 
 
-def default_backward(element_size: int, num_queries: int, d: int) -> Configuration:
-    """Heuristic. Keys are the rows of every product but dQ's."""
+def default_backward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
+    """Heuristic. Keys are the rows of every product but dQ's.
+
+    Up to 128 queries stay in one program, whose parts of dQ are then few; 8 warps are what keeps that from spilling,
+    and on sm_90 loads that are issued a tile ahead.
+    """
     queries, channels = min(padded(num_queries), 128), padded(d)
     if element_size == 4:
-        tile = {"BLOCK_Q": min(queries, 32), "BLOCK_K": 32}
-        return {**tile, "num_warps": 4 if channels <= 32 else 8, "num_stages": 1, "waves": 4}
-    if channels >= 64:
+        tile = {"BLOCK_Q": min(queries, 16 if channels == 16 else 32), "BLOCK_K": 32}
+        return {**tile, "num_warps": 4 if channels == 32 else 8, "num_stages": 1, "waves": 4}
+    if channels >= 64 or num_queries > 128:
         queries = min(queries, 64)
-    return {"BLOCK_Q": queries, "BLOCK_K": 64, "num_warps": 8 if queries * channels > 2048 else 4, "num_stages": 1,
-            "waves": 2}  # fmt: skip
+    ahead = capability // 10 == 9 and channels == 32 and queries == 128
+    return {
+        "BLOCK_Q": queries,
+        "BLOCK_K": 64 if channels <= 32 else 32,
+        "num_warps": 4 if channels == 16 and queries <= 64 else 8,
+        "num_stages": 2 if ahead else 1,
+        "waves": 2,
+    }
 
 
 def forward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
@@ -67,8 +80,19 @@ def forward(capability: int, element_size: int, num_queries: int, d: int) -> Con
 
 def backward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
     """The configuration to launch with."""
-    default = default_backward(element_size, num_queries, d)
+    default = default_backward(capability, element_size, num_queries, d)
     return _tuning.configuration(capability, BACKWARD, key(element_size, num_queries, d), default)
+
+
+def candidates(default: Configuration) -> list[Configuration]:
+    """What the tuner measures for a kernel whose heuristic is `default`, which comes first."""
+    found = [default]
+    queries = sorted({default["BLOCK_Q"], max(default["BLOCK_Q"] // 2, 16)})
+    for q, k, warps, stages, waves in product(queries, (32, 64, 128), (4, 8), (1, 2, 3), (2, 4)):
+        one = {**default, "BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, "waves": waves}
+        if one not in found:
+            found.append(one)
+    return found
 
 
 def tiles_per_program(tiles: int, programs: int, multiprocessors: int, waves: int) -> int:
@@ -88,39 +112,3 @@ def tiles_per_program(tiles: int, programs: int, multiprocessors: int, waves: in
     while power < MAX_TILES and power < tiles and wanted > power * 2**0.5:
         power *= 2
     return power
-
-
-def candidates_forward(element_size: int, num_queries: int, d: int) -> list[Configuration]:
-    """What the tuner measures, the default first."""
-    queries, channels = min(padded(num_queries), 128), padded(d)
-    found = [default_forward(element_size, num_queries, d)]
-    blocks_q = sorted({min(queries, size) for size in (32, 64, 128)})
-    stages = (1, 2) if element_size == 4 else (2, 3)
-    for q, k, first, warps, depth, waves in product(blocks_q, (32, 64, 128), (0, 1), (4, 8), stages, (2, 4)):
-        if _fits(element_size, q, k, channels, warps, depth):
-            one = {"BLOCK_Q": q, "BLOCK_K": k, "KEYS_FIRST": first, "num_warps": warps, "num_stages": depth,
-                   "waves": waves}  # fmt: skip
-            if one not in found:
-                found.append(one)
-    return found
-
-
-def candidates_backward(element_size: int, num_queries: int, d: int) -> list[Configuration]:
-    """What the tuner measures, the default first."""
-    queries, channels = min(padded(num_queries), 128), padded(d)
-    found = [default_backward(element_size, num_queries, d)]
-    blocks_q = sorted({min(queries, size) for size in (32, 64, 128)})
-    for q, k, warps, depth, waves in product(blocks_q, (32, 64, 128), (4, 8), (1, 2), (1, 2, 4)):
-        if _fits(element_size, q, k, channels, warps, depth):
-            one = {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": depth, "waves": waves}
-            if one not in found:
-                found.append(one)
-    return found
-
-
-def _fits(element_size: int, block_q: int, block_k: int, channels: int, warps: int, stages: int) -> bool:
-    """Whether a tile is worth compiling: its scores and sums in registers (float32 has its operands there too), and
-    the stages of K and V in shared memory."""
-    numbers = 32 * warps * (32 if element_size == 4 else 64)
-    in_registers = max(block_q * block_k, max(block_q, block_k) * channels) <= numbers
-    return in_registers and 2 * stages * block_k * channels * element_size <= 128 * 1024
