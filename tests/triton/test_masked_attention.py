@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import m2f_kernels
-from m2f_kernels import _tuning
+from m2f_kernels import _triton, _tuning
 from m2f_kernels.ops.masked_attention import configs
 from tests.numerics import FORWARD, GRADIENT, relative_error, tolerance
 from tests.ops.masked_attention_cases import NAMES, make_case, row_rule, truth
@@ -35,10 +35,28 @@ def run(kernels, device, case):
 
 
 def bounds(name, dtype):
-    """In low precision weights and score gradients are rounded before the second product, as in every fused
-    attention, and gradients start from the rounded output: a few roundings more than one."""
+    """The bounds of `tests.ops.masked_attention_cases`: float16 in the interpreter and all dtypes on a GPU keep them.
+
+    The interpreter truncates to bfloat16 where a GPU rounds to nearest (`test_bfloat16_in_the_interpreter` holds it to
+    that): there, and only there, one rounding has twice the error.
+    """
     bound = tolerance(FORWARD if name == "output" else GRADIENT, dtype, dtype)
-    return bound if dtype == F32 else 3 * bound
+    if name in ("query", "key") and dtype != F32:
+        bound *= 2
+    return 2 * bound if dtype == BF16 and _triton.INTERPRETED else bound
+
+
+def test_bfloat16_in_the_interpreter(kernels, device):
+    """The reason for the wider bound. When this fails, the interpreter rounds, and `bounds` must lose its factor."""
+    if not _triton.INTERPRETED:
+        pytest.skip("kernels are compiled here: they round to nearest")
+    case = make_case(n=1, h=1, q=1, s=2, d=16, density=1.0, dtype=BF16)
+    for name in NAMES:
+        case.tensors[name] = torch.zeros_like(case.tensors[name])
+    case.tensors["value"][:, :, 0] = 2.0
+    case.tensors["value"][:, :, 1] = 2.0 + 3 * 2.0**-6  # the mean has one and a half units in the last place
+    found, _ = run(kernels, device, case)
+    assert (found["output"] == 2.0 + 2.0**-6).all()
 
 
 def assert_matches(kernels, device, case, expected=None):
@@ -186,12 +204,12 @@ def some_rows(q, s, empty_row, dtype=F32):
 
 @pytest.mark.parametrize("waves", [1, 1000])
 @pytest.mark.parametrize("empty_row", [True, False])
-@pytest.mark.parametrize(("dtype", "q"), [(F32, 9), (F32, 70), (BF16, 9)], ids=str)
+@pytest.mark.parametrize(("dtype", "q"), [(F32, 9), (F32, 20), (BF16, 9)], ids=str)
 def test_tiles_and_programs(kernels, device, monkeypatch, dtype, q, empty_row, waves):
     """Up to 16 tiles in one program, and one tile in each. Without an empty row most tiles are skipped."""
     tiles = configs.tiles_per_program
     monkeypatch.setattr(configs, "tiles_per_program", lambda count, programs, *_: tiles(count, programs, 1, waves))
-    assert_matches(kernels, device, some_rows(q, 700, empty_row, dtype))
+    assert_matches(kernels, device, some_rows(q, 550, empty_row, dtype))
 
 
 @pytest.mark.parametrize("keys_first", [0, 1])
@@ -205,7 +223,7 @@ def test_both_orientations(kernels, device, keys_first, block_q):
         assert_matches(kernels, device, make_case(n=1, h=1, q=50, s=90, dtype=BF16))
 
 
-@pytest.mark.parametrize("q", [5, 140])
+@pytest.mark.parametrize("q", [5, 20])
 def test_every_output_is_written(kernels, device, deterministic, q):
     """Fresh memory is NaN under deterministic algorithms: nothing may be left of it, also where nothing attends."""
     case = make_case(n=1, h=1, q=q, s=300, d=16, density=0.0)
@@ -239,7 +257,7 @@ LAYOUTS = {
 def test_layouts(kernels, device, layout):
     """Every tensor in turn as a view, against its own dense copy."""
     for name in (*NAMES, "grad_output"):
-        case = make_case(s=40, d=17).to(device)
+        case = make_case(h=1, q=5, s=33, d=17).to(device)
         holder = vars(case) if name == "grad_output" else case.tensors
         holder[name] = LAYOUTS[layout](holder[name])
         actual, _ = run(kernels, device, case)
@@ -255,8 +273,8 @@ def test_layouts(kernels, device, layout):
 @pytest.mark.parametrize("bad", NON_FINITE)
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_bad_keys_with_several_blocks_of_queries(kernels, device, name, bad):
-    """70 queries of float32 take two blocks in the backward; row 3 alone attends to the bad key."""
-    case = make_case(n=1, h=1, q=70, s=60, d=16)
+    """20 queries of float32 take two blocks in the backward; row 3 alone attends to the bad key."""
+    case = make_case(n=1, h=1, q=20, s=45, d=16)
     case.attend[:, :, 40] = False
     case.attend[:, :, 0] = True
     clean = truth(case)
@@ -265,7 +283,7 @@ def test_bad_keys_with_several_blocks_of_queries(kernels, device, name, bad):
     assert_matches(kernels, device, case, clean)
     case.attend[:, 3, 40] = True
     found, _ = run(kernels, device, case)
-    others = [i for i in range(70) if i != 3]
+    others = [i for i in range(20) if i != 3]
     assert not found["output"][:, :, 3].isfinite().all() or bad == -torch.inf
     assert relative_error(found["output"][:, :, others], clean["output"][:, :, others]) < 1e-5
     assert relative_error(found["query"][:, :, others], clean["query"][:, :, others]) < 1e-4
@@ -283,7 +301,7 @@ def test_bad_query_stays_in_its_row(kernels, device, bad):
     assert relative_error(found["output"][:, :, others], expected[:, :, others]) < 1e-5
 
 
-@pytest.mark.parametrize("q", [7, 130])
+@pytest.mark.parametrize("q", [7, 40])
 def test_weights_never_exceed_one(kernels, device, q):
     """With scores of 1e31 a score and the saved log-sum-exp differ by more than exp can take."""
     case = make_case(n=1, h=1, q=q, s=150, scale=1.0)
@@ -296,12 +314,12 @@ def test_weights_never_exceed_one(kernels, device, q):
 
 
 def test_growing_scores_are_rescaled(kernels, device):
-    """Scores rise, or fall, from tile to tile by more than exp can take."""
+    """Scores rise or fall from tile to tile, altogether by more than exp can take."""
     rising = torch.arange(320.0)
     for ramp in (rising, rising.flip(0)):
         case = make_case(n=1, h=1, q=3, s=320, d=16, density=1.0, scale=1.0)
         case.tensors["query"] = torch.ones_like(case.tensors["query"])
-        case.tensors["key"] = (ramp[None, None, :, None] / 16).expand(1, 1, 320, 16).contiguous()
+        case.tensors["key"] = (ramp[None, None, :, None] / 40).expand(1, 1, 320, 16).contiguous()
         assert_matches(kernels, device, case)
 
 
