@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,10 +11,13 @@ import torch
 import typer
 from rich.console import Console
 from rich.progress import track
+from rich.table import Table
 
 import m2f_kernels.info
+from m2f_model.bench import IMPLEMENTATIONS, Case, measure
 from m2f_model.config import BACKBONES, Mask2FormerConfig
 from m2f_model.data import CocoInstances, CocoPanoptic, Dataset, Shapes
+from m2f_model.files import write_atomically
 from m2f_model.model import Mask2Former
 from m2f_model.segment import Segmenter, segment_files
 from m2f_model.train import Process, Recipe, Trainer
@@ -89,6 +93,46 @@ def info(weights: Annotated[str | None, typer.Option(help="describe this model, 
         print(f"\n{weights}: {parameters / 1e6:.1f} M parameters")
         for name, value in vars(model.config).items():
             print(f"  {name:26} {value}")
+
+
+@app.command()
+def bench(
+    backbone: Annotated[str, typer.Option(help=f"one of {', '.join(BACKBONES)}.")] = "r50",
+    size: Annotated[int, typer.Option(help="side of the square input.")] = 512,
+    training: Annotated[bool, typer.Option(help="a training step in place of inference.")] = False,
+    batch: Annotated[int, typer.Option(help="images at once.")] = 1,
+    autocast: Annotated[str, typer.Option(help="none, bf16 or fp16.")] = "none",
+    activation_checkpointing: Annotated[bool, typer.Option(help="for this package's training step.")] = False,
+    rounds: Annotated[int, typer.Option(help="timed runs of each.")] = 5,
+    output: Annotated[Path | None, typer.Option(help="also write the figures as JSON.")] = None,
+    device: Device = "cpu",
+) -> None:
+    """Time and peak memory of the whole model beside transformers', same weights, runs interleaved."""
+    try:
+        case = Case(backbone, size, training, batch, 10, device, autocast, activation_checkpointing)
+        row = measure(case, rounds)
+    except (ValueError, RuntimeError) as error:
+        console.print(f"[red]error:[/] {error}", soft_wrap=True)
+        raise typer.Exit(2) from error
+    theirs, ours = (row["seconds"][name] for name in IMPLEMENTATIONS)
+    table = Table(title=f"{backbone} {size}² {'training step' if training else 'inference'}, batch {batch}, {device}")
+    for column in ("", *IMPLEMENTATIONS, "ratio"):
+        table.add_column(column, justify="left" if not column else "right")
+    for stage in ("total", *(s for s in theirs if s != "total")):
+        table.add_row(
+            f"{stage}, ms", f"{1e3 * theirs[stage]:.1f}", f"{1e3 * ours[stage]:.1f}", _ratio(theirs, ours, stage)
+        )
+    peaks = {name: {"peak": value} for name, value in row["peak_mib"].items()}
+    a, b = (peaks[name] for name in IMPLEMENTATIONS)
+    table.add_row("peak memory, MiB", f"{a['peak']:.0f}", f"{b['peak']:.0f}", _ratio(a, b, "peak"))
+    Console().print(table)
+    print(f"largest difference of the predictions {row['error']:.1e}; {torch.get_num_threads()} threads")
+    if output is not None:
+        write_atomically(output, lambda file: file.write(json.dumps(row, indent=1).encode()))
+
+
+def _ratio(theirs: dict[str, float], ours: dict[str, float], key: str) -> str:
+    return f"{theirs[key] / ours[key]:.2f}x" if ours[key] > 0 else "-"
 
 
 @app.command()

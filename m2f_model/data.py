@@ -5,6 +5,7 @@ A data set maps an index to a sample `{"image": uint8 [3, H, W], "labels": int64
 
 from __future__ import annotations
 
+import colorsys
 import json
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -38,10 +39,11 @@ class Dataset(Protocol):
 
 
 class Shapes:
-    """Discs, squares and triangles of any colour that hide each other, before a sky and on a ground.
+    """Discs, squares and triangles that hide each other, before a sky and on a ground.
 
-    Sample `i` is a function of `seed` and `i` alone; nothing is stored. Things: disc, square, triangle; stuff: sky,
-    ground.
+    Discs are reddish, squares greenish, triangles violet, in any brightness: with shapes as the only cue, telling them
+    apart takes a small model much longer than finding them. Sample `i` is a function of `seed` and `i` alone; nothing
+    is stored. Things: disc, square, triangle; stuff: sky, ground.
 
     Args:
         length: number of samples.
@@ -76,11 +78,17 @@ class Shapes:
             mask = _draw(kind, size, random)
             owner[mask] = len(labels)
             labels.append(kind)
-            pixels[mask] = random.integers(0, 256, 3)
+            hue = (_HUES[kind] + random.uniform(-0.07, 0.07)) % 1
+            colour = colorsys.hsv_to_rgb(hue, random.uniform(0.5, 1), random.uniform(0.4, 1))
+            pixels[mask] = 255 * np.array(colour)
         pixels = pixels + random.normal(0, 8, pixels.shape)
         image = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
         masks = torch.from_numpy(owner)[None] == torch.arange(len(labels))[:, None, None]
         return _without_empty({"image": image, "labels": torch.tensor(labels), "masks": masks})
+
+
+#: Of disc, square and triangle.
+_HUES = (0.0, 0.33, 0.83)
 
 
 def _draw(kind: int, size: int, random: np.random.Generator) -> np.ndarray[Any, Any]:

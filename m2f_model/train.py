@@ -87,7 +87,7 @@ class Recipe:
     @classmethod
     def shapes(cls, **changes: Any) -> Recipe:
         """For the tiny model on synthetic shapes: minutes on a CPU. Everything is new, so nothing learns slowly."""
-        short = {"steps": 1500, "batch_size": 8, "lr": 1e-3, "backbone_lr": 1.0, "size": None, "workers": 0}
+        short = {"steps": 1500, "batch_size": 8, "lr": 5e-4, "backbone_lr": 1.0, "size": None, "workers": 0}
         return cls(**{**short, "save_every": 500, "evaluate_every": 500, "evaluate_count": 200, **changes})
 
     def learning_rate(self, step: int) -> float:

@@ -6,6 +6,9 @@ import torch
 import transformers
 from transformers.models.mask2former import modeling_mask2former as published
 
+import m2f_kernels
+from m2f_kernels.nn import hungarian_matcher, point_mask_criterion
+
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
@@ -66,4 +69,30 @@ def photograph(name, height, width):
     return ((torch.from_numpy(image).float().permute(2, 0, 1) - MEAN) / STD)[None]
 
 
-__all__ = ["CONFIGS", "photograph", "published", "their_config", "their_model"]
+def fix_points(set_attribute):
+    """Make both criteria look at the same points, whatever their random numbers: the first k of one sequence wherever
+    they want k. `set_attribute` is what setattr is, for example that of pytest's monkeypatch."""
+    points = torch.rand(20000, 2, generator=torch.Generator().manual_seed(7))
+
+    class Random:
+        def __getattr__(self, name):
+            return getattr(torch, name)
+
+        @staticmethod
+        def rand(*shape, **_):
+            return points[: shape[-2]].expand(*shape)
+
+    def ours(masks, targets, pairs, count, *_):
+        rows = sum(len(queries) for queries, _ in pairs)
+        return m2f_kernels.point_mask_loss(masks, targets, points[:count].expand(rows, -1, -1), matches=pairs)
+
+    def theirs(self, logits, uncertainty, count, *_):
+        return points[:count].expand(logits.shape[0], -1, -1)
+
+    set_attribute(hungarian_matcher, "torch", Random())
+    set_attribute(point_mask_criterion, "uncertain_point_mask_loss", ours)
+    set_attribute(published, "torch", Random())
+    set_attribute(published.Mask2FormerLoss, "sample_points_using_uncertainty", theirs)
+
+
+__all__ = ["CONFIGS", "fix_points", "photograph", "published", "their_config", "their_model"]

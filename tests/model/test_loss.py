@@ -6,38 +6,14 @@ import pytest
 import torch
 
 import m2f_kernels
-from m2f_kernels.nn import hungarian_matcher, point_mask_criterion
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.weights import from_huggingface
-from tests.model.peers import CONFIGS, photograph, published, their_model
-
-LOSSES = ("loss_cross_entropy", "loss_mask", "loss_dice")
+from tests.model.peers import CONFIGS, fix_points, photograph, their_model
 
 
 @pytest.fixture(autouse=True)
-def fixed_points(monkeypatch):
-    """Both criteria look at the same points: the first k of one sequence wherever they want k."""
-    points = torch.rand(20000, 2, generator=torch.Generator().manual_seed(7))
-
-    class Random:
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        @staticmethod
-        def rand(*shape, **_):
-            return points[: shape[-2]].expand(*shape)
-
-    def ours(masks, targets, pairs, count, *_):
-        rows = sum(len(queries) for queries, _ in pairs)
-        return m2f_kernels.point_mask_loss(masks, targets, points[:count].expand(rows, -1, -1), matches=pairs)
-
-    def theirs(self, logits, uncertainty, count, *_):
-        return points[:count].expand(logits.shape[0], -1, -1)
-
-    monkeypatch.setattr(hungarian_matcher, "torch", Random())
-    monkeypatch.setattr(point_mask_criterion, "uncertain_point_mask_loss", ours)
-    monkeypatch.setattr(published, "torch", Random())
-    monkeypatch.setattr(published.Mask2FormerLoss, "sample_points_using_uncertainty", theirs)
+def _fixed_points(monkeypatch):
+    fix_points(monkeypatch.setattr)
 
 
 def scene():

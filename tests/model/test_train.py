@@ -129,7 +129,7 @@ def test_published_recipe():
 def test_another_recipe_does_not_go_on(tmp_path):
     trainer(tmp_path).run(stop=2)
     with pytest.raises(
-        ValueError, match=r"checkpoint\.pth: expected a checkpoint of this recipe; lr: 0\.001 there, 1 here"
+        ValueError, match=r"checkpoint\.pth: expected a checkpoint of this recipe; lr: 0\.0005 there, 1 here"
     ):
         trainer(tmp_path, dataclasses.replace(RECIPE, lr=1))
     with pytest.raises(ValueError, match="expected the weights of this model"):

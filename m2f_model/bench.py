@@ -1,0 +1,236 @@
+"""What the fused kernels save end to end: this model and `transformers`', the same random weights and input.
+
+Times are medians of interleaved runs (theirs, ours, theirs, ...), so that whatever else the machine does falls on both.
+Peak memory is the growth over what a process holds with its weights (and, in training, gradients) before the call;
+one fresh process each; on CPU the kernel's peak of the resident set, with glibc told to return freed memory at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from m2f_model.config import BACKBONES, Mask2FormerConfig
+from m2f_model.model import Mask2Former
+from m2f_model.weights import from_huggingface
+
+IMPLEMENTATIONS = ("transformers", "m2f")
+#: Largest error of the last prediction, relative to its largest value, above which a case has no times.
+TOLERANCE = 1e-3
+#: What the parts are called in either model.
+_STAGES = {
+    "m2f": {
+        "backbone": "backbone",
+        "pixel decoder": "pixel_decoder",
+        "transformer decoder": "transformer_decoder",
+        "loss": "criterion",
+    },
+    "transformers": {
+        "backbone": "model.pixel_level_module.encoder",
+        "pixel decoder": "model.pixel_level_module.decoder",
+        "transformer decoder": "model.transformer_module",
+        "loss": "criterion",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: `size` is the side of the square input, `targets` the number of masks in a training step."""
+
+    backbone: str = "r50"
+    size: int = 512
+    training: bool = False
+    batch: int = 1
+    targets: int = 10
+    device: str = "cpu"
+    autocast: str = "none"
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        if self.backbone not in BACKBONES:
+            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}; got {self.backbone!r}")
+        if self.size < 32 or self.size % 32:
+            raise ValueError(f"size: expected a multiple of 32; got {self.size}")
+        if self.autocast not in ("none", "bf16", "fp16"):
+            raise ValueError(f"autocast: expected none, bf16 or fp16; got {self.autocast!r}")
+
+    @property
+    def config(self) -> Mask2FormerConfig:
+        if self.backbone == "tiny":
+            return Mask2FormerConfig.tiny(5)
+        return Mask2FormerConfig.preset(f"{self.backbone}-coco-panoptic")
+
+
+def build(case: Case, implementation: str) -> nn.Module:
+    """The model with random weights, the same for both implementations."""
+    torch.manual_seed(0)
+    config = case.config
+    theirs: Any = transformers.Mask2FormerForUniversalSegmentation(config.to_transformers()).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "sampling_offsets" in name or "attention_weights" in name:  # else: every query alike
+                parameter += 0.05 * torch.randn_like(parameter)
+    model: nn.Module = theirs
+    if implementation == "m2f":
+        ours = Mask2Former(config).eval()
+        ours.load_state_dict(from_huggingface(theirs.state_dict()))
+        ours.set_activation_checkpointing(case.activation_checkpointing)
+        model = ours
+    return model.to(case.device)
+
+
+def call(case: Case, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function without arguments: inference, or forward, loss and backward. Gives class and mask logits."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.randn(case.batch, 3, case.size // 16, case.size // 16, generator=generator)
+    pixels = nn.functional.interpolate(coarse, scale_factor=16.0, mode="bicubic").to(case.device)
+    blobs = torch.randn(case.targets, 1, 8, 8, generator=generator)
+    masks = (nn.functional.interpolate(blobs, (case.size, case.size), mode="bicubic")[:, 0] > 0.7).to(case.device)
+    labels = torch.randint(case.config.num_labels, (case.targets,), generator=generator).to(case.device)
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[case.autocast]
+    theirs = isinstance(model, transformers.PreTrainedModel)
+
+    def forward() -> tuple[Any, Any, Any]:
+        if theirs:
+            extra = {"mask_labels": [masks.float()] * case.batch, "class_labels": [labels] * case.batch}
+            out = model(pixels, **(extra if case.training else {}))
+            return out.class_queries_logits, out.masks_queries_logits, out.loss
+        targets = [{"labels": labels, "masks": masks}] * case.batch
+        out = model(pixels, targets if case.training else None)
+        loss = sum(out.losses.values()) if case.training else None
+        return out.class_logits, None if case.training else out.masks.logits(), loss
+
+    def run() -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(case.training), torch.autocast(case.device, dtype, enabled=dtype is not None):
+            classes, logits, loss = forward()
+        if loss is not None:
+            model.zero_grad(set_to_none=False)
+            loss.backward()
+        return classes, logits
+
+    return run
+
+
+def error(case: Case) -> float:
+    """Largest difference of the last prediction between both implementations, relative to its largest value."""
+    case = replace(case, training=False, autocast="none")
+    a, b = (call(case, build(case, name))() for name in IMPLEMENTATIONS)
+    return max(((x - y).abs().max() / x.abs().max()).item() for x, y in zip(a, b, strict=True))
+
+
+def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
+    """Median seconds of a whole call ("total") and of the forward pass of each stage, by implementation."""
+    runs: dict[str, Callable[[], object]] = {}
+    samples: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in IMPLEMENTATIONS}
+    for name in IMPLEMENTATIONS:
+        model = build(case, name)
+        runs[name] = call(case, model)
+        for stage, path in _STAGES[name].items():
+            _watch(model.get_submodule(path), samples[name][stage], case.device)
+    for turn in range(-1, rounds):  # the first turn warms up
+        for name in IMPLEMENTATIONS:
+            start = _now(case.device)
+            runs[name]()
+            samples[name]["total"].append(_now(case.device) - start)
+            if turn < 0:
+                samples[name] = _emptied(samples[name])
+    return {
+        name: {stage: statistics.median(found) for stage, found in stages.items() if found}
+        for name, stages in samples.items()
+    }
+
+
+def _emptied(stages: dict[str, list[float]]) -> dict[str, list[float]]:
+    for found in stages.values():  # the hooks hold these lists
+        found.clear()
+    return stages
+
+
+def _now(device: str) -> float:
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _watch(module: nn.Module, found: list[float], device: str) -> None:
+    """Append the seconds of every forward pass of `module`."""
+    starts: list[float] = []
+    module.register_forward_pre_hook(lambda *_: starts.append(_now(device)))
+    module.register_forward_hook(lambda *_: found.append(_now(device) - starts.pop()))
+
+
+# ---------------------------------------------------------------- memory
+
+
+def peak_memory(case: Case, implementation: str) -> float:
+    """MiB that a call needs above what the model holds, measured in a fresh process.
+
+    Raises:
+        RuntimeError: if that process fails; on CPU anywhere but on Linux.
+    """
+    # Fixed thresholds: a freed tensor leaves the process at once, and the peak is that of live memory.
+    fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    command = [sys.executable, "-m", "m2f_model.bench", json.dumps(asdict(case)), implementation]
+    command.append(str(torch.get_num_threads()))
+    done = subprocess.run(command, env=os.environ | fixed, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"measuring the memory of {implementation} failed:\n{done.stderr[-2000:]}")
+    return float(done.stdout.split()[-1])
+
+
+def _measure(case: Case, implementation: str) -> float:
+    model = build(case, implementation)
+    call(replace(case, size=64), model)()  # loads code, starts threads, makes gradients
+    run = call(case, model)
+    if case.device != "cpu":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present
+    resident = _status_mib("VmRSS")
+    run()
+    return _status_mib("VmHWM") - resident
+
+
+def _status_mib(field: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) / 1024 for line in lines if line.startswith(field + ":"))
+
+
+# ---------------------------------------------------------------- a row
+
+
+def measure(case: Case, rounds: int = 5, memory: bool = True) -> dict[str, Any]:
+    """Everything about a case: its error, seconds by stage and peak MiB by implementation.
+
+    Raises:
+        RuntimeError: where both implementations disagree: such a case has no times.
+    """
+    found = error(case)
+    if not found < TOLERANCE:
+        raise RuntimeError(f"{case}: expected the same predictions up to {TOLERANCE}; they differ by {found:.2g}")
+    peaks = {name: peak_memory(case, name) for name in IMPLEMENTATIONS} if memory else {}
+    return {"case": asdict(case), "error": found, "seconds": times(case, rounds), "peak_mib": peaks}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(int(sys.argv[3]))
+    print(_measure(Case(**json.loads(sys.argv[1])), sys.argv[2]))

@@ -1,0 +1,67 @@
+"""The end-to-end comparison, on the tiny model: what it compares is the same, and what it reports is measured."""
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from m2f_model import bench
+from m2f_model.bench import IMPLEMENTATIONS, Case, build, measure, peak_memory
+from m2f_model.cli import app
+
+TINY = Case("tiny", 96, targets=3)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_both_are_measured(training):
+    row = measure(Case("tiny", 96, training, targets=3), rounds=2, memory=False)
+    assert row["error"] < 1e-4
+    stages = {"backbone", "pixel decoder", "transformer decoder", "total"} | ({"loss"} if training else set())
+    for name in IMPLEMENTATIONS:
+        seconds = row["seconds"][name]
+        assert seconds.keys() == stages
+        assert 0 < sum(v for k, v in seconds.items() if k != "total") <= 1.5 * seconds["total"]
+
+
+def test_memory_is_that_of_the_call(monkeypatch):
+    small, large = (peak_memory(Case("tiny", size), "transformers") for size in (64, 512))
+    assert large > small + 20
+    monkeypatch.setattr(bench.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="measuring the memory of m2f failed"):
+        peak_memory(TINY, "m2f")
+
+
+def test_what_differs_has_no_times(monkeypatch):
+    def broken(case, name):
+        model = build(case, name)
+        if name == "m2f":
+            with torch.no_grad():
+                model.transformer_decoder.class_head.bias += 1
+        return model
+
+    monkeypatch.setattr(bench, "build", broken)
+    with pytest.raises(RuntimeError, match=r"expected the same predictions up to 0\.001"):
+        measure(TINY, rounds=1)
+
+
+def test_command(tmp_path):
+    arguments = ["bench", "--backbone", "tiny", "--size", "64", "--rounds", "1", "--output", str(tmp_path / "row.json")]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "peak memory, MiB" in result.output
+    assert json.loads((tmp_path / "row.json").read_text())["case"]["size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backbone", "vgg"], "backbone: expected one of r50"),
+        (["--size", "100"], "size: expected a multiple of 32; got 100"),
+        (["--autocast", "fp8"], "autocast: expected none, bf16 or fp16; got 'fp8'"),
+    ],
+)
+def test_bad_commands(arguments, message):
+    result = CliRunner().invoke(app, ["bench", *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.split())
