@@ -144,9 +144,7 @@ class CocoInstances:
         masks = [self._mask(a, *image.shape[1:]) for a in annotations]
         labels = [self._label[a["category_id"]] for a in annotations]
         stacked = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.bool)
-        return _without_empty(
-            {"image": image, "labels": torch.tensor(labels, dtype=torch.int64), "masks": stacked}
-        )
+        return _without_empty({"image": image, "labels": torch.tensor(labels, dtype=torch.int64), "masks": stacked})
 
     def _mask(self, annotation: dict[str, Any], height: int, width: int) -> Tensor:
         from pycocotools import mask as coco
@@ -216,7 +214,8 @@ class CocoPanoptic:
             raise AnnotationError(f"{self.path}: annotation of image {entry['id']}: {error}") from error
         if pixels.shape[:2] != image.shape[1:]:
             raise AnnotationError(
-                f"{path}: expected the size of image {entry['id']}, {list(image.shape[1:])}; got {list(pixels.shape[:2])}"
+                f"{path}: expected the size of image {entry['id']}, {list(image.shape[1:])}; "
+                f"got {list(pixels.shape[:2])}"
             )
         ids = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
         segments = [s for s in annotation["segments_info"] if not s.get("iscrowd", 0)]
@@ -241,6 +240,8 @@ def _read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 def _entries(path: Path, entries: Any, kind: str, keys: Sequence[str], name: str = "id") -> list[dict[str, Any]]:
     """`entries`, after checking that each has all of `keys`."""
+    if not isinstance(entries, list):
+        raise AnnotationError(f"{path}: expected a list with a {kind} each; got {type(entries).__name__}")
     for i, entry in enumerate(entries):
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:
@@ -302,7 +303,7 @@ def jitter(sample: Sample, size: int, scales: tuple[float, float], generator: to
 
 
 def collate(samples: Sequence[Sample], size: int | None = None) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Normalised pixels [N, 3, H, W] and targets, both padded to `size`, or to the largest image and multiples of 32."""
+    """Normalised pixels [N, 3, H, W] and targets, padded to `size`, or to the largest image and multiples of 32."""
     if size is None:
         sides = (max(s["image"].shape[axis] for s in samples) for axis in (1, 2))
         h, w = (-(-side // STRIDE) * STRIDE for side in sides)

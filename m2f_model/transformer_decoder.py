@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from m2f_kernels import FactoredMasks, PackedMask, masked_attention, predict_attention_mask, resize_mask_features
+from m2f_kernels import FactoredMasks, PackedMask, predict_attention_mask, resize_mask_features
+from m2f_kernels.nn import MaskedCrossAttention, project_keys_values
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.layers import CheckpointedLayer, FeedForward, sine_positions
 from m2f_model.pixel_decoder import NUM_LEVELS, Level
@@ -29,41 +29,24 @@ class Prediction(NamedTuple):
     masks: FactoredMasks
 
 
-class CrossAttention(nn.Module):
-    """Masked cross-attention over projected keys and values; parameters as in nn.MultiheadAttention."""
-
-    def __init__(self, channels: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.in_proj_weight = nn.Parameter(torch.empty(3 * channels, channels))
-        self.in_proj_bias = nn.Parameter(torch.zeros(3 * channels))
-        self.out_proj = nn.Linear(channels, channels)
-        nn.init.xavier_uniform_(self.in_proj_weight)
-        nn.init.xavier_uniform_(self.out_proj.weight)
-        nn.init.zeros_(self.out_proj.bias)
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask) -> Tensor:
-        """Attend from `query` [N, Q, C] to projected `key` and `value` [N, S, C]."""
-        c = query.shape[-1]
-        query = nn.functional.linear(query, self.in_proj_weight[:c], self.in_proj_bias[:c])
-        q, k, v = (x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (query, key, value))
-        return self.out_proj(masked_attention(q, k, v, mask).transpose(1, 2).flatten(2))
-
-
 class DecoderLayer(CheckpointedLayer):
     """Masked cross-attention first, then self-attention, then the FFN (section 3.2.2)."""
 
     def __init__(self, config: Mask2FormerConfig) -> None:
         super().__init__()
         channels = config.hidden_dim
-        self.cross_attention = CrossAttention(channels, config.num_heads)
+        self.cross_attention = MaskedCrossAttention(channels, config.num_heads)
         self.cross_norm = nn.LayerNorm(channels)
         self.self_attention = nn.MultiheadAttention(channels, config.num_heads, batch_first=True)
         self.self_norm = nn.LayerNorm(channels)
         self.ffn = FeedForward(channels, config.decoder_ffn_dim)
+        for attention in (self.cross_attention, self.self_attention):
+            nn.init.xavier_uniform_(attention.out_proj.weight)  # as published; the module itself does otherwise
 
-    def forward(self, x: Tensor, positions: Tensor, key: Tensor, value: Tensor, mask: PackedMask) -> Tensor:
-        x = self.cross_norm(x + self.cross_attention(x + positions, key, value, mask))
+    def forward(
+        self, x: Tensor, positions: Tensor, pixels: Tensor, key_value: tuple[Tensor, Tensor], mask: PackedMask
+    ) -> Tensor:
+        x = self.cross_norm(x + self.cross_attention(x, pixels, mask, positions, key_value=key_value))
         placed = x + positions
         x = self.self_norm(x + self.self_attention(placed, placed, x, need_weights=False)[0])
         return self.ffn(x)
@@ -101,7 +84,7 @@ class TransformerDecoder(nn.Module):
         # Resizing commutes with the product of embeddings and features: once per level, not per layer.
         mask_levels = resize_mask_features(mask_features, [level.size for level in levels])
         memory = self._project_levels(levels)
-        positions = self.query_positions.weight.expand(n, -1, -1)
+        positions = self.query_positions.weight
         x = self.query_features.weight.expand(n, -1, -1)
         predictions = [self._predict(x, mask_features)]
         for i, layer in enumerate(self.layers):
@@ -114,9 +97,9 @@ class TransformerDecoder(nn.Module):
         x = self.norm(x)
         return Prediction(self.class_head(x), FactoredMasks(self.mask_head(x), mask_features))
 
-    def _project_levels(self, levels: Sequence[Level]) -> list[tuple[Tensor, Tensor]]:
-        """Keys and values [N, S, C] of every layer; the layers that share a level are projected in one product."""
-        memory: dict[int, tuple[Tensor, Tensor]] = {}
+    def _project_levels(self, levels: Sequence[Level]) -> list[tuple[Tensor, tuple[Tensor, Tensor]]]:
+        """Pixels [N, S, C], keys and values of every layer; those that share a level are projected in one product."""
+        memory: dict[int, tuple[Tensor, tuple[Tensor, Tensor]]] = {}
         for index, (features, size) in enumerate(levels):
             layers = range(index, len(self.layers), NUM_LEVELS)
             if not layers:
@@ -124,14 +107,9 @@ class TransformerDecoder(nn.Module):
             projection = self.input_projections[index]
             if isinstance(projection, nn.Conv2d):
                 features = nn.functional.linear(features, projection.weight.flatten(1), projection.bias)
-            value = features + self.level_embed.weight[index]
-            c = value.shape[-1]
-            # Positions belong to the keys alone.
-            key = value + sine_positions(size, c, value)
+            pixels = features + self.level_embed.weight[index]
             attentions: list[Any] = [self.layers[i].cross_attention for i in layers]
-            weights = torch.stack([a.in_proj_weight for a in attentions]).unflatten(1, (3, c))
-            biases = torch.stack([a.in_proj_bias for a in attentions]).unflatten(1, (3, c))
-            keys = nn.functional.linear(key, weights[:, 1].flatten(0, 1), biases[:, 1].flatten())
-            values = nn.functional.linear(value, weights[:, 2].flatten(0, 1), biases[:, 2].flatten())
-            memory.update(zip(layers, zip(keys.split(c, -1), values.split(c, -1), strict=True), strict=True))
+            positions = sine_positions(size, pixels.shape[-1], pixels)
+            projected = project_keys_values(attentions, pixels, positions)
+            memory |= {i: (pixels, key_value) for i, key_value in zip(layers, projected, strict=True)}
         return [memory[i] for i in range(len(self.layers))]

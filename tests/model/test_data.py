@@ -74,7 +74,9 @@ def test_instances(tmp_path, content):
     assert (len(data), data.label_names, data.stuff_labels) == (2, ("cat", "dog"), ())
     sample = data[0]
     assert sample["labels"].tolist() == [1, 0, 0]
-    assert torch.equal(sample["image"].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(tmp_path / "images/1.png"))))
+    assert torch.equal(
+        sample["image"].permute(1, 2, 0), torch.from_numpy(np.array(Image.open(tmp_path / "images/1.png")))
+    )
     assert sample["masks"].sum((1, 2)).tolist() == [400, 100, 100]
     assert sample["masks"][0, 10:30, 10:30].all()
     assert sample["masks"][1, 5:15, 20:30].all()
@@ -148,7 +150,11 @@ def panoptic(tmp_path, content, segments, ids):
 def test_panoptic(tmp_path, content):
     ids = np.zeros((H, W), int)
     ids[:10], ids[10:20], ids[30:] = 5, 70000, 300
-    segments = [{"id": 5, "category_id": 7}, {"id": 70000, "category_id": 3}, {"id": 300, "category_id": 7, "iscrowd": 1}]
+    segments = [
+        {"id": 5, "category_id": 7},
+        {"id": 70000, "category_id": 3},
+        {"id": 300, "category_id": 7, "iscrowd": 1},
+    ]
     data = panoptic(tmp_path, content, segments, ids)
     assert (len(data), data.label_names, data.stuff_labels) == (1, ("cat", "dog"), (1,))
     assert data[0]["labels"].tolist() == [0, 1]
