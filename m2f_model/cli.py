@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import track
 
 import m2f_kernels.info
+from m2f_kernels.backend import BACKENDS
 from m2f_model.config import BACKBONES, Mask2FormerConfig
 from m2f_model.data import CocoInstances, CocoPanoptic, Dataset, Shapes
 from m2f_model.model import Mask2Former
@@ -139,6 +140,8 @@ def train(
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     changes |= {"autocast": autocast, "activation_checkpointing": activation_checkpointing, "seed": seed}
     try:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
         if backbone is not None and (weights is not None or data == "shapes"):
             raise ValueError("backbone: expected none with --weights or --data shapes, which bring their own")
         if backbone is not None and backbone not in BACKBONES:

@@ -49,8 +49,8 @@ class Shapes:
         seed: of all randomness; validation data are another seed.
     """
 
-    label_names = ("disc", "square", "triangle", "sky", "ground")
-    stuff_labels = (3, 4)
+    label_names: tuple[str, ...] = ("disc", "square", "triangle", "sky", "ground")
+    stuff_labels: tuple[int, ...] = (3, 4)
 
     def __init__(self, length: int = 4096, size: int = 128, seed: int = 0) -> None:
         if length < 1 or size < 16:

@@ -23,6 +23,7 @@ def weights(tmp_path_factory):
     model = Mask2Former(config)
     with torch.no_grad():
         model.transformer_decoder.class_head.weight *= 20
+        model.transformer_decoder.class_head.bias[-1] -= 10  # of "no object"
     path = tmp_path_factory.mktemp("model")
     model.save_pretrained(path)
     return path
