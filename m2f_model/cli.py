@@ -14,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 import m2f_kernels.info
+from m2f_kernels.backend import BACKENDS
 from m2f_model.bench import IMPLEMENTATIONS, Case, measure
 from m2f_model.config import BACKBONES, Mask2FormerConfig
 from m2f_model.data import CocoInstances, CocoPanoptic, Dataset, Shapes
@@ -30,7 +31,21 @@ Weights = Annotated[str, typer.Option(help="directory in Hugging Face's format, 
 Preset = Annotated[
     str | None, typer.Option("--config", help="preset that a detectron2 file is of, as in r50-coco-panoptic.")
 ]
-Device = Annotated[str, typer.Option(help="where to run: cpu, cuda, cuda:1, ...")]
+
+
+def _device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise typer.BadParameter(f"expected cpu, cuda or cuda:N; got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise typer.BadParameter(f"expected cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise typer.BadParameter(f"{name}: {torch.cuda.device_count()} CUDA devices here")
+    return name
+
+
+Device = Annotated[str, typer.Option(callback=_device, help="where to run: cpu, cuda, cuda:1, ...")]
 
 
 def load(weights: str, preset: str | None) -> Mask2Former:
@@ -88,7 +103,11 @@ def info(weights: Annotated[str | None, typer.Option(help="describe this model, 
     """What is installed, which kernels run where, and what a model is."""
     print(m2f_kernels.info.report())
     if weights is not None:
-        model = Mask2Former.from_pretrained(weights)
+        try:
+            model = Mask2Former.from_pretrained(weights)
+        except (ValueError, OSError) as error:
+            console.print(f"[red]error:[/] {error}", soft_wrap=True)
+            raise typer.Exit(2) from error
         parameters = sum(p.numel() for p in model.parameters())
         print(f"\n{weights}: {parameters / 1e6:.1f} M parameters")
         for name, value in vars(model.config).items():
@@ -143,8 +162,12 @@ def train(
     images: Annotated[Path | None, typer.Option(help="directory of its images.")] = None,
     validation_annotations: Annotated[Path | None, typer.Option(help="JSON file of validation data.")] = None,
     validation_images: Annotated[Path | None, typer.Option(help="directory of its images.")] = None,
-    backbone: Annotated[str, typer.Option(help=f"one of {', '.join(BACKBONES)}.")] = "r50",
-    weights: Annotated[str | None, typer.Option(help="start from this model, in Hugging Face's format.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help=f"of a new model with random weights: {', '.join(BACKBONES)}.")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="start from this model, in Hugging Face's format, of the same labels.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="steps of the optimiser.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="images per step of each process.")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate.")] = None,
@@ -161,6 +184,12 @@ def train(
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     changes |= {"autocast": autocast, "activation_checkpointing": activation_checkpointing, "seed": seed}
     try:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
+        if backbone is not None and (weights is not None or data == "shapes"):
+            raise ValueError("backbone: expected none with --weights or --data shapes, which bring their own")
+        if backbone is not None and backbone not in BACKBONES:
+            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}; got {backbone!r}")
         samples, validation = _datasets(data, annotations, images, validation_annotations, validation_images)
         recipe = Recipe.shapes(**changes) if data == "shapes" else Recipe(**changes)
         torch.manual_seed(seed)  # of the initial weights: the same in all processes
@@ -171,13 +200,15 @@ def train(
             if data == "shapes":
                 config = Mask2FormerConfig.tiny(len(samples.label_names), **labels)
             else:
-                config = Mask2FormerConfig(len(samples.label_names), BACKBONES[backbone], **labels)
+                # Batch norm is frozen where it is pre-trained; nothing is, here.
+                labels["frozen_batch_norm"] = False
+                config = Mask2FormerConfig(len(samples.label_names), BACKBONES[backbone or "r50"], **labels)
             model = Mask2Former(config)
         with Process.joined(device) as process, m2f_kernels.use_backend(backend):
             quiet = process.rank > 0
             log = (lambda _: None) if quiet else console.print
             Trainer(model, samples, recipe, out, process=process, validation=validation, log=log).run()
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, FloatingPointError) as error:
         console.print(f"[red]error:[/] {error}", soft_wrap=True)
         raise typer.Exit(2) from error
 
@@ -190,12 +221,16 @@ def _datasets(
     validation_images: Path | None,
 ) -> tuple[Dataset, Dataset | None]:
     if kind == "shapes":
+        if any((annotations, images, validation_annotations, validation_images)):
+            raise ValueError("annotations, images: expected none with shapes, which are made as they are needed")
         return Shapes(), Shapes(length=200, seed=1)
     if kind not in ("instance", "panoptic"):
         raise ValueError(f"data: expected shapes, instance or panoptic; got {kind!r}")
     if annotations is None or images is None:
         raise ValueError(f"annotations, images: expected both for {kind} data")
     build = CocoInstances if kind == "instance" else CocoPanoptic
+    if validation_images is not None and validation_annotations is None:
+        raise ValueError("validation_annotations: expected a file where validation_images is given; got none")
     validation = None
     if validation_annotations is not None:
         validation = build(validation_annotations, validation_images or images)

@@ -248,6 +248,8 @@ def _read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:
 
 def _entries(path: Path, entries: Any, kind: str, keys: Sequence[str], name: str = "id") -> list[dict[str, Any]]:
     """`entries`, after checking that each has all of `keys`."""
+    if not isinstance(entries, list):
+        raise AnnotationError(f"{path}: expected a list with a {kind} each; got {type(entries).__name__}")
     for i, entry in enumerate(entries):
         missing = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if missing:

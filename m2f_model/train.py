@@ -110,7 +110,8 @@ def build_optimizer(model: Mask2Former, recipe: Recipe) -> torch.optim.AdamW:
         [
             {
                 "params": parameters,
-                "lr": recipe.lr * (recipe.backbone_lr if backbone else 1.0),
+                "lr": (rate := recipe.lr * (recipe.backbone_lr if backbone else 1.0)),
+                "initial_lr": rate,
                 "weight_decay": recipe.weight_decay if decays else 0.0,
             }
             for (backbone, decays), parameters in groups.items()
@@ -174,7 +175,7 @@ class Trainer:
         log: takes a line of text now and then.
 
     Raises:
-        ValueError: if the data's labels are not the model's, or `out` holds another run.
+        ValueError: if there are no data, their labels are not the model's, or `out` holds another run.
     """
 
     def __init__(
@@ -188,6 +189,8 @@ class Trainer:
         validation: Dataset | None = None,
         log: Any = print,
     ) -> None:
+        if len(data) == 0:
+            raise ValueError("data: expected at least one sample; got none")
         if len(data.label_names) != model.config.num_labels:
             raise ValueError(f"data: expected {model.config.num_labels} labels, the model's; got {data.label_names}")
         self.model, self.data, self.recipe, self.validation = model, data, recipe, validation
@@ -197,7 +200,6 @@ class Trainer:
         model.to(self.process.device).train()
         model.set_activation_checkpointing(recipe.activation_checkpointing)
         self.optimizer = build_optimizer(model, recipe)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, recipe.learning_rate)
         self.dtype = AUTOCAST[recipe.autocast]
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=recipe.autocast == "fp16")
         self.parallel: nn.Module = model
@@ -211,18 +213,28 @@ class Trainer:
             self.load()
 
     def run(self, stop: int | None = None) -> None:
-        """Train until the recipe's last step, or until `stop`."""
+        """Train until the recipe's last step, or until `stop`.
+
+        Raises:
+            FloatingPointError: where a loss is not finite, at the steps that log or save.
+        """
         last = min(self.recipe.steps, stop or self.recipe.steps)
         writer = SummaryWriter(str(self.out / "tensorboard")) if self.process.rank == 0 else None
         began, first = time.monotonic(), self.step
         for pixels, targets in self._batches(last):
             losses, norm = self.update(pixels, targets)
-            if self.step % self.recipe.log_every == 0 or self.step == last:
+            logs, evaluates, saves = (
+                self.step % every == 0 or self.step == last
+                for every in (self.recipe.log_every, self.recipe.evaluate_every, self.recipe.save_every)
+            )
+            if logs or saves:
+                self._check_finite(losses)
+            if logs:
                 seconds = (time.monotonic() - began) / (self.step - first)
                 self._report(writer, losses, norm, seconds)
-            if self.step % self.recipe.evaluate_every == 0 or self.step == last:
+            if evaluates:
                 self._evaluate(writer)
-            if self.step % self.recipe.save_every == 0 or self.step == last:
+            if saves:
                 self.save()
         if writer is not None:
             writer.close()
@@ -236,13 +248,14 @@ class Trainer:
         targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in targets]
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
             losses = self.parallel(pixels, targets).losses
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.recipe.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(sum(losses.values())).backward()
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.schedule.step()
         self.step += 1
         return {k: v.detach() for k, v in losses.items()}, norm
 
@@ -268,12 +281,16 @@ class Trainer:
         )
         return iter(loader)
 
+    def _check_finite(self, losses: dict[str, Tensor]) -> None:
+        """Before anything of this step is written: a checkpoint of such a model would replace a good one."""
+        bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
+        if bad:
+            raise FloatingPointError(f"step {self.step}: expected finite losses; not finite: {', '.join(bad)}")
+
     def _report(self, writer: SummaryWriter | None, losses: dict[str, Tensor], norm: Tensor, seconds: float) -> None:
         if writer is None:
             return
         total = sum(v.item() for v in losses.values())
-        if not math.isfinite(total):
-            self.log(f"step {self.step}: the loss is not finite: {total}")
         rate = self.optimizer.param_groups[-1]["lr"]
         self.log(f"step {self.step}/{self.recipe.steps}  loss {total:.3f}  lr {rate:.2g}  {seconds:.3f} s/step")
         for name, value in {"loss": total, "gradient_norm": norm, "lr": rate, **losses}.items():
@@ -304,7 +321,6 @@ class Trainer:
             "step": self.step,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
             "scaler": self.scaler.state_dict(),
             "random": random,
         }
@@ -322,7 +338,6 @@ class Trainer:
             raise ValueError(f"{self.checkpoint}: expected a checkpoint of this recipe; {lines}")
         load_exactly(self.model, state["model"], str(self.checkpoint))
         self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         _set_random_state({k: v.cpu() for k, v in state["random"][self.process.rank].items()})
