@@ -103,28 +103,36 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 def fastest(
     problem: Problem, measure: Callable[[Callable[[], object]], float], log: Callable[[str], None]
-) -> Configuration:
-    """The candidate with the least time; one that fails or computes something else is named and left out."""
-    best, least, expected = problem.candidates[0], float("inf"), None
+) -> tuple[Configuration, bool]:
+    """The candidate with the least time, and whether all that ran computed what the default does.
+
+    A candidate that fails or computes something else is named and left out.
+
+    Raises:
+        RuntimeError: the default itself does not run.
+    """
+    best, least, expected, right = problem.candidates[0], float("inf"), None, True
+    name = f"{problem.kernel}, {problem.key}"
     for candidate in problem.candidates:
         with _tuning.forced(problem.kernel, problem.key, candidate):
             try:
                 result = problem.run()
-                if expected is None:
-                    expected = result
-                elif not agree(result, expected):
-                    log(f"{problem.kernel}, {problem.key}: {candidate} gives another result: left out")
-                    continue
                 time = measure(problem.run)
             except Exception as error:  # too much shared memory, an assembler that gives up: whatever Triton raises
-                log(f"{problem.kernel}, {problem.key}: {candidate} failed: {type(error).__name__}: left out")
+                if expected is None:
+                    raise RuntimeError(f"{name}: the default {candidate} does not run") from error
+                log(f"{name}: {candidate} failed: {type(error).__name__}: left out")
                 continue
+        if expected is None:
+            expected = result
+        elif not agree(result, expected):
+            right = False
+            log(f"{name}: {candidate} gives another result: left out")
+            continue
         if time < least:
             best, least = candidate, time
-    if expected is None:
-        raise RuntimeError(f"{problem.kernel}, {problem.key}: no candidate ran, not even the default")
-    log(f"{problem.kernel}, {problem.key}: {least:.3f} ms with {best}")
-    return best
+    log(f"{name}: {least:.3f} ms with {best}")
+    return best, right
 
 
 def main() -> int:
@@ -137,11 +145,16 @@ def main() -> int:
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
     path = options.output or _tuning.DIRECTORY / f"sm_{capability}.json"
+    wrong = []
     for problem in problems(capability, torch.device("cuda")):
-        best = fastest(problem, milliseconds, print)
+        best, right = fastest(problem, milliseconds, print)
+        if not right:
+            wrong.append(f"{problem.kernel}, {problem.key}")
         _tuning.write_table(path, {problem.kernel: {problem.key: best}})
     print(f"written to {path}")
-    return 0
+    if wrong:
+        print(f"m2f_kernels.tune: candidates gave wrong results, a bug: {'; '.join(wrong)}", file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

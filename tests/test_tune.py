@@ -83,14 +83,16 @@ def test_the_fastest_right_candidate_wins():
     lines = []
     times = {"slow": 2.0, "fast": 1.0, "wrong": 0.1}
     problem = tune.Problem("k", "x", candidates, run)
-    assert tune.fastest(problem, lambda _: times[current()], lines.append) == {"i": 3}
+    assert tune.fastest(problem, lambda _: times[current()], lines.append) == ({"i": 3}, False)
     assert "gives another result" in lines[0]
     assert "failed: RuntimeError" in lines[1]
 
 
-def test_no_candidate_at_all():
+def test_the_default_must_run():
+    """Otherwise another candidate would silently become the yardstick."""
+
     def run():
         raise RuntimeError("out of resource")
 
-    with pytest.raises(RuntimeError, match="no candidate ran"):
-        tune.fastest(tune.Problem("k", "x", [{"i": 0}], run), lambda _: 0.0, lambda _: None)
+    with pytest.raises(RuntimeError, match=r"k, x: the default \{'i': 0\} does not run"):
+        tune.fastest(tune.Problem("k", "x", [{"i": 0}, {"i": 1}], run), lambda _: 0.0, lambda _: None)
