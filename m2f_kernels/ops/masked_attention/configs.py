@@ -47,16 +47,32 @@ def default_forward(element_size: int, num_queries: int, d: int) -> Configuratio
     }
 
 
-def default_backward(element_size: int, num_queries: int, d: int) -> Configuration:
-    """Heuristic. Keys are the rows of every product but dQ's."""
-    queries, channels = min(padded(num_queries), 128), padded(d)
+def default_backward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
+    """Heuristic, from ahead-of-time compilation: the largest tiles without spills.
+
+    Keys are the rows of every product but dQ's, 16 of them per warp. With one block of queries a program owns several
+    tiles of keys; with more it owns one and goes through the blocks.
+    """
+    queries, channels = min(padded(num_queries), 64), padded(d)
     if element_size == 4:
-        tile = {"BLOCK_Q": min(queries, 32), "BLOCK_K": 32}
-        return {**tile, "num_warps": 4 if channels <= 32 else 8, "num_stages": 1, "waves": 4}
-    if channels >= 64:
-        queries = min(queries, 64)
-    return {"BLOCK_Q": queries, "BLOCK_K": 64, "num_warps": 8 if queries * channels > 2048 else 4, "num_stages": 1,
-            "waves": 2}  # fmt: skip
+        if channels <= 32:
+            block_q, block_k, warps = queries, 32, 8
+        elif channels <= 64:
+            block_q, block_k, warps = min(queries, 32), 32, 16 if queries > 32 else 8
+        else:
+            block_q, block_k, warps = 16, 32, 16
+        waves = 4
+    else:
+        if channels <= 32 or (channels <= 64 and capability >= 90):
+            block_q, block_k, warps = queries, 128, 8
+        elif channels <= 64:
+            block_q, block_k, warps = min(queries, 32), 32, 4
+        elif capability == 90:
+            block_q, block_k, warps = queries, 32, 8
+        else:
+            block_q, block_k, warps = 16, 32, 4
+        waves = 2
+    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 1, "waves": waves}
 
 
 def forward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
@@ -67,7 +83,7 @@ def forward(capability: int, element_size: int, num_queries: int, d: int) -> Con
 
 def backward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
     """The configuration to launch with."""
-    default = default_backward(element_size, num_queries, d)
+    default = default_backward(capability, element_size, num_queries, d)
     return _tuning.configuration(capability, BACKWARD, key(element_size, num_queries, d), default)
 
 

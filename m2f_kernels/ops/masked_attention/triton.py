@@ -156,8 +156,8 @@ def _forward_kernel(
     if _any_non_finite(acc):
         # A value that is not finite spoils its whole column, also for queries that do not attend to it.
         maximum, total, acc = _forward_one_by_one(
-            q, key, value, bits, rows, exists, empty, key_s, value_s, first_key,
-            tl.minimum(first_key + TILES * BLOCK_K, num_keys), num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
+            query, key, value, bits, rows, exists, empty, query_q, key_s, value_s, first_query, num_queries,
+            first_key, tl.minimum(first_key + TILES * BLOCK_K, num_keys), num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
         )  # fmt: skip
 
     channels = tl.arange(0, BLOCK_D)
@@ -180,11 +180,13 @@ def _forward_kernel(
 
 @triton.jit
 def _forward_one_by_one(
-    q, key, value, bits, rows, exists, empty, key_s, value_s, first_key, end, num_words, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    query, key, value, bits, rows, exists, empty, query_q, key_s, value_s, first_query, num_queries, first_key, end,
+    num_words, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """The same sums key by key: only a product with a key that is attended to is added."""
-    q = q.to(tl.float32)
+    """The same sums key by key: only a product with a key that is attended to is added.
+
+    Queries are read again for each key, so that this rare path takes no registers of the frequent one.
+    """
     maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
@@ -193,6 +195,7 @@ def _forward_one_by_one(
         attend = (((word >> (j % _WORD)) & 1) != 0) | empty
         k = _load_row(key, j, key_s, D, BLOCK_D)
         v = _load_row(value, j, value_s, D, BLOCK_D)
+        q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D).to(tl.float32)
         scores = tl.where(attend, tl.sum(q * k, axis=1) * scale_log2, float("-inf"))
         new_maximum = tl.maximum(maximum, scores)
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -308,10 +311,11 @@ def _backward_tile(
 ):  # fmt: skip
     """Gradients that one tile of keys and one block of queries give each other, without the factor of the scores."""
     attend = _expand(words, BLOCK_Q, BLOCK_K, 0)
-    # [keys, queries]. Whatever a blocked pair has is replaced, not multiplied by 0: it may not be finite.
+    # [keys, queries]. Whatever a blocked pair has is replaced, not multiplied by 0: it may not be finite. Its weight
+    # then says as much as its bit.
     weights = tl.where(attend, tl.exp2(dot(k, tl.trans(q)) * scale_log2 - lse2[None, :]), 0.0)
     dv = dot(weights.to(g.dtype), g)
-    ds = tl.where(attend, weights * (dot(v, tl.trans(g)) - delta[None, :]), 0.0).to(q.dtype)
+    ds = tl.where(weights != 0, weights * (dot(v, tl.trans(g)) - delta[None, :]), 0.0).to(q.dtype)
     return dot(ds, q), dv, dot(tl.trans(ds), k)
 
 
@@ -328,20 +332,25 @@ def _store_rows(
 
 @triton.jit
 def _query_gradient_one_by_one(
-    q, g, lse2, delta, key, value, bits, rows, exists, empty, key_s, value_s, first_key, end, num_words, scale_log2,
+    query, grad, output, logsumexp, key, value, bits, rows, exists, empty, query_q, grad_q, key_s, value_s,
+    first_query, num_queries, heads, first_key, end, num_words, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries key by key: only a product with a key that is attended to is added."""
-    q = q.to(tl.float32)
-    g = g.to(tl.float32)
+    """dQ of a block of queries key by key: only a product with a key that is attended to is added.
+
+    Everything is read again for each key, so that this rare path takes no registers of the frequent one.
+    """
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for j in range(first_key, end):
         word = tl.load(bits + rows * num_words + j // _WORD, mask=exists, other=0)
         attend = (((word >> (j % _WORD)) & 1) != 0) | empty
         k = _load_row(key, j, key_s, D, BLOCK_D)
         v = _load_row(value, j, value_s, D, BLOCK_D)
-        weights = tl.exp2(tl.sum(q * k, axis=1) * scale_log2 - lse2)
-        ds = weights * (tl.sum(g * v, axis=1) - delta)
+        q, g, lse2, delta = _load_query_block(
+            query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads, D, BLOCK_Q, BLOCK_D
+        )  # fmt: skip
+        weights = tl.exp2(tl.sum(q.to(tl.float32) * k, axis=1) * scale_log2 - lse2)
+        ds = weights * (tl.sum(g.to(tl.float32) * v, axis=1) - delta)
         dq += tl.where(attend[:, None], ds[:, None] * k, 0.0)
     return dq
 
@@ -406,8 +415,8 @@ def _backward_kernel(
             _store_rows(dvalue, first, heads * D, num_keys, dv, D, BLOCK_K, BLOCK_D)
         if _any_non_finite(dq):
             dq = _query_gradient_one_by_one(
-                q, g, lse2, delta, key, value, bits, rows, exists, empty, key_s, value_s, first_key, end, num_words,
-                scale_log2, D, BLOCK_D, BLOCK_Q,
+                query, grad, output, logsumexp, key, value, bits, rows, exists, empty, query_q, grad_q, key_s, value_s,
+                0, num_queries, heads, first_key, end, num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
             )  # fmt: skip
         _store_rows(parts, 0, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
     else:
@@ -432,8 +441,8 @@ def _backward_kernel(
                 all_dv += dv
                 if _any_non_finite(dq):
                     dq = _query_gradient_one_by_one(
-                        q, g, lse2, delta, key, value, bits, rows, exists, empty, key_s, value_s, first_key, end,
-                        num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
+                        query, grad, output, logsumexp, key, value, bits, rows, exists, empty, query_q, grad_q, key_s, value_s,
+                        first_query, num_queries, heads, first_key, end, num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
                     )  # fmt: skip
             _store_rows(parts, first_query, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
         _store_rows(dkey, first_key, heads * D, num_keys, all_dk * scale, D, BLOCK_K, BLOCK_D)
