@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,21 +33,29 @@ class Scale:
 class Data:
     """Inputs of a case and what the fp64 reference makes of them.
 
-    `truth` holds "output" and, for inputs named in `differentiable`, their gradients for `grad_output`. The output has
-    the dtype of the first of them.
+    Attributes:
+        inputs: by name; each implementation's adapter takes what it needs.
+        truth: the outputs and, where a gradient was asked for, the gradients, by name; and whatever else the
+            operator's own check needs.
+        levels: (h, w) of the feature levels, where the operator has any.
+        outputs: names of the outputs in `truth`, in the order in which an implementation returns them.
+        grad_outputs: the gradient of each output that has one, in the dtype of the truth.
+        differentiable: inputs whose gradients are wanted; gradients are computed in the dtype of the first of them.
     """
 
     inputs: Tensors
-    levels: Levels
-    grad_output: Tensor
-    differentiable: tuple[str, ...]
     truth: Tensors
+    levels: Levels = field(default_factory=list)
+    outputs: tuple[str, ...] = ("output",)
+    grad_outputs: tuple[Tensor, ...] = ()
+    differentiable: tuple[str, ...] = ()
 
     def to(self, device: str) -> Data:
         def move(tensors: Tensors) -> Tensors:
             return {name: tensor.to(device) for name, tensor in tensors.items()}
 
-        return Data(move(self.inputs), self.levels, self.grad_output.to(device), self.differentiable, move(self.truth))
+        gradients = tuple(gradient.to(device) for gradient in self.grad_outputs)
+        return replace(self, inputs=move(self.inputs), truth=move(self.truth), grad_outputs=gradients)
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,15 @@ class Work:
         bytes_moved: every input read once and every output written once.
         gather_bytes: bytes of rows gathered from (or scattered to) the value tensor.
         gather_level: "l1" or "l2", the cache whose measured gather rate bounds `gather_bytes`.
+        flops: multiplications and additions of matrix products.
+        flop_dtype: "float32" or "bfloat16", the dtype whose measured rate of matrix products bounds `flops`.
     """
 
     bytes_moved: int
     gather_bytes: int = 0
     gather_level: str = "l2"
+    flops: int = 0
+    flop_dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -70,17 +83,42 @@ class Implementation:
 
     Attributes:
         name: as printed; the first implementation of a case is the one that ratios are about.
-        call: takes what `adapt` returned; only this is timed.
+        call: takes what `adapt` returned; only this is timed. Returns a tensor or a tuple of them; or yields one
+            result after the other, of which the timed call drops each before the next is made, as a model does.
         adapt: brings the inputs into the form this implementation likes best (dtype, layout, index tensors); untimed.
         ours: held to this package's tolerance rather than to the peers'.
         unavailable: why it cannot run here ("not installed"), or None.
+        decode: brings the tensors that `call` returned into the form of the truth; untimed.
+        counts_writes: whether its operations pass PyTorch's dispatcher one by one, so that what they write can be
+            counted; compiled code's do not.
     """
 
     name: str
-    call: Callable[[dict[str, Any]], Tensor]
+    call: Callable[[dict[str, Any]], Any]
     adapt: Callable[[Tensors, Levels], dict[str, Any]]
     ours: bool = False
     unavailable: Callable[[], str | None] = lambda: None
+    decode: Callable[[Sequence[Tensor], Data], Sequence[Tensor]] = lambda results, data: results
+    counts_writes: bool = True
+
+
+def _tensors(result: Any) -> tuple[Tensor, ...]:
+    """The tensors of a result: a tensor, or any nesting of tuples of them."""
+    if isinstance(result, Tensor):
+        return (result,)
+    return tuple(t for part in result for t in _tensors(part)) if isinstance(result, (tuple, list)) else ()
+
+
+def _results(found: Any, collect: bool) -> tuple[Tensor, ...]:
+    """The tensors of what a call returned. Of a call that yields, all with `collect`; otherwise none, each is dropped
+    before the next is made."""
+    if not isinstance(found, Iterator):
+        return _tensors(found)
+    if collect:
+        return tuple(t for step in found for t in _tensors(step))
+    for step in found:
+        del step
+    return ()
 
 
 @dataclass(frozen=True)
@@ -114,24 +152,27 @@ class Case:
     def title(self) -> str:
         return self.name.replace("-", " ")
 
-    def bind(self, implementation: Implementation, data: Data) -> Callable[[], tuple[Tensor, ...]]:
-        """A call without arguments that returns the output and, with backward, the gradients in order."""
+    def bind(self, implementation: Implementation, data: Data) -> Callable[..., tuple[Tensor, ...]]:
+        """A call that returns the outputs and, with backward, the gradients in order.
+
+        It takes one argument, `collect=False`: whether the outputs of a call that yields them are kept and returned.
+        """
         arguments = implementation.adapt(data.inputs, data.levels)
         if not self.backward:
 
-            def forward() -> tuple[Tensor, ...]:
+            def forward(collect: bool = False) -> tuple[Tensor, ...]:
                 with torch.no_grad():
-                    return (implementation.call(arguments),)
+                    return _results(implementation.call(arguments), collect)
 
             return forward
 
         leaves = [arguments[name].detach().requires_grad_() for name in data.differentiable]
         arguments.update(zip(data.differentiable, leaves, strict=True))
-        grad_output = data.grad_output.to(leaves[0].dtype)
+        grad_outputs = [gradient.to(leaves[0].dtype) for gradient in data.grad_outputs]
 
-        def forward_backward() -> tuple[Tensor, ...]:
-            output = implementation.call(arguments)
-            return (output.detach(), *torch.autograd.grad(output, leaves, grad_output))
+        def forward_backward(collect: bool = False) -> tuple[Tensor, ...]:
+            outputs = _results(implementation.call(arguments), True)
+            return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, grad_outputs))
 
         return forward_backward
 
@@ -141,18 +182,44 @@ class Figure:
     """A required figure: numerator over denominator must be at least `target`.
 
     Each side is (case, implementations, field of `Row`); of several implementations the least value counts,
-    so that a peer is represented by its best backend. `target` maps an allocator setting to the least ratio.
+    so that a peer is represented by its best backend; with `of_fastest`, the value of the one that takes the least
+    time. `target` maps an allocator setting to the least ratio; None shows the ratio without judging it.
     """
 
     label: str
     numerator: tuple[str, tuple[str, ...], str]
     denominator: tuple[str, tuple[str, ...], str]
-    target: dict[str, float]
+    target: dict[str, float | None]
+    of_fastest: bool = False
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check found: whether all results are within tolerance, and the worst errors."""
+
+    right: bool
+    output: float
+    gradients: float | None = None
+
+
+Check = Callable[[Case, Implementation, Data, Sequence[Tensor]], Verdict]
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Everything the runner needs to know about one operator."""
+    """Everything the runner needs to know about one operator.
+
+    Attributes:
+        op: name on the command line and of the files written.
+        data: builders of the data sets that the cases name.
+        work: what the floor is computed from.
+        shrink: a smaller version of the data, to start threads and load code before peak memory is measured.
+        figures: the required figures.
+        check: compares results, decoded, with the truth.
+        operators: the package's operators that it measures, whose backends the report states; empty for `op` itself.
+        budget_s: seconds of interleaved timing per case in a full run.
+        pictures: draws what bars do not show into a directory, and returns the names of the files.
+    """
 
     op: str
     title: str
@@ -160,17 +227,24 @@ class Benchmark:
     cases: Callable[[Scale], list[Case]]
     data: Callable[[Scale], dict[str, Callable[[], Data]]]
     work: Callable[[Case, Data], Work]
-    #: A smaller version of the data, to start threads and load code before peak memory is measured.
     shrink: Callable[[Data], Data]
     figures: Callable[[Scale], list[Figure]]
+    check: Check
+    operators: tuple[str, ...] = ()
+    budget_s: float = 3.0
+    pictures: Callable[[Path, Sequence[Row]], list[str]] = lambda directory, rows: []
+
+    @property
+    def measured_operators(self) -> tuple[str, ...]:
+        return self.operators or (self.op,)
 
 
 @dataclass
 class Row:
     """One line of the CSV: one implementation of one case under one allocator setting.
 
-    Times in milliseconds (median and interquartile range of interleaved runs), memory in MiB, errors relative L2
-    against the fp64 reference. `subject_speedup` is this row's median over that of the case's first implementation.
+    Times in milliseconds (median and interquartile range of interleaved runs), memory in MiB, errors as the
+    benchmark's check gives them. `subject_speedup` is this row's median over that of the case's first implementation.
     """
 
     op: str
@@ -194,6 +268,7 @@ class Row:
     floor_share: float | None = None
     memory_extra_mib: float | None = None
     memory_total_mib: float | None = None
+    written_mib: float | None = None
     ours: bool = False
     headline: bool = False
 
@@ -230,20 +305,20 @@ def relative_l2(actual: Tensor, truth: Tensor) -> float:
     return difference / scale if scale else difference
 
 
-def check(
-    case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]
-) -> tuple[bool, list[float]]:
-    """Compare results with the truth: whether all are within tolerance, and the errors in order."""
-    names = ("output", *data.differentiable) if case.backward else ("output",)
+def check_relative_l2(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
+    """Hold each output and gradient to its bound on the relative L2 error."""
+    names = (*data.outputs, *data.differentiable) if case.backward else data.outputs
     errors, right = [], True
     for i, (name, actual) in enumerate(zip(names, results, strict=True)):
         truth = data.truth[name]
         if actual.shape != truth.shape:
             raise ValueError(f"{name}: expected shape {tuple(truth.shape)}; got {tuple(actual.shape)}")
         errors.append(relative_l2(actual, truth))
-        tolerance = (GRADIENT_TOLERANCE if i else OUTPUT_TOLERANCE) * (1 if implementation.ours else PEER_SLACK)
+        tolerance = OUTPUT_TOLERANCE if i < len(data.outputs) else GRADIENT_TOLERANCE
+        tolerance *= 1 if implementation.ours else PEER_SLACK
         if results[0].dtype in (torch.bfloat16, torch.float16):
             rounding = 2 * relative_l2(truth.to(results[0].dtype), truth)
             tolerance = max(tolerance, rounding if implementation.ours else PEER_LOW_PRECISION_TOLERANCE)
         right &= errors[-1] <= tolerance
-    return right, errors
+    outputs, gradients = errors[: len(data.outputs)], errors[len(data.outputs) :]
+    return Verdict(right, max(outputs), max(gradients, default=None))

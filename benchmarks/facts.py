@@ -95,7 +95,7 @@ def gather(device: str, ops: list[str]) -> dict[str, str]:
         "m2f-kernels": f"{m2f_kernels.__version__} at commit {_commit()}",
         "PyTorch grid_sample form": peers.grid_sample_source(),
     }
-    for peer in ("torch-ms-deform-attn", "deformops"):
+    for peer in ("transformers", "torch-ms-deform-attn", "deformops"):
         facts[peer] = peers.version(peer) or "not installed"
     if device == "cuda":
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]

@@ -6,6 +6,8 @@
   indices, from a table that fills half of L1, of L2 or of the last-level cache, or exceeds them all. It reads rows
   and adds them, and writes one row in 256: a hand-vectorised loop in PyTorch, so a rate that
   code can really reach, not a data sheet's. Only the bytes of the rows are counted.
+- matrix products: `torch.mm` of large square matrices in float32 and bfloat16 with the same number of threads, 2 n^3
+  operations each; float32 in IEEE precision, PyTorch's default.
 
 The least time of many runs counts, since a floor is about the hardware, not about its neighbours; a rate with more
 threads is never below the one with fewer. On a GPU the
@@ -30,6 +32,8 @@ Floors = dict[str, float]
 _ROW_FLOATS = 32
 _ROW_BYTES = 4 * _ROW_FLOATS
 _BAG = 256
+_MATMUL_SIDE, _MATMUL_SIDE_QUICK, _MATMUL_SIDE_CUDA = 2048, 1024, 8192
+_MATMUL_DTYPES = (torch.float32, torch.bfloat16)
 _REPEATS = 7
 _SECONDS = 0.2
 #: Used where the system does not say.
@@ -91,6 +95,18 @@ def gather_rate(device: str, table_bytes: int, lookups: int) -> float:
     return bags * _BAG * _ROW_BYTES / seconds
 
 
+def matmul_rate(device: str, side: int, dtype: torch.dtype) -> float:
+    """Multiplications and additions per second of a product of two square matrices."""
+    left, right = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+    product = torch.empty_like(left)
+    return 2 * side**3 / _least_seconds(lambda: torch.mm(left, right, out=product), device)
+
+
+def matmul_name(dtype: str) -> str:
+    """The name of a dtype's rate of matrix products among the floors."""
+    return f"{dtype} matmul"
+
+
 def measure_all(device: str, counts: set[int], quick: bool) -> dict[str, Floors]:
     """The rates of `measure` by number of threads."""
     rates: dict[str, Floors] = {}
@@ -103,7 +119,8 @@ def measure_all(device: str, counts: set[int], quick: bool) -> dict[str, Floors]
 
 
 def measure(device: str, threads: int, quick: bool) -> Floors:
-    """Rates in bytes per second: "bandwidth", and of the gather "l1", "l2", "l3" (CPU) and "memory"."""
+    """Rates in bytes per second: "bandwidth", and of the gather "l1", "l2", "l3" (CPU) and "memory"; in operations per
+    second: "float32 matmul" and "bfloat16 matmul"."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
@@ -113,13 +130,20 @@ def measure(device: str, threads: int, quick: bool) -> Floors:
         for level, size in cache_sizes(device).items():
             floors[level] = gather_rate(device, size // 2, lookups)
         floors["memory"] = gather_rate(device, large << 20, lookups)
+        side = _MATMUL_SIDE_CUDA if device == "cuda" else _MATMUL_SIDE_QUICK if quick else _MATMUL_SIDE
+        for dtype in _MATMUL_DTYPES:
+            floors[matmul_name(str(dtype).removeprefix("torch."))] = matmul_rate(device, side, dtype)
         return floors
     finally:
         torch.set_num_threads(before)
 
 
 def floor(work: Work, floors: Floors) -> tuple[float, str]:
-    """The floor time in milliseconds, and which of the two bounds it."""
-    moved = work.bytes_moved / floors["bandwidth"] * 1e3
-    gathered = work.gather_bytes / floors[work.gather_level] * 1e3
-    return (moved, "bandwidth") if moved >= gathered else (gathered, f"{work.gather_level} gather")
+    """The floor time in milliseconds, and what bounds it."""
+    matmul = matmul_name(work.flop_dtype)
+    bounds = [
+        (work.bytes_moved / floors["bandwidth"] * 1e3, "bandwidth"),
+        (work.gather_bytes / floors[work.gather_level] * 1e3, f"{work.gather_level} gather"),
+        (work.flops / floors[matmul] * 1e3, matmul),
+    ]
+    return max(bounds, key=lambda bound: bound[0])

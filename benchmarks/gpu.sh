@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # What `make gpu` does, on a machine with a CUDA GPU: build, the whole suite, compute-sanitizer, the benchmarks with
-# every peer that is installed. Needs a Python ($PYTHON) with a CUDA torch >= 2.11, cmake, ninja, pybind11, pytest,
-# hypothesis and what benchmarks/requirements.txt lists; downloads nothing. Each step's log goes to $RESULTS (default benchmarks/results/<GPU name>/run); a failed
-# step does not stop the later ones, and makes the exit status non-zero. STEPS chooses some of them.
+# every peer that is installed. Needs a Python ($PYTHON) with a CUDA torch >= 2.11, triton, cmake, ninja, and what
+# tests/requirements.txt and benchmarks/requirements.txt list; downloads nothing. Each step's log goes to $RESULTS (default
+# benchmarks/results/<GPU name>/run); a failed step does not stop the later ones, and makes the exit status non-zero.
+# STEPS chooses some of them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -21,7 +22,7 @@ arch=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capabili
 
 step_build() { M2F_CUDA_ARCHS=${M2F_CUDA_ARCHS:-$arch} "$PYTHON" setup.py -q build_ext --inplace && cat build/temp.*/cmake/build.log; }
 step_info() { "$PYTHON" -m m2f_kernels.info && nvidia-smi && git rev-parse HEAD; }
-step_resources() { "$PYTHON" csrc/report_resources.py --archs "$arch" --check --output "$RESULTS/resources.md" && cat "$RESULTS/resources.md"; }
+step_resources() { "$PYTHON" csrc/report_resources.py --archs "$arch" --check --output "$RESULTS/resources.md" && cat "$RESULTS/resources.md" && "$PYTHON" -m benchmarks.static --check --archs "$arch"; }
 step_suite() { "$PYTHON" -m pytest tests -m "not slow" -q --durations=10; }
 step_memcheck() { compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }
 step_racecheck() { compute-sanitizer --tool racecheck --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }

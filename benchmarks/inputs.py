@@ -1,6 +1,6 @@
-"""Real inputs: a photograph through a backbone, and the two distributions of sampling locations.
+"""Real inputs: photographs through a backbone, sampling locations and masks, each in two distributions.
 
-No download: the photograph is scikit-image's astronaut, the backbone a ResNet-50 of `transformers` built from its
+No download: the photographs are scikit-image's, the backbone a ResNet-50 of `transformers` built from its
 configuration with seeded random weights, followed by the 1x1 projection and group norm of Mask2Former's pixel decoder.
 """
 
@@ -15,6 +15,10 @@ from torch import Tensor
 from benchmarks.cases import Levels
 
 SEED = 0
+#: The photographs that masks are cut from.
+PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
+#: Weight of the squared distance, in sides of the image, against the squared difference of colours of unit variance.
+DISTANCE_WEIGHT = 8.0
 #: Coordinates keep this distance, in pixels, from pixel centres: there the gradient jumps, and rounding alone would
 #: decide which side an implementation takes.
 CENTRE_MARGIN = 1 / 64
@@ -24,32 +28,43 @@ def generator(offset: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(SEED + offset)
 
 
-def photograph(height: int, width: int) -> Tensor:
-    """The astronaut, [1, 3, height, width], normalised."""
+def photograph(height: int, width: int, name: str = "astronaut") -> Tensor:
+    """One of scikit-image's photographs, [1, 3, height, width], normalised."""
     from skimage import data  # an optional dependency, and slow to import
 
-    image = torch.from_numpy(data.astronaut()).permute(2, 0, 1)[None].float() / 255
+    image = torch.from_numpy(getattr(data, name)()).permute(2, 0, 1)[None].float() / 255
     image = F.interpolate(image, size=(height, width), mode="bilinear", antialias=True)
     return (image - 0.45) / 0.225
 
 
 @torch.no_grad()
-def projected_levels(height: int, width: int, channels: int, stride_64: bool = False) -> list[Tensor]:
-    """Feature maps [1, channels, h, w] of the photograph at strides 8, 16, 32 (and 64), each of about unit variance."""
+def _projected(height: int, width: int, channels: int, stages: list[str], extra: bool) -> list[Tensor]:
+    """Outputs of the backbone's stages projected to `channels`, each of about unit variance; with `extra`, also the
+    last one at half its size."""
     from transformers import ResNetBackbone, ResNetConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        backbone = ResNetBackbone(ResNetConfig(out_features=["stage2", "stage3", "stage4"])).eval()
+        backbone = ResNetBackbone(ResNetConfig(out_features=stages)).eval()
         features = list(backbone(photograph(height, width)).feature_maps)
         levels = []
         for feature in features:
             projection = torch.nn.Conv2d(feature.shape[1], channels, 1)
             levels.append(F.group_norm(projection(feature), 32))
-        if stride_64:
+        if extra:
             down = torch.nn.Conv2d(features[-1].shape[1], channels, 3, stride=2, padding=1)
             levels.append(F.group_norm(down(features[-1]), 32))
     return levels
+
+
+def projected_levels(height: int, width: int, channels: int, stride_64: bool = False) -> list[Tensor]:
+    """Feature maps [1, channels, h, w] of the photograph at strides 8, 16, 32 (and 64), each of about unit variance."""
+    return _projected(height, width, channels, ["stage2", "stage3", "stage4"], stride_64)
+
+
+def mask_features(height: int, width: int, channels: int) -> Tensor:
+    """Features [1, channels, height / 4, width / 4] of the photograph, of about unit variance."""
+    return _projected(height, width, channels, ["stage1"], False)[0]
 
 
 def flatten_levels(levels: list[Tensor], heads: int, batch: int) -> tuple[Tensor, Levels]:
@@ -119,3 +134,36 @@ def attention_logits(batch: int, queries: int, heads: int, levels: int, points: 
 def offsets_of(locations: Tensor, reference: Tensor, levels: Levels) -> Tensor:
     """The offsets in pixels that lead from `reference` [N, Q, L, 2] to `locations`."""
     return (locations - reference[:, :, None, :, None]) * _sizes(levels)
+
+
+def blob_masks(size: tuple[int, int], batch: int, queries: int, density: float) -> Tensor:
+    """Regions of photographs: bool [batch, queries, h*w], of which each row has the share `density` of True.
+
+    Like a predicted mask, a region is what resembles a place: the pixels nearest in colour and position to an anchor
+    pixel, in a photograph at half the level's size (a mask is smoother than its pixels). Every query has its own
+    anchor, in one of the photographs in turn.
+    """
+    h, w = size
+    source = generator(5)
+    y, x = torch.meshgrid((torch.arange(h) + 0.5) / h, (torch.arange(w) + 0.5) / w, indexing="ij")
+    position = torch.stack([x, y]).flatten(1) * DISTANCE_WEIGHT**0.5
+    descriptions = []
+    for name in PHOTOGRAPHS:
+        image = F.interpolate(photograph(max(1, h // 2), max(1, w // 2), name), size=size, mode="bilinear")[0]
+        colour = image.flatten(1)
+        colour = (colour - colour.mean(1, keepdim=True)) / colour.std(1, keepdim=True)
+        descriptions.append(torch.cat([colour, position]))
+    attend = torch.zeros(batch * queries, h * w, dtype=torch.bool)
+    for i, row in enumerate(attend):
+        description = descriptions[i % len(descriptions)]
+        anchor = description[:, torch.randint(h * w, (1,), generator=source)]
+        distance = (description - anchor).square().sum(0)
+        row[distance.topk(max(1, round(density * h * w)), largest=False).indices] = True
+    return attend.view(batch, queries, h * w)
+
+
+def random_masks(keys: int, batch: int, queries: int, density: float) -> Tensor:
+    """Independent bits, bool [batch, queries, keys], at least one in each row."""
+    attend = torch.rand(batch, queries, keys, generator=generator(6)) < density
+    attend[..., 0] |= ~attend.any(-1)
+    return attend

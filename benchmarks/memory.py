@@ -9,7 +9,11 @@ not of the allocator's cache. `calibration` measures a known temporary by the sa
 CUDA: `torch.cuda.max_memory_allocated`, the peak of live tensors in the caching allocator.
 
 Both give: extra = peak - memory before the call - outputs, and total = inputs + outputs + extra. The outputs of
-forward + backward are the output and the gradients.
+forward + backward are the output and the gradients. A call that yields its results and has them dropped one by one
+has no outputs: its extra memory is all that it needs above its inputs.
+
+Written: bytes of every tensor that an operator called through PyTorch's dispatcher writes, outputs and temporaries
+alike; what an operator writes within itself is not seen.
 """
 
 from __future__ import annotations
@@ -22,6 +26,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 MIB = 1 << 20
 #: What the kernel's page accounting and code pages touched for the first time may add, in MiB.
@@ -71,6 +77,34 @@ def measure(run: Callable[[], Any], inputs: Iterable[Any], device: str) -> tuple
     peak, outputs = peak_mib(run, device)
     extra = max(0.0, peak - outputs)
     return extra, bytes_of(inputs) / MIB + outputs + extra
+
+
+class _Writes(TorchDispatchMode):
+    """Adds up the bytes that operators write: results that are neither views nor left uninitialised."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if "empty" in func.overloadpacket.__name__:
+            return result
+        mutates = func._schema.is_mutable
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and (mutates or tensor.untyped_storage().data_ptr() not in given):
+                self.bytes += bytes_of([tensor])
+        return result
+
+
+def written(run: Callable[[], tuple[Tensor, ...]], count: bool = True) -> tuple[tuple[Tensor, ...], float | None]:
+    """What `run()` returns, and the MiB written by it; None where they are not to be counted."""
+    if not count:
+        return run(), None
+    with _Writes() as writes:
+        result = run()
+    return result, writes.bytes / MIB
 
 
 def calibration() -> float:

@@ -37,7 +37,8 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def _missing(module: str) -> Callable[[], str | None]:
+def missing(module: str) -> Callable[[], str | None]:
+    """Says "not installed" where `module` cannot be found."""
     return lambda: None if importlib.util.find_spec(module) else "not installed"
 
 
@@ -145,12 +146,12 @@ def attention_peers(device: str) -> list[Implementation]:
             TORCH_MS_DEFORM_ATTN,
             lambda a: _torch_ms_deform_attn(a, a["sampling_locations"], a["attention_weights"]),
             as_float32,
-            unavailable=_missing("torch_ms_deform_attn"),
+            unavailable=missing("torch_ms_deform_attn"),
         ),
     ]
     if device == "cuda":
         peers += [
-            Implementation(name, _deformops(backend), _deformops_inputs, unavailable=_missing("deformops"))
+            Implementation(name, _deformops(backend), _deformops_inputs, unavailable=missing("deformops"))
             for name, backend in ((DEFORMOPS_TRITON, "TRITON"), (DEFORMOPS_CUDA, "CUDA"))
         ]
     return peers
@@ -169,6 +170,6 @@ def prologue_peers() -> list[Implementation]:
             f"eager prologue + {TORCH_MS_DEFORM_ATTN}",
             lambda a: _torch_ms_deform_attn(a, *eager_prologue(a)),
             as_float32,
-            unavailable=_missing("torch_ms_deform_attn"),
+            unavailable=missing("torch_ms_deform_attn"),
         ),
     ]

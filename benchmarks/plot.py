@@ -11,7 +11,7 @@ from benchmarks.formats import mebibytes, number
 from benchmarks.memory import RESOLUTION_MIB
 
 _OURS, _OURS_OTHER = "#d1495b", "#e8a0aa"
-_PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98")
+_PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98", "#c9a66b", "#5f6c7b")
 _BAR = 0.8
 
 

@@ -21,10 +21,12 @@ REGRESSION_SHARE = 0.10
 METHOD = """\
 - Times: median (interquartile range) in ms of interleaved runs, A B C A B C ..., after one warm-up round.
 - Speed-up: this row's median over the median of the case's first implementation.
-- Error: relative L2 against the reference in fp64, output and worst gradient; a row above the tolerance has no time.
-- Floor: max(bytes moved / measured bandwidth, rows gathered / measured gather rate), and the share of it reached.
-  Local cases count gathered rows at the L1 rate, random ones at the L2 rate. Backward counts as a second gather and a
-  read-modify-write of every row.
+- Error: relative L2 against the reference in fp64, worst output and worst gradient; of attention masks, the share of
+  bits that differ from it. A row above the tolerance has no time.
+- Floor: max(bytes moved / measured bandwidth, rows gathered / measured gather rate, operations of matrix products /
+  measured rate of `torch.mm` in the same dtype), and the share of it reached. Deformable attention: local cases count
+  gathered rows at the L1 rate, random ones at the L2 rate; backward counts as a second gather and a read-modify-write
+  of every row. Masked attention: operations of attended pairs only, 2 products forward and 4 backward.
 - Page faults: minor faults per call (CPU); they are what the allocator setting changes."""
 
 
@@ -47,7 +49,8 @@ def _settings(rows: Iterable[Row]) -> list[str]:
 
 
 def _time_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    header = ["case", "implementation", "ms (IQR)", "speed-up", "error", "error grad", "faults", "floor ms", "share"]
+    header = ["case", "implementation", "ms (IQR)", "speed-up", "error", "error grad", "MiB written", "faults",
+              "floor ms", "share"]  # fmt: skip
     lines = []
     for row in rows:
         time = row.status if row.median_ms is None else f"{number(row.median_ms)} ({number(row.iqr_ms)})"
@@ -57,7 +60,7 @@ def _time_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         floor = "-" if row.floor_ms is None else f"{number(row.floor_ms)} ({row.floor_kind})"
         lines.append(
             [row.case, row.implementation, time, speedup, _error(row.error_output), _error(row.error_gradients),
-             faults, floor, share]
+             number(row.written_mib), faults, floor, share]
         )  # fmt: skip
     return header, lines
 
@@ -88,27 +91,31 @@ def _scaling_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
+    """Rates in GB/s, those of matrix products in GFLOP/s."""
     names = list(next(iter(floors.values())))
-    return ["threads", *(f"{name} GB/s" for name in names)], [
+    return ["threads", *(f"{name} {'GFLOP/s' if name.endswith('matmul') else 'GB/s'}" for name in names)], [
         [threads, *(number(rates[name] / 1e9) for name in names)] for threads, rates in floors.items()
     ]
 
 
-def _side(rows: Sequence[Row], side: tuple[str, tuple[str, ...], str], setting: str) -> float | None:
-    """The least measured value of one side of a figure."""
+def _side(
+    rows: Sequence[Row], side: tuple[str, tuple[str, ...], str], setting: str, of_fastest: bool = False
+) -> float | None:
+    """One side of a figure: of the rows measured the least value, or the value of the fastest."""
     case, implementations, field = side
     values = [
-        getattr(row, field)
+        (row.median_ms if of_fastest and row.median_ms is not None else value, value)
         for row in rows
         if row.case == case and row.implementation in implementations and row.setting == setting
+        if (value := getattr(row, field)) is not None
     ]
-    values = [value for value in values if value is not None]
-    return min(values) if values else None
+    return min(values)[1] if values else None
 
 
 def evaluate(figure: Figure, rows: Sequence[Row], setting: str) -> tuple[float, bool] | None:
     """The ratio, and whether it is only a lower bound (memory below what can be resolved); None if not measured."""
-    above, below = _side(rows, figure.numerator, setting), _side(rows, figure.denominator, setting)
+    above = _side(rows, figure.numerator, setting, figure.of_fastest)
+    below = _side(rows, figure.denominator, setting, figure.of_fastest)
     if above is None or below is None:
         return None
     if figure.denominator[2].startswith("memory") and below < memory.RESOLUTION_MIB:
@@ -181,13 +188,14 @@ def show(console: Console, benchmark: Benchmark, run: Run) -> None:
         console.print(_rich(title, header, lines))
 
 
-def markdown(benchmark: Benchmark, run: Run, picture: bool) -> str:
+def markdown(benchmark: Benchmark, run: Run, picture: bool, others: Sequence[str] = ()) -> str:
     """An operator's tables as Markdown, without the facts."""
     parts = [f"# {benchmark.title}", benchmark.description]
     if run.scale.quick:
         parts.append("**Quick run: small shapes and few rounds. Required figures are not judged.**")
     if picture:
         parts.append(f"![{benchmark.title}]({benchmark.op}.png)")
+    parts += [f"![{benchmark.title}]({name})" for name in others]
     for title, header, lines in _sections(benchmark, run):
         parts += [f"## {title}", _markdown(header, lines)]
     return "\n\n".join(parts) + "\n"
@@ -213,7 +221,7 @@ def write(directory: Path, benchmarks: Sequence[Benchmark], run: Run) -> None:
         rows = [row for row in run.rows if row.op == benchmark.op]
         write_csv(directory / f"{benchmark.op}.csv", rows)
         picture = plot.draw(directory / f"{benchmark.op}.png", benchmark, rows, run.facts)
-        chapter = markdown(benchmark, run, picture)
+        chapter = markdown(benchmark, run, picture, benchmark.pictures(directory, rows))
         (directory / f"{benchmark.op}.md").write_text(chapter + "\n" + facts_markdown(run) + "\n" + method_markdown())
         chapters.append(chapter)
     (directory / "report.md").write_text("\n".join([*chapters, facts_markdown(run), method_markdown()]))

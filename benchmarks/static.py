@@ -82,7 +82,9 @@ CASES = [
         "resize_mask_features",
         lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128, 100, 100]),
     ),
-    Case(_ATTENTION, "masked_attention", lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5), (32, 16, 64, 128, 80)),
+    Case(
+        _ATTENTION, "masked_attention", lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5), (32, 16, 64, 128, 80)
+    ),
     Case(
         _ATTENTION,
         "masked_attention",
@@ -99,6 +101,71 @@ CASES += [
         (32, 16, 64, 128, 80),
     )
     for queries in (100, 200)
+]
+
+
+def one_kernel_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
+    """The attention's inputs with what the mask is predicted from, 256 channels, in place of the mask."""
+    query, key, value, _, _ = attention_inputs(dtype, d)
+    return query, key, value, meta(1, 100, 256, dtype=dtype), meta(1, 256, 16384, dtype=dtype), d**-0.5
+
+
+CASES.append(
+    Case(f"{_ATTENTION}_one_kernel", "predicted_masked_attention", one_kernel_inputs, (32, 16, 64, 128)),
+)
+
+
+def matched(dtype: torch.dtype) -> tuple[Any, ...]:
+    """A chunk of 100 matched masks at stride 4 of a 1024 x 1024 image, and K = 12544 points of each."""
+    indices = meta(100, dtype=torch.int64)
+    return meta(100, 256, 256, dtype=dtype), indices, indices, meta(100, 12544, 2, dtype=torch.float32)
+
+
+def loss_inputs(dtype: torch.dtype, target_dtype: torch.dtype) -> tuple[Any, ...]:
+    logits, rows, target_rows, points = matched(dtype)
+    return logits, rows, [meta(30, 1024, 1024, dtype=target_dtype)], target_rows, points
+
+
+def loss_backward_inputs() -> tuple[Any, ...]:
+    _, rows, _, points = matched(torch.float32)
+    grad, kept = meta(100, dtype=torch.float32), meta(100, 12544, dtype=torch.float32)
+    return grad, grad, rows, points, kept, kept, 100, 256, 256
+
+
+_SAMPLE = "m2f_kernels.ops.point_sample.triton"
+_LOSS = "m2f_kernels.ops.point_loss.triton"
+_POINTS = (1, 12544, 2)
+CASES += [
+    Case(
+        _SAMPLE,
+        "point_sample",
+        lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), meta(*_POINTS, dtype=torch.float32), True),
+    ),
+    Case(
+        _SAMPLE,
+        "point_sample",
+        lambda dtype, _: (meta(1, 30, 1024, 1024, dtype=torch.bool), meta(*_POINTS, dtype=torch.float32), True),
+    ),
+    Case(
+        _SAMPLE,
+        "point_sample_backward",
+        lambda dtype, _: (meta(1, 256, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
+    ),
+    Case(
+        _SAMPLE,
+        "uncertain_points",
+        lambda dtype, _: (*matched(dtype)[:2], meta(1, dtype=torch.int64), 0, 37632, 9408, 3136),
+    ),
+    Case(
+        _LOSS,
+        "mask_matching_cost",
+        lambda dtype, _: (meta(1000, 12544, dtype=torch.float32), meta(30, 12544, dtype=torch.float32)),
+    ),
+    *(
+        Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, kind))
+        for kind in (torch.bool, torch.float32)
+    ),
+    Case(_LOSS, "point_mask_loss_backward", lambda dtype, _: loss_backward_inputs()),
 ]
 
 
@@ -240,7 +307,8 @@ def compile_all(work: list[tuple[int, str, int, int]], processes: int) -> list[R
 def table(results: list[Resources]) -> str:
     """A Markdown table."""
     lines = [
-        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack | spills |",
+        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack "
+        "| spills |",
         "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:

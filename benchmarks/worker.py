@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,10 @@ from torch import Tensor
 
 import benchmarks
 from benchmarks import facts, floors, memory, timing
-from benchmarks.cases import Benchmark, Case, Data, Implementation, Row, Scale, check
+from benchmarks.cases import Benchmark, Case, Data, Implementation, Row, Scale
 
-#: Seconds of interleaved timing per case and least number of rounds.
-FULL_BUDGET, QUICK_BUDGET = (3.0, 5), (0.2, 3)
+#: Least number of rounds of interleaved timing per case; and seconds of it in a quick run.
+FULL_ROUNDS, QUICK_ROUNDS, QUICK_BUDGET = 5, 3, 0.2
 _OUT = sys.stdout
 
 
@@ -29,14 +30,14 @@ def emit(event: str, **content: Any) -> None:
 
 
 def _save(data: Data, workspace: Path, name: str) -> None:
-    torch.save((data.inputs, data.levels, data.grad_output, list(data.differentiable)), workspace / f"{name}.inputs.pt")
-    torch.save(data.truth, workspace / f"{name}.truth.pt")
+    parts = {f.name: getattr(data, f.name) for f in fields(Data)}
+    torch.save(parts.pop("truth"), workspace / f"{name}.truth.pt")
+    torch.save(parts, workspace / f"{name}.inputs.pt")
 
 
 def _load(workspace: Path, name: str, device: str, with_truth: bool = True) -> Data:
-    inputs, levels, grad_output, differentiable = torch.load(workspace / f"{name}.inputs.pt")
     truth: dict[str, Tensor] = torch.load(workspace / f"{name}.truth.pt") if with_truth else {}
-    return Data(inputs, levels, grad_output, tuple(differentiable), truth).to(device)
+    return Data(truth=truth, **torch.load(workspace / f"{name}.inputs.pt")).to(device)
 
 
 def prepare(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace: Path) -> None:
@@ -73,18 +74,19 @@ def _measure_case(
             continue
         try:
             run = case.bind(implementation, data)
-            right, errors = check(case, implementation, data, run())
+            results, row.written_mib = memory.written(partial(run, collect=True), implementation.counts_writes)
+            verdict = benchmark.check(case, implementation, data, implementation.decode(results, data))
+            del results
         except Exception as error:  # a peer may fail in any way; the row says how
             row.status = _failure(error)
             continue
-        row.error_output = errors[0]
-        row.error_gradients = max(errors[1:]) if case.backward else None
-        if not right:
+        row.error_output, row.error_gradients = verdict.output, verdict.gradients
+        if not verdict.right:
             row.status = "wrong result"
             continue
         runs.append(run)
         timed.append(row)
-    budget, rounds = QUICK_BUDGET if scale.quick else FULL_BUDGET
+    budget, rounds = (QUICK_BUDGET, QUICK_ROUNDS) if scale.quick else (benchmark.budget_s, FULL_ROUNDS)
     floor_ms, kind = floors.floor(benchmark.work(case, data), rates)
     for row, result in zip(timed, timing.interleaved(runs, scale.device, budget, rounds), strict=True):
         row.median_ms, row.iqr_ms, row.rounds, row.page_faults = (
@@ -103,7 +105,8 @@ def _measure_case(
 
 def time_cases(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace: Path, setting: str) -> None:
     """Check and time every case under this process's allocator setting."""
-    emit("backend", op=benchmark.op, text=facts.backend_of(benchmark.op, scale.device))
+    for op in benchmark.measured_operators:
+        emit("backend", op=op, text=facts.backend_of(op, scale.device))
     rates = json.loads((workspace / "floors.json").read_text())
     all_threads = torch.get_num_threads()
     loaded: tuple[str, Data] | None = None
@@ -121,7 +124,7 @@ def time_cases(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace:
 
 def measure_floors(scale: Scale, cases: list[Case], workspace: Path) -> None:
     """Measure the floors for one thread and every number of threads that occurs."""
-    emit("progress", text="bandwidth and gather rates")
+    emit("progress", text="rates of memory, gathers and matrix products")
     counts = {case.threads or torch.get_num_threads() for case in cases} | {1, torch.get_num_threads()}
     rates = floors.measure_all(scale.device, counts, scale.quick)
     (workspace / "floors.json").write_text(json.dumps(rates))
@@ -159,7 +162,8 @@ def main() -> None:
     loaded = [benchmarks.load(op) for op in ops]
     chosen = [[case for case in b.cases(scale) if arguments.case in case.name] for b in loaded]
     if arguments.task == "prepare":
-        emit("facts", facts=facts.gather(arguments.device, ops), slug=facts.device_slug(arguments.device))
+        measured = [op for benchmark in loaded for op in benchmark.measured_operators]
+        emit("facts", facts=facts.gather(arguments.device, measured), slug=facts.device_slug(arguments.device))
         measure_floors(scale, [case for cases in chosen for case in cases], arguments.workspace)
     for benchmark, cases in zip(loaded, chosen, strict=True):
         if arguments.task == "prepare":

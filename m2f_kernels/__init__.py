@@ -7,6 +7,8 @@ from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import pack_attention_mask, predict_attention_mask, resize_mask_features
 from m2f_kernels.ops.masked_attention import masked_attention
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
+from m2f_kernels.ops.point_loss import mask_matching_cost, point_mask_loss
+from m2f_kernels.ops.point_sample import point_sample, uncertain_points
 
 __all__ = [
     "BackendChoice",
@@ -14,12 +16,16 @@ __all__ = [
     "PackedMask",
     "__version__",
     "explain",
+    "mask_matching_cost",
     "masked_attention",
     "ms_deform_attn",
     "ms_deform_attn_from_offsets",
     "nn",
     "pack_attention_mask",
+    "point_mask_loss",
+    "point_sample",
     "predict_attention_mask",
     "resize_mask_features",
+    "uncertain_points",
     "use_backend",
 ]

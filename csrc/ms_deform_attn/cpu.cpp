@@ -3,12 +3,11 @@
 #include "ms_deform_attn/cpu_kernel.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <memory>
 #include <numeric>
 #include <tuple>
 
 #include "common/cpu_capability.h"
+#include "common/scratch.h"
 #include "common/torch_args.h"
 #include "ms_deform_attn/torch_levels.h"
 
@@ -27,10 +26,6 @@ const MSDeformAttnKernels& kernels() {
   }
 #endif
   return ms_deform_attn_kernels_baseline();
-}
-
-Rows rows_of(const Tensor& tensor, const char* name) {
-  return {tensor.data_ptr(), dtype_of(tensor, name), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
 }
 
 // [N, Q, H, K, 2] (or without the 2) with contiguous rows.
@@ -59,17 +54,6 @@ std::vector<int32_t> tiled_order(const MSDeformAttnArgs& args) {
   // Levels that do not cover value exactly do not describe the queries either.
   if (static_cast<int64_t>(order.size()) != args.q) order.clear();
   return order;
-}
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Scratch = std::unique_ptr<void, Free>;
-
-Scratch allocate(size_t bytes) {
-  void* p = std::aligned_alloc(64, (bytes + 63) / 64 * 64);
-  STD_TORCH_CHECK(p != nullptr || bytes == 0, "ms_deform_attn: could not allocate ", bytes, " bytes of scratch memory");
-  return Scratch(p);
 }
 
 // The tensors that a call reads, kept alive for its duration, and the kernel arguments made from them.
@@ -147,7 +131,7 @@ Tensor run_forward(Call& call) {
   args.output = {output.data_ptr(), args.value.dtype, {args.q * args.h * args.d, args.h * args.d, args.d}};
   const MSDeformAttnKernels& kernel = kernels();
   torch::stable::parallel_for(0, call.tasks(), call.grain(), [&](int64_t first, int64_t last) {
-    const Scratch scratch = allocate(kernel.forward_scratch(args));
+    const Scratch scratch = allocate_scratch(kernel.forward_scratch(args));
     kernel.forward(args, first, last, scratch.get());
   });
   return output;
@@ -209,17 +193,17 @@ Gradients run_backward(Call& call, const Tensor& grad_output_, bool needs_value,
   if (args.n * args.q > 0) {
     Scratch panels;
     if (args.parts > 1 && needs_value) {
-      panels = allocate(static_cast<size_t>(call.tasks()) * kernel.grad_panel(args));
+      panels = allocate_scratch(static_cast<size_t>(call.tasks()) * kernel.grad_panel(args));
       args.grad_panels = panels.get();
     }
     torch::stable::parallel_for(0, call.tasks(), call.grain(), [&](int64_t first, int64_t last) {
-      const Scratch scratch = allocate(kernel.backward_scratch(args));
+      const Scratch scratch = allocate_scratch(kernel.backward_scratch(args));
       kernel.backward(args, first, last, scratch.get());
     });
     if (panels) {
       const int64_t rows = std::accumulate(args.levels.height, args.levels.height + args.levels.count, int64_t{0});
       torch::stable::parallel_for(0, args.n * args.h * rows, 16, [&](int64_t first, int64_t last) {
-        const Scratch row = allocate((args.d + 64) * sizeof(double));
+        const Scratch row = allocate_scratch((args.d + 64) * sizeof(double));
         kernel.combine_parts(args, first, last, row.get());
       });
     }

@@ -5,19 +5,10 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "common/rows.h"
 #include "ms_deform_attn/levels.h"
 
 namespace m2f {
-
-// Rows of contiguous elements, addressed by three strides (in elements).
-struct Rows {
-  void* data;
-  DType dtype;
-  int64_t stride[3];
-
-  int64_t offset(int64_t i, int64_t j, int64_t k) const { return i * stride[0] + j * stride[1] + k * stride[2]; }
-};
 
 struct MSDeformAttnArgs {
   int64_t n, s, h, d, q;

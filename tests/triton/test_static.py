@@ -48,7 +48,15 @@ def test_unknown_operator_is_an_error() -> None:
 
 @pytest.mark.parametrize(("change", "word"), [({"spills": 2}, "spills"), ({"shared": 10**6}, "shared memory")])
 def test_check_finds_problems(change: dict[str, int], word: str) -> None:
-    fine = {"stack": 8, "spills": 0, "shared": 1024, "registers": 32, "shared_limit": 2048, "num_warps": 4, "num_stages": 1}
+    fine = {
+        "stack": 8,
+        "spills": 0,
+        "shared": 1024,
+        "registers": 32,
+        "shared_limit": 2048,
+        "num_warps": 4,
+        "num_stages": 1,
+    }
     names = {"function": "f", "kernel": "k", "dtype": "bf16", "architecture": "sm_90", "constants": "", "head_dim": 32}
     assert static.Resources(**names, **fine).problems() == []
     (problem,) = static.Resources(**names, **{**fine, **change}).problems()

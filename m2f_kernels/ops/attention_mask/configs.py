@@ -28,7 +28,8 @@ def default(element_size: int, num_queries: int) -> Configuration:
     queries = padded_queries(num_queries)
     if element_size == 4:
         return {"BLOCK_S": 64, "BLOCK_Q": min(queries, 64), "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_S": 64, "BLOCK_Q": queries, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3}
+    warps = 8 if queries == 128 else 4
+    return {"BLOCK_S": 64, "BLOCK_Q": queries, "BLOCK_C": 64, "num_warps": warps, "num_stages": 3}
 
 
 def predict(capability: int, element_size: int, num_queries: int) -> Configuration:

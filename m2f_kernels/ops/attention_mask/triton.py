@@ -206,7 +206,7 @@ def _coordinate(i, size, new_size, WIDE: tl.constexpr):
 
 
 def resize_mask_features(mask_features: Tensor, sizes: list[int]) -> Tensor:
-    """`m2f::resize_mask_features`: mask_features [N, C, H, W] of any strides; the levels at ratios 2, 4, 8 in one pass."""
+    """`m2f::resize_mask_features`: [N, C, H, W] of any strides; the levels at ratios 2, 4, 8 in one pass."""
     n, c, height, width = mask_features.shape
     levels, total = [], 0
     for h, w in zip(sizes[::2], sizes[1::2], strict=True):

@@ -69,7 +69,7 @@ def masked_attention(
     check_floating("query", query, "[N, H, Q, D]")
     check_floating("key", key, "[N, H, S, D]")
     check_floating("value", value, "[N, H, S, D]")
-    n, heads, q, d = query.shape
+    n, heads, _, d = query.shape
     s = key.shape[2]
     check_shape("key", key, "[N, H, S, D]", (n, heads, s, d))
     check_shape("value", value, "[N, H, S, D]", (n, heads, s, d))

@@ -21,7 +21,7 @@ def padded(size: int, smallest: int = 16) -> int:
 
 def key(element_size: int, num_queries: int, d: int) -> str:
     """What of the arguments a configuration depends on; sizes are padded."""
-    return f"{8 * element_size} bit, Q {min(padded(num_queries), 128)}, D {padded(d)}"
+    return f"{8 * element_size} bit, Q {min(padded(num_queries), 256)}, D {padded(d)}"
 
 
 def default_forward(element_size: int, num_queries: int, d: int) -> Configuration:
@@ -33,46 +33,43 @@ def default_forward(element_size: int, num_queries: int, d: int) -> Configuratio
     """
     queries, channels = min(padded(num_queries), 128), padded(d)
     if element_size == 4:
-        tile = {"BLOCK_Q": min(queries, 64 if channels <= 32 else 32), "BLOCK_K": 32}
-        return {**tile, "KEYS_FIRST": 0, "num_warps": 4 if channels <= 64 else 16, "num_stages": 1, "waves": 4}
+        queries = min(queries, {16: 64, 32: 64, 64: 16}.get(channels, 32))
+        few = {16: 8, 32: 4 if queries == 64 else 8, 64: 4}
+        warps = few.get(channels, 4 if queries == 32 else 8)
+        shape = {"BLOCK_Q": queries, "BLOCK_K": 32, "KEYS_FIRST": int(channels >= 128)}
+        return {**shape, "num_warps": warps, "num_stages": 1, "waves": 4}
     if channels >= 128:
         queries = min(queries, 64)
     return {
         "BLOCK_Q": queries,
         "BLOCK_K": 64 if channels <= 128 else 32,
         "KEYS_FIRST": int(queries < 64),
-        "num_warps": 4,
+        "num_warps": 8 if channels >= 128 or (channels == 64 and queries == 128) else 4,
         "num_stages": 2,
         "waves": 2,
     }
 
 
 def default_backward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
-    """Heuristic, from ahead-of-time compilation: the largest tiles without spills.
+    """Heuristic. Keys are the rows of every product but dQ's.
 
-    Keys are the rows of every product but dQ's, 16 of them per warp. With one block of queries a program owns several
-    tiles of keys; with more it owns one and goes through the blocks.
+    Up to 128 queries stay in one program, whose parts of dQ are then few; 8 warps are what keeps that from spilling,
+    and on sm_90 loads that are issued a tile ahead.
     """
-    queries, channels = min(padded(num_queries), 64), padded(d)
+    queries, channels = min(padded(num_queries), 128), padded(d)
     if element_size == 4:
-        if channels <= 32:
-            block_q, block_k, warps = queries, 32, 8
-        elif channels <= 64:
-            block_q, block_k, warps = min(queries, 32), 32, 16 if queries > 32 else 8
-        else:
-            block_q, block_k, warps = 16, 32, 16
-        waves = 4
-    else:
-        if channels <= 32 or (channels <= 64 and capability >= 90):
-            block_q, block_k, warps = queries, 128, 8
-        elif channels <= 64:
-            block_q, block_k, warps = min(queries, 32), 32, 4
-        elif capability == 90:
-            block_q, block_k, warps = queries, 32, 8
-        else:
-            block_q, block_k, warps = 16, 32, 4
-        waves = 2
-    return {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": 1, "waves": waves}
+        tile = {"BLOCK_Q": min(queries, 16 if channels == 16 else 32), "BLOCK_K": 32}
+        return {**tile, "num_warps": 4 if channels == 32 else 8, "num_stages": 1, "waves": 4}
+    if channels >= 64 or num_queries > 128:
+        queries = min(queries, 64)
+    ahead = capability // 10 == 9 and channels == 32 and queries == 128
+    return {
+        "BLOCK_Q": queries,
+        "BLOCK_K": 64 if channels <= 32 else 32,
+        "num_warps": 4 if channels == 16 and queries <= 64 else 8,
+        "num_stages": 2 if ahead else 1,
+        "waves": 2,
+    }
 
 
 def forward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
@@ -85,6 +82,17 @@ def backward(capability: int, element_size: int, num_queries: int, d: int) -> Co
     """The configuration to launch with."""
     default = default_backward(capability, element_size, num_queries, d)
     return _tuning.configuration(capability, BACKWARD, key(element_size, num_queries, d), default)
+
+
+def candidates(default: Configuration) -> list[Configuration]:
+    """What the tuner measures for a kernel whose heuristic is `default`, which comes first."""
+    found = [default]
+    queries = sorted({default["BLOCK_Q"], max(default["BLOCK_Q"] // 2, 16)})
+    for q, k, warps, stages, waves in product(queries, (32, 64, 128), (4, 8), (1, 2, 3), (2, 4)):
+        one = {**default, "BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, "waves": waves}
+        if one not in found:
+            found.append(one)
+    return found
 
 
 def tiles_per_program(tiles: int, programs: int, multiprocessors: int, waves: int) -> int:

@@ -44,7 +44,9 @@ def _expand(words, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AXIS: tl.conste
 
 
 @triton.jit
-def _active_tiles(bits, rows, exists, empty, first_key, num_words, num_keys, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
+def _active_tiles(
+    bits, rows, exists, empty, first_key, num_words, num_keys, TILES: tl.constexpr, BLOCK_K: tl.constexpr
+):
     """Which of TILES tiles of keys some query attends to, as the bits of a scalar, and how many they are.
 
     Known before the loop over tiles, so that the loop has no branch and its loads can be issued ahead.
@@ -78,7 +80,9 @@ def _load_rows(start, first, stride, num_rows, D: tl.constexpr, BLOCK: tl.conste
 def _load_row(start, row, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """One row, as float32 [1, BLOCK_D]."""
     channels = tl.arange(0, BLOCK_D)
-    return tl.load(start + tl.cast(row, tl.int64) * stride + channels, mask=channels < D, other=0.0).to(tl.float32)[None, :]
+    return tl.load(start + tl.cast(row, tl.int64) * stride + channels, mask=channels < D, other=0.0).to(tl.float32)[
+        None, :
+    ]
 
 
 @triton.jit
@@ -111,9 +115,10 @@ def _forward_kernel(
     first_key = split * (TILES * BLOCK_K)
     queries = first_query + tl.arange(0, BLOCK_Q)
     exists = queries < num_queries
-    rows = n * num_queries + queries
-    empty = tl.load(row_any + rows, mask=exists, other=1).to(tl.int32) == 0
-    active, count = _active_tiles(bits, rows, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
+    # From here on, of this image: 32-bit offsets, which take half the registers.
+    bits += n * num_queries * num_words
+    empty = tl.load(row_any + n * num_queries + queries, mask=exists, other=1).to(tl.int32) == 0
+    active, count = _active_tiles(bits, queries, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
 
     key += n * key_n + h.to(tl.int64) * key_h
     value += n * value_n + h.to(tl.int64) * value_h
@@ -130,7 +135,7 @@ def _forward_kernel(
         first = first_key + _lowest_bit(active) * BLOCK_K
         active = active & (active - 1)
         words = _load_words(
-            bits, rows, exists, empty, first // _WORD, num_words, num_keys, BLOCK_K // _WORD, AXIS
+            bits, queries, exists, empty, first // _WORD, num_words, num_keys, BLOCK_K // _WORD, AXIS
         )  # fmt: skip
         k = _load_rows(key, first, key_s, num_keys, D, BLOCK_K, BLOCK_D)
         v = _load_rows(value, first, value_s, num_keys, D, BLOCK_K, BLOCK_D)
@@ -156,14 +161,14 @@ def _forward_kernel(
     if _any_non_finite(acc):
         # A value that is not finite spoils its whole column, also for queries that do not attend to it.
         maximum, total, acc = _forward_one_by_one(
-            query, key, value, bits, rows, exists, empty, query_q, key_s, value_s, first_query, num_queries,
+            query, key, value, bits, queries, exists, empty, query_q, key_s, value_s, first_query, num_queries,
             first_key, tl.minimum(first_key + TILES * BLOCK_K, num_keys), num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
         )  # fmt: skip
 
     channels = tl.arange(0, BLOCK_D)
     stored = exists[:, None] & (channels[None, :] < D)
     if DIRECT:
-        at = output + (rows * heads + h)[:, None] * D + channels[None, :]
+        at = output + ((n * num_queries + queries) * heads + h)[:, None] * D + channels[None, :]
         tl.store(at, (acc / total[:, None]).to(output.dtype.element_ty), mask=stored)
         shift = tl.where(maximum == float("-inf"), 0.0, maximum)
         tl.store(logsumexp + (n * heads + h) * num_queries + queries, (shift + tl.log2(total)) * _LN2, mask=exists)
@@ -191,8 +196,8 @@ def _forward_one_by_one(
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for j in range(first_key, end):
-        word = tl.load(bits + rows * num_words + j // _WORD, mask=exists, other=0)
-        attend = (((word >> (j % _WORD)) & 1) != 0) | empty
+        word = tl.load(bits + rows * num_words + (j >> 5), mask=exists, other=0)
+        attend = (((word >> (j & 31)) & 1) != 0) | empty
         k = _load_row(key, j, key_s, D, BLOCK_D)
         v = _load_row(value, j, value_s, D, BLOCK_D)
         q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D).to(tl.float32)
@@ -313,7 +318,9 @@ def _backward_tile(
     attend = _expand(words, BLOCK_Q, BLOCK_K, 0)
     # [keys, queries]. Whatever a blocked pair has is replaced, not multiplied by 0: it may not be finite. Its weight
     # then says as much as its bit.
-    weights = tl.where(attend, tl.exp2(dot(k, tl.trans(q)) * scale_log2 - lse2[None, :]), 0.0)
+    exponent = dot(k, tl.trans(q)) * scale_log2 - lse2[None, :]
+    # No weight exceeds 1; with scores so large that their rounding errors do, one would overflow. A NaN stays.
+    weights = tl.where(attend, tl.exp2(tl.where(exponent > 0, 0.0, exponent)), 0.0)
     dv = dot(weights.to(g.dtype), g)
     ds = tl.where(weights != 0, weights * (dot(v, tl.trans(g)) - delta[None, :]), 0.0).to(q.dtype)
     return dot(ds, q), dv, dot(tl.trans(ds), k)
@@ -332,27 +339,34 @@ def _store_rows(
 
 @triton.jit
 def _query_gradient_one_by_one(
-    query, grad, output, logsumexp, key, value, bits, rows, exists, empty, query_q, grad_q, key_s, value_s,
-    first_query, num_queries, heads, first_key, end, num_words, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    parts, query, grad, output, logsumexp, key, value, bits, row_any, query_q, grad_q, key_s, value_s,
+    first_query, end_query, num_queries, heads, first_key, end_key, num_words, scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries key by key: only a product with a key that is attended to is added.
+    """dQ of some queries key by key: only a product with a key that is attended to is added.
 
-    Everything is read again for each key, so that this rare path takes no registers of the frequent one.
+    A few queries at a time, and everything is read again for each key, so that this rare path takes no registers of
+    the frequent one.
     """
-    dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
-    for j in range(first_key, end):
-        word = tl.load(bits + rows * num_words + j // _WORD, mask=exists, other=0)
-        attend = (((word >> (j % _WORD)) & 1) != 0) | empty
-        k = _load_row(key, j, key_s, D, BLOCK_D)
-        v = _load_row(value, j, value_s, D, BLOCK_D)
-        q, g, lse2, delta = _load_query_block(
-            query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads, D, BLOCK_Q, BLOCK_D
-        )  # fmt: skip
-        weights = tl.exp2(tl.sum(q.to(tl.float32) * k, axis=1) * scale_log2 - lse2)
-        ds = weights * (tl.sum(g.to(tl.float32) * v, axis=1) - delta)
-        dq += tl.where(attend[:, None], ds[:, None] * k, 0.0)
-    return dq
+    BLOCK: tl.constexpr = 16
+    for first in range(first_query, tl.minimum(end_query, num_queries), BLOCK):
+        queries = first + tl.arange(0, BLOCK)
+        exists = queries < num_queries
+        empty = tl.load(row_any + queries, mask=exists, other=1).to(tl.int32) == 0
+        dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+        for j in range(first_key, end_key):
+            word = tl.load(bits + queries * num_words + (j >> 5), mask=exists, other=0)
+            attend = (((word >> (j & 31)) & 1) != 0) | empty
+            k = _load_row(key, j, key_s, D, BLOCK_D)
+            v = _load_row(value, j, value_s, D, BLOCK_D)
+            q, g, lse2, delta = _load_query_block(
+                query, grad, output, logsumexp, first, query_q, grad_q, num_queries, heads, D, BLOCK, BLOCK_D
+            )  # fmt: skip
+            exponent = tl.sum(q.to(tl.float32) * k, axis=1) * scale_log2 - lse2
+            weights = tl.exp2(tl.where(exponent > 0, 0.0, exponent))
+            ds = weights * (tl.sum(g.to(tl.float32) * v, axis=1) - delta)
+            dq += tl.where(attend[:, None], ds[:, None] * k, 0.0)
+        _store_rows(parts, first, D, num_queries, dq * scale, D, BLOCK, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
@@ -384,14 +398,15 @@ def _backward_kernel(
     dvalue += (n * num_keys * heads + h) * D
     output += (n * num_queries * heads + h) * D
     logsumexp += (n * heads + h) * num_queries
+    bits += n * num_queries * num_words
+    row_any += n * num_queries
     parts += (((split * tl.num_programs(2) + n) * heads + h) * num_queries) * D
 
     if ONE_BLOCK:
         queries = tl.arange(0, BLOCK_Q)
         exists = queries < num_queries
-        rows = n * num_queries + queries
-        empty = tl.load(row_any + rows, mask=exists, other=1).to(tl.int32) == 0
-        active, count = _active_tiles(bits, rows, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
+        empty = tl.load(row_any + queries, mask=exists, other=1).to(tl.int32) == 0
+        active, count = _active_tiles(bits, queries, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
         # Their gradient is zero; those beyond the last key store nothing.
         for tile in range(TILES):
             if ((active >> tile) & 1) == 0:
@@ -406,7 +421,7 @@ def _backward_kernel(
         for _ in range(count):
             first = first_key + _lowest_bit(active) * BLOCK_K
             active = active & (active - 1)
-            words = _load_words(bits, rows, exists, empty, first // _WORD, num_words, num_keys, WORDS, 0)
+            words = _load_words(bits, queries, exists, empty, first // _WORD, num_words, num_keys, WORDS, 0)
             k = _load_rows(key, first, key_s, num_keys, D, BLOCK_K, BLOCK_D)
             v = _load_rows(value, first, value_s, num_keys, D, BLOCK_K, BLOCK_D)
             dk, dv, more = _backward_tile(q, g, lse2, delta, k, v, words, scale_log2, BLOCK_Q, BLOCK_K)
@@ -414,11 +429,12 @@ def _backward_kernel(
             _store_rows(dkey, first, heads * D, num_keys, dk * scale, D, BLOCK_K, BLOCK_D)
             _store_rows(dvalue, first, heads * D, num_keys, dv, D, BLOCK_K, BLOCK_D)
         if _any_non_finite(dq):
-            dq = _query_gradient_one_by_one(
-                query, grad, output, logsumexp, key, value, bits, rows, exists, empty, query_q, grad_q, key_s, value_s,
-                0, num_queries, heads, first_key, end, num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
+            _query_gradient_one_by_one(
+                parts, query, grad, output, logsumexp, key, value, bits, row_any, query_q, grad_q, key_s, value_s,
+                0, BLOCK_Q, num_queries, heads, first_key, end, num_words, scale, scale_log2, D, BLOCK_D,
             )  # fmt: skip
-        _store_rows(parts, 0, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
+        else:
+            _store_rows(parts, 0, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
     else:
         k = _load_rows(key, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
         v = _load_rows(value, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
@@ -427,9 +443,8 @@ def _backward_kernel(
         for first_query in range(0, num_queries, BLOCK_Q):
             queries = first_query + tl.arange(0, BLOCK_Q)
             exists = queries < num_queries
-            rows = n * num_queries + queries
-            empty = tl.load(row_any + rows, mask=exists, other=1).to(tl.int32) == 0
-            words = _load_words(bits, rows, exists, empty, first_key // _WORD, num_words, num_keys, WORDS, 0)
+            empty = tl.load(row_any + queries, mask=exists, other=1).to(tl.int32) == 0
+            words = _load_words(bits, queries, exists, empty, first_key // _WORD, num_words, num_keys, WORDS, 0)
             dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
             if tl.max(tl.max((words != 0).to(tl.int32), axis=1), axis=0) != 0:
                 q, g, lse2, delta = _load_query_block(
@@ -439,12 +454,14 @@ def _backward_kernel(
                 dk, dv, dq = _backward_tile(q, g, lse2, delta, k, v, words, scale_log2, BLOCK_Q, BLOCK_K)
                 all_dk += dk
                 all_dv += dv
-                if _any_non_finite(dq):
-                    dq = _query_gradient_one_by_one(
-                        query, grad, output, logsumexp, key, value, bits, rows, exists, empty, query_q, grad_q, key_s, value_s,
-                        first_query, num_queries, heads, first_key, end, num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
-                    )  # fmt: skip
-            _store_rows(parts, first_query, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
+            if _any_non_finite(dq):
+                _query_gradient_one_by_one(
+                    parts, query, grad, output, logsumexp, key, value, bits, row_any, query_q, grad_q, key_s, value_s,
+                    first_query, first_query + BLOCK_Q, num_queries, heads, first_key, end, num_words,
+                    scale, scale_log2, D, BLOCK_D,
+                )  # fmt: skip
+            else:
+                _store_rows(parts, first_query, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
         _store_rows(dkey, first_key, heads * D, num_keys, all_dk * scale, D, BLOCK_K, BLOCK_D)
         _store_rows(dvalue, first_key, heads * D, num_keys, all_dv, D, BLOCK_K, BLOCK_D)
 

@@ -1,0 +1,48 @@
+"""The cases of every operator under pytest-benchmark: `pytest benchmarks [--full] [--device cuda]`."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+import benchmarks
+from benchmarks.cases import Data, Scale
+
+
+@cache
+def _data(scale: Scale, op: str, name: str) -> Data:
+    return benchmarks.load(op).data(scale)[name]().to(scale.device)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    scale = Scale(metafunc.config.getoption("--device"), not metafunc.config.getoption("--full"))
+    chosen = [
+        (scale, op, case, implementation)
+        for op in benchmarks.REGISTRY
+        for case in benchmarks.load(op).cases(scale)
+        for implementation in case.implementations
+    ]
+    ids = [f"{op}-{case.name}-{implementation.name}" for _, op, case, implementation in chosen]
+    metafunc.parametrize(("scale", "op", "case", "implementation"), chosen, ids=ids)
+
+
+def test_operator(benchmark, scale, op, case, implementation):  # type: ignore[no-untyped-def]
+    reason = implementation.unavailable()
+    if reason is not None:
+        pytest.skip(f"{implementation.name}: {reason}")
+    data = _data(scale, op, case.data)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads or threads)
+    try:
+        run = case.bind(implementation, data)
+        results = implementation.decode(run(collect=True), data)
+        verdict = benchmarks.load(op).check(case, implementation, data, results)
+        assert verdict.right, f"errors against the fp64 reference: {verdict}"
+        synchronise = torch.cuda.synchronize if scale.device == "cuda" else lambda: None
+        benchmark.group = f"{op}: {case.name}"
+        benchmark.extra_info.update(error=verdict.output, error_gradients=verdict.gradients)
+        benchmark.pedantic(lambda: (run(), synchronise()), rounds=5, warmup_rounds=1)
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,73 @@
+// The interface between the binding (cpu.cpp) and the kernels (cpu_kernel.cpp, compiled once per instruction set).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/rows.h"
+
+namespace m2f {
+
+constexpr int kMaxResizeLevels = 16;
+
+// One level of a resize: output pixels [h, w] from `start` of a plane's output row. Where both sides are the input's
+// over 2, 4 or 8, `ratio` says so; otherwise each axis has, per output pixel, the two inputs and the weight of the
+// second.
+struct ResizeLevel {
+  int64_t height, width, start;
+  int ratio;
+  const int32_t* rows;         // [2 * height]
+  const int32_t* columns;      // [2 * width]
+  const float* row_weight;     // [height]
+  const float* column_weight;  // [width]
+};
+
+struct ResizeArgs {
+  int64_t n, c, height, width;
+  Rows input;   // rows of `width` by (n, c, y)
+  Rows output;  // rows of all levels' pixels by (n, c, 0)
+  int levels;
+  ResizeLevel level[kMaxResizeLevels];
+};
+
+struct PredictArgs {
+  int64_t n, q, c, s;
+  Rows embed;                 // rows of C by (n, q, 0)
+  Rows features;              // rows of S by (n, c, 0)
+  const float* packed_embed;  // pack_embed's result, per image
+  int32_t* bits;              // [N, Q, words]
+  bool* row_any;              // [N, Q], zero before
+};
+
+struct PackArgs {
+  int64_t rows, s;
+  const void* mask;  // bool, or `dtype`; rows of S, `stride` apart
+  bool logits;
+  DType dtype;
+  int64_t stride;
+  int32_t* bits;
+  bool* row_any;
+};
+
+struct AttentionMaskKernels {
+  // Tasks are planes (n, c). Scratch: one input row and one output row in float.
+  void (*resize)(const ResizeArgs&, int64_t first, int64_t last, float* scratch);
+  // Bytes of one image's packed embeddings, and packing them.
+  size_t (*packed_embed)(const PredictArgs&);
+  void (*pack_embed)(const PredictArgs&, int64_t image, float* packed);
+  // Tasks are (n, group of kKeysPerTask keys).
+  size_t (*predict_scratch)(const PredictArgs&);
+  void (*predict)(const PredictArgs&, int64_t first, int64_t last, void* scratch);
+  // Tasks are rows.
+  void (*pack)(const PackArgs&, int64_t first, int64_t last);
+};
+
+constexpr int64_t kKeysPerTask = 128;
+
+const AttentionMaskKernels& attention_mask_kernels_baseline();
+#if defined(M2F_X86)
+const AttentionMaskKernels& attention_mask_kernels_avx2();
+const AttentionMaskKernels& attention_mask_kernels_avx512();
+#endif
+
+}  // namespace m2f

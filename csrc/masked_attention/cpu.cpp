@@ -1,0 +1,154 @@
+// Binding of the CPU kernels of masked attention: argument checks, the division into tasks, scratch memory.
+
+#include <algorithm>
+#include <tuple>
+
+#include "common/cpu_capability.h"
+#include "common/scratch.h"
+#include "common/torch_args.h"
+#include "masked_attention/cpu_kernel.h"
+
+namespace m2f {
+namespace {
+
+using IntList = std::vector<int64_t>;
+
+const MaskedAttentionKernels& kernels() {
+#if defined(M2F_X86)
+  switch (cpu_capability()) {
+    case CpuCapability::kAVX512: return masked_attention_kernels_avx512();
+    case CpuCapability::kAVX2: return masked_attention_kernels_avx2();
+    default: break;
+  }
+#endif
+  return masked_attention_kernels_baseline();
+}
+
+// Keys are divided by their number alone, so that results do not depend on the number of threads; heads, which are
+// independent of each other, as far as the threads need it.
+constexpr int64_t kTilesPerPart = 16, kMostParts = 8, kTasksPerThread = 2;
+
+void divide(MaskedAttentionArgs& args) {
+  const int64_t tiles = (args.s + kTileKeys - 1) / kTileKeys;
+  const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
+  args.parts = std::clamp<int64_t>(tiles / kTilesPerPart, 1, kMostParts);
+  const int64_t tasks = std::max<int64_t>(args.n * args.parts, 1);
+  args.head_groups = std::clamp<int64_t>((wanted + tasks - 1) / tasks, 1, std::max<int64_t>(args.h, 1));
+}
+
+// A contiguous tensor [N, positions, H, D] as rows of D by (n, h, position).
+Rows merged_heads(const Tensor& tensor, const char* name) {
+  return {tensor.data_ptr(), dtype_of(tensor, name), {tensor.stride(0), tensor.stride(2), tensor.stride(1)}};
+}
+
+// The tensors that a call reads, kept alive for its duration, and the kernel arguments made from them.
+struct Call {
+  Tensor query, key, value, bits, row_any;
+  MaskedAttentionArgs args{};
+
+  Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& bits_, const Tensor& row_any_,
+       double scale)
+      : query(query_), key(key_), value(value_), bits(bits_), row_any(row_any_) {
+    STD_TORCH_CHECK(query.dim() == 4, "query: expected [N, H, Q, D]");
+    STD_TORCH_CHECK(key.dim() == 4, "key: expected [N, H, S, D]");
+    const DType dtype = dtype_of(query, "query");
+    STD_TORCH_CHECK(dtype != DType::kFloat64,
+                    "query: expected float32, bfloat16 or float16; float64 runs through the reference");
+    STD_TORCH_CHECK(dtype_of(key, "key") == dtype && dtype_of(value, "value") == dtype,
+                    "key, value: expected query's dtype");
+    query = unit_stride_last(query);
+    key = unit_stride_last(key);
+    value = unit_stride_last(value);
+    args.n = query.size(0);
+    args.h = query.size(1);
+    args.q = query.size(2);
+    args.d = query.size(3);
+    args.s = key.size(2);
+    args.words = (args.s + 31) / 32;
+    args.scale = scale;
+    STD_TORCH_CHECK(args.s >= 1 && args.d >= 1, "key: expected at least one key and one channel");
+    STD_TORCH_CHECK(args.q < INT32_MAX, "query: expected fewer than 2^31 queries");
+    check_sizes(key, "key", {args.n, args.h, args.s, args.d});
+    check_sizes(value, "value", {args.n, args.h, args.s, args.d});
+    check_sizes(bits, "bits", {args.n, args.q, args.words});
+    check_sizes(row_any, "row_any", {args.n, args.q});
+    STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Int, "bits: expected int32");
+    STD_TORCH_CHECK(row_any.scalar_type() == ScalarType::Bool, "row_any: expected bool");
+    bits = torch::stable::contiguous(bits);
+    row_any = torch::stable::contiguous(row_any);
+    args.query = rows_of(query, "query");
+    args.key = rows_of(key, "key");
+    args.value = rows_of(value, "value");
+    args.bits = static_cast<const int32_t*>(bits.data_ptr());
+    args.row_any = static_cast<const bool*>(row_any.data_ptr());
+    divide(args);
+  }
+
+  int64_t heads() const { return args.n * args.h; }
+
+  template <typename Kernel>
+  void run(size_t scratch_bytes, int64_t partial_floats, Kernel kernel, Kernel combine) {
+    Scratch partial;
+    if (args.parts > 1) {
+      partial = allocate_scratch(heads() * args.parts * partial_floats * sizeof(float));
+      args.partial = static_cast<float*>(partial.get());
+    }
+    torch::stable::parallel_for(0, args.n * args.head_groups * args.parts, 1, [&](int64_t first, int64_t last) {
+      const Scratch scratch = allocate_scratch(scratch_bytes);
+      kernel(args, first, last, scratch.get());
+    });
+    if (args.parts == 1) return;
+    torch::stable::parallel_for(0, heads(), 1, [&](int64_t first, int64_t last) {
+      const Scratch scratch = allocate_scratch((args.d + 64) * sizeof(float));
+      combine(args, first, last, scratch.get());
+    });
+  }
+};
+
+std::tuple<Tensor, Tensor> masked_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& bits, const Tensor& row_any, double scale) {
+  Call call(query, key, value, bits, row_any, scale);
+  MaskedAttentionArgs& args = call.args;
+  Tensor output = empty_like_sizes(query, {args.n, args.q, args.h, args.d});
+  Tensor logsumexp = torch::stable::new_empty(query, IntList{args.n, args.h, args.q}, ScalarType::Float);
+  if (output.numel() == 0) return {output, logsumexp};
+  args.output = merged_heads(output, "output");
+  args.logsumexp = static_cast<float*>(logsumexp.data_ptr());
+  const MaskedAttentionKernels& kernel = kernels();
+  call.run(kernel.forward_scratch(args), kernel.forward_partial(args), kernel.forward, kernel.combine_forward);
+  return {output, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(const Tensor& grad_output_, const Tensor& query,
+                                                             const Tensor& key, const Tensor& value, const Tensor& bits,
+                                                             const Tensor& row_any, const Tensor& output_,
+                                                             const Tensor& logsumexp_, double scale) {
+  Call call(query, key, value, bits, row_any, scale);
+  MaskedAttentionArgs& args = call.args;
+  const Tensor grad_output = unit_stride_last(grad_output_), output = unit_stride_last(output_);
+  const Tensor logsumexp = torch::stable::contiguous(logsumexp_);
+  check_sizes(grad_output, "grad_output", {args.n, args.q, args.h, args.d});
+  check_sizes(output, "output", {args.n, args.q, args.h, args.d});
+  check_sizes(logsumexp, "logsumexp", {args.n, args.h, args.q});
+  STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Float, "logsumexp: expected float32");
+  args.grad_output = merged_heads(grad_output, "grad_output");
+  args.saved_output = merged_heads(output, "output");
+  args.saved_logsumexp = static_cast<const float*>(logsumexp.data_ptr());
+  Tensor grad_query = empty_like_sizes(query, {args.n, args.q, args.h, args.d});
+  Tensor grad_key = empty_like_sizes(query, {args.n, args.s, args.h, args.d});
+  Tensor grad_value = empty_like_sizes(query, {args.n, args.s, args.h, args.d});
+  args.grad_query = merged_heads(grad_query, "gradient");
+  args.grad_key = merged_heads(grad_key, "gradient");
+  args.grad_value = merged_heads(grad_value, "gradient");
+  const MaskedAttentionKernels& kernel = kernels();
+  call.run(kernel.backward_scratch(args), kernel.backward_partial(args), kernel.backward, kernel.combine_backward);
+  return {grad_query, grad_key, grad_value};
+}
+
+}  // namespace
+}  // namespace m2f
+
+STABLE_TORCH_LIBRARY_IMPL(m2f, CPU, m) {
+  m.impl("masked_attention", TORCH_BOX(&m2f::masked_attention));
+  m.impl("masked_attention_backward", TORCH_BOX(&m2f::masked_attention_backward));
+}

@@ -1,0 +1,228 @@
+// Masked cross-attention on CPU, forward; compiled once per instruction set (backward: cpu_backward.cpp).
+//
+// A task is a range of an image's keys and a group of heads. Tiles of 64 keys are walked; for each, the queries that
+// have bits in it are listed, once for all heads, and only they are touched: the mask saves work at the grain of one
+// query and 32 keys. A tile's keys are packed once, transposed, and serve all its queries: scores are products with
+// keys along the vector, so a word of bits is a vector mask; the softmax is online, in base 2, and rescales only where
+// a tile's scores exceed the running maximum by more than kHeadroom. Scores live in a few KB of L1 and nowhere else.
+//
+// How many parts the keys are divided into depends on the shape alone, and parts are combined in order: the same bits
+// come out for any number of threads.
+
+#include "masked_attention/cpu_kernel.h"
+
+#include "masked_attention/cpu_backward.h"
+#include "masked_attention/cpu_tiles.h"
+
+#if !defined(M2F_VARIANT)
+#error "compile this file through CMake, which defines M2F_VARIANT"
+#endif
+
+namespace m2f {
+namespace {
+
+// In powers of two: weights stay below 2^kHeadroom times the largest true one, far from overflow and exact all the
+// same.
+constexpr float kHeadroom = 8;
+
+// One head's queries, and what was summed over the keys so far: unnormalised output [Q][padded(D)], running maximum
+// [Q], sum of weights [Q][lanes], added up over lanes at the end [Q].
+struct Head {
+  float *query, *normaliser;
+  float *sum, *maximum, *total;
+
+  // With parts, the second three are what the head leaves behind.
+  Head(const MaskedAttentionArgs& args, Pieces& pieces, Pieces& results) {
+    query = pieces.take<float>(args.q * padded(args.d));
+    normaliser = pieces.take<float>(args.q * kFloatLanes);
+    sum = results.take<float>(args.q * padded(args.d));
+    maximum = results.take<float>(args.q);
+    total = results.take<float>(args.q);
+  }
+};
+
+int64_t forward_partial(const MaskedAttentionArgs& args) {
+  Pieces pieces{nullptr}, results{nullptr};
+  Head head(args, pieces, results);
+  return static_cast<int64_t>(results.used / sizeof(float));
+}
+
+struct ForwardMemory {
+  ActiveQueries active;
+  float *tile, *key_columns, *value, *weights;
+
+  ForwardMemory(const MaskedAttentionArgs& args, Pieces& pieces) {
+    active = ActiveQueries::take(pieces, args);
+    for (float** rows : {&tile, &key_columns, &value}) *rows = pieces.take<float>(kTile * padded(args.d));
+    weights = pieces.take<float>(kRows * kTile);
+  }
+};
+
+// One head of a task; each takes the same amount of scratch.
+Head head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Pieces pieces, size_t head_bytes) {
+  pieces.used += (h - task.first_head) * head_bytes;
+  if (args.parts == 1) return Head(args, pieces, pieces);
+  const int64_t index = (task.n * args.h + h) * args.parts + task.part;
+  Pieces results{reinterpret_cast<char*>(args.partial + index * forward_partial(args))};
+  return Head(args, pieces, results);
+}
+
+size_t head_bytes(const MaskedAttentionArgs& args) {
+  Pieces pieces{nullptr};
+  Head head(args, pieces, pieces);
+  return pieces.used;
+}
+
+size_t forward_scratch(const MaskedAttentionArgs& args) {
+  Pieces pieces{nullptr};
+  ForwardMemory memory(args, pieces);
+  return pieces.used + most_heads(args) * head_bytes(args);
+}
+
+// Scores of one query in [first, first + words) become weights; returns the factor for what was summed before.
+M2F_INLINE float online_softmax(float* row, const uint32_t* bits, int first, int words, float& maximum_,
+                                FloatVec& sum) {
+  const FloatVec minus_infinity = splat<float>(-__builtin_inff());
+  const int begin = first * kWord, end = (first + words) * kWord;
+  FloatVec largest = minus_infinity;
+  for (int k = begin; k < end; k += kFloatLanes) {
+    const FloatVec x = select_bits(bits[k / kWord] >> (k % kWord), load(row + k), minus_infinity);
+    store(row + k, x);
+    largest = maximum(x, largest);
+  }
+  float factor = 1;
+  if (__builtin_expect(greater_bits(largest, splat<float>(maximum_ + kHeadroom)) != 0, 0)) {
+    const float now = max_lanes(largest);
+    factor = exp2(splat<float>(maximum_ - now))[0];
+    sum = sum * factor;
+    maximum_ = now;
+  }
+  // While nothing but -inf was seen there is nothing to subtract: -inf - -inf would be NaN.
+  const FloatVec shift = splat<float>(maximum_ == -__builtin_inff() ? 0.0f : maximum_);
+  for (int k = begin; k < end; k += kFloatLanes) {
+    const FloatVec p = exp2(load(row + k) - shift);
+    store(row + k, p);
+    sum += p;
+  }
+  return factor;
+}
+
+template <int kR>
+void forward_group(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, bool finite, int first,
+                   int words, const int32_t* index) {
+  const int64_t d = padded(args.d);
+  scores<kR>(head.query, d, index, m.key_columns, args.d, first, words, m.weights);
+  float factor[kR];
+  bool rescale = false;
+  for (int r = 0; r < kR; ++r) {
+    const int64_t q = index[r];
+    FloatVec sum = load(head.normaliser + q * kFloatLanes);
+    factor[r] = online_softmax(m.weights + r * kTile, m.active.bits + q * kWords, first, words, head.maximum[q], sum);
+    rescale |= factor[r] != 1;
+    store(head.normaliser + q * kFloatLanes, sum);
+  }
+  if (__builtin_expect(finite, 1)) {
+    accumulate_rows<kR>(m.weights, m.value, d, first * kWord, (first + words) * kWord, index,
+                        rescale ? factor : nullptr, head.sum);
+    return;
+  }
+  for (int r = 0; r < kR; ++r)
+    accumulate_attended(m.weights + r * kTile, m.active.bits + index[r] * kWords, m.value, d, factor[r],
+                        head.sum + index[r] * d);
+}
+
+void forward_tile(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, const Task& task,
+                  int64_t h, int64_t tile) {
+  const int64_t n = task.n, d = padded(args.d);
+  Prefetch next_key(args.key, task, h, tile + 1, args.s, args.d),
+      next_value(args.value, task, h, tile + 1, args.s, args.d);
+  load_tile(args.key, n, h, tile * kTile, args.s, args.d, m.tile);
+  transpose_tile(m.tile, d, m.key_columns);
+  load_tile(args.value, n, h, tile * kTile, args.s, args.d, m.value);
+  const bool finite = all_finite(m.value, kTile * d);
+  m.active.for_groups(args.q, [&](int first, int words, const int32_t* index, int rows) {
+    with_rows(rows, [&](auto r) { forward_group<decltype(r)::value>(args, m, head, finite, first, words, index); });
+    next_key.lines(kLinesAtOnce);
+    next_value.lines(kLinesAtOnce);
+  });
+  next_key.rest();
+  next_value.rest();
+}
+
+// Output and log-sum-exp of one query from its unnormalised sum, maximum and sum of weights.
+void finish(const MaskedAttentionArgs& args, int64_t n, int64_t h, int64_t q, float* sum, float maximum_, float total) {
+  for (int64_t c = 0; c < args.d; c += kFloatLanes) store(sum + c, load(sum + c) / total);
+  store_run(args.output.data, args.output.dtype, args.output.offset(n, h, q), args.d, sum);
+  args.logsumexp[(n * args.h + h) * args.q + q] = (maximum_ + __builtin_log2f(total)) * 0.6931471805599453f;
+}
+
+void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
+  const int64_t d = padded(args.d);
+  const float log2_scale = static_cast<float>(args.scale * 1.4426950408889634);
+  const size_t bytes = head_bytes(args);
+  Pieces pieces{static_cast<char*>(scratch)};
+  ForwardMemory m(args, pieces);
+  for (int64_t index = first_task; index < last_task; ++index) {
+    const Task task(args, index);
+    for (int64_t h = task.first_head; h < task.last_head; ++h) {
+      const Head head = head_of(args, task, h, pieces, bytes);
+      load_rows(args.query, task.n, h, 0, args.q, args.d, log2_scale, head.query);
+      for (int64_t i = 0; i < args.q * d; i += kFloatLanes) store(head.sum + i, FloatVec{});
+      for (int64_t q = 0; q < args.q; ++q) {
+        head.maximum[q] = -__builtin_inff();
+        store(head.normaliser + q * kFloatLanes, FloatVec{});
+      }
+    }
+    for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
+      if (!m.active.find(args, task.n, tile)) continue;
+      for (int64_t h = task.first_head; h < task.last_head; ++h) {
+        forward_tile(args, m, head_of(args, task, h, pieces, bytes), task, h, tile);
+      }
+    }
+    for (int64_t h = task.first_head; h < task.last_head; ++h) {
+      const Head head = head_of(args, task, h, pieces, bytes);
+      for (int64_t q = 0; q < args.q; ++q) {
+        head.total[q] = sum_lanes(load(head.normaliser + q * kFloatLanes));
+        if (args.parts == 1) finish(args, task.n, h, q, head.sum + q * d, head.maximum[q], head.total[q]);
+      }
+    }
+  }
+}
+
+void combine_forward(const MaskedAttentionArgs& args, int64_t first, int64_t last, void* scratch) {
+  const int64_t d = padded(args.d), stride = forward_partial(args);
+  float* sum = static_cast<float*>(scratch);
+  for (int64_t index = first; index < last; ++index) {
+    Pieces nothing{nullptr}, results{reinterpret_cast<char*>(args.partial + index * args.parts * stride)};
+    const Head head(args, nothing, results);  // of the first part; the others follow `stride` floats apart
+    for (int64_t q = 0; q < args.q; ++q) {
+      float largest = -__builtin_inff(), total = 0;
+      for (int64_t part = 0; part < args.parts; ++part) {
+        const float maximum_ = head.maximum[part * stride + q];
+        if (maximum_ > largest) largest = maximum_;
+      }
+      const float shift = largest == -__builtin_inff() ? 0.0f : largest;
+      for (int64_t c = 0; c < d; c += kFloatLanes) store(sum + c, FloatVec{});
+      for (int64_t part = 0; part < args.parts; ++part) {
+        const float factor = exp2(splat<float>(head.maximum[part * stride + q] - shift))[0];
+        total += head.total[part * stride + q] * factor;
+        for (int64_t c = 0; c < d; c += kFloatLanes)
+          store(sum + c, load(sum + c) + load(head.sum + part * stride + q * d + c) * factor);
+      }
+      finish(args, index / args.h, index % args.h, q, sum, largest, total);
+    }
+  }
+}
+
+}  // namespace
+
+#define M2F_CONCATENATE_(a, b) a##b
+#define M2F_CONCATENATE(a, b) M2F_CONCATENATE_(a, b)
+
+const MaskedAttentionKernels& M2F_CONCATENATE(masked_attention_kernels_, M2F_VARIANT)() {
+  static const MaskedAttentionKernels kernels = {forward_scratch, forward,         backward_scratch, backward,
+                                                 forward_partial, combine_forward, backward_partial, combine_backward};
+  return kernels;
+}
+
+}  // namespace m2f

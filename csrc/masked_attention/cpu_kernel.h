@@ -1,0 +1,54 @@
+// The interface between the binding (cpu.cpp) and the kernels (cpu_kernel.cpp, compiled once per instruction set).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/rows.h"
+
+namespace m2f {
+
+constexpr int64_t kTileKeys = 64;  // two words of bits
+
+struct MaskedAttentionArgs {
+  int64_t n, h, q, s, d;
+  double scale;
+  Rows query, key, value;  // rows of D by (n, h, position)
+  const int32_t* bits;     // [N, Q, words]
+  const bool* row_any;     // [N, Q]
+  int64_t words;
+
+  int64_t parts;        // into how many the keys are divided
+  int64_t head_groups;  // into how many the heads are; does not change a result
+  float* partial;       // where parts > 1: what each (n, h, part) leaves behind
+
+  Rows output;       // rows of D by (n, h, q)
+  float* logsumexp;  // [N, H, Q], natural logarithm
+
+  // Backward.
+  Rows grad_output, saved_output;
+  const float* saved_logsumexp;
+  Rows grad_query, grad_key, grad_value;
+};
+
+// Tasks are numbered (n, group of heads, part), part fastest. `scratch` is 64-byte aligned and private to the calling
+// thread.
+struct MaskedAttentionKernels {
+  size_t (*forward_scratch)(const MaskedAttentionArgs&);
+  void (*forward)(const MaskedAttentionArgs&, int64_t first_task, int64_t last_task, void* scratch);
+  size_t (*backward_scratch)(const MaskedAttentionArgs&);
+  void (*backward)(const MaskedAttentionArgs&, int64_t first_task, int64_t last_task, void* scratch);
+  // Floats per (n, h, part), and the sums over parts: tasks are (n, h).
+  int64_t (*forward_partial)(const MaskedAttentionArgs&);
+  void (*combine_forward)(const MaskedAttentionArgs&, int64_t first, int64_t last, void* scratch);
+  int64_t (*backward_partial)(const MaskedAttentionArgs&);
+  void (*combine_backward)(const MaskedAttentionArgs&, int64_t first, int64_t last, void* scratch);
+};
+
+const MaskedAttentionKernels& masked_attention_kernels_baseline();
+#if defined(M2F_X86)
+const MaskedAttentionKernels& masked_attention_kernels_avx2();
+const MaskedAttentionKernels& masked_attention_kernels_avx512();
+#endif
+
+}  // namespace m2f

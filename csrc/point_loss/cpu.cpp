@@ -1,0 +1,164 @@
+// Binding of the CPU kernels of matching cost and point loss: argument checks, the division into tasks, scratch memory.
+
+#include "point_loss/cpu_kernel.h"
+
+#include <algorithm>
+#include <numeric>
+#include <tuple>
+
+#include "common/cpu_capability.h"
+#include "common/scratch.h"
+#include "common/torch_pixels.h"
+
+namespace m2f {
+namespace {
+
+const PointLossKernels& kernels() {
+#if defined(M2F_X86)
+  switch (cpu_capability()) {
+    case CpuCapability::kAVX512: return point_loss_kernels_avx512();
+    case CpuCapability::kAVX2: return point_loss_kernels_avx2();
+    default: break;
+  }
+#endif
+  return point_loss_kernels_baseline();
+}
+
+Tensor contiguous_floats(const Tensor& tensor, const char* name) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected float32");
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
+
+Tensor new_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, std::move(sizes), ScalarType::Float);
+}
+
+float* mutable_floats(Tensor& tensor) { return static_cast<float*>(tensor.data_ptr()); }
+
+std::tuple<Tensor, Tensor> mask_matching_cost(const Tensor& logits_, const Tensor& labels_) {
+  STD_TORCH_CHECK(logits_.dim() == 2 && labels_.dim() == 2, "logits, labels: expected [Q, K] and [T, K]");
+  const Tensor logits = contiguous_floats(logits_, "logits"), labels = contiguous_floats(labels_, "labels");
+  MatchingCostArgs args{};
+  args.q = logits.size(0);
+  args.k = logits.size(1);
+  args.t = labels.size(0);
+  STD_TORCH_CHECK(args.k >= 1, "logits: expected at least one point");
+  check_sizes(labels, "labels", {args.t, args.k});
+  Tensor cross_entropy = new_floats(logits, {args.q, args.t}), dice = new_floats(logits, {args.q, args.t});
+  if (args.q * args.t == 0) return {cross_entropy, dice};
+  args.logits = floats(logits);
+  args.labels = floats(labels);
+  args.cross_entropy = mutable_floats(cross_entropy);
+  args.dice = mutable_floats(dice);
+  std::vector<double> label_sums(args.t);
+  for (int64_t t = 0; t < args.t; ++t)
+    label_sums[t] = std::accumulate(args.labels + t * args.k, args.labels + (t + 1) * args.k, 0.0);
+  args.label_sums = label_sums.data();
+  const PointLossKernels& kernel = kernels();
+  const int64_t blocks = (args.q + kQueriesPerTask - 1) / kQueriesPerTask;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
+    const Scratch scratch = allocate_scratch(kernel.cost_scratch(args));
+    kernel.cost(args, first, last, scratch.get());
+  });
+  return {cross_entropy, dice};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> point_mask_loss(const Tensor& mask_logits, const Tensor& rows,
+                                                           std::vector<Tensor> targets_, const Tensor& target_rows,
+                                                           const Tensor& points_) {
+  STD_TORCH_CHECK(mask_logits.dim() == 3, "mask_logits: expected [P, h, w]");
+  const Tensor logits = dense_planes(mask_logits, "mask_logits");
+  const Tensor points = float_points(points_, "points");
+  PointLossArgs args{};
+  args.m = rows.numel();
+  args.k = points.size(1);
+  check_sizes(points, "points", {args.m, args.k, 2});
+  STD_TORCH_CHECK(args.k >= 1, "points: expected at least one point");
+  args.height = logits.size(1);
+  args.width = logits.size(2);
+  args.logits = logits.data_ptr();
+  args.type = pixel_type_of(logits, "mask_logits");
+  args.stride = logits.stride(0);
+  args.rows = checked_rows(rows, "rows", logits.size(0));
+  args.points = floats(points);
+
+  std::vector<Tensor> dense;
+  std::vector<Plane> planes;
+  for (const Tensor& target : targets_) {
+    STD_TORCH_CHECK(target.dim() == 3, "targets: expected [T, H, W]");
+    dense.push_back(dense_planes(target, "targets"));
+    const Tensor& masks = dense.back();
+    const PixelType type = pixel_type_of(masks, "targets");
+    const char* data = static_cast<const char*>(masks.data_ptr());
+    for (int64_t t = 0; t < masks.size(0); ++t)
+      planes.push_back({data + t * masks.stride(0) * pixel_bytes(type), type, masks.size(1), masks.size(2)});
+  }
+  check_sizes(target_rows, "target_rows", {args.m});
+  const int64_t* chosen = checked_rows(target_rows, "target_rows", static_cast<int64_t>(planes.size()));
+  std::vector<Plane> targets(args.m);
+  for (int64_t m = 0; m < args.m; ++m) targets[m] = planes[chosen[m]];
+  args.targets = targets.data();
+
+  Tensor cross_entropy = new_floats(logits, {args.m}), dice = new_floats(logits, {args.m});
+  Tensor probability = new_floats(logits, {args.m, args.k}), labels = new_floats(logits, {args.m, args.k});
+  args.cross_entropy = mutable_floats(cross_entropy);
+  args.dice = mutable_floats(dice);
+  args.probability = mutable_floats(probability);
+  args.labels = mutable_floats(labels);
+  const PointLossKernels& kernel = kernels();
+  torch::stable::parallel_for(0, args.m, std::max<int64_t>(2048 / args.k, 1),
+                              [&](int64_t first, int64_t last) { kernel.loss(args, first, last); });
+  return {cross_entropy, dice, probability, labels};
+}
+
+Tensor point_mask_loss_backward(const Tensor& grad_cross_entropy_, const Tensor& grad_dice_, const Tensor& rows,
+                                const Tensor& points_, const Tensor& probability_, const Tensor& labels_,
+                                int64_t planes, int64_t height, int64_t width) {
+  const Tensor grad_cross_entropy = contiguous_floats(grad_cross_entropy_, "grad_cross_entropy");
+  const Tensor grad_dice = contiguous_floats(grad_dice_, "grad_dice");
+  const Tensor points = float_points(points_, "points");
+  const Tensor probability = contiguous_floats(probability_, "probability");
+  const Tensor labels = contiguous_floats(labels_, "labels");
+  const int64_t m = rows.numel();
+  PointLossBackwardArgs args{};
+  args.planes = planes;
+  args.k = points.size(1);
+  args.height = height;
+  args.width = width;
+  check_sizes(grad_cross_entropy, "grad_cross_entropy", {m});
+  check_sizes(grad_dice, "grad_dice", {m});
+  check_sizes(points, "points", {m, args.k, 2});
+  check_sizes(probability, "probability", {m, args.k});
+  check_sizes(labels, "labels", {m, args.k});
+  const int64_t* plane = checked_rows(rows, "rows", planes);
+  // Masks by plane, in their own order: one plane has one writer.
+  std::vector<int64_t> start(planes + 1), order(m);
+  for (int64_t i = 0; i < m; ++i) ++start[plane[i] + 1];
+  std::partial_sum(start.begin(), start.end(), start.begin());
+  std::vector<int64_t> next(start.begin(), start.end() - 1);
+  for (int64_t i = 0; i < m; ++i) order[next[plane[i]]++] = i;
+  args.order = order.data();
+  args.start = start.data();
+  args.points = floats(points);
+  args.probability = floats(probability);
+  args.labels = floats(labels);
+  args.grad_cross_entropy = floats(grad_cross_entropy);
+  args.grad_dice = floats(grad_dice);
+  Tensor grad_logits = new_floats(probability, {planes, height, width});
+  args.grad_logits = mutable_floats(grad_logits);
+  const PointLossKernels& kernel = kernels();
+  torch::stable::parallel_for(0, planes, std::max<int64_t>(8192 / std::max<int64_t>(height * width, 1), 1),
+                              [&](int64_t first, int64_t last) { kernel.loss_backward(args, first, last); });
+  return grad_logits;
+}
+
+}  // namespace
+}  // namespace m2f
+
+STABLE_TORCH_LIBRARY_IMPL(m2f, CPU, m) {
+  m.impl("mask_matching_cost", TORCH_BOX(&m2f::mask_matching_cost));
+  m.impl("point_mask_loss", TORCH_BOX(&m2f::point_mask_loss));
+  m.impl("point_mask_loss_backward", TORCH_BOX(&m2f::point_mask_loss_backward));
+}

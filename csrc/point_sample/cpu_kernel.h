@@ -1,0 +1,55 @@
+// The interface between the binding (cpu.cpp) and the kernels (cpu_kernel.cpp, compiled once per instruction set).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/pixels.h"
+
+namespace m2f {
+
+struct PointSampleArgs {
+  int64_t n, c, height, width, k;
+  const void* input;  // planes of contiguous rows, by (n, c)
+  PixelType type;
+  int64_t stride[2];    // of n and c, in pixels
+  const float* points;  // [N, K, 2]
+  int64_t parts;        // into which the points of one image are divided
+  void* output;         // [N, C, K]
+  DType output_type;
+
+  // Backward: from gradients of samples, in `output`, to those of planes [N, C, h, w] of the same type.
+  void* grad_input;
+};
+
+struct UncertainPointsArgs {
+  int64_t m, planes, height, width;
+  const void* logits;
+  PixelType type;
+  int64_t stride;  // from plane to plane
+  const int64_t* rows;
+  uint64_t seed;
+  uint32_t first_stream;
+  int64_t candidates, keep, fresh;
+  float* points;  // [M, keep + fresh, 2]
+};
+
+struct PointSampleKernels {
+  // Tasks are (n, part, c), c fastest.
+  size_t (*sample_scratch)(const PointSampleArgs&);
+  void (*sample)(const PointSampleArgs&, int64_t first, int64_t last, void* scratch);
+  // Tasks are (n, c). Scratch is one plane of floats where planes are narrower than that.
+  void (*sample_backward)(const PointSampleArgs&, int64_t first, int64_t last, float* scratch);
+  // Tasks are masks.
+  size_t (*uncertain_scratch)(const UncertainPointsArgs&);
+  void (*uncertain)(const UncertainPointsArgs&, int64_t first, int64_t last, void* scratch);
+};
+
+const PointSampleKernels& point_sample_kernels_baseline();
+#if defined(M2F_X86)
+const PointSampleKernels& point_sample_kernels_avx2();
+const PointSampleKernels& point_sample_kernels_avx512();
+#endif
+
+}  // namespace m2f

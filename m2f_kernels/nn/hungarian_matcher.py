@@ -1,0 +1,177 @@
+"""Bipartite matching of queries and targets, all decoder outputs and all images at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from m2f_kernels._checks import describe
+from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.nn.predictions import Batch, Predictions, Targets, read_batch
+from m2f_kernels.ops.point_loss import cost_of_sampled_features, cost_of_samples, sample_labels
+from m2f_kernels.ops.point_sample import point_counts, sample
+
+#: For each decoder output, for each image: queries and their targets, int64 [M_i] on the CPU.
+Indices = list[list[tuple[Tensor, Tensor]]]
+
+NON_FINITE = ("replace", "raise")
+
+
+class HungarianMatcher(nn.Module):
+    """Gives each target the query that fits it best (Cheng et al. 2022, section 3.3; DETR, Carion et al. 2020).
+
+    Cost: `cost_class * -softmax(class_logits)[label] + cost_mask * bce + cost_dice * dice`, masks compared at uniform
+    points. Features of factored masks are sampled once per image, all outputs that share them are multiplied together,
+    and all costs travel to the host in one transfer.
+
+    Args:
+        cost_class, cost_mask, cost_dice: weights of the three costs.
+        num_points: points K per image.
+        fresh_points: draw new points for each decoder output, as published. By default the outputs of an image share
+            them, which samples the features once instead of once per output; each cost stays an unbiased estimate
+            with the same variance, but the estimates of different outputs are then correlated.
+        non_finite: "replace" counts a NaN or infinite cost as the largest number, so that it is matched last, and
+            keeps their number in `self.non_finite_costs`; "raise" makes them a ValueError.
+        generator: source of the points, on the predictions' device; None for PyTorch's.
+
+    Raises:
+        ValueError, TypeError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        cost_class: float = 2.0,
+        cost_mask: float = 5.0,
+        cost_dice: float = 5.0,
+        num_points: int = 12544,
+        *,
+        fresh_points: bool = False,
+        non_finite: str = "replace",
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        point_counts(num_points, 1.0, 0.0)
+        if cost_class == 0 and cost_mask == 0 and cost_dice == 0:
+            raise ValueError("cost_class, cost_mask, cost_dice: expected at least one of them not to be 0")
+        if non_finite not in NON_FINITE:
+            raise ValueError(f"non_finite: expected one of {', '.join(map(repr, NON_FINITE))}; got {non_finite!r}")
+        self.cost_class = cost_class
+        self.cost_mask = cost_mask
+        self.cost_dice = cost_dice
+        self.num_points = num_points
+        self.fresh_points = fresh_points
+        self.non_finite = non_finite
+        self.generator = generator
+        #: NaN and infinite costs of the last call.
+        self.non_finite_costs = 0
+
+    def forward(self, predictions: Predictions, targets: Targets) -> Indices:
+        """Match every output of every image.
+
+        Args:
+            predictions: a list over decoder outputs of `{"class_logits": [N, Q, num_labels + 1], "masks": M}`, M
+                being `FactoredMasks` or logits [N, Q, h, w].
+            targets: a list over images of `{"labels": int64 [T_i], "masks": [T_i, H_i, W_i]}`; masks bool, uint8 or
+                floating point.
+
+        Returns:
+            for each output, for each image, the queries and their targets: two int64 tensors [min(Q, T_i)] on the CPU,
+            in ascending order of queries.
+
+        Raises:
+            ValueError, TypeError: naming the argument; a label out of range names image and label.
+        """
+        return self.match(read_batch(predictions, targets, None))
+
+    @torch.no_grad()
+    def match(self, batch: Batch) -> Indices:
+        """The same for checked arguments."""
+        with torch.autocast(batch.device.type, enabled=False):
+            costs = [self._costs(batch, i) for i in range(len(batch.labels))]
+            return self._solve(batch, costs)
+
+    def _costs(self, batch: Batch, image: int) -> Tensor:
+        """[L, Q, T] of one image."""
+        _, _, q, classes = batch.class_logits.shape
+        labels = batch.labels[image]
+        # A label out of range is found on the host, with the costs; here it must only not be followed.
+        probability = batch.class_logits[:, image].softmax(-1)[..., labels.clamp(0, classes - 2)]
+        cost = -self.cost_class * probability
+        if labels.shape[0] == 0:
+            return cost
+        shared = None if self.fresh_points else self._points(batch.device)
+        shared_labels = None if shared is None else sample_labels(batch.masks[image], shared)
+        for group in batch.groups:
+            masks = group.masks
+            if shared is not None and shared_labels is not None:
+                costs = [_mask_costs(masks, image, shared, shared_labels)]
+            else:
+                costs = []
+                for part in range(len(group.outputs)):
+                    points = self._points(batch.device)
+                    rows = slice(part * q, (part + 1) * q)
+                    own = masks.select(rows) if isinstance(masks, FactoredMasks) else masks
+                    costs.append(_mask_costs(own, image, points, sample_labels(batch.masks[image], points)))
+            both = torch.cat([self.cost_mask * bce + self.cost_dice * dice for bce, dice in costs])
+            for output, part_cost in zip(group.outputs, both.split(q), strict=True):
+                cost[output] += part_cost
+        return cost
+
+    def _points(self, device: torch.device) -> Tensor:
+        return torch.rand(self.num_points, 2, device=device, generator=self.generator)
+
+    def _solve(self, batch: Batch, costs: list[Tensor]) -> Indices:
+        from scipy.optimize import linear_sum_assignment
+
+        outputs, n, q, classes = batch.class_logits.shape
+        counts = batch.counts
+        # One transfer: the costs of all images, then all labels (exact in float32 up to 2^24).
+        labels = [label.to(costs[0].dtype) for label in batch.labels]
+        sent = torch.cat([*(cost.flatten() for cost in costs), *labels]) if n else batch.class_logits.new_empty(0)
+        host = sent.cpu()
+        sizes = [outputs * q * count for count in counts]
+        parts = host.split([*sizes, *counts])
+        for i, label in enumerate(parts[n:]):
+            check_labels(label.long().tolist(), i, classes - 1)
+        self.non_finite_costs = 0
+        indices: Indices = [[] for _ in range(outputs)]
+        for i, count in enumerate(counts):
+            cost = parts[i].view(outputs, q, count)
+            finite = cost.isfinite()
+            bad = int(cost.numel() - finite.sum())
+            if bad and self.non_finite == "raise":
+                raise ValueError(
+                    f"predictions: expected finite costs, as non_finite='raise' asks; got {bad} of {cost.numel()} that "
+                    f"are NaN or infinite in image {i}"
+                )
+            self.non_finite_costs += bad
+            if bad:
+                cost = torch.where(finite, cost, torch.finfo(cost.dtype).max)
+            for output, matrix in enumerate(cost.numpy()):
+                pair = linear_sum_assignment(matrix)
+                indices[output].append((torch.from_numpy(pair[0]), torch.from_numpy(pair[1])))
+        return indices
+
+    def extra_repr(self) -> str:
+        return (
+            f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}, "
+            f"num_points={self.num_points}, fresh_points={self.fresh_points}, non_finite={self.non_finite!r}"
+        )
+
+
+def _mask_costs(masks: Tensor | FactoredMasks, image: int, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Both costs [Q, T] of one image."""
+    if isinstance(masks, FactoredMasks):
+        samples = sample(masks.mask_features[image : image + 1], points[None], exact=True)[0]
+        return cost_of_sampled_features(masks.mask_embed[image], samples, labels)
+    return cost_of_samples(sample(masks[image : image + 1], points[None], exact=True)[0], labels)
+
+
+def check_labels(labels: Sequence[int], image: int, num_labels: int) -> None:
+    for j, label in enumerate(labels):
+        if not 0 <= label < num_labels:
+            raise ValueError(
+                f"targets[{image}]['labels'][{j}]: expected a label from 0 to {num_labels - 1}; got {describe(label)}"
+            )

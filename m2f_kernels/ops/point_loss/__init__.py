@@ -1,0 +1,417 @@
+"""Matching cost and point loss of masks: schemas, checks, fake kernels, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2f_kernels import backend
+from m2f_kernels._checks import check_same_device, check_shape, describe
+from m2f_kernels._dtypes import accumulation_dtype
+from m2f_kernels._library import LIBRARY, implement_with_triton
+from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.ops._autograd import differentiable_once
+from m2f_kernels.ops.point_loss import factored, reference
+from m2f_kernels.ops.point_sample import (
+    check_masks,
+    check_pixels,
+    check_points,
+    draw_seed,
+    point_counts,
+    points_of_planes,
+    sample,
+)
+from m2f_kernels.ops.point_sample import reference as point_sample_reference
+from m2f_kernels.ops.point_sample.masks import MaskRows, select_rows
+
+__all__ = ["Matches", "mask_matching_cost", "point_mask_loss"]
+
+#: For each image the queries and the targets that were given to each other, int64 [M_i] both.
+Matches = Sequence[tuple[Tensor, Tensor]]
+
+# ---------------------------------------------------------------- schemas
+# Targets are a list over images of [T_i, H_i, W_i]; `target_rows` counts over all of them. The probability and
+# label at each point are outputs so that backward needs neither masks nor targets.
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define("mask_matching_cost(Tensor logits, Tensor labels) -> (Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(
+    "point_mask_loss(Tensor mask_logits, Tensor rows, Tensor[] targets, Tensor target_rows, Tensor points) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    "point_mask_loss_backward(Tensor grad_cross_entropy, Tensor grad_dice, Tensor rows, Tensor points, "
+    "Tensor probability, Tensor labels, SymInt planes, SymInt height, SymInt width) -> Tensor",
+    tags=_TAGS,
+)
+# With a seed the points are drawn where the masks are uncertain, chunk by chunk, and come out; without, they are given.
+LIBRARY.define(
+    "factored_point_mask_loss(Tensor mask_embed, Tensor mask_features, Tensor rows, SymInt[] counts, Tensor[] targets, "
+    "Tensor target_rows, Tensor? points, Tensor? seed, SymInt candidates, SymInt keep, SymInt fresh) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+LIBRARY.define(
+    "factored_point_mask_loss_backward(Tensor grad_cross_entropy, Tensor grad_dice, Tensor mask_embed, "
+    "Tensor mask_features, Tensor rows, SymInt[] counts, Tensor points, Tensor probability, Tensor labels) "
+    "-> (Tensor, Tensor)",
+    tags=_TAGS,
+)
+for _name in ("mask_matching_cost", "point_mask_loss"):
+    backend.IMPLEMENTED[_name] = {"cpu": "cpp", "cuda": "triton"}
+for _name in ("mask_matching_cost", "point_mask_loss", "point_mask_loss_backward"):
+    implement_with_triton(_name, "m2f_kernels.ops.point_loss.triton")
+
+#: Sampled logits of the matching cost exist a block of queries at a time, of about this many bytes.
+_BLOCK_BYTES = 8 * 2**20
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def mask_matching_cost(
+    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Tensor], points: Tensor
+) -> tuple[Any, Any]:
+    """Cost of giving each query to each target: cross-entropy and dice over K points (Cheng et al. 2022, section 3.3).
+
+    With x the sampled logits and t the sampled targets, `(sum_k softplus(x) - x t^T) / K`, which is the mean binary
+    cross-entropy, and `1 - (2 sigmoid(x) t^T + 1) / (sum_k sigmoid(x) + sum_k t + 1)`. Of factored masks the features
+    are sampled and multiplied: no mask is ever materialised. Not differentiable; float32 whatever autocast says.
+
+    Args:
+        mask_logits: [N, Q, h, w], or factored masks. float64, float32, bfloat16 or float16.
+        target_masks: [N, T, H, W], or a list over images of [T_i, H_i, W_i], of any sizes and counts. bool, uint8 or
+            floating point with values in [0, 1]; read in place.
+        points: [N, K, 2], (x, y) in [0, 1], shared by all queries and targets of an image. float64 or float32.
+
+    Returns:
+        `(cost_bce, cost_dice)`, each [N, Q, T]; for a list of targets each a list of [Q, T_i]. float32 (float64 for
+        float64 masks).
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    check_masks("mask_logits", mask_logits)
+    if isinstance(mask_logits, Tensor) and mask_logits.dim() != 4:
+        raise ValueError(f"mask_logits: expected [N, Q, h, w] or factored masks; got {describe(mask_logits)}")
+    first = mask_logits.mask_embed if isinstance(mask_logits, FactoredMasks) else mask_logits
+    n = first.shape[0]
+    targets = check_targets("target_masks", target_masks, n, first)
+    check_points("points", points, "[N, K, 2]", (n,))
+    check_same_device("points", points, "mask_logits", first)
+    with torch.no_grad():
+        pairs = [
+            cost_of_image(_image(mask_logits, i), sample_labels(targets[i], points[i]), points[i]) for i in range(n)
+        ]
+    cross_entropy, dice = [bce for bce, _ in pairs], [dice for _, dice in pairs]
+    if isinstance(target_masks, Tensor):
+        empty = first.new_zeros(0, *first.shape[1:2], target_masks.shape[1], dtype=accumulation_dtype(first.dtype))
+        return (torch.stack(cross_entropy), torch.stack(dice)) if n else (empty, empty)
+    return cross_entropy, dice
+
+
+def point_mask_loss(
+    mask_logits: Tensor | FactoredMasks,
+    target_masks: Tensor | Sequence[Tensor],
+    points: Tensor,
+    *,
+    matches: Matches | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Binary cross-entropy and dice loss of pairs of masks, each at its own points (Cheng et al. 2022, section 3.3).
+
+    Sampling, both losses and their gradients are fused. Factored masks are multiplied out a bounded chunk at a time,
+    forward and backward; their full logits never exist, nor does a gradient of that size.
+
+    Args:
+        mask_logits: [N, Q, h, w], factored masks, or [M, h, w], which counts as one image. float64, float32, bfloat16
+            or float16.
+        target_masks: a list over images of [T_i, H_i, W_i], or a tensor: [N, T, H, W], or [M, H, W] with [M, h, w].
+            bool, uint8 or floating point with values in [0, 1]; read in place.
+        points: [M, K, 2], (x, y) in [0, 1], in order of images and then of matches. float64 or float32.
+        matches: for each image the queries and their targets, int64 [M_i] both; None gives query j to target j.
+
+    Returns:
+        `(bce, dice)`, each [M]: the mean over points, and `1 - (2 sum(s t) + 1) / (sum(s) + sum(t) + 1)` with
+        s = sigmoid. float32 (float64 for float64 masks). Differentiable once in the masks; bitwise deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    check_masks("mask_logits", mask_logits)
+    masks, targets, target_rows = pair_up(mask_logits, target_masks, matches)
+    check_points("points", points, "[M, K, 2]", (masks.rows.shape[0],))
+    check_same_device("points", points, "mask_logits", masks.rows)
+    if isinstance(mask_logits, FactoredMasks):
+        return factored_loss(masks, targets, target_rows, points, None, (0, 0, 0))
+    return loss_of_planes(masks.planes, masks.rows, targets, target_rows, points)
+
+
+def uncertain_point_mask_loss(
+    mask_logits: Tensor | FactoredMasks,
+    target_masks: Tensor | Sequence[Tensor],
+    matches: Matches | None = None,
+    num_points: int = 12544,
+    oversample_ratio: float = 3.0,
+    importance_sample_ratio: float = 0.75,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`point_mask_loss` at :func:`uncertain_points`, for which factored masks are multiplied out only once."""
+    check_masks("mask_logits", mask_logits)
+    counts = point_counts(num_points, oversample_ratio, importance_sample_ratio)
+    masks, targets, target_rows = pair_up(mask_logits, target_masks, matches)
+    seed = draw_seed(masks.device, generator)
+    if isinstance(mask_logits, FactoredMasks):
+        return factored_loss(masks, targets, target_rows, None, seed, counts)
+    with torch.no_grad():
+        points = points_of_planes(masks.planes.detach(), masks.rows, seed, 0, *counts)
+    return loss_of_planes(masks.planes, masks.rows, targets, target_rows, points)
+
+
+# ---------------------------------------------------------------- parts, without checks
+
+
+def _image(masks: Tensor | FactoredMasks, i: int) -> Tensor | FactoredMasks:
+    if isinstance(masks, FactoredMasks):
+        return FactoredMasks(masks.mask_embed[i : i + 1], masks.mask_features[i : i + 1])
+    return masks[i : i + 1]
+
+
+def sample_labels(targets: Tensor, points: Tensor) -> Tensor:
+    """Targets [T, H, W] at points [K, 2], in [T, K]."""
+    return sample(targets[None], points[None], exact=True)[0]
+
+
+def cost_of_image(masks: Tensor | FactoredMasks, labels: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Both costs [Q, T] of one image's masks (with N = 1) and labels [T, K] sampled at the same points [K, 2]."""
+    if isinstance(masks, Tensor):
+        return cost_of_samples(sample(masks, points[None], exact=True)[0], labels)
+    samples = sample(masks.mask_features, points[None], exact=True)[0]
+    return cost_of_sampled_features(masks.mask_embed[0], samples, labels)
+
+
+def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from embeddings [Q, C] and features [C, K] sampled at the points; a block of queries at a time."""
+    dtype = accumulation_dtype(embed.dtype)
+    embed = embed.to(dtype)
+    k = samples.shape[1]
+    parts = -(-embed.shape[0] * k * dtype.itemsize // _BLOCK_BYTES)
+    blocks = embed.tensor_split(max(1, parts))
+    buffer = embed.new_empty(blocks[0].shape[0], k)
+    pairs = [cost_of_samples(factored.multiply(rows, samples, out=buffer[: rows.shape[0]]), labels) for rows in blocks]
+    return torch.cat([bce for bce, _ in pairs]), torch.cat([dice for _, dice in pairs])
+
+
+def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.autocast(logits.device.type, enabled=False):
+        if backend.reference_forced() or logits.dtype == torch.float64:
+            return reference.mask_matching_cost(logits, labels)
+        cross_entropy, dice = torch.ops.m2f.mask_matching_cost(logits, labels.to(logits.dtype))
+        return cross_entropy, dice
+
+
+def loss_of_planes(
+    mask_logits: Tensor, rows: Tensor, targets: list[Tensor], target_rows: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor]:
+    if backend.reference_forced() or mask_logits.dtype == torch.float64:
+        return reference.point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
+    cross_entropy, dice, *_ = torch.ops.m2f.point_mask_loss(mask_logits, rows, targets, target_rows, points.float())
+    return cross_entropy, dice
+
+
+def factored_loss(
+    masks: MaskRows,
+    targets: list[Tensor],
+    target_rows: Tensor,
+    points: Tensor | None,
+    seed: Tensor | None,
+    counts: tuple[int, int, int],
+) -> tuple[Tensor, Tensor]:
+    assert isinstance(masks.masks, FactoredMasks)
+    embed, features = masks.masks
+    if backend.reference_forced() or embed.dtype == torch.float64:
+        with torch.autocast(embed.device.type, enabled=False):
+            dtype = accumulation_dtype(embed.dtype)
+            planes = FactoredMasks(embed.to(dtype), features.to(dtype)).logits().flatten(0, 1)
+        if points is None:
+            assert seed is not None
+            points = point_sample_reference.uncertain_points(planes.detach(), masks.rows, seed, 0, *counts)
+        return reference.point_mask_loss(planes, masks.rows, targets, target_rows, points)[:2]
+    cross_entropy, dice, *_ = torch.ops.m2f.factored_point_mask_loss(
+        *(embed, features, masks.rows, masks.counts, targets, target_rows),
+        *(None if points is None else points.float(), seed, *counts),
+    )
+    return cross_entropy, dice
+
+
+# ---------------------------------------------------------------- checks
+
+
+def check_targets(name: str, targets: object, images: int, masks: Tensor) -> list[Tensor]:
+    """Require one [T_i, H_i, W_i] per image; a tensor [N, T, H, W] is taken apart into views."""
+    if isinstance(targets, Tensor):
+        check_pixels(name, targets, "[N, T, H, W]")
+        if targets.shape[0] != images:
+            raise ValueError(f"{name}: expected [N, T, H, W] with N = {images}; got {describe(targets)}")
+        found = list(targets.unbind())
+    elif isinstance(targets, Sequence) and not isinstance(targets, str):
+        if len(targets) != images:
+            raise ValueError(f"{name}: expected {images} tensors [T, H, W], one per image; got {len(targets)}")
+        found = [check_pixels(f"{name}[{i}]", x, "[T, H, W]") for i, x in enumerate(targets)]
+    else:
+        raise TypeError(f"{name}: expected a tensor, or one tensor [T, H, W] per image; got {describe(targets)}")
+    for i, x in enumerate(found):
+        check_same_device(f"{name}[{i}]", x, "mask_logits", masks)
+        if x.requires_grad:
+            raise ValueError(f"{name}[{i}]: expected targets without a gradient, which does not reach them")
+    return found
+
+
+def pair_up(
+    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Tensor], matches: Matches | None
+) -> tuple[MaskRows, list[Tensor], Tensor]:
+    """The masks that have a target, the targets of each image, and the row [M] of each mask's target among all."""
+    flat = isinstance(mask_logits, Tensor) and mask_logits.dim() == 3
+    if flat and isinstance(target_masks, Tensor):
+        check_pixels("target_masks", target_masks, "[M, H, W]")
+        target_masks = target_masks[None]
+    first = mask_logits.mask_embed if isinstance(mask_logits, FactoredMasks) else mask_logits
+    n, q = (1, first.shape[0]) if flat else first.shape[:2]
+    targets = check_targets("target_masks", target_masks, n, first)
+    if matches is None:
+        for i, x in enumerate(targets):
+            if x.shape[0] != q:
+                raise ValueError(
+                    f"target_masks[{i}]: expected {q} targets, one per query, where matches is None; got {describe(x)}"
+                )
+        masks = select_rows(mask_logits, None)
+        return masks, targets, masks.rows
+    if len(matches) != n:
+        raise ValueError(f"matches: expected {n} pairs of index tensors, one per image; got {len(matches)}")
+    rows, first_row = [], 0
+    for i, (queries, chosen) in enumerate(matches):
+        if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.dim() != 1:
+            raise TypeError(f"matches[{i}]: expected two int64 tensors [M]; got {describe(chosen)}")
+        check_shape(f"matches[{i}]", chosen, "[M] of the targets, like that of the queries,", queries.shape)
+        count = targets[i].shape[0]
+        if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
+            raise ValueError(f"matches[{i}]: expected targets from 0 to {count - 1}; got {chosen.tolist()}")
+        rows.append(chosen + first_row)
+        first_row += count
+    masks = select_rows(mask_logits, [queries for queries, _ in matches])
+    target_rows = torch.cat(rows) if rows else masks.rows
+    return masks, targets, target_rows.to(masks.device, non_blocking=True)
+
+
+# ---------------------------------------------------------------- reference implementations
+
+
+def _mask_matching_cost_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    backend.fall_back("mask_matching_cost", logits.device.type)
+    return reference.mask_matching_cost(logits, labels)
+
+
+def _point_mask_loss_reference(mask_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    backend.fall_back("point_mask_loss", mask_logits.device.type)
+    return reference.point_mask_loss(mask_logits, *rest)
+
+
+LIBRARY.impl("mask_matching_cost", _mask_matching_cost_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("point_mask_loss", _point_mask_loss_reference, "CompositeExplicitAutograd")
+LIBRARY.impl(
+    "point_mask_loss_backward", torch.no_grad()(reference.point_mask_loss_backward), "CompositeExplicitAutograd"
+)
+# The chunk loops are the same on every device; what they call is not.
+LIBRARY.impl("factored_point_mask_loss", factored.forward, "CompositeExplicitAutograd")
+LIBRARY.impl("factored_point_mask_loss_backward", factored.backward, "CompositeExplicitAutograd")
+
+
+# ---------------------------------------------------------------- fake kernels
+
+
+def _fake_losses(like: Tensor, masks: int, points: int) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(like.dtype)
+    return tuple(like.new_empty(size, dtype=dtype) for size in [(masks,)] * 2 + [(masks, points)] * 2)
+
+
+@torch.library.register_fake("m2f::mask_matching_cost", lib=LIBRARY)
+def _(logits: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
+    dtype = accumulation_dtype(logits.dtype)
+    return tuple(logits.new_empty(logits.shape[0], labels.shape[0], dtype=dtype) for _ in range(2))
+
+
+@torch.library.register_fake("m2f::point_mask_loss", lib=LIBRARY)
+def _(mask_logits: Tensor, rows: Tensor, targets: list[Tensor], target_rows: Tensor, points: Tensor) -> Any:
+    return _fake_losses(mask_logits, *points.shape[:2])
+
+
+@torch.library.register_fake("m2f::point_mask_loss_backward", lib=LIBRARY)
+def _(grad_cross_entropy: Tensor, *rest: Any) -> Tensor:
+    return grad_cross_entropy.new_empty(rest[-3:])
+
+
+@torch.library.register_fake("m2f::factored_point_mask_loss", lib=LIBRARY)
+def _(mask_embed: Tensor, mask_features: Tensor, rows: Tensor, *rest: Any) -> Any:
+    points, keep, fresh = rest[3], rest[-2], rest[-1]
+    count = points.shape[1] if points is not None else keep + fresh
+    drawn = mask_embed.new_empty((rows.shape[0], count, 2) if points is None else (0,), dtype=torch.float32)
+    cross_entropy, dice, probability, labels = _fake_losses(mask_embed, rows.shape[0], count)
+    return cross_entropy, dice, drawn, probability, labels
+
+
+@torch.library.register_fake("m2f::factored_point_mask_loss_backward", lib=LIBRARY)
+def _(grad_cross_entropy: Tensor, grad_dice: Tensor, mask_embed: Tensor, mask_features: Tensor, *rest: Any) -> Any:
+    return mask_embed.new_empty(mask_embed.shape), mask_features.new_empty(mask_features.shape)
+
+
+# ---------------------------------------------------------------- autograd
+
+_TITLE = "the point loss of masks"
+
+
+def _setup_planes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    mask_logits, rows, targets, _, points = inputs
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(rows, points, *output[2:])
+    ctx.size, ctx.dtype, ctx.images = mask_logits.shape, mask_logits.dtype, len(targets)
+
+
+def _planes_vjp(ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor, *_: Any) -> tuple[Any, ...]:
+    saved = ctx.saved_tensors
+    gradient = torch.ops.m2f.point_mask_loss_backward(grad_cross_entropy, grad_dice, *saved, *ctx.size)
+    gradients = differentiable_once(_TITLE, (gradient.to(ctx.dtype),), [grad_cross_entropy, grad_dice])
+    return *gradients, None, [None] * ctx.images, None, None
+
+
+def _setup_factored(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    mask_embed, mask_features, rows, ctx.counts, targets, _, points, *_ = inputs
+    ctx.images = len(targets)
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(mask_embed, mask_features, rows, output[2] if points is None else points, *output[3:])
+
+
+def _factored_vjp(ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor, *_: Any) -> tuple[Any, ...]:
+    embed, features, rows, *saved = ctx.saved_tensors
+    gradients = torch.ops.m2f.factored_point_mask_loss_backward(
+        grad_cross_entropy, grad_dice, embed, features, rows, ctx.counts, *saved
+    )
+    sources = [grad_cross_entropy, grad_dice, embed, features]
+    grad_embed, grad_features = differentiable_once(_TITLE, gradients, sources)
+    needs = ctx.needs_input_grad
+    return (
+        grad_embed if needs[0] else None,
+        grad_features if needs[1] else None,
+        None,
+        None if ctx.counts else [],
+        [None] * ctx.images,
+        *[None] * 6,
+    )
+
+
+torch.library.register_autograd("m2f::point_mask_loss", _planes_vjp, setup_context=_setup_planes, lib=LIBRARY)
+torch.library.register_autograd(
+    "m2f::factored_point_mask_loss", _factored_vjp, setup_context=_setup_factored, lib=LIBRARY
+)

@@ -1,0 +1,262 @@
+"""Samples of masks and features at points, and points where masks are uncertain: schemas, checks, fakes, autograd."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from m2f_kernels import backend
+from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
+from m2f_kernels._library import LIBRARY, implement_with_triton
+from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.ops._autograd import differentiable_once, reference_gradients
+from m2f_kernels.ops.point_sample import reference
+from m2f_kernels.ops.point_sample.masks import select_rows
+
+__all__ = ["point_sample", "uncertain_points"]
+
+# ---------------------------------------------------------------- schemas
+# `rows` picks planes of [P, h, w]; the m-th of them draws random points from stream first_stream + m.
+
+_TAGS = (torch.Tag.pt2_compliant_tag,)
+LIBRARY.define("point_sample(Tensor input, Tensor points, bool exact) -> Tensor", tags=_TAGS)
+LIBRARY.define(
+    "point_sample_backward(Tensor grad_output, Tensor points, SymInt height, SymInt width) -> Tensor", tags=_TAGS
+)
+LIBRARY.define(
+    "uncertain_points(Tensor mask_logits, Tensor rows, Tensor seed, SymInt first_stream, SymInt candidates, "
+    "SymInt keep, SymInt fresh) -> Tensor",
+    tags=_TAGS,
+)
+for _name in ("point_sample", "uncertain_points"):
+    backend.IMPLEMENTED[_name] = {"cpu": "cpp", "cuda": "triton"}
+for _name in ("point_sample", "point_sample_backward", "uncertain_points"):
+    implement_with_triton(_name, "m2f_kernels.ops.point_sample.triton")
+
+
+# ---------------------------------------------------------------- public functions
+
+
+def point_sample(input: Tensor | FactoredMasks, points: Tensor) -> Tensor:
+    """Bilinear samples at points (PointRend, Kirillov et al. 2020, section 3.1).
+
+    Pixel centres lie at `(i + 0.5) / size`; pixels outside are zero, and so is a sample at a NaN coordinate.
+
+    Args:
+        input: [N, C, h, w]. float64, float32, bfloat16, float16; or bool or uint8 (target masks), which are read in
+            place and never cast whole. Or factored masks, whose features are sampled and then multiplied.
+        points: [N, K, 2], (x, y) in [0, 1]; outside is allowed. float64 or float32.
+
+    Returns:
+        [N, C, K] in input's dtype, float32 for bool and uint8 (factored masks: [N, Q, K]). Differentiable once in
+        `input`, not in `points`; bitwise deterministic.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    if isinstance(input, FactoredMasks):
+        check_masks("input", input)
+        samples = point_sample(input.mask_features, points)
+        with torch.autocast(samples.device.type, enabled=False):
+            return input.mask_embed @ samples
+    check_pixels("input", input, "[N, C, h, w]")
+    n = input.shape[0]
+    check_points("points", points, "[N, K, 2]", (n, points.shape[1] if isinstance(points, Tensor) else 0))
+    check_same_device("points", points, "input", input)
+    return sample(input, points, exact=False)
+
+
+def sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
+    """:func:`point_sample` without checks; `exact` leaves 16-bit samples in float32."""
+    if backend.reference_forced() or input.dtype == torch.float64:
+        return reference.point_sample(input, points, exact)
+    return torch.ops.m2f.point_sample(input, points.float(), exact)
+
+
+def uncertain_points(
+    mask_logits: Tensor | FactoredMasks,
+    num_points: int = 12544,
+    oversample_ratio: float = 3.0,
+    importance_sample_ratio: float = 0.75,
+    *,
+    queries: Sequence[Tensor] | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Random points, most of them where a mask is uncertain (PointRend, section 4.1.1; Cheng et al. 2022, section 3.3).
+
+    Of `int(oversample_ratio * num_points)` uniform candidates the `int(importance_sample_ratio * num_points)` with
+    smallest |logit|, filled up with fresh uniform points. The points are a function of a 64-bit seed, drawn from
+    `generator`, and of each mask's position only: the same on every device and for any number of threads.
+
+    Args:
+        mask_logits: [M, h, w] or [N, Q, h, w], or factored masks, which are multiplied out a bounded chunk at a time.
+            float64, float32, bfloat16 or float16.
+        num_points: K, at least 1.
+        oversample_ratio: at least 1.
+        importance_sample_ratio: from 0 to 1.
+        queries: for each image an int64 tensor, which of its masks; None for all.
+        generator: source of the seed, on the masks' device; None for PyTorch's.
+
+    Returns:
+        float32 [M, K, 2], M masks in order of images. No gradient flows through it.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    check_masks("mask_logits", mask_logits)
+    counts = point_counts(num_points, oversample_ratio, importance_sample_ratio)
+    masks = select_rows(mask_logits, queries)
+    seed = draw_seed(masks.device, generator)
+    with torch.no_grad():
+        if not isinstance(mask_logits, FactoredMasks):
+            return points_of_planes(masks.planes, masks.rows, seed, 0, *counts)
+        found = [points_of_planes(chunk.logits, chunk.arange(), seed, chunk.first, *counts) for chunk in masks.chunks()]
+        return torch.cat(found) if found else masks.rows.new_empty(0, num_points, 2, dtype=torch.float32)
+
+
+def points_of_planes(mask_logits: Tensor, rows: Tensor, seed: Tensor, first_stream: int, *counts: int) -> Tensor:
+    """The operator, or the reference where that is asked for or the dtype needs it."""
+    if backend.reference_forced() or mask_logits.dtype == torch.float64:
+        return reference.uncertain_points(mask_logits, rows, seed, first_stream, *counts)
+    return torch.ops.m2f.uncertain_points(mask_logits, rows, seed, first_stream, *counts)
+
+
+def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    """int64 [1] on `device`, from `generator`."""
+    if generator is not None and generator.device.type != device.type:
+        raise ValueError(f"generator: expected one on {device}, where the masks are; got one on {generator.device}")
+    return torch.randint(0, 2**63 - 1, (1,), device=device, generator=generator)
+
+
+# ---------------------------------------------------------------- checks shared by the operators on points
+
+
+def check_pixels(name: str, value: object, layout: str) -> Tensor:
+    """Require images of floating point, bool or uint8 with at least one pixel."""
+    if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8):
+        if value.dim() != layout.count(",") + 1:
+            raise ValueError(f"{name}: expected {layout}; got {describe(value)}")
+        tensor = value
+    elif isinstance(value, Tensor) and not value.dtype.is_floating_point:
+        raise TypeError(f"{name}: expected a floating point, bool or uint8 tensor {layout}; got {describe(value)}")
+    else:
+        tensor = check_floating(name, value, layout)
+    if tensor.shape[-1] < 1 or tensor.shape[-2] < 1:
+        raise ValueError(f"{name}: expected at least one pixel in {layout}; got {describe(tensor)}")
+    return tensor
+
+
+def check_points(name: str, value: object, layout: str, leading: tuple[int, ...]) -> None:
+    """Require points [*leading, K, 2] of float64 or float32, K >= 1, without a gradient."""
+    if isinstance(value, Tensor) and value.dtype in (torch.bfloat16, torch.float16):
+        raise TypeError(f"{name}: expected float64 or float32, as coordinates need; got {describe(value)}")
+    points = check_floating(name, value, layout)
+    k = points.shape[-2]
+    check_shape(name, points, layout, (*leading[:1], k, 2))
+    if k < 1:
+        raise ValueError(f"{name}: expected at least one point in {layout}; got {describe(points)}")
+    if points.requires_grad:
+        raise ValueError(f"{name}: expected points without a gradient, which does not reach them; detach them first")
+
+
+def check_masks(name: str, masks: Tensor | FactoredMasks) -> None:
+    """Require mask logits [M, h, w] or [N, Q, h, w], or factored masks that fit each other."""
+    if not isinstance(masks, FactoredMasks):
+        layout = "[M, h, w]" if isinstance(masks, Tensor) and masks.dim() == 3 else "[N, Q, h, w]"
+        check_floating(name, masks, layout)
+        check_pixels(name, masks, layout)
+        return
+    embed = check_floating(f"{name}.mask_embed", masks.mask_embed, "[N, Q, C]")
+    features = check_floating(f"{name}.mask_features", masks.mask_features, "[N, C, h, w]")
+    check_pixels(f"{name}.mask_features", features, "[N, C, h, w]")
+    n, _, c = embed.shape
+    check_shape(f"{name}.mask_features", features, "[N, C, h, w]", (n, c, *features.shape[2:]))
+    check_same_device(f"{name}.mask_features", features, f"{name}.mask_embed", embed)
+
+
+def point_counts(num_points: int, oversample_ratio: float, importance_sample_ratio: float) -> tuple[int, int, int]:
+    """Numbers of candidates, of candidates to keep, and of fresh points."""
+    if isinstance(num_points, bool) or not isinstance(num_points, int):
+        raise TypeError(f"num_points: expected an integer of at least 1; got {describe(num_points)}")
+    if num_points < 1:
+        raise ValueError(f"num_points: expected an integer of at least 1; got {num_points}")
+    for name, value in (
+        ("oversample_ratio", oversample_ratio),
+        ("importance_sample_ratio", importance_sample_ratio),
+    ):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number; got {describe(value)}")
+    if not 1 <= oversample_ratio < 2**31 / num_points:
+        raise ValueError(
+            f"oversample_ratio: expected at least 1, and fewer than 2^31 candidates; got {oversample_ratio}"
+        )
+    if not 0 <= importance_sample_ratio <= 1:
+        raise ValueError(f"importance_sample_ratio: expected a number from 0 to 1; got {importance_sample_ratio}")
+    keep = int(importance_sample_ratio * num_points)
+    return int(oversample_ratio * num_points), keep, num_points - keep
+
+
+# ---------------------------------------------------------------- reference implementations
+# Registered for every device; compiled and Triton kernels override them on theirs.
+
+
+def _point_sample_reference(input: Tensor, points: Tensor, exact: bool) -> Tensor:
+    backend.fall_back("point_sample", input.device.type)
+    return reference.point_sample(input, points, exact)
+
+
+def _point_sample_backward_reference(grad_output: Tensor, points: Tensor, height: int, width: int) -> Tensor:
+    n, c, _ = grad_output.shape
+    pixels = grad_output.new_zeros(n, c, height, width)
+    return reference_gradients(lambda x: reference.point_sample(x, points), grad_output, [pixels], [True])[0]
+
+
+def _uncertain_points_reference(mask_logits: Tensor, *rest: Any) -> Tensor:
+    backend.fall_back("uncertain_points", mask_logits.device.type)
+    return reference.uncertain_points(mask_logits, *rest)
+
+
+LIBRARY.impl("point_sample", _point_sample_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("point_sample_backward", _point_sample_backward_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("uncertain_points", _uncertain_points_reference, "CompositeExplicitAutograd")
+
+
+# ---------------------------------------------------------------- fake kernels
+
+
+@torch.library.register_fake("m2f::point_sample", lib=LIBRARY)
+def _(input: Tensor, points: Tensor, exact: bool) -> Tensor:
+    return input.new_empty(*input.shape[:2], points.shape[1], dtype=reference.sample_dtype(input.dtype, exact))
+
+
+@torch.library.register_fake("m2f::point_sample_backward", lib=LIBRARY)
+def _(grad_output: Tensor, points: Tensor, height: int, width: int) -> Tensor:
+    return grad_output.new_empty(*grad_output.shape[:2], height, width)
+
+
+@torch.library.register_fake("m2f::uncertain_points", lib=LIBRARY)
+def _(
+    mask_logits: Tensor, rows: Tensor, seed: Tensor, first_stream: int, candidates: int, keep: int, fresh: int
+) -> Tensor:
+    return mask_logits.new_empty(rows.shape[0], keep + fresh, 2, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------- autograd
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    input, points, _ = inputs
+    ctx.save_for_backward(points)
+    ctx.size, ctx.dtype = input.shape[2:], input.dtype
+
+
+def _point_sample_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
+    (points,) = ctx.saved_tensors
+    gradient = torch.ops.m2f.point_sample_backward(grad_output, points, *ctx.size)
+    return *differentiable_once("point sampling", (gradient.to(ctx.dtype),), [grad_output]), None, None
+
+
+torch.library.register_autograd("m2f::point_sample", _point_sample_vjp, setup_context=_setup_context, lib=LIBRARY)

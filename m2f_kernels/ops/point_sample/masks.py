@@ -1,0 +1,113 @@
+"""Some masks of a batch, as the operators on points take them: planes of logits, or factors multiplied in chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from m2f_kernels._checks import describe
+from m2f_kernels._dtypes import accumulation_dtype
+from m2f_kernels.masks import FactoredMasks
+
+#: Logits of factored masks exist a chunk at a time, of about this many bytes.
+CHUNK_BYTES = 32 * 2**20
+
+
+@dataclass
+class Chunk:
+    """Logits of a few masks of one image."""
+
+    image: int
+    first: int  # the number of the first of them among all
+    embed: Tensor  # [m, C]
+    logits: Tensor  # [m, h, w]
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.first, self.first + self.embed.shape[0])
+
+    def arange(self) -> Tensor:
+        return torch.arange(self.embed.shape[0], device=self.embed.device)
+
+
+def chunk_bounds(counts: Sequence[int], plane_bytes: int) -> Iterator[tuple[int, int, int]]:
+    """(image, first, last) of chunks of bounded size that divide each image's masks evenly."""
+    start = 0
+    for image, count in enumerate(counts):
+        if count == 0:
+            continue
+        parts = min(count, -(-count * plane_bytes // CHUNK_BYTES))
+        for part in range(parts):
+            yield image, start + count * part // parts, start + count * (part + 1) // parts
+        start += count
+
+
+def multiply(embed: Tensor, features: Tensor, out: Tensor | None = None) -> Tensor:
+    """embed [m, C] times features [C, S], whatever autocast says; the accumulation dtype goes in and comes out."""
+    with torch.autocast(embed.device.type, enabled=False):
+        return torch.mm(embed, features, out=out)
+
+
+def exact(features: Tensor) -> Tensor:
+    """One image's features [C, h, w] as [C, h*w] in the accumulation dtype: a view where they have it already."""
+    return features.flatten(1).to(accumulation_dtype(features.dtype))
+
+
+@dataclass
+class MaskRows:
+    """M masks out of a batch: numbers of rows of the flattened batch, those of one image after those of another."""
+
+    masks: Tensor | FactoredMasks
+    rows: Tensor  # int64 [M]
+    counts: list[int]  # masks of each image; their sum is M
+
+    @property
+    def device(self) -> torch.device:
+        return self.rows.device
+
+    @property
+    def planes(self) -> Tensor:
+        """Logits as [P, h, w]."""
+        assert isinstance(self.masks, Tensor)
+        return self.masks.flatten(0, -3)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The logits of factored masks, in the accumulation dtype; a chunk's memory is used again for the next."""
+        assert isinstance(self.masks, FactoredMasks)
+        yield from product_chunks(*self.masks, self.rows, self.counts)
+
+
+def product_chunks(mask_embed: Tensor, mask_features: Tensor, rows: Tensor, counts: Sequence[int]) -> Iterator[Chunk]:
+    dtype = accumulation_dtype(mask_embed.dtype)
+    h, w = mask_features.shape[2:]
+    embed = mask_embed.flatten(0, 1)[rows].to(dtype)
+    bounds = list(chunk_bounds(counts, h * w * dtype.itemsize))
+    largest = max((last - first for _, first, last in bounds), default=0)
+    buffer = embed.new_empty(largest, h * w)
+    features, held = None, -1
+    for image, first, last in bounds:
+        if features is None or image != held:
+            features, held = exact(mask_features[image]).to(dtype), image
+        logits = multiply(embed[first:last], features, out=buffer[: last - first])
+        yield Chunk(image, first, embed[first:last], logits.view(-1, h, w))
+
+
+def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None) -> MaskRows:
+    """The masks that `queries` names for each image; all of them for None. [M, h, w] counts as one image."""
+    n, q = (1, masks.shape[0]) if isinstance(masks, Tensor) and masks.dim() == 3 else masks.shape[:2]
+    device = masks.device if isinstance(masks, Tensor) else masks.mask_embed.device
+    if queries is None:
+        return MaskRows(masks, torch.arange(n * q, device=device), [q] * n)
+    if len(queries) != n:
+        raise ValueError(f"queries: expected {n} tensors, one per image; got {len(queries)}")
+    for i, chosen in enumerate(queries):
+        if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.dim() != 1:
+            raise TypeError(f"queries[{i}]: expected an int64 tensor [M]; got {describe(chosen)}")
+        if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < q:
+            raise ValueError(f"queries[{i}]: expected indices from 0 to {q - 1}; got {chosen.tolist()}")
+    shifted = [chosen + i * q for i, chosen in enumerate(queries)]
+    rows = torch.cat(shifted) if shifted else torch.zeros(0, dtype=torch.int64)
+    return MaskRows(masks, rows.to(device, non_blocking=True), [chosen.shape[0] for chosen in queries])

@@ -1,0 +1,107 @@
+"""Point sampling in plain PyTorch: the truth every kernel is held against.
+
+PointRend (Kirillov et al., 2020), sections 3.1 and 4.1.1. Random points come from the counter-based generator Philox
+(Salmon et al., 2011), so that a point depends on the seed, the mask's number and its own number only: not on the
+device, the number of threads, or how masks are divided into chunks.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from m2f_kernels._dtypes import accumulation_dtype
+
+
+def sample_dtype(dtype: torch.dtype, exact: bool) -> torch.dtype:
+    """The dtype of samples: that of a floating input, float32 of bool and uint8; exact ones keep float32 anyway."""
+    return accumulation_dtype(dtype) if exact or not dtype.is_floating_point else dtype
+
+
+def point_sample(input: Tensor, points: Tensor, exact: bool = False) -> Tensor:
+    """Bilinear samples at `points * (w, h) - 0.5`; pixels outside are zero, and so is a sample at a NaN coordinate.
+
+    Only the four corners of each point are read, so that a bool input is never cast as a whole.
+
+    Args:
+        input: [N, C, h, w], floating point, bool or uint8.
+        points: [N, K, 2], (x, y) in [0, 1].
+        exact: leave samples in the dtype of the arithmetic, which float64 points make float64.
+
+    Returns:
+        [N, C, K].
+    """
+    c, height, width = input.shape[1:]
+    dtype = torch.promote_types(accumulation_dtype(input.dtype), points.dtype)
+    location = points.to(dtype)
+    x = location[..., 0] * width - 0.5
+    y = location[..., 1] * height - 0.5
+    # Comparisons with NaN are false, so a NaN coordinate contributes nothing.
+    contributes = (x > -1) & (x < width) & (y > -1) & (y < height)
+    x, y = torch.where(contributes, x, 0), torch.where(contributes, y, 0)
+    x0, y0 = x.floor(), y.floor()
+    fx, fy = x - x0, y - y0
+    pixels = input.flatten(2)
+    total = torch.zeros((), dtype=dtype, device=input.device)
+    for dy in (0, 1):
+        for dx in (0, 1):
+            cx, cy = x0.long() + dx, y0.long() + dy
+            inside = contributes & (cx >= 0) & (cx < width) & (cy >= 0) & (cy < height)
+            pixel = cy.clamp(0, height - 1) * width + cx.clamp(0, width - 1)
+            corner = pixels.gather(2, pixel[:, None].expand(-1, c, -1)).to(dtype)
+            weight = (fx if dx else 1 - fx) * (fy if dy else 1 - fy)
+            total = total + torch.where(inside[:, None], weight[:, None] * corner, 0)
+    return total if exact else total.to(sample_dtype(input.dtype, exact))
+
+
+# ---------------------------------------------------------------- random points
+
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_LOW = 0xFFFFFFFF
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -> list[Tensor]:
+    """Philox4x32-10: four words of 32 random bits for each counter of four words; all int64 tensors."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(10):
+        a, b = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]  # the wrapped product has the right bits
+        c0, c1, c2, c3 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
+        k0, k1 = (k0 + _WEYL[0]) & _LOW, (k1 + _WEYL[1]) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def uniform_points(seed: Tensor, streams: Tensor, first: int, count: int) -> Tensor:
+    """Points `first` to `first + count` of each stream, float32 [M, count, 2], uniform in [0, 1).
+
+    Points 2j and 2j + 1 of stream m are the four words of counter (j, m, 0, 0), each as its upper 24 bits times 2^-24.
+    """
+    j = torch.arange(first // 2, (first + count + 1) // 2, device=seed.device)
+    zero = torch.zeros((), dtype=torch.int64, device=seed.device)
+    words = torch.stack(philox((j, streams[:, None], zero, zero), seed), -1)  # [M, J, 4]
+    pairs = ((words >> 8).float() * 2.0**-24).unflatten(-1, (2, 2)).flatten(1, 2)
+    return pairs[:, first % 2 : first % 2 + count]
+
+
+def uncertain_points(
+    mask_logits: Tensor, rows: Tensor, seed: Tensor, first_stream: int, candidates: int, keep: int, fresh: int
+) -> Tensor:
+    """Of `candidates` uniform points the `keep` with smallest |logit|, in their order, then `fresh` uniform ones.
+
+    Of equally uncertain points the first are kept; a NaN counts as most uncertain, as in `torch.topk`.
+
+    Args:
+        mask_logits: [P, h, w].
+        rows: int64 [M], which of them; the m-th draws from stream `first_stream + m`.
+        seed: int64 [1].
+
+    Returns:
+        float32 [M, keep + fresh, 2].
+    """
+    streams = first_stream + torch.arange(rows.shape[0], device=rows.device)
+    points = uniform_points(seed, streams, 0, candidates)
+    logits = point_sample(mask_logits[rows, None], points, exact=True)[:, 0]
+    order = (-logits.abs()).sort(dim=1, descending=True, stable=True).indices[:, :keep].sort(1).values
+    kept = points.gather(1, order[..., None].expand(-1, -1, 2))
+    return torch.cat([kept, uniform_points(seed, streams, candidates, fresh)], 1)

@@ -1,0 +1,287 @@
+"""Triton kernels of point sampling and uncertain points: see `reference.py` for what they compute.
+
+Gradients are scattered with integer atomics: fixed-point numbers of 64 bits, whose sum does not depend on the order of
+its terms. 40 bits below the largest term are kept, more than float32 has.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m2f_kernels._triton import launch
+from m2f_kernels.ops.point_sample.reference import sample_dtype
+
+#: Bits of a fixed-point gradient below the largest single term.
+FRACTION_BITS = 40
+_BINS = tl.constexpr(2048)
+
+
+def dense_planes(tensor: Tensor) -> Tensor:
+    """`tensor` itself where its last two axes are dense planes, else a contiguous copy; bool as bytes."""
+    height, width = tensor.shape[-2:]
+    dense = (width == 1 or tensor.stride(-1) == 1) and (height == 1 or tensor.stride(-2) == width)
+    tensor = tensor if dense else tensor.contiguous()
+    return tensor.view(torch.uint8) if tensor.dtype == torch.bool else tensor
+
+
+# ---------------------------------------------------------------- geometry
+
+
+@triton.jit
+def axis(coordinate, size):
+    """Pixel below a normalised coordinate, the fraction above it, and whether it contributes anything."""
+    length = size.to(tl.float32)
+    scaled = coordinate * length
+    lost = tl.fma(coordinate, length, -scaled)  # what rounding took from the product
+    x = scaled - 0.5
+    contributes = (x > -1) & (x < length)  # false for NaN
+    safe = tl.where(contributes, x, 0.0)
+    below = tl.floor(safe)
+    return below.to(tl.int32), (safe - below) + tl.where(contributes, lost, 0.0), contributes
+
+
+@triton.jit
+def bilinear(plane, x, y, height, width, inside):
+    """Samples of dense planes at points where `inside`; zero elsewhere."""
+    column, fx, in_x = axis(x, width)
+    row, fy, in_y = axis(y, height)
+    inside = inside & in_x & in_y
+    at = plane + row * width + column
+    left, right = inside & (column >= 0), inside & (column + 1 < width)
+    top, bottom = row >= 0, row + 1 < height
+    a = tl.load(at, mask=left & top, other=0).to(tl.float32)
+    b = tl.load(at + 1, mask=right & top, other=0).to(tl.float32)
+    c = tl.load(at + width, mask=left & bottom, other=0).to(tl.float32)
+    d = tl.load(at + width + 1, mask=right & bottom, other=0).to(tl.float32)
+    return (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
+
+
+@triton.jit
+def scatter(plane, x, y, height, width, gradient, inside):
+    """Adds the terms of fixed-point gradients to planes of int64."""
+    column, fx, in_x = axis(x, width)
+    row, fy, in_y = axis(y, height)
+    inside = inside & in_x & in_y
+    at = plane + row * width + column
+    left, right = inside & (column >= 0), inside & (column + 1 < width)
+    top, bottom = row >= 0, row + 1 < height
+    upper, lower = gradient * (1 - fy), gradient * fy
+    tl.atomic_add(at, fixed(upper * (1 - fx)), mask=left & top, sem="relaxed")
+    tl.atomic_add(at + 1, fixed(upper * fx), mask=right & top, sem="relaxed")
+    tl.atomic_add(at + width, fixed(lower * (1 - fx)), mask=left & bottom, sem="relaxed")
+    tl.atomic_add(at + width + 1, fixed(lower * fx), mask=right & bottom, sem="relaxed")
+
+
+@triton.jit
+def fixed(value):
+    """Rounded to the nearest integer; NaN, which no integer can show, is left to the scale."""
+    return tl.floor(tl.where(value == value, value, 0.0) + 0.5).to(tl.int64)
+
+
+# ---------------------------------------------------------------- point_sample
+
+
+@triton.jit(do_not_specialize=["num_channels", "num_points"])
+def _sample_kernel(
+    pixels, points, out, stride_n, stride_c, points_n, points_k, points_d, num_channels, num_points, height, width,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_K points in BLOCK_C channels of one image."""
+    n = tl.program_id(2).to(tl.int64)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    at = points + n * points_n + k.to(tl.int64) * points_k
+    x = tl.load(at, mask=k < num_points, other=0.0)
+    y = tl.load(at + points_d, mask=k < num_points, other=0.0)
+    planes = pixels + n * stride_n + c.to(tl.int64) * stride_c
+    inside = (c < num_channels)[:, None] & (k < num_points)[None, :]
+    value = bilinear(planes[:, None], x[None, :], y[None, :], height, width, inside)
+    to = out + (n * num_channels + c.to(tl.int64))[:, None] * num_points + k[None, :]
+    tl.store(to, value.to(out.dtype.element_ty), mask=inside)
+
+
+def point_sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
+    """`m2f::point_sample`: input [N, C, h, w], points [N, K, 2]."""
+    n, c, height, width = input.shape
+    k = points.shape[1]
+    out = input.new_empty(n, c, k, dtype=sample_dtype(input.dtype, exact))
+    if out.numel() == 0:
+        return out
+    pixels = dense_planes(input)
+    block_c = min(triton.next_power_of_2(c), 8)
+    launch(
+        _sample_kernel, (triton.cdiv(k, 128), triton.cdiv(c, block_c), n), pixels, points, out, *pixels.stride()[:2],
+        *points.stride(), c, k, height, width, BLOCK_C=block_c, BLOCK_K=128, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["num_channels", "num_points"])
+def _sample_backward_kernel(
+    grad, scale, points, sums, points_n, points_k, points_d, num_channels, num_points, height, width,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_K points in one channel of one image."""
+    plane = tl.program_id(0).to(tl.int64)
+    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    at = points + plane // num_channels * points_n + k.to(tl.int64) * points_k
+    x = tl.load(at, mask=k < num_points, other=0.0)
+    y = tl.load(at + points_d, mask=k < num_points, other=0.0)
+    g = tl.load(grad + plane * num_points + k, mask=k < num_points, other=0.0).to(tl.float32)
+    target = sums + plane * height * width
+    scatter(target, x, y, height, width, g * tl.load(scale + plane), k < num_points)
+
+
+@triton.jit(do_not_specialize=["num_pixels"])
+def _float_kernel(sums, scale, out, num_pixels, BLOCK: tl.constexpr):
+    """Fixed-point planes back to numbers; a plane whose scale is no number becomes NaN."""
+    plane = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    at = plane * num_pixels + i
+    value = tl.load(sums + at, mask=i < num_pixels, other=0).to(tl.float32) / tl.load(scale + plane)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=i < num_pixels)
+
+
+def fixed_point_scale(largest: Tensor) -> Tensor:
+    """What to multiply terms with of which `largest` is the largest, so that they become fixed-point numbers."""
+    scale = 2.0**FRACTION_BITS / largest
+    return torch.where(largest == 0, 1.0, torch.where(largest.isfinite(), scale, torch.nan)).float()
+
+
+def to_float(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Planes [P, h, w] of fixed-point numbers divided by their scale [P]."""
+    planes, height, width = sums.shape
+    out = torch.empty_like(sums, dtype=dtype)
+    if out.numel():
+        grid = (planes, triton.cdiv(height * width, 1024))
+        launch(_float_kernel, grid, sums, scale, out, height * width, BLOCK=1024, num_warps=4)
+    return out
+
+
+def point_sample_backward(grad_output: Tensor, points: Tensor, height: int, width: int) -> Tensor:
+    """`m2f::point_sample_backward`: grad_output [N, C, K], points [N, K, 2]."""
+    n, c, k = grad_output.shape
+    grad = grad_output.contiguous().view(n * c, k)
+    sums = torch.zeros(n * c, height, width, dtype=torch.int64, device=grad.device)
+    scale = grad.new_ones(n * c, dtype=torch.float32)
+    if grad.numel():
+        scale = fixed_point_scale(grad.float().abs().amax(1))
+        launch(
+            _sample_backward_kernel, (n * c, triton.cdiv(k, 256)), grad, scale, points, sums, *points.stride(),
+            c, k, height, width, BLOCK_K=256, num_warps=4,
+        )  # fmt: skip
+    return to_float(sums, scale, grad.dtype).view(n, c, height, width)
+
+
+# ---------------------------------------------------------------- uncertain_points
+
+
+@triton.jit
+def uniform_point(seed, stream, k):
+    """Point k of a stream: see `reference.uniform_points`."""
+    zero = k * 0
+    w0, w1, w2, w3 = tl.philox(seed, k // 2, zero + stream, zero, zero)
+    odd = (k % 2) == 1
+    x = (tl.where(odd, w2, w0).to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08
+    y = (tl.where(odd, w3, w1).to(tl.uint32, bitcast=True) >> 8).to(tl.float32) * 5.9604644775390625e-08
+    return x, y
+
+
+@triton.jit(do_not_specialize=["first_stream", "candidates"])
+def _candidates_kernel(
+    logits, stride, rows, seed, keys, first_stream, candidates, height, width, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program: the keys of BLOCK candidates of one mask, which have the order of |logit|; 0 for NaN."""
+    m = tl.program_id(0)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x, y = uniform_point(tl.load(seed), first_stream + m, k)
+    plane = logits + tl.load(rows + m) * stride
+    value = bilinear(plane, x, y, height, width, k < candidates)
+    key = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + 1
+    key = tl.where(value == value, key, 0)
+    tl.store(keys + m.to(tl.int64) * candidates + k, key, mask=k < candidates)
+
+
+@triton.jit
+def _narrow(
+    keys, count, prefix, wanted, ABOVE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The next BITS bits of the key of rank `wanted` among those that begin with `prefix`, and its rank among those."""
+    bins = tl.zeros((_BINS,), tl.int32)
+    for start in range(0, count, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        key = tl.load(keys + k, mask=k < count, other=0)
+        found = (k < count) & ((key >> ABOVE) == prefix)
+        # What does not belong is counted in the last bin, which 10 bits never reach; 11 bits have no key there.
+        bins += tl.histogram(tl.where(found, (key >> SHIFT) & ((1 << BITS) - 1), _BINS - 1), _BINS)
+    below = tl.cumsum(bins, 0)
+    bin = tl.sum((below < wanted).to(tl.int32), axis=0)
+    before = tl.sum(tl.where(tl.arange(0, _BINS) < bin, bins, 0), axis=0)
+    return (prefix << BITS) | bin, wanted - before
+
+
+@triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
+def _keep_kernel(keys, seed, points, first_stream, candidates, keep, total, BLOCK: tl.constexpr):
+    """One program: the `keep` smallest keys of one mask, by radix selection, and their points in order."""
+    m = tl.program_id(0)
+    keys += m.to(tl.int64) * candidates
+    out = points + m.to(tl.int64) * total * 2
+    prefix, wanted = _narrow(keys, candidates, 0, keep, 31, 20, 11, BLOCK)
+    prefix, wanted = _narrow(keys, candidates, prefix, wanted, 20, 10, 10, BLOCK)
+    threshold, equal = _narrow(keys, candidates, prefix, wanted, 10, 0, 10, BLOCK)
+    kept = 0
+    ties = 0
+    for start in range(0, candidates, BLOCK):
+        k = start + tl.arange(0, BLOCK)
+        key = tl.load(keys + k, mask=k < candidates, other=0x7FFFFFFF)
+        tie = (key == threshold).to(tl.int32)
+        tie_rank = ties + tl.cumsum(tie, 0)
+        chosen = ((key < threshold) | ((tie == 1) & (tie_rank <= equal))).to(tl.int32)
+        position = kept + tl.cumsum(chosen, 0) - 1
+        x, y = uniform_point(tl.load(seed), first_stream + m, k)
+        tl.store(out + 2 * position, x, mask=chosen == 1)
+        tl.store(out + 2 * position + 1, y, mask=chosen == 1)
+        kept += tl.sum(chosen, axis=0)
+        ties += tl.sum(tie, axis=0)
+
+
+@triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
+def _fresh_kernel(seed, points, first_stream, candidates, keep, fresh, BLOCK: tl.constexpr):
+    """One program: BLOCK of a mask's uniform points."""
+    m = tl.program_id(0)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x, y = uniform_point(tl.load(seed), first_stream + m, candidates + k)
+    out = points + (m.to(tl.int64) * (keep + fresh) + keep + k) * 2
+    tl.store(out, x, mask=k < fresh)
+    tl.store(out + 1, y, mask=k < fresh)
+
+
+def uncertain_points(
+    mask_logits: Tensor, rows: Tensor, seed: Tensor, first_stream: int, candidates: int, keep: int, fresh: int
+) -> Tensor:
+    """`m2f::uncertain_points`: mask_logits [P, h, w], rows [M], seed [1]."""
+    m = rows.shape[0]
+    points = torch.empty(m, keep + fresh, 2, dtype=torch.float32, device=rows.device)
+    if m == 0:
+        return points
+    height, width = mask_logits.shape[1:]
+    if keep:
+        logits = dense_planes(mask_logits)
+        keys = torch.empty(m, candidates, dtype=torch.int32, device=rows.device)
+        launch(
+            _candidates_kernel, (m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed, keys,
+            first_stream, candidates, height, width, BLOCK=512, num_warps=4,
+        )  # fmt: skip
+        launch(
+            _keep_kernel, (m,), keys, seed, points, first_stream, candidates, keep, keep + fresh,
+            BLOCK=1024, num_warps=8,
+        )  # fmt: skip
+    if fresh:
+        launch(
+            _fresh_kernel, (m, triton.cdiv(fresh, 256)), seed, points, first_stream, candidates, keep, fresh,
+            BLOCK=256, num_warps=4,
+        )  # fmt: skip
+    return points

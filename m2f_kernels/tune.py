@@ -1,0 +1,148 @@
+"""`python -m m2f_kernels.tune`: measure launch configurations on this GPU and keep the fastest.
+
+Opt-in: nothing is tuned at a first call. What is found is written to `m2f_kernels/tuned/sm_<capability>.json` (or where
+the environment variable M2F_TUNED says), and used from the next process on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from m2f_kernels import _tuning
+from m2f_kernels._tuning import Configuration
+from m2f_kernels.ops.attention_mask import configs as mask_configs
+from m2f_kernels.ops.masked_attention import configs as attention_configs
+
+#: Keys of the level at stride 8 of a 1024 x 1024 image, heads, and channels of the mask features.
+KEYS, HEADS, CHANNELS = 16384, 8, 256
+_REPEATS = 20
+#: Largest relative difference from the default configuration's result: another order of additions, no more.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One line of the table to find: a kernel, its key, what to try (the default first), and a call that uses it."""
+
+    kernel: str
+    key: str
+    candidates: list[Configuration]
+    run: Callable[[], tuple[Tensor, ...]]
+
+
+def problems(capability: int, device: torch.device) -> Iterator[Problem]:
+    """Every kernel that has a table, for the sizes that models use."""
+    g = torch.Generator(device).manual_seed(0)
+    for dtype in _TOLERANCE:
+        size = dtype.itemsize
+        for q in (20, 100, 200):
+            embed = torch.randn(1, q, CHANNELS, generator=g, device=device).to(dtype)
+            features = torch.randn(1, CHANNELS, KEYS, generator=g, device=device).to(dtype)
+            yield Problem(
+                mask_configs.PREDICT,
+                mask_configs.key(size, q),
+                mask_configs.candidates(size, q),
+                lambda e=embed, f=features: torch.ops.m2f.predict_attention_mask(e, f),  # type: ignore[misc]
+            )
+            bits, row_any = torch.ops.m2f.predict_attention_mask(embed, features)
+            for d in (32, 64):
+                shapes = ((q, HEADS, d), (KEYS, HEADS, d), (KEYS, HEADS, d))
+                heads = [torch.randn(1, *s, generator=g, device=device).to(dtype).transpose(1, 2) for s in shapes]
+                inputs = (*heads, bits, row_any)
+                default = attention_configs.default_forward(size, q, d)
+                key = attention_configs.key(size, q, d)
+                yield Problem(
+                    attention_configs.FORWARD,
+                    key,
+                    attention_configs.candidates(default),
+                    lambda x=inputs, d=d: torch.ops.m2f.masked_attention(*x, d**-0.5),  # type: ignore[misc]
+                )
+                output, logsumexp = torch.ops.m2f.masked_attention(*inputs, d**-0.5)
+                saved = (torch.ones_like(output), *inputs, output, logsumexp)
+                default = attention_configs.default_backward(capability, size, q, d)
+                yield Problem(
+                    attention_configs.BACKWARD,
+                    key,
+                    attention_configs.candidates(default),
+                    lambda x=saved, d=d: torch.ops.m2f.masked_attention_backward(*x, d**-0.5),  # type: ignore[misc]
+                )
+
+
+def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    """Whether two configurations computed the same, up to rounding; bits of masks up to one in a million."""
+    for a, b in zip(found, expected, strict=True):
+        if not a.dtype.is_floating_point:
+            if int((a != b).sum()) > 1e-6 * a.numel() * 32 + 1:
+                return False
+        elif not bool((a.double() - b.double()).norm() <= _TOLERANCE.get(a.dtype, 1e-5) * b.double().norm()):
+            return False
+    return True
+
+
+def milliseconds(run: Callable[[], object]) -> float:
+    """Median of several runs on the GPU."""
+    run()
+    times = []
+    for _ in range(_REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def fastest(
+    problem: Problem, measure: Callable[[Callable[[], object]], float], log: Callable[[str], None]
+) -> Configuration:
+    """The candidate with the least time; one that fails or computes something else is named and left out."""
+    best, least, expected = problem.candidates[0], float("inf"), None
+    for candidate in problem.candidates:
+        with _tuning.forced(problem.kernel, problem.key, candidate):
+            try:
+                result = problem.run()
+                if expected is None:
+                    expected = result
+                elif not agree(result, expected):
+                    log(f"{problem.kernel}, {problem.key}: {candidate} gives another result: left out")
+                    continue
+                time = measure(problem.run)
+            except Exception as error:  # too much shared memory, an assembler that gives up: whatever Triton raises
+                log(f"{problem.kernel}, {problem.key}: {candidate} failed: {type(error).__name__}: left out")
+                continue
+        if time < least:
+            best, least = candidate, time
+    if expected is None:
+        raise RuntimeError(f"{problem.kernel}, {problem.key}: no candidate ran, not even the default")
+    log(f"{problem.kernel}, {problem.key}: {least:.3f} ms with {best}")
+    return best
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="the table to write; default: the one that is used")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("m2f_kernels.tune: expected a CUDA device to measure on; torch sees none", file=sys.stderr)
+        return 2
+    major, minor = torch.cuda.get_device_capability()
+    capability = 10 * major + minor
+    path = options.output or _tuning.DIRECTORY / f"sm_{capability}.json"
+    for problem in problems(capability, torch.device("cuda")):
+        best = fastest(problem, milliseconds, print)
+        _tuning.write_table(path, {problem.kernel: {problem.key: best}})
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

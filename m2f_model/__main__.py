@@ -1,0 +1,3 @@
+from m2f_model.cli import main
+
+main()

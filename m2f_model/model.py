@@ -1,0 +1,131 @@
+"""Mask2Former: backbone, pixel decoder, transformer decoder (Cheng et al. 2022, figure 2)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from m2f_kernels import FactoredMasks
+from m2f_model.backbone import Backbone
+from m2f_model.config import Mask2FormerConfig
+from m2f_model.criterion import Targets, build_criterion, losses_of
+from m2f_model.layers import CheckpointedLayer
+from m2f_model.pixel_decoder import PixelDecoder
+from m2f_model.transformer_decoder import Prediction, TransformerDecoder
+from m2f_model.weights import is_unused, load_exactly, read_detectron2, read_huggingface, write_huggingface
+
+
+class Mask2FormerOutput(NamedTuple):
+    """The last prediction, and the ones before it.
+
+    Attributes:
+        class_logits: [N, Q, num_labels + 1], "no object" last.
+        masks: mask logits [N, Q, h, w] at stride 4 of the input, as their two factors; `.logits()` multiplies them.
+        auxiliary: the earlier predictions, that of the learned queries first.
+        losses: weighted, by name, where targets were given: their sum is the training loss.
+    """
+
+    class_logits: Tensor
+    masks: FactoredMasks
+    auxiliary: list[Prediction]
+    losses: dict[str, Tensor] | None = None
+
+
+class Mask2Former(nn.Module):
+    """Masked-attention mask transformer (Cheng et al. 2022).
+
+    Args:
+        config: the architecture; `Mask2FormerConfig.preset(name)` for a published one.
+        backbone: a module to use in place of the one that `config.backbone` describes: its call gives four maps at
+            strides 4, 8, 16 and 32, finest first, and its `channels` are their channels.
+    """
+
+    def __init__(self, config: Mask2FormerConfig, backbone: nn.Module | None = None) -> None:
+        super().__init__()
+        self.config = config
+        if backbone is None:
+            self.backbone = Backbone.from_config(config)
+        else:
+            self.backbone = Backbone(backbone, config.frozen_batch_norm)
+        self.pixel_decoder = PixelDecoder(config, self.backbone.channels)
+        self.transformer_decoder = TransformerDecoder(config)
+        self.criterion = build_criterion(config)
+
+    def forward(self, pixel_values: Tensor, targets: Targets | None = None) -> Mask2FormerOutput:
+        """Predict masks and classes, and compare them with `targets`.
+
+        Args:
+            pixel_values: normalised images [N, 3, H, W], any size. Sizes that are multiples of 32 have masks whose
+                pixels cover exactly 4 x 4 of theirs.
+            targets: for each image "labels", int64 [T], and "masks" [T, h, w], bool, uint8 or floating point; of any
+                resolution, but of the extent of the input, padding included.
+
+        Raises:
+            ValueError, TypeError: naming the argument, what was expected and what came.
+        """
+        got = _describe(pixel_values)
+        if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values: expected a floating point tensor [N, 3, H, W]; got {got}")
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or 0 in pixel_values.shape:
+            raise ValueError(f"pixel_values: expected [N, 3, H, W], not empty; got {got}")
+        mask_features, levels = self.pixel_decoder(self.backbone(pixel_values))
+        predictions = self.transformer_decoder(mask_features, levels)
+        losses = None if targets is None else losses_of(self.criterion, predictions, targets)
+        *auxiliary, last = predictions
+        return Mask2FormerOutput(last.class_logits, last.masks, auxiliary, losses)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, config: Mask2FormerConfig | None = None) -> Mask2Former:
+        """A model in Hugging Face's format: a directory, or a name that `transformers` downloads.
+
+        Args:
+            name_or_path: where it is.
+            config: what to expect; by default what the checkpoint's config.json says.
+
+        Raises:
+            WeightsError: listing all missing, unexpected and differently shaped parameters.
+        """
+        config, backbone, state = read_huggingface(name_or_path, config)
+        model = cls(config, backbone)
+        load_exactly(model, state, str(name_or_path))
+        return model.eval()
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the directory `path` in Hugging Face's format: model.safetensors and config.json.
+
+        Raises:
+            ValueError, WeightsError: where the backbone is not the one that the configuration describes.
+        """
+        write_huggingface(self, self.config, path)
+
+    @classmethod
+    def load_detectron2(cls, path: str | Path, config: Mask2FormerConfig) -> Mask2Former:
+        """A model from an original checkpoint, which does not say what it is.
+
+        Args:
+            path: `.pkl` or `.pth`, as published. Read without running code from it.
+            config: what it is, for example `Mask2FormerConfig.preset("r50-coco-panoptic")`.
+
+        Raises:
+            WeightsError: listing all missing, unexpected and differently shaped parameters.
+        """
+        model = cls(config)
+        state = read_detectron2(path)
+        kept = {k: v for k, v in model.state_dict().items() if k not in state and is_unused(k)}
+        load_exactly(model, {**kept, **state}, str(path))
+        return model.eval()
+
+    def set_activation_checkpointing(self, on: bool = True) -> None:
+        """Whether the layers of both decoders keep only their inputs for the backward pass and compute twice."""
+        for module in self.modules():
+            if isinstance(module, CheckpointedLayer):
+                module.activation_checkpointing = on
+
+
+def _describe(value: object) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
+    return f"{value!r} ({type(value).__name__})"

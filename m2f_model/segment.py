@@ -1,0 +1,233 @@
+"""Segment image files: coloured overlays, and results for machines to read."""
+
+from __future__ import annotations
+
+import colorsys
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from m2f_model import postprocess
+from m2f_model.files import read_image, to_rgb, write_atomically
+from m2f_model.model import Mask2Former
+from m2f_model.postprocess import Frame, Instances, Panoptic
+
+TASKS = ("panoptic", "instance", "semantic")
+STRIDE = 32
+#: Mean and standard deviation of the pixels that backbones were pre-trained with, of values from 0 to 255.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
+
+Result = Panoptic | Instances | Tensor
+
+
+def prepare(image: Image.Image, size: tuple[int, int]) -> tuple[Tensor, Frame]:
+    """The network's input [1, 3, H, W] from an RGB image, and where the image lies in it.
+
+    Resized (bilinear, antialiased) until the short side is `size[0]` or the long side `size[1]`, normalised, padded
+    with zeros at the right and below to multiples of 32.
+    """
+    scale = min(size[0] / min(image.size), size[1] / max(image.size))
+    w, h = (max(1, int(side * scale + 0.5)) for side in image.size)
+    pixels = normalise(torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1))
+    padded = torch.zeros(1, 3, -(-h // STRIDE) * STRIDE, -(-w // STRIDE) * STRIDE)
+    padded[0, :, :h, :w] = pixels
+    return padded, Frame((padded.shape[2], padded.shape[3]), (h, w), (image.height, image.width))
+
+
+def normalise(pixels: Tensor) -> Tensor:
+    """float32 from `pixels` [..., 3, h, w] of values from 0 to 255."""
+    mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
+    return (pixels.float() - mean) / std
+
+
+class Segmenter:
+    """A model with everything that turns an image into a segmentation.
+
+    Args:
+        model: in eval mode; its device is used.
+        task: "panoptic", "instance" or "semantic".
+        mode: of post-processing, "original" or "compatible" (see :mod:`m2f_model.postprocess`).
+        threshold: of scores, for panoptic (default 0.8) and instance (default 0.5) segmentation.
+        image_size: (short, long) side of the resized image; by default what the model's configuration says.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+
+    def __init__(
+        self,
+        model: Mask2Former,
+        task: str,
+        *,
+        mode: str = "original",
+        threshold: float | None = None,
+        image_size: tuple[int, int] | None = None,
+    ) -> None:
+        if task not in TASKS:
+            raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}; got {task!r}")
+        if mode not in postprocess.MODES:
+            raise ValueError(f"mode: expected one of {', '.join(map(repr, postprocess.MODES))}; got {mode!r}")
+        if threshold is not None and (task == "semantic" or not 0 <= threshold <= 1):
+            expected = "none for semantic segmentation" if task == "semantic" else "0 to 1"
+            raise ValueError(f"threshold: expected {expected}; got {threshold}")
+        self.model, self.task, self.mode = model, task, mode
+        self.image_size = image_size or model.config.image_size
+        stuff = model.config.stuff_labels or ()
+        self._finish: Callable[..., list[Any]] = postprocess.semantic
+        if task == "instance":
+            threshold = 0.5 if threshold is None else threshold
+            self._finish = partial(postprocess.instance, threshold=threshold, stuff_labels=stuff)
+        elif task == "panoptic":
+            threshold = 0.8 if threshold is None else threshold
+            self._finish = partial(postprocess.panoptic, threshold=threshold, stuff_labels=stuff)
+
+    @torch.inference_mode()
+    def __call__(self, image: Image.Image) -> Result:
+        """Segment one image: a `Panoptic`, `Instances`, or labels [h, w], at the image's size."""
+        device = next(self.model.parameters()).device
+        pixels, frame = prepare(to_rgb(image, "image"), self.image_size)
+        return self._finish(self.model(pixels.to(device)), [frame], mode=self.mode)[0]
+
+
+# ---------------------------------------------------------------- files
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What became of a list of files: those done, and those that could not be read, with the reason."""
+
+    done: list[Path]
+    failed: list[tuple[Path, str]]
+
+
+def segment_files(
+    segmenter: Segmenter,
+    paths: Sequence[str | Path],
+    out: str | Path,
+    progress: Callable[[Iterable[Path]], Iterable[Path]] = lambda paths: paths,
+) -> Summary:
+    """Segment image files into the directory `out`.
+
+    Writes NAME.overlay.png for each image; and panoptic.json with NAME.panoptic.png (COCO's panoptic format),
+    instance.json (COCO's results, run-length encoded) or semantic.json with NAME.semantic.png (labels as pixels).
+    Category ids are the model's labels. A file that is no image is reported and the others are done.
+
+    Args:
+        segmenter: what to do.
+        paths: image files; their names without suffix differ.
+        out: directory, made if it is not there.
+        progress: wraps the iteration over paths, for a progress bar.
+
+    Raises:
+        ValueError: if two results would have the same name.
+        OSError: if a result cannot be written.
+    """
+    files = [Path(p) for p in paths]
+    names = [p.stem for p in files]
+    for i, name in enumerate(names):
+        if name in names[:i]:
+            raise ValueError(f"paths: expected different names; {files[names.index(name)]} and {files[i]} are alike")
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    records: list[Any] = []
+    done: list[Path] = []
+    failed: list[tuple[Path, str]] = []
+    for path in progress(files):
+        try:
+            image = read_image(path)
+        except (ValueError, OSError) as error:
+            failed.append((path, str(error)))
+            continue
+        result = segmenter(image)
+        records += _write(result, image, path, out, segmenter)
+        done.append(path)
+    names_of_labels = segmenter.model.config.label_names or [str(i) for i in range(segmenter.model.config.num_labels)]
+    content: Any = records
+    if segmenter.task != "instance":
+        categories = [{"id": i, "name": name} for i, name in enumerate(names_of_labels)]
+        content = {"annotations": records, "categories": categories}
+    write_atomically(out / f"{segmenter.task}.json", lambda f: f.write(json.dumps(content, indent=1).encode()))
+    return Summary(done, failed)
+
+
+def _write(result: Result, image: Image.Image, path: Path, out: Path, segmenter: Segmenter) -> list[dict[str, Any]]:
+    """Write one image's files; its records for the JSON file."""
+    records: list[dict[str, Any]]
+    if isinstance(result, Panoptic):
+        ids = result.segment_ids.cpu().numpy()
+        file_name = f"{path.stem}.panoptic.png"
+        _save(Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)), out / file_name)
+        segments = [
+            {
+                "id": segment.id,
+                "category_id": segment.label,
+                "isthing": int(not segment.is_stuff),
+                "score": round(segment.score, 6),
+                "area": int((ids == segment.id).sum()),
+                "bbox": _box(ids == segment.id),
+            }
+            for segment in result.segments
+        ]
+        records = [{"image_id": path.stem, "file_name": file_name, "segments_info": segments}]
+        masks = [ids == segment.id for segment in result.segments]
+        colours = list(range(len(masks)))
+    elif isinstance(result, Instances):
+        masks = list(result.masks.cpu().numpy())
+        records = [
+            {"image_id": path.stem, "category_id": label, "score": round(score, 6), "segmentation": encode(mask)}
+            for label, score, mask in zip(result.labels.tolist(), result.scores.tolist(), masks, strict=True)
+        ]
+        colours = list(range(len(masks)))
+    else:
+        labels = result.cpu().numpy()
+        file_name = f"{path.stem}.semantic.png"
+        _save(Image.fromarray(labels.astype(np.uint8 if labels.max() < 256 else np.uint16)), out / file_name)
+        found, areas = np.unique(labels, return_counts=True)
+        areas_of = [{"category_id": int(c), "area": int(a)} for c, a in zip(found, areas, strict=True)]
+        records = [{"image_id": path.stem, "file_name": file_name, "segments_info": areas_of}]
+        masks = [labels == c for c in found]
+        colours = [int(c) for c in found]
+    _save(overlay(image, masks, colours), out / f"{path.stem}.overlay.png")
+    return records
+
+
+def overlay(image: Image.Image, masks: Sequence[np.ndarray], colours: Sequence[int]) -> Image.Image:
+    """The image with each mask [h, w] in a colour of its own, and its outline."""
+    pixels = np.array(image, dtype=np.float32)
+    for mask, number in zip(masks, colours, strict=True):
+        # Successive hues a golden section apart: neighbours in the list never look alike.
+        colour = 255 * np.array(colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.75, 1.0), dtype=np.float32)
+        pixels[mask] = 0.5 * pixels[mask] + 0.5 * colour
+        inner = np.pad(mask, 1, mode="edge")
+        inner = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
+        pixels[mask & ~inner] = colour
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def encode(mask: np.ndarray) -> dict[str, Any]:
+    """COCO's run-length encoding of a bool mask [h, w]."""
+    from pycocotools.mask import encode as rle
+
+    found = rle(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": found["size"], "counts": found["counts"].decode("ascii")}
+
+
+def _box(mask: np.ndarray) -> list[int]:
+    """[x, y, width, height]; zeros for an empty mask."""
+    if not mask.any():
+        return [0, 0, 0, 0]
+    y, x = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    return [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    write_atomically(path, lambda file: image.save(file, format="png"))

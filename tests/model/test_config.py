@@ -1,0 +1,133 @@
+"""Configurations: presets, translation, bad input."""
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from m2f_model import Mask2Former, Mask2FormerConfig
+from tests.model.peers import CONFIGS, their_config
+
+
+def test_presets_of_the_paper():
+    presets = Mask2FormerConfig.presets()
+    for backbone in ("r50", "r101", "swin-tiny", "swin-small", "swin-base", "swin-large"):
+        for dataset in ("coco-panoptic", "coco-instance", "ade20k-semantic", "cityscapes-semantic"):
+            assert f"{backbone}-{dataset}" in presets
+    assert Mask2FormerConfig.preset("swin-large-coco-panoptic").num_queries == 200
+    assert Mask2FormerConfig.preset("swin-large-ade20k-semantic").num_queries == 100
+    assert Mask2FormerConfig.preset("r50-coco-instance").num_labels == 80
+    coco = Mask2FormerConfig.preset("r50-coco-panoptic", num_points=100)
+    assert (coco.num_labels, coco.num_points, coco.stuff_labels) == (133, 100, tuple(range(80, 133)))
+
+
+@pytest.mark.parametrize("name", Mask2FormerConfig.presets())
+def test_every_preset_builds_and_translates(name):
+    config = Mask2FormerConfig.preset(name)
+    with torch.device("meta"):
+        model = Mask2Former(config)
+    assert [c // model.backbone.channels[0] for c in model.backbone.channels] == [1, 2, 4, 8]
+    again = Mask2FormerConfig.from_transformers(config.to_transformers())
+    assert again.to_transformers().to_dict() == config.to_transformers().to_dict()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_translation_of_theirs(name):
+    theirs = their_config(name)
+    ours = Mask2FormerConfig.from_transformers(theirs)
+    assert ours.decoder_layers == theirs.decoder_layers - 1
+    back = ours.to_transformers().to_dict()
+    changed = {k for k, v in theirs.to_dict().items() if back[k] != v}
+    assert changed <= {"architectures"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_labels": 0}, "num_labels: expected at least 1; got 0"),
+        ({"num_queries": 2.0}, "num_queries: expected an integer; got 2.0"),
+        ({"feature_size": 48}, "feature_size: expected a multiple of 32"),
+        ({"hidden_dim": 100}, "hidden_dim: expected a multiple of num_heads = 8"),
+        ({"mask_weight": -1.0}, "mask_weight: expected a number of at least 0; got -1.0"),
+        ({"no_object_weight": float("nan")}, "no_object_weight: expected a number of at least 0; got nan"),
+        ({"oversample_ratio": 0.5}, "oversample_ratio: expected a number of at least 1; got 0.5"),
+        ({"importance_sample_ratio": 1.5}, "importance_sample_ratio: expected 0 to 1; got 1.5"),
+        ({"backbone": {"depths": [1]}}, "backbone: expected a backbone configuration with a model_type"),
+        ({"label_names": ("a",)}, "label_names: expected 5 names; got 1"),
+        ({"stuff_labels": (5,)}, "stuff_labels: expected labels in [0, 5); got (5,)"),
+    ],
+)
+def test_bad_fields(changes, message):
+    with pytest.raises((ValueError, TypeError)) as error:
+        Mask2FormerConfig(**{"num_labels": 5, **changes})
+    assert message in str(error.value)
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match=r"name: expected BACKBONE-DATASET, a backbone of r50, .*; got 'r50-coco'"):
+        Mask2FormerConfig.preset("r50-coco")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"pre_norm": True}, "pre_norm: expected False"), ({"dropout": 0.1}, "dropout: expected 0.0")],
+)
+def test_theirs_that_is_not_implemented(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Mask2FormerConfig.from_transformers(transformers.Mask2FormerConfig(**changes))
+
+
+class Pyramid(nn.Module):
+    """A backbone that is no `transformers` module."""
+
+    channels = (8, 16, 24, 32)
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, c, 1) for c in self.channels)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, pixels):
+        maps = [conv(nn.functional.avg_pool2d(pixels, 4 * 2**i)) for i, conv in enumerate(self.convs)]
+        return [self.norm(maps[0]), *maps[1:]]
+
+
+def test_any_backbone(tmp_path):
+    config = Mask2FormerConfig.tiny(3, backbone=None, frozen_batch_norm=True)
+    model = Mask2Former(config, Pyramid()).train()
+    out = model(torch.rand(2, 3, 64, 96))
+    assert out.masks.shape == (2, 20, 16, 24)
+    out.masks.logits().sum().backward()
+    norm = model.backbone.body.norm
+    assert not norm.training
+    assert norm.weight.grad is None
+    assert norm.num_batches_tracked == 0
+    with pytest.raises(ValueError, match=r"backbone: expected a `transformers` backbone configuration"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"config\.backbone: expected a configuration where no backbone module"):
+        Mask2Former(config)
+    with pytest.raises(TypeError, match="backbone: expected a module with four `channels`; got Linear"):
+        Mask2Former(config, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ([1], r"pixel_values: expected a floating point tensor \[N, 3, H, W\]; got \[1\]"),
+        (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), "pixel_values: expected a floating point .*; got a uint8 tensor"),
+        (torch.zeros(3, 8, 8), r"pixel_values: expected \[N, 3, H, W\], not empty; got .* \[3, 8, 8\]"),
+        (torch.zeros(1, 1, 8, 8), r"pixel_values: expected \[N, 3, H, W\]"),
+        (torch.zeros(1, 3, 0, 8), r"pixel_values: expected \[N, 3, H, W\], not empty"),
+    ],
+)
+def test_bad_pixels(pixels, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        Mask2Former(Mask2FormerConfig.tiny(2))(pixels)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (33, 31), (5, 200)])
+def test_sizes_that_divide_nothing(size):
+    model = Mask2Former(Mask2FormerConfig.tiny(2)).eval()
+    out = model(torch.rand(1, 3, *size))
+    assert out.masks.shape == (1, 20, -(-size[0] // 4), -(-size[1] // 4))
+    assert out.masks.logits().isfinite().all()

@@ -1,0 +1,175 @@
+"""Post-processing: `compatible` is `transformers`' image processor, `original` the published evaluation."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+
+from m2f_kernels import FactoredMasks
+from m2f_model import Mask2Former, Mask2FormerOutput
+from m2f_model.postprocess import Frame, instance, panoptic, semantic
+from tests.model.peers import photograph, their_model
+
+FRAMES = [Frame((96, 160), (96, 140), (210, 301)), Frame((96, 160), (80, 160), (33, 65))]
+
+
+def blobs(num_labels=5, queries=12, seed=0, sharpness=8.0):
+    """An output with confident classes and overlapping round masks, for two images."""
+    generator = torch.Generator().manual_seed(seed)
+    n, (h, w) = 2, (24, 40)
+    y, x = torch.meshgrid(torch.arange(h) / h, torch.arange(w) / w, indexing="ij")
+    # Masks linear in (x² + y², x, y, 1) are discs.
+    features = torch.stack([x**2 + y**2, x, y, torch.ones_like(x)]).expand(n, -1, -1, -1)
+    cx, cy = torch.rand(2, n, queries, generator=generator)
+    radius = 0.05 + 0.2 * torch.rand(n, queries, generator=generator)
+    embed = 60 * torch.stack([-torch.ones_like(cx), 2 * cx, 2 * cy, radius**2 - cx**2 - cy**2], -1)
+    logits = sharpness * F.one_hot(torch.randint(num_labels + 1, (n, queries), generator=generator), num_labels + 1)
+    return Mask2FormerOutput(
+        logits + torch.randn(logits.shape, generator=generator), FactoredMasks(embed, features), []
+    )
+
+
+def published(output, frame, i):
+    """Class logits, and mask logits at the image's size: resized to the input, cut, resized (the whole tensor)."""
+    masks = F.interpolate(output.masks.logits()[i : i + 1], frame.padded, mode="bilinear", align_corners=False)
+    cut = masks[..., : frame.content[0], : frame.content[1]]
+    return output.class_logits[i], masks[0], F.interpolate(cut, frame.original, mode="bilinear", align_corners=False)[0]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_semantic_as_published(seed):
+    output = blobs(seed=seed, queries=37)
+    for i, (found, frame) in enumerate(zip(semantic(output, FRAMES), FRAMES, strict=True)):
+        logits, masks, _ = published(output, frame, i)
+        scores = torch.einsum("qc,qhw->chw", logits.softmax(-1)[:, :-1], masks.sigmoid())
+        cut = scores[None, :, : frame.content[0], : frame.content[1]]
+        scores = F.interpolate(cut, frame.original, mode="bilinear", align_corners=False)[0]
+        assert found.shape == frame.original
+        best = scores.gather(0, found[None])[0]
+        assert (scores.amax(0) - best).max() < 1e-5  # the same label, or an equal one
+        assert (found == scores.argmax(0)).float().mean() > 0.999
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_instance_as_published(seed):
+    output = blobs(seed=seed, queries=37)
+    for i, (found, frame) in enumerate(zip(instance(output, FRAMES, top_k=60), FRAMES, strict=True)):
+        logits, _, masks = published(output, frame, i)
+        scores, index = logits.softmax(-1)[:, :-1].flatten().topk(60)
+        masks = masks[index // 5]
+        binary = (masks > 0).float()
+        scores = scores * (masks.sigmoid() * binary).flatten(1).sum(1) / (binary.flatten(1).sum(1) + 1e-6)
+        seen = binary.flatten(1).any(1)
+        assert torch.equal(found.labels, (index % 5)[seen])
+        assert torch.equal(found.masks, binary[seen].bool())
+        torch.testing.assert_close(found.scores, scores[seen])
+        kept = instance(output, FRAMES, top_k=60, threshold=0.3, stuff_labels=[2])[i]
+        expected = (found.scores >= 0.3) & (found.labels != 2)
+        assert 0 < expected.sum() < len(expected)
+        assert torch.equal(kept.masks, found.masks[expected])
+        assert torch.equal(kept.scores, found.scores[expected])
+
+
+def published_panoptic(logits, masks, stuff):
+    """Pixel by pixel over all masks, in numpy."""
+    scores, labels = (x.numpy() for x in logits.softmax(-1).max(-1))
+    keep = (labels != logits.shape[-1] - 1) & (scores > 0.8)
+    scores, labels, masks = scores[keep], labels[keep], masks.sigmoid().numpy()[keep]
+    ids, segments, stuff_ids = np.zeros(masks.shape[1:], int), [], {}
+    owner = (scores[:, None, None] * masks).argmax(0)
+    for k in range(len(scores)):
+        area, original = (owner == k).sum(), (masks[k] >= 0.5).sum()
+        pixels = (owner == k) & (masks[k] >= 0.5)
+        if area == 0 or original == 0 or pixels.sum() == 0 or area / original < 0.8:
+            continue
+        if labels[k] in stuff and labels[k] in stuff_ids:
+            ids[pixels] = stuff_ids[labels[k]]
+            continue
+        segments.append((len(segments) + 1, labels[k], labels[k] in stuff))
+        stuff_ids[labels[k]] = len(segments)
+        ids[pixels] = len(segments)
+    return ids, segments
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_panoptic_as_published(seed):
+    output, stuff = blobs(seed=seed, queries=20), {0, 1, 2}
+    for i, (found, frame) in enumerate(zip(panoptic(output, FRAMES, stuff_labels=stuff), FRAMES, strict=True)):
+        logits, _, masks = published(output, frame, i)
+        ids, segments = published_panoptic(logits, masks, stuff)
+        assert segments, "the case is empty"
+        assert np.array_equal(found.segment_ids.numpy(), ids)
+        assert [(s.id, s.label, s.is_stuff) for s in found.segments] == segments
+
+
+def test_stuff_is_one_segment_and_things_are_many():
+    output = blobs(queries=20, seed=2)
+    things = panoptic(output, FRAMES)[1].segments
+    fused = panoptic(output, FRAMES, stuff_labels=range(5))[1].segments
+    assert len({s.label for s in things}) < len(things)
+    assert len({s.label for s in fused}) == len(fused)
+
+
+def theirs(output):
+    return transformers.models.mask2former.modeling_mask2former.Mask2FormerForUniversalSegmentationOutput(
+        class_queries_logits=output.class_logits, masks_queries_logits=output.masks.logits()
+    )
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_compatible_is_their_processor(seed):
+    output, processor = blobs(seed=seed), transformers.Mask2FormerImageProcessorPil()
+    sizes = [frame.original for frame in FRAMES]
+    expected = processor.post_process_semantic_segmentation(theirs(output), sizes)
+    assert all(map(torch.equal, semantic(output, FRAMES, mode="compatible"), expected))
+
+    found = panoptic(output, FRAMES, stuff_labels={1}, mode="compatible", threshold=0.5)
+    expected = processor.post_process_panoptic_segmentation(theirs(output), 0.5, 0.5, 0.8, {1}, sizes)
+    for ours, their in zip(found, expected, strict=True):
+        assert ours.segments
+        assert torch.equal(ours.segment_ids, their["segmentation"].clamp(min=0).int())
+        assert [(s.id, s.label, s.score) for s in ours.segments] == [
+            (s["id"], s["label_id"], s["score"]) for s in their["segments_info"]
+        ]
+
+    found = instance(output, FRAMES, mode="compatible", threshold=0.4)
+    expected = processor.post_process_instance_segmentation(
+        theirs(output), 0.4, target_sizes=sizes, return_binary_maps=True
+    )
+    for ours, their in zip(found, expected, strict=True):
+        assert torch.equal(ours.masks, their["segmentation"].bool())
+        assert ours.labels.tolist() == [s["label_id"] for s in their["segments_info"]]
+
+
+def test_compatible_from_weights_to_maps(tmp_path):
+    """The whole way: the same weights and photograph, their model and processor, our model and post-processing."""
+    model = their_model("swin")
+    model.save_pretrained(tmp_path)
+    pixels = photograph("astronaut", 96, 160)
+    with torch.no_grad():
+        ours = Mask2Former.from_pretrained(tmp_path)(pixels)
+        expected = transformers.Mask2FormerImageProcessorPil().post_process_semantic_segmentation(
+            model(pixels), [(200, 333)]
+        )
+    (found,) = semantic(ours, [Frame((96, 160), (96, 160), (200, 333))], mode="compatible")
+    assert (found == expected[0]).float().mean() > 0.9999
+
+
+@pytest.mark.parametrize("mode", ["original", "compatible"])
+def test_nothing_found(mode):
+    output = blobs()
+    nothing = output._replace(class_logits=torch.zeros_like(output.class_logits))
+    for found in panoptic(nothing, FRAMES, mode=mode):
+        assert found.segments == []
+        assert not found.segment_ids.any()
+    for found, frame in zip(instance(nothing, FRAMES, threshold=0.9, mode=mode), FRAMES, strict=True):
+        assert found.masks.shape == (0, *frame.original)
+
+
+@pytest.mark.parametrize("function", [semantic, instance, panoptic])
+def test_bad_input(function):
+    with pytest.raises(ValueError, match="mode: expected one of 'original', 'compatible'; got 'fast'"):
+        function(blobs(), FRAMES, mode="fast")
+    with pytest.raises(ValueError, match="frames: expected one per image, 2; got 1"):
+        function(blobs(), FRAMES[:1])

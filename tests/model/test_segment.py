@@ -1,0 +1,177 @@
+"""Segmenting files, from Python and from the command line."""
+
+import json
+
+import numpy as np
+import pytest
+import skimage.data
+import torch
+from PIL import Image
+from pycocotools import mask as coco
+from typer.testing import CliRunner
+
+from m2f_model import Mask2Former, Mask2FormerConfig, Segmenter, segment_files
+from m2f_model.cli import app
+from m2f_model.segment import TASKS, overlay, prepare
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """A tiny model whose classes are confident enough to find something."""
+    torch.manual_seed(3)
+    config = Mask2FormerConfig.tiny(4, stuff_labels=(0,), label_names=("sky", "cat", "dog", "cup"))
+    model = Mask2Former(config)
+    with torch.no_grad():
+        model.transformer_decoder.class_head.weight *= 20
+    path = tmp_path_factory.mktemp("model")
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def photos(tmp_path):
+    directory = tmp_path / "photos"
+    directory.mkdir()
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(skimage.data, name)()).resize((90, 70)).save(directory / f"{name}.png")
+    return directory
+
+
+def test_prepare():
+    image = Image.fromarray(np.full((100, 150, 3), 124, np.uint8))
+    pixels, frame = prepare(image, (50, 1000))
+    assert frame == ((64, 96), (50, 75), (100, 150))
+    assert pixels.shape == (1, 3, 64, 96)
+    torch.testing.assert_close(pixels[0, 0, :50, :75], torch.full((50, 75), (124 - 123.675) / 58.395))
+    assert not pixels[0, :, 50:].any()
+    assert not pixels[0, :, :, 75:].any()
+    assert prepare(image, (800, 300))[1].content == (200, 300)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_files(task, weights, photos, tmp_path):
+    segmenter = Segmenter(Mask2Former.from_pretrained(weights), task, threshold=None if task == "semantic" else 0.3)
+    files = sorted(photos.iterdir())
+    summary = segment_files(segmenter, files, tmp_path / "out")
+    assert (summary.done, summary.failed) == (files, [])
+    content = json.loads((tmp_path / "out" / f"{task}.json").read_text())
+    found = 0
+    for file in files:
+        image = Image.open(file)
+        assert Image.open(tmp_path / "out" / f"{file.stem}.overlay.png").size == image.size
+        result = segmenter(image)
+        if task == "instance":
+            records = [r for r in content if r["image_id"] == file.stem]
+            masks = np.stack([coco.decode(r["segmentation"]) for r in records])
+            assert np.array_equal(masks, result.masks.numpy())
+            assert [r["category_id"] for r in records] == result.labels.tolist()
+            found += len(records)
+            continue
+        (record,) = [r for r in content["annotations"] if r["image_id"] == file.stem]
+        pixels = np.asarray(Image.open(tmp_path / "out" / record["file_name"])).astype(int)
+        found += len(record["segments_info"])
+        if task == "semantic":
+            assert np.array_equal(pixels, result.numpy())
+            assert {s["category_id"]: s["area"] for s in record["segments_info"]} == {
+                c: int((pixels == c).sum()) for c in np.unique(pixels)
+            }
+        else:
+            ids = pixels @ [1, 256, 65536]
+            assert np.array_equal(ids, result.segment_ids.numpy())
+            for segment, ours in zip(record["segments_info"], result.segments, strict=True):
+                y, x = (ids == segment["id"]).nonzero()
+                assert segment["area"] == len(y)
+                assert segment["bbox"] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+                assert segment["isthing"] == (segment["category_id"] != 0)
+                assert segment["category_id"] == ours.label
+    assert found > 2, "the model finds nothing: the case is empty"
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 400), (4000, 3), (2500, 1900), (33, 47)])
+@pytest.mark.parametrize("task", TASKS)
+def test_odd_sizes(task, size, weights):
+    result = Segmenter(Mask2Former.from_pretrained(weights), task)(Image.new("RGB", size, (200, 30, 90)))
+    pixels = {"semantic": lambda: result, "instance": lambda: result.masks, "panoptic": lambda: result.segment_ids}
+    assert pixels[task]().shape[-2:] == size[::-1]
+
+
+def test_overlay_leaves_the_rest_alone():
+    image = Image.fromarray(np.full((20, 30, 3), 100, np.uint8))
+    mask = np.zeros((20, 30), bool)
+    mask[5:10, 5:10] = True
+    pixels = np.asarray(overlay(image, [mask], [0]))
+    assert (pixels[~mask] == 100).all()
+    assert (pixels[mask] != 100).any(-1).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"task": "depth"}, "task: expected one of 'panoptic', 'instance', 'semantic'; got 'depth'"),
+        ({"task": "panoptic", "mode": "x"}, "mode: expected one of 'original', 'compatible'; got 'x'"),
+        ({"task": "panoptic", "threshold": 2}, "threshold: expected 0 to 1; got 2"),
+        ({"task": "semantic", "threshold": 0.5}, "threshold: expected none for semantic segmentation; got 0.5"),
+    ],
+)
+def test_bad_arguments(arguments, message, weights):
+    with pytest.raises(ValueError, match=message):
+        Segmenter(Mask2Former.from_pretrained(weights), **arguments)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def m2f(*arguments):
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+
+
+def test_command(weights, photos, tmp_path):
+    code, output = m2f("segment", photos, "--weights", weights, "--task", "semantic", "-o", tmp_path / "out")
+    assert code == 0, output
+    assert "3 of 3 images segmented" in output
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "semantic.json",
+        *(f"{n}.{kind}.png" for n in ("astronaut", "coffee", "chelsea") for kind in ("overlay", "semantic")),
+    }
+
+
+def test_one_bad_file_does_not_stop_the_others(weights, photos, tmp_path):
+    (photos / "broken.jpg").write_bytes(b"no image")
+    code, output = m2f("segment", photos, "--weights", weights, "-o", tmp_path / "out")
+    assert code == 1
+    assert "3 of 4 images segmented" in output
+    assert f"failed: {photos}/broken.jpg: " in output
+    assert len(json.loads((tmp_path / "out" / "panoptic.json").read_text())["annotations"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--weights", "absent.pkl"], "give --config PRESET"),
+        (["--weights", "absent.pkl", "--config", "r50"], "name: expected BACKBONE-DATASET"),
+        (["--task", "depth"], "task: expected one of"),
+        (["--config", "r50-coco-panoptic"], "--config is for detectron2 checkpoints"),
+    ],
+)
+def test_bad_commands(arguments, message, weights, photos, tmp_path):
+    code, output = m2f("segment", photos, "--weights", weights, "-o", tmp_path / "out", *arguments)
+    assert code == 2
+    assert message in output
+    assert not (tmp_path / "out").exists()
+
+
+def test_no_image_and_same_names(weights, photos, tmp_path):
+    (tmp_path / "empty").mkdir()
+    code, output = m2f("segment", tmp_path / "empty", "--weights", weights)
+    assert (code, "no image in" in output) == (2, True)
+    Image.new("RGB", (8, 8)).save(photos / "coffee.jpg")
+    code, output = m2f("segment", photos, "--weights", weights, "-o", tmp_path / "out")
+    assert (code, "paths: expected different names" in output) == (2, True)
+
+
+def test_info(weights):
+    code, output = m2f("info", "--weights", weights)
+    assert code == 0
+    assert "0.6 M parameters" in output
+    assert "num_labels 4" in output

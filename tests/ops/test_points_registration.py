@@ -1,0 +1,124 @@
+"""The operators on points as citizens of PyTorch: opcheck, fake kernels, compile, export."""
+
+import pytest
+import torch
+
+import m2f_kernels
+from m2f_kernels import FactoredMasks
+
+OPS = torch.ops.m2f
+BOOL = torch.bool
+
+
+def arguments(generator, dtype=torch.float32):
+    """Schema arguments of every operator, by name."""
+    pixels = torch.randn(2, 3, 9, 7, generator=generator).to(dtype)
+    points = torch.rand(2, 20, 2, generator=generator)
+    logits = torch.randn(5, 9, 7, generator=generator).to(dtype)
+    rows, target_rows, seed = torch.tensor([4, 0, 4]), torch.tensor([1, 2, 0]), torch.tensor([9])
+    targets = [torch.rand(2, 12, 10, generator=generator) > 0.5, torch.rand(1, 5, 6, generator=generator)]
+    own = torch.rand(3, 20, 2, generator=generator)
+    saved = (torch.rand(3, 20, generator=generator), torch.rand(3, 20, generator=generator))
+    grads = (torch.rand(3, generator=generator), torch.rand(3, generator=generator))
+    embed, features = torch.randn(2, 4, 3, generator=generator).to(dtype), pixels
+    factored = (embed, features, torch.tensor([3, 1, 4]), [2, 1], targets, target_rows)
+    return {
+        "point_sample": [pixels, points, False],
+        "point_sample_backward": [torch.randn(2, 3, 20, generator=generator).to(dtype), points, 9, 7],
+        "uncertain_points": [logits, rows, seed, 3, 60, 15, 5],
+        "mask_matching_cost": [saved[0], saved[1]],
+        "point_mask_loss": [logits, rows, targets, target_rows, own],
+        "point_mask_loss_backward": [*grads, rows, own, *saved, 5, 9, 7],
+        "factored_point_mask_loss": [*factored, own, None, 0, 0, 0],
+        "factored_point_mask_loss_backward": [*grads, *factored[:4], own, *saved],
+    }
+
+
+NAMES = list(arguments(torch.Generator()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_opcheck(generator, name, dtype):
+    given = arguments(generator, dtype)[name]
+    torch.library.opcheck(getattr(OPS, name).default, given)
+    if "backward" not in name and name not in ("uncertain_points", "mask_matching_cost"):
+        count = 2 if "factored" in name else 1
+        leaves = [x.requires_grad_() for x in given[:count]]
+        torch.library.opcheck(getattr(OPS, name).default, [*leaves, *given[count:]])
+
+
+def test_opcheck_with_a_seed(generator):
+    given = arguments(generator)["factored_point_mask_loss"]
+    torch.library.opcheck(OPS.factored_point_mask_loss.default, [*given[:6], None, torch.tensor([5]), 60, 15, 5])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_fake_kernels_agree_with_real_ones(generator, name, dtype):
+    given = arguments(generator, dtype)[name]
+    real = getattr(OPS, name)(*given)
+    with torch._subclasses.FakeTensorMode() as mode:
+
+        def fake(x):
+            return [fake(y) for y in x] if isinstance(x, list) else mode.from_tensor(x) if torch.is_tensor(x) else x
+
+        found = getattr(OPS, name)(*map(fake, given))
+    for a, b in zip(*(x if isinstance(x, (tuple, list)) else (x,) for x in (real, found)), strict=True):
+        assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
+
+
+def call(embed, features, points, own, targets):
+    masks = FactoredMasks(embed, features)
+    samples = m2f_kernels.point_sample(masks, points)
+    cost = m2f_kernels.mask_matching_cost(masks, targets, points)
+    bce, dice = m2f_kernels.point_mask_loss(masks, targets, own)
+    planes = m2f_kernels.point_mask_loss(masks.logits(), targets, own)
+    return samples.sum() + bce.sum() + dice.sum() + planes[0].sum(), cost
+
+
+def inputs(generator, q=4, k=20):
+    embed = torch.randn(2, q, 3, generator=generator, requires_grad=True)
+    features = torch.randn(2, 3, 9, 7, generator=generator, requires_grad=True)
+    targets = torch.rand(2, q, 12, 10, generator=generator) > 0.5
+    points = torch.rand(2, k, 2, generator=generator)
+    return embed, features, points, torch.rand(2 * q, k, 2, generator=generator), targets
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile(generator, dynamic):
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for q, k in ((4, 20), (6, 33)):
+        given = inputs(generator, q, k)
+        (expected, cost), (actual, other) = call(*given), compiled(*given)
+        assert torch.allclose(actual, expected)
+        assert all(torch.allclose(a, b) for a, b in zip(cost, other, strict=True))
+        for a, b in zip(torch.autograd.grad(actual, given[:2]), torch.autograd.grad(expected, given[:2]), strict=True):
+            assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_export(generator):
+    class Module(torch.nn.Module):
+        def forward(self, *given):
+            return call(*given)
+
+    given = [x.detach() for x in inputs(generator)]
+    program = torch.export.export(Module(), tuple(given))
+    assert torch.allclose(program.module()(*given)[0], call(*given)[0])
+
+
+def test_reference_backend(generator):
+    given = inputs(generator)
+    expected, _ = call(*given)
+    with m2f_kernels.use_backend("reference"):
+        actual, _ = call(*given)
+        assert m2f_kernels.explain("point_mask_loss", given[0]).backend == "reference"
+    assert torch.allclose(actual, expected)
+
+
+def test_uncertain_points_compile(generator):
+    torch._dynamo.reset()
+    logits = torch.randn(3, 9, 7, generator=generator)
+    compiled = torch.compile(lambda x: m2f_kernels.uncertain_points(x, 30), fullgraph=True, backend="aot_eager")
+    assert compiled(logits).shape == (3, 30, 2)

@@ -1,0 +1,96 @@
+"""Launch configurations: tables, and the tuner without a GPU."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from m2f_kernels import _tuning, tune
+from m2f_kernels.ops.attention_mask import configs as mask_configs
+from m2f_kernels.ops.masked_attention import configs
+
+DEFAULT = {"BLOCK_Q": 64, "num_warps": 4}
+
+
+def test_without_a_gpu_the_tuner_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("a GPU is here: `python -m m2f_kernels.tune` would measure")
+    done = subprocess.run([sys.executable, "-m", "m2f_kernels.tune"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "expected a CUDA device" in done.stderr
+
+
+def test_tables_are_merged(tmp_path):
+    path = tmp_path / "tuned" / "sm_90.json"
+    assert _tuning.read_table(path) == {}
+    _tuning.write_table(path, {"a": {"x": {"n": 1}, "y": {"n": 2}}})
+    _tuning.write_table(path, {"a": {"y": {"n": 3}}, "b": {"z": {"n": 4}}})
+    assert _tuning.read_table(path) == {"a": {"x": {"n": 1}, "y": {"n": 3}}, "b": {"z": {"n": 4}}}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"a": 1}', '{"a": {"x": {"n": 1.5}}}', '{"a": {"x": {"n": true}}}'])
+def test_bad_tables_are_named(tmp_path, content):
+    path = tmp_path / "sm_90.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=r"sm_90.json: expected"):
+        _tuning.read_table(path)
+
+
+def test_a_table_takes_the_defaults_place(tmp_path, monkeypatch):
+    monkeypatch.setattr(_tuning, "DIRECTORY", tmp_path)
+    _tuning._table.cache_clear()
+    try:
+        (tmp_path / "sm_90.json").write_text(json.dumps({"k": {"x": {"BLOCK_Q": 32, "num_warps": 8}, "old": {"W": 1}}}))
+        assert _tuning.configuration(90, "k", "x", DEFAULT) == {"BLOCK_Q": 32, "num_warps": 8}
+        assert _tuning.configuration(90, "k", "other", DEFAULT) == DEFAULT
+        assert _tuning.configuration(80, "k", "x", DEFAULT) == DEFAULT
+        with pytest.raises(ValueError, match=r"expected \['BLOCK_Q', 'num_warps'\] for 'k', 'old'"):
+            _tuning.configuration(90, "k", "old", DEFAULT)
+        with _tuning.forced("k", "x", {"BLOCK_Q": 16, "num_warps": 2}):
+            assert _tuning.configuration(90, "k", "x", DEFAULT)["BLOCK_Q"] == 16
+        assert _tuning.configuration(90, "k", "x", DEFAULT)["BLOCK_Q"] == 32
+    finally:
+        _tuning._table.cache_clear()
+
+
+@pytest.mark.parametrize("element_size", [2, 4])
+@pytest.mark.parametrize("q", [1, 20, 100, 200])
+def test_candidates(element_size, q):
+    """The default is the first, none comes twice, all have its names."""
+    lists = [mask_configs.candidates(element_size, q)]
+    for d in (16, 32, 64, 128):
+        lists.append(configs.candidates(configs.default_forward(element_size, q, d)))
+        lists.append(configs.candidates(configs.default_backward(90, element_size, q, d)))
+    for found in lists:
+        assert len(found) > 5
+        assert all(one.keys() == found[0].keys() for one in found)
+        assert len({tuple(sorted(one.items())) for one in found}) == len(found)
+
+
+def test_the_fastest_right_candidate_wins():
+    """One is slow, one wrong, one fails, one is fast; what is left out is named."""
+    names = ["slow", "wrong", "failing", "fast"]
+    candidates = [{"i": i} for i in range(4)]
+    current = lambda: names[_tuning._forced["k", "x"]["i"]]  # noqa: E731
+
+    def run():
+        if current() == "failing":
+            raise RuntimeError("out of resource")
+        return (torch.ones(3) * (2 if current() == "wrong" else 1),)
+
+    lines = []
+    times = {"slow": 2.0, "fast": 1.0, "wrong": 0.1}
+    problem = tune.Problem("k", "x", candidates, run)
+    assert tune.fastest(problem, lambda _: times[current()], lines.append) == {"i": 3}
+    assert "gives another result" in lines[0]
+    assert "failed: RuntimeError" in lines[1]
+
+
+def test_no_candidate_at_all():
+    def run():
+        raise RuntimeError("out of resource")
+
+    with pytest.raises(RuntimeError, match="no candidate ran"):
+        tune.fastest(tune.Problem("k", "x", [{"i": 0}], run), lambda _: 0.0, lambda _: None)

@@ -1,0 +1,171 @@
+"""The Triton kernels of the operators on points, called directly, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from m2f_kernels.ops.point_loss import reference
+from m2f_kernels.ops.point_sample import reference as sampling
+from tests.numerics import FORWARD, GRADIENT, relative_error, tolerance
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """Every operator's function by name."""
+    from m2f_kernels.ops.point_loss import triton as loss
+    from m2f_kernels.ops.point_sample import triton as sample
+
+    return {name: getattr(module, name) for module, names in (
+        (sample, ("point_sample", "point_sample_backward", "uncertain_points")),
+        (loss, ("mask_matching_cost", "point_mask_loss", "point_mask_loss_backward")),
+    ) for name in names}  # fmt: skip
+
+
+def make(generator, device, c=5, h=13, w=17, k=70, dtype=F32):
+    pixels = torch.randn(2, c, h, w, generator=generator)
+    pixels = pixels > 0 if dtype == torch.bool else (pixels > 0).to(dtype) if dtype == torch.uint8 else pixels.to(dtype)
+    points = torch.rand(2, k, 2, generator=generator) * 1.6 - 0.3
+    return pixels.to(device), points.to(device)
+
+
+# ---------------------------------------------------------------- point_sample
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16, torch.bool, torch.uint8], ids=str)
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (13, 17)], ids=str)
+def test_sample(kernels, device, generator, size, dtype, exact):
+    pixels, points = make(generator, device, h=size[0], w=size[1], dtype=dtype)
+    actual = kernels["point_sample"](pixels, points, exact)
+    stored = sampling.sample_dtype(dtype, exact)
+    assert actual.dtype == stored
+    expected = sampling.point_sample(pixels.double(), points.double())
+    assert relative_error(actual, expected) <= tolerance(FORWARD, stored, stored)
+
+
+@pytest.mark.parametrize(("c", "k"), [(1, 1), (9, 129), (20, 300)])
+def test_sample_blocks(kernels, device, generator, c, k):
+    """Strided planes and points; more than one block of channels and of points."""
+    pixels, points = make(generator, device, c=c, k=k)
+    expected = sampling.point_sample(pixels.double(), points.double())
+    strided = torch.nn.functional.pad(pixels, (0, 0, 0, 0, 1, 1))[:, 1:-1]
+    for given in (strided, pixels.transpose(2, 3).contiguous().transpose(2, 3)):
+        actual = kernels["point_sample"](given, points.flip(2).contiguous().flip(2), False)
+        assert relative_error(actual, expected) <= FORWARD[F32]
+
+
+def test_sample_edges(kernels, device):
+    pixels = torch.tensor([[[[1.0, 2.0], [4.0, 8.0]]]], device=device)
+    nan, inf = float("nan"), float("inf")
+    points = {
+        (0.25, 0.25): 1.0, (0.75, 0.75): 8.0, (0.5, 0.5): 3.75, (0.0, 0.25): 0.5, (1.0, 0.75): 4.0, (0.0, 0.0): 0.25,
+        (-0.25, 0.25): 0.0, (1.25, 0.75): 0.0, (0.25, -3.0): 0.0, (nan, 0.25): 0.0, (0.25, nan): 0.0, (inf, 0.25): 0.0,
+    }  # fmt: skip
+    found = kernels["point_sample"](pixels, torch.tensor([list(points)], device=device), False)
+    assert found[0, 0].tolist() == list(points.values())
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
+@pytest.mark.parametrize("magnitude", [1e-20, 1.0, 1e20])
+def test_sample_backward(kernels, device, generator, dtype, magnitude):
+    """Fixed point has no range to speak of: the scale follows each plane's largest gradient."""
+    if dtype == F16 and magnitude != 1.0:
+        magnitude = 0.01
+    _, points = make(generator, device, k=300)
+    upstream = (torch.randn(2, 3, 300, generator=generator) * magnitude).to(device, dtype)
+    upstream[0, 1] = 0
+    pixels = torch.zeros(2, 3, 13, 17, dtype=torch.float64, device=device, requires_grad=True)
+    sampled = sampling.point_sample(pixels, points.double())
+    (expected,) = torch.autograd.grad(sampled, pixels, upstream.double())
+    actual = kernels["point_sample_backward"](upstream, points, 13, 17)
+    assert actual.dtype == dtype
+    assert relative_error(actual, expected) <= tolerance(GRADIENT, dtype, dtype)
+
+
+def test_non_finite_gradients_stay_visible(kernels, device, generator):
+    _, points = make(generator, device)
+    upstream = torch.ones(2, 3, 70, device=device)
+    upstream[1, 2, 5] = float("nan")
+    upstream[0, 0, 5] = float("inf")
+    actual = kernels["point_sample_backward"](upstream, points, 13, 17)
+    finite = actual.isfinite().flatten(2).all(2)
+    assert finite.tolist() == [[False, True, True], [True, True, False]]
+
+
+# ---------------------------------------------------------------- uncertain_points
+@pytest.mark.parametrize(
+    ("candidates", "keep", "fresh"), [(3, 1, 1), (300, 75, 25), (2500, 700, 3), (90, 90, 0), (64, 0, 300)]
+)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_uncertain_points(kernels, device, generator, candidates, keep, fresh, dtype):
+    logits = torch.randn(4, 11, 9, generator=generator).to(device, dtype)
+    rows = torch.tensor([3, 0, 0], device=device)
+    seed = torch.tensor([-(2**61) + 99], device=device)
+    actual = kernels["uncertain_points"](logits, rows, seed, 5, candidates, keep, fresh)
+    expected = sampling.uncertain_points(logits.double(), rows, seed, 5, candidates, keep, fresh)
+    assert torch.equal(actual[:, keep:], expected[:, keep:])
+    same = (actual[:, None, :keep] == expected[:, :keep, None]).all(-1).any(-1).float()
+    assert keep == 0 or same.mean() > 0.99
+
+
+def test_ties_and_nan(kernels, device):
+    """Of equals the first; NaN before everything."""
+    logits = torch.full((2, 8, 8), 2.0, device=device)
+    logits[1, :, 4:] = float("nan")
+    rows, seed = torch.arange(2, device=device), torch.tensor([3], device=device)
+    actual = kernels["uncertain_points"](logits, rows, seed, 0, 3000, 1500, 0)
+    expected = sampling.uncertain_points(logits, rows, seed, 0, 3000, 1500, 0)
+    # Samples inside are 2 but for rounding, which decides among them.
+    near = (actual[0][:, None] == expected[0]).all(-1).any(-1).float().mean()
+    assert near > 0.5
+    assert torch.equal(actual[1], expected[1])
+
+
+# ---------------------------------------------------------------- matching cost
+@pytest.mark.parametrize(
+    ("q", "t", "k"), [(1, 1, 1), (7, 5, 100), (100, 30, 1500), (33, 70, 600), (3, 0, 9), (0, 3, 9)]
+)
+def test_cost(kernels, device, generator, q, t, k):
+    logits = (torch.randn(q, k, generator=generator) * 5).to(device)
+    labels = torch.rand(t, k, generator=generator).to(device)
+    expected = reference.mask_matching_cost(logits.double(), labels.double())
+    for a, b in zip(kernels["mask_matching_cost"](logits, labels), expected, strict=True):
+        assert relative_error(a, b) < FORWARD[F32]
+
+
+# ---------------------------------------------------------------- point loss
+@pytest.mark.parametrize("labels", [torch.bool, torch.uint8, F32, F16], ids=str)
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("k", [1, 90, 600])
+def test_loss(kernels, device, generator, dtype, labels, k):
+    """Two images with targets of two sizes, one without any; a plane used twice and planes not used."""
+    logits = torch.randn(6, 12, 10, generator=generator).to(device, dtype)
+    targets = [
+        (torch.rand(t, h, 14, generator=generator) > 0.4).to(device, labels) for t, h in ((3, 21), (0, 5), (2, 12))
+    ]
+    rows = torch.tensor([5, 0, 3, 3], device=device)
+    target_rows = torch.tensor([2, 0, 4, 3], device=device)
+    points = (torch.rand(4, k, 2, generator=generator) * 1.2 - 0.1).to(device)
+    actual = kernels["point_mask_loss"](logits, rows, targets, target_rows, points)
+    exact = logits.double().requires_grad_()
+    expected = reference.point_mask_loss(exact, rows, [t.double() for t in targets], target_rows, points.double())
+    for a, b in zip(actual, expected, strict=True):
+        assert a.dtype == F32
+        assert relative_error(a, b) < FORWARD[F32]
+    upstream = torch.randn(2, 4, generator=generator).to(device)
+    (truth,) = torch.autograd.grad(expected[:2], exact, tuple(upstream.double()))
+    found = kernels["point_mask_loss_backward"](*upstream, rows, points, *actual[2:], 6, 12, 10)
+    assert relative_error(found, truth) < GRADIENT[F32]
+    again = kernels["point_mask_loss_backward"](*upstream, rows, points, *actual[2:], 6, 12, 10)
+    assert torch.equal(found, again)
+
+
+def test_no_masks(kernels, device):
+    rows = torch.zeros(0, dtype=torch.int64, device=device)
+    logits, points = torch.zeros(3, 4, 4, device=device), torch.zeros(0, 5, 2, device=device)
+    found = kernels["point_mask_loss"](logits, rows, [torch.zeros(0, 4, 4, device=device)], rows, points)
+    assert [list(x.shape) for x in found] == [[0], [0], [0, 5], [0, 5]]
+    grad = kernels["point_mask_loss_backward"](*found[:2], rows, points, *found[2:], 3, 4, 4)
+    assert torch.count_nonzero(grad) == 0
+    assert kernels["uncertain_points"](logits, rows, rows, 0, 6, 3, 2).shape == (0, 5, 2)
