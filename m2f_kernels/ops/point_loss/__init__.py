@@ -375,12 +375,21 @@ _TITLE = "the point loss of masks"
 def _setup_planes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     mask_logits, rows, targets, _, points = inputs
     ctx.mark_non_differentiable(*output[2:])
+    # Zeros for the outputs that only backward reads would take as much memory as those.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(rows, points, *output[2:])
     ctx.size, ctx.dtype, ctx.images = mask_logits.shape, mask_logits.dtype, len(targets)
 
 
-def _planes_vjp(ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor, *_: Any) -> tuple[Any, ...]:
+def _both(ctx: Any, grad_cross_entropy: Tensor | None, grad_dice: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Zeros for the gradient of a loss that was not used."""
+    zeros = ctx.saved_tensors[-1].new_zeros(ctx.saved_tensors[-1].shape[:1])
+    return zeros if grad_cross_entropy is None else grad_cross_entropy, zeros if grad_dice is None else grad_dice
+
+
+def _planes_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
+    grad_cross_entropy, grad_dice = _both(ctx, *grads[:2])
     gradient = torch.ops.m2f.point_mask_loss_backward(grad_cross_entropy, grad_dice, *saved, *ctx.size)
     gradients = differentiable_once(_TITLE, (gradient.to(ctx.dtype),), [grad_cross_entropy, grad_dice])
     return *gradients, None, [None] * ctx.images, None, None
@@ -390,11 +399,14 @@ def _setup_factored(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
     mask_embed, mask_features, rows, ctx.counts, targets, _, points, *_ = inputs
     ctx.images = len(targets)
     ctx.mark_non_differentiable(*output[2:])
+    # Zeros for the outputs that only backward reads would take as much memory as those.
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(mask_embed, mask_features, rows, output[2] if points is None else points, *output[3:])
 
 
-def _factored_vjp(ctx: Any, grad_cross_entropy: Tensor, grad_dice: Tensor, *_: Any) -> tuple[Any, ...]:
+def _factored_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     embed, features, rows, *saved = ctx.saved_tensors
+    grad_cross_entropy, grad_dice = _both(ctx, *grads[:2])
     gradients = torch.ops.m2f.factored_point_mask_loss_backward(
         grad_cross_entropy, grad_dice, embed, features, rows, ctx.counts, *saved
     )

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype
-from m2f_kernels.ops.point_sample.masks import chunk_bounds, exact, multiply, product_chunks
+from m2f_kernels.ops.point_sample.masks import chunk_bounds, exact, mask_bytes, multiply, product_chunks
 
 __all__ = ["backward", "forward", "multiply"]
 
@@ -38,7 +38,7 @@ def forward(
     drawn = mask_embed.new_empty((m, k, 2) if points is None else (0,), dtype=torch.float32)
     cross_entropy, dice = (mask_embed.new_empty(m, dtype=dtype) for _ in range(2))
     probability, labels = (mask_embed.new_empty(m, k, dtype=dtype) for _ in range(2))
-    for chunk in product_chunks(mask_embed, mask_features, rows, counts):
+    for chunk in product_chunks(mask_embed, mask_features, rows, counts, k):
         here, own = chunk.slice, chunk.arange()
         if points is None:
             drawn[here] = torch.ops.m2f.uncertain_points(chunk.logits, own, seed, chunk.first, candidates, keep, fresh)
@@ -69,7 +69,7 @@ def backward(
     embed = mask_embed.flatten(0, 1)[rows].to(dtype)
     grad_embed = torch.empty_like(mask_embed, memory_format=torch.contiguous_format)
     grad_features = mask_features.new_empty(n, c, h * w)
-    chunks = list(chunk_bounds(counts, h * w * dtype.itemsize))
+    chunks = list(chunk_bounds(counts, mask_bytes(mask_features, points.shape[1], dtype)))
     starts = list(itertools.accumulate(counts, initial=0))
     with torch.autocast(embed.device.type, enabled=False):
         for image in range(n):

@@ -12,7 +12,7 @@ from m2f_kernels._checks import describe
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels.masks import FactoredMasks
 
-#: Logits of factored masks exist a chunk at a time, of about this many bytes.
+#: Logits of factored masks exist a chunk at a time; with what is computed at their points, about this many bytes.
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -33,13 +33,13 @@ class Chunk:
         return torch.arange(self.embed.shape[0], device=self.embed.device)
 
 
-def chunk_bounds(counts: Sequence[int], plane_bytes: int) -> Iterator[tuple[int, int, int]]:
+def chunk_bounds(counts: Sequence[int], mask_bytes: int) -> Iterator[tuple[int, int, int]]:
     """(image, first, last) of chunks of bounded size that divide each image's masks evenly."""
     start = 0
     for image, count in enumerate(counts):
         if count == 0:
             continue
-        parts = min(count, -(-count * plane_bytes // CHUNK_BYTES))
+        parts = min(count, -(-count * mask_bytes // CHUNK_BYTES))
         for part in range(parts):
             yield image, start + count * part // parts, start + count * (part + 1) // parts
         start += count
@@ -77,14 +77,22 @@ class MaskRows:
     def chunks(self) -> Iterator[Chunk]:
         """The logits of factored masks, in the accumulation dtype; a chunk's memory is used again for the next."""
         assert isinstance(self.masks, FactoredMasks)
-        yield from product_chunks(*self.masks, self.rows, self.counts)
+        yield from product_chunks(*self.masks, self.rows, self.counts, 0)
 
 
-def product_chunks(mask_embed: Tensor, mask_features: Tensor, rows: Tensor, counts: Sequence[int]) -> Iterator[Chunk]:
+def mask_bytes(mask_features: Tensor, points: int, dtype: torch.dtype) -> int:
+    """Bytes that one mask takes in a chunk: its plane, and (x, y), probability and label at each of its points."""
+    return int((mask_features.shape[2] * mask_features.shape[3] + 4 * points) * dtype.itemsize)
+
+
+def product_chunks(
+    mask_embed: Tensor, mask_features: Tensor, rows: Tensor, counts: Sequence[int], points: int
+) -> Iterator[Chunk]:
+    """The masks that `rows` names, multiplied out; `points` of each will be looked at while a chunk exists."""
     dtype = accumulation_dtype(mask_embed.dtype)
     h, w = mask_features.shape[2:]
     embed = mask_embed.flatten(0, 1)[rows].to(dtype)
-    bounds = list(chunk_bounds(counts, h * w * dtype.itemsize))
+    bounds = list(chunk_bounds(counts, mask_bytes(mask_features, points, dtype)))
     largest = max((last - first for _, first, last in bounds), default=0)
     buffer = embed.new_empty(largest, h * w)
     features, held = None, -1
