@@ -5,6 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import m2f_kernels
+from m2f_kernels import _triton, _tuning
+from m2f_kernels.ops.masked_attention import configs
 from tests.numerics import FORWARD, GRADIENT, relative_error, tolerance
 from tests.ops.masked_attention_cases import NAMES, make_case, row_rule, truth
 
@@ -33,10 +35,28 @@ def run(kernels, device, case):
 
 
 def bounds(name, dtype):
-    """In low precision weights and score gradients are rounded before the second product, as in every fused
-    attention, and gradients start from the rounded output: a few roundings more than one."""
+    """The bounds of `tests.ops.masked_attention_cases`: float16 in the interpreter and all dtypes on a GPU keep them.
+
+    The interpreter truncates to bfloat16 where a GPU rounds to nearest (`test_bfloat16_in_the_interpreter` holds it to
+    that): there, and only there, one rounding has twice the error.
+    """
     bound = tolerance(FORWARD if name == "output" else GRADIENT, dtype, dtype)
-    return bound if dtype == F32 else 3 * bound
+    if name in ("query", "key") and dtype != F32:
+        bound *= 2
+    return 2 * bound if dtype == BF16 and _triton.INTERPRETED else bound
+
+
+def test_bfloat16_in_the_interpreter(kernels, device):
+    """The reason for the wider bound. When this fails, the interpreter rounds, and `bounds` must lose its factor."""
+    if not _triton.INTERPRETED:
+        pytest.skip("kernels are compiled here: they round to nearest")
+    case = make_case(n=1, h=1, q=1, s=2, d=16, density=1.0, dtype=BF16)
+    for name in NAMES:
+        case.tensors[name] = torch.zeros_like(case.tensors[name])
+    case.tensors["value"][:, :, 0] = 2.0
+    case.tensors["value"][:, :, 1] = 2.0 + 3 * 2.0**-6  # the mean has one and a half units in the last place
+    found, _ = run(kernels, device, case)
+    assert (found["output"] == 2.0 + 2.0**-6).all()
 
 
 def assert_matches(kernels, device, case, expected=None):
@@ -166,3 +186,155 @@ def test_deterministic(kernels, device):
     again, _ = run(kernels, device, case)
     for name, x in first.items():
         assert torch.equal(x, again[name]), name
+
+
+# ---------------------------------------------------------------- which program has which tiles
+
+
+def some_rows(q, s, empty_row, dtype=F32):
+    """Every query has the same 40 keys, but: none at all, the last one only, a few in the middle."""
+    case = make_case(n=1, h=1, q=q, s=s, d=16, dtype=dtype, density=0.0)
+    case.attend[:, :, :40] = True
+    case.attend[:, 1:4] = False
+    case.attend[:, 1, -1] = True
+    case.attend[:, 2, 200:203] = True
+    case.attend[:, 3, 5] = not empty_row
+    return case
+
+
+@pytest.mark.parametrize("waves", [1, 1000])
+@pytest.mark.parametrize("empty_row", [True, False])
+@pytest.mark.parametrize(("dtype", "q"), [(F32, 9), (F32, 20), (BF16, 9)], ids=str)
+def test_tiles_and_programs(kernels, device, monkeypatch, dtype, q, empty_row, waves):
+    """Up to 16 tiles in one program, and one tile in each. Without an empty row most tiles are skipped."""
+    tiles = configs.tiles_per_program
+    monkeypatch.setattr(configs, "tiles_per_program", lambda count, programs, *_: tiles(count, programs, 1, waves))
+    assert_matches(kernels, device, some_rows(q, 550, empty_row, dtype))
+
+
+@pytest.mark.parametrize("keys_first", [0, 1])
+@pytest.mark.parametrize("block_q", [16, 64])
+def test_both_orientations(kernels, device, keys_first, block_q):
+    """Whatever the tuner may choose is right: either operand as rows, one block of queries and several."""
+    shape = {"BLOCK_Q": block_q, "BLOCK_K": 32, "num_warps": 4, "num_stages": 1, "waves": 2}
+    key = configs.key(2, 50, 32)
+    forward = _tuning.forced(configs.FORWARD, key, {**shape, "KEYS_FIRST": keys_first})
+    with forward, _tuning.forced(configs.BACKWARD, key, shape):
+        assert_matches(kernels, device, make_case(n=1, h=1, q=50, s=90, dtype=BF16))
+
+
+@pytest.mark.parametrize("q", [5, 20])
+def test_every_output_is_written(kernels, device, deterministic, q):
+    """Fresh memory is NaN under deterministic algorithms: nothing may be left of it, also where nothing attends."""
+    case = make_case(n=1, h=1, q=q, s=300, d=16, density=0.0)
+    case.attend[:, :, 7] = True
+    assert_matches(kernels, device, case)
+    found, _ = run(kernels, device, case)
+    assert not found["key"][:, :, 8:].any()
+    assert not found["value"][:, :, 8:].any()
+
+
+# ---------------------------------------------------------------- memory
+
+
+def gap(x):
+    """A view with holes in every axis but the last, and an odd storage offset; NaN lies around it."""
+    padded = x.new_full([size + 2 for size in x.shape[:-1]] + [2 * x.shape[-1] + 3], float("nan"))
+    return padded[tuple(slice(1, size + 1) for size in x.shape[:-1])][..., 3 : 3 + x.shape[-1]].copy_(x)
+
+
+LAYOUTS = {
+    "gaps": gap,
+    "last axis strided": lambda x: torch.stack([x, torch.full_like(x, float("nan"))], -1)[..., 0],
+    "axes reversed": lambda x: x.permute(3, 2, 1, 0).contiguous().permute(3, 2, 1, 0),
+    "expanded over the batch": lambda x: x[:1].expand_as(x),
+    "expanded over positions": lambda x: x[:, :, :1].expand_as(x),
+    "one number": lambda x: x.flatten()[0].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(kernels, device, layout):
+    """Every tensor in turn as a view, against its own dense copy."""
+    for name in (*NAMES, "grad_output"):
+        case = make_case(h=1, q=5, s=33, d=17).to(device)
+        holder = vars(case) if name == "grad_output" else case.tensors
+        holder[name] = LAYOUTS[layout](holder[name])
+        actual, _ = run(kernels, device, case)
+        holder[name] = holder[name].clone(memory_format=torch.contiguous_format)
+        expected, _ = run(kernels, device, case)
+        for result, x in actual.items():
+            assert torch.equal(x, expected[result]), (name, result)
+
+
+# ---------------------------------------------------------------- special values with several blocks of queries
+
+
+@pytest.mark.parametrize("bad", NON_FINITE)
+@pytest.mark.parametrize("name", ["key", "value"])
+def test_bad_keys_with_several_blocks_of_queries(kernels, device, name, bad):
+    """20 queries of float32 take two blocks in the backward; row 3 alone attends to the bad key."""
+    case = make_case(n=1, h=1, q=20, s=45, d=16)
+    case.attend[:, :, 40] = False
+    case.attend[:, :, 0] = True
+    clean = truth(case)
+    case.tensors[name] = case.tensors[name].clone()
+    case.tensors[name][:, :, 40, 1] = bad
+    assert_matches(kernels, device, case, clean)
+    case.attend[:, 3, 40] = True
+    found, _ = run(kernels, device, case)
+    others = [i for i in range(20) if i != 3]
+    assert not found["output"][:, :, 3].isfinite().all() or bad == -torch.inf
+    assert relative_error(found["output"][:, :, others], clean["output"][:, :, others]) < 1e-5
+    assert relative_error(found["query"][:, :, others], clean["query"][:, :, others]) < 1e-4
+
+
+@pytest.mark.parametrize("bad", NON_FINITE)
+def test_bad_query_stays_in_its_row(kernels, device, bad):
+    case = make_case(n=1, s=40)
+    expected = truth(case)["output"]
+    case.tensors["query"] = case.tensors["query"].clone()
+    case.tensors["query"][:, :, 2] = bad
+    found, _ = run(kernels, device, case)
+    others = [i for i in range(7) if i != 2]
+    assert found["output"][:, :, 2].isnan().all()
+    assert relative_error(found["output"][:, :, others], expected[:, :, others]) < 1e-5
+
+
+@pytest.mark.parametrize("q", [7, 40])
+def test_weights_never_exceed_one(kernels, device, q):
+    """With scores of 1e31 a score and the saved log-sum-exp differ by more than exp can take."""
+    case = make_case(n=1, h=1, q=q, s=150, scale=1.0)
+    for name in ("query", "key"):
+        case.tensors[name] = case.tensors[name] * 1e15
+    found, _ = run(kernels, device, case)
+    assert all(x.isfinite().all() for x in found.values())
+    largest = case.grad_output.abs().sum(2, keepdim=True)
+    assert (found["value"].cpu().abs() <= 1.0001 * largest).all()
+
+
+def test_growing_scores_are_rescaled(kernels, device):
+    """Scores rise or fall from tile to tile, altogether by more than exp can take."""
+    rising = torch.arange(320.0)
+    for ramp in (rising, rising.flip(0)):
+        case = make_case(n=1, h=1, q=3, s=320, d=16, density=1.0, scale=1.0)
+        case.tensors["query"] = torch.ones_like(case.tensors["query"])
+        case.tensors["key"] = (ramp[None, None, :, None] / 40).expand(1, 1, 320, 16).contiguous()
+        assert_matches(kernels, device, case)
+
+
+@pytest.mark.parametrize("s", [70, 400])
+def test_all_attended_scores_are_minus_infinity(kernels, device, s):
+    """NaN, as in SDPA, and only in that row; also where the keys are split over programs."""
+    case = make_case(n=1, h=1, s=s, d=16, scale=1.0)
+    case.attend[:, 1] = False
+    case.attend[:, 1, 5] = True
+    case.attend[:, 2:, 5] = False
+    case.attend[:, 0] = True
+    case.tensors["query"] = torch.ones_like(case.tensors["query"])
+    case.tensors["key"] = case.tensors["key"].clone()
+    case.tensors["key"][:, :, 5] = -float("inf")
+    output = run(kernels, device, case)[0]["output"]
+    assert output[:, :, 1].isnan().all()
+    assert output[:, :, 2:].isfinite().all()
+    assert output[:, :, 0].isfinite().all()
