@@ -98,3 +98,22 @@ def test_inputs_are_left_alone(kernels, device, generator):
     kernels.masked_attention_backward(saved[0], *inputs, *saved, 0.25)
     assert all(torch.equal(x, copy) for x, copy in zip(inputs, copies, strict=True))
     assert torch.equal(unpack(bits, row_any, 40), unpack(*copies[3:], 40))
+
+
+def test_a_compiler_that_is_too_old_is_named(kernels, monkeypatch):
+    """Only on sm_100; elsewhere the oldest supported Triton compiles everything."""
+    from m2f_kernels import _triton
+
+    heads, bits = torch.empty(1, 2, 5, 16, device="meta"), torch.empty(1, 5, 1, dtype=torch.int32, device="meta")
+    inputs = (heads, heads, heads, bits, torch.empty(1, 5, dtype=torch.bool, device="meta"))
+    for capability in (80, 90, 100):
+        with _triton.recording(_triton.ARCHITECTURES[capability]) as launches:
+            monkeypatch.setattr(kernels, "_TRITON", (3, 8))
+            kernels.masked_attention(*inputs, 0.25)
+            assert launches
+            monkeypatch.setattr(kernels, "_TRITON", (3, 7))
+            if capability == 100:
+                with pytest.raises(RuntimeError, match=r"expected triton 3\.8 or later on sm_100"):
+                    kernels.masked_attention(*inputs, 0.25)
+            else:
+                kernels.masked_attention(*inputs, 0.25)
