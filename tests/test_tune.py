@@ -69,6 +69,28 @@ def test_candidates(element_size, q):
         assert len({tuple(sorted(one.items())) for one in found}) == len(found)
 
 
+@pytest.mark.parametrize("element_size", [2, 4])
+def test_one_key_has_one_default(element_size):
+    """Calls that share a line of the table are launched alike without one; otherwise what was measured for one number
+    of queries would serve another that wants something else."""
+    found = {}
+    for q in range(1, 400):
+        found.setdefault((mask_configs.key(element_size, q), "mask"), []).append(mask_configs.default(element_size, q))
+        for d in (8, 16, 20, 32, 64, 128):
+            key = configs.key(element_size, q, d)
+            found.setdefault((key, "forward"), []).append(configs.default_forward(element_size, q, d))
+            found.setdefault((key, "backward"), []).append(configs.default_backward(90, element_size, q, d))
+    for key, defaults in found.items():
+        assert all(one == defaults[0] for one in defaults), key
+
+
+def test_tuned_problems_have_keys_of_their_own():
+    """The sizes that the tuner measures do not overwrite each other's lines."""
+    for element_size in (2, 4):
+        assert len({mask_configs.key(element_size, q) for q in (20, 100, 200)}) == 3
+        assert len({configs.key(element_size, q, d) for q in (20, 100, 200) for d in (32, 64)}) == 6
+
+
 def test_the_fastest_right_candidate_wins():
     """One is slow, one wrong, one fails, one is fast; what is left out is named."""
     names = ["slow", "wrong", "failing", "fast"]

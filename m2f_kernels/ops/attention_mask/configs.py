@@ -11,8 +11,9 @@ PREDICT = "predict_attention_mask"
 
 
 def key(element_size: int, num_queries: int) -> str:
-    """What of the arguments a configuration depends on: the element size and the padded number of queries."""
-    return f"{8 * element_size} bit, Q {padded_queries(num_queries)}"
+    """What of the arguments a configuration depends on: the element size and the number of queries, padded."""
+    padded = min(max(1 << (num_queries - 1).bit_length(), 16), 256)
+    return f"{8 * element_size} bit, Q {padded}"
 
 
 def padded_queries(num_queries: int) -> int:

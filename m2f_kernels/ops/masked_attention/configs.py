@@ -59,7 +59,7 @@ def default_backward(capability: int, element_size: int, num_queries: int, d: in
     queries, channels = min(padded(num_queries), 128), padded(d)
     if element_size == 4:
         tile = {"BLOCK_Q": min(queries, 16 if channels == 16 else 32), "BLOCK_K": 32}
-        return {**tile, "num_warps": 4 if channels == 32 else 8, "num_stages": 1, "waves": 4}
+        return {**tile, "num_warps": 8, "num_stages": 1, "waves": 4}
     if channels >= 64 or num_queries > 128:
         queries = min(queries, 64)
     ahead = capability // 10 == 9 and channels == 32 and queries == 128

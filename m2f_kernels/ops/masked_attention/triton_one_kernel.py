@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import contiguous_last, dot, launch
+from m2f_kernels._triton import architecture, contiguous_last, dot, launch
 from m2f_kernels.ops.masked_attention import configs
-from m2f_kernels.ops.masked_attention.triton import _any_non_finite, _combine_kernel, _load_rows
+from m2f_kernels.ops.masked_attention.triton import _any_non_finite, _check_compiler, _combine_kernel, _load_rows
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "heads"])
@@ -114,6 +114,7 @@ def predicted_masked_attention(
     logsumexp = query.new_empty(n, heads, q, dtype=torch.float32)
     if output.numel() == 0:
         return output, logsumexp
+    _check_compiler(architecture(query.device))
     query, key, value = contiguous_last(query), contiguous_last(key), contiguous_last(value)
     embed, features = contiguous_last(mask_embed), contiguous_last(level_features)
     block_d, single = configs.padded(d), query.element_size() == 4
