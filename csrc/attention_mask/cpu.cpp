@@ -6,8 +6,8 @@
 #include <cmath>
 #include <tuple>
 
+#include "common/cpu_binding.h"
 #include "common/cpu_capability.h"
-#include "common/scratch.h"
 #include "common/torch_args.h"
 
 namespace m2f {

@@ -13,7 +13,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/rows.h"
+#include "common/dtype.h"
 
 namespace m2f {
 
@@ -41,11 +41,6 @@ inline void check_sizes(const Tensor& tensor, const char* name, std::initializer
 inline Tensor unit_stride_last(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-// The first three axes of a tensor whose rest is contiguous.
-inline Rows rows_of(const Tensor& tensor, const char* name) {
-  return {tensor.data_ptr(), dtype_of(tensor, name), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
 }
 
 inline Tensor empty_like_sizes(const Tensor& like, std::initializer_list<int64_t> sizes) {

@@ -3,8 +3,8 @@
 #include <algorithm>
 #include <tuple>
 
+#include "common/cpu_binding.h"
 #include "common/cpu_capability.h"
-#include "common/scratch.h"
 #include "common/torch_args.h"
 #include "masked_attention/cpu_kernel.h"
 

@@ -6,8 +6,8 @@
 #include <numeric>
 #include <tuple>
 
+#include "common/cpu_binding.h"
 #include "common/cpu_capability.h"
-#include "common/scratch.h"
 #include "common/torch_pixels.h"
 
 namespace m2f {

@@ -4,8 +4,8 @@
 
 #include <algorithm>
 
+#include "common/cpu_binding.h"
 #include "common/cpu_capability.h"
-#include "common/scratch.h"
 #include "common/torch_pixels.h"
 
 namespace m2f {

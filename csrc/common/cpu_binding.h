@@ -1,14 +1,21 @@
-// Scratch memory of the CPU bindings: 64-byte aligned, freed with its owner.
+// What the CPU bindings share: tensors as rows, and scratch memory.
 #pragma once
-
-#include <torch/headeronly/util/Exception.h>
 
 #include <cstddef>
 #include <cstdlib>
 #include <memory>
 
+#include "common/rows.h"
+#include "common/torch_args.h"
+
 namespace m2f {
 
+// The first three axes of a tensor whose rest is contiguous.
+inline Rows rows_of(const Tensor& tensor, const char* name) {
+  return {tensor.data_ptr(), dtype_of(tensor, name), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
+}
+
+// 64-byte aligned, freed with its owner.
 struct FreeScratch {
   void operator()(void* p) const { std::free(p); }
 };
