@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 
@@ -54,5 +55,8 @@ class Backbone(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Four maps, finest first, of `pixel_values` [N, 3, H, W]."""
+        if pixel_values.device.type == "cpu":
+            # oneDNN's own layout: else every bfloat16 convolution copies its input and output.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         out = self.body(pixel_values)
         return list(getattr(out, "feature_maps", out))
