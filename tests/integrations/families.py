@@ -91,7 +91,10 @@ class Family:
             given["pixel_mask"] = mask
         if labels and self.labels == "boxes":
             given["labels"] = [
-                {"class_labels": torch.tensor([0, 2]), "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.5, 0.5, 0.4]])},
+                {
+                    "class_labels": torch.tensor([0, 2]),
+                    "boxes": torch.tensor([[0.3, 0.4, 0.2, 0.3], [0.6, 0.5, 0.5, 0.4]]),
+                },
                 {"class_labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.6, 0.3, 0.3]])},
             ]
         return given
@@ -246,19 +249,19 @@ def _omdet_turbo(resolve: Any) -> Any:
         backbone_config=_swin(resolve, image_size=96),
         text_config=resolve("CLIPTextConfig")(
             vocab_size=40,
-            hidden_size=32,
+            hidden_size=24,
             intermediate_size=32,
             num_hidden_layers=1,
             num_attention_heads=4,
-            projection_dim=32,
+            projection_dim=24,
             max_position_embeddings=16,
             bos_token_id=0,
             eos_token_id=39,
         ),
-        use_timm_backbone=False,
+        **_NO_HUB,
         apply_layernorm_after_vision_backbone=False,
         image_size=96,
-        text_projection_in_dim=32,
+        text_projection_in_dim=24,
         text_projection_out_dim=24,
         task_encoder_hidden_dim=32,
         class_embed_dim=24,
