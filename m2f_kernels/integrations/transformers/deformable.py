@@ -124,6 +124,9 @@ class WeightedDetectorAttention(DetectorAttention):
 class _ScaledAttention(_Attention):
     """RT-DETRv2's and its descendants': a scale for the offsets, and two methods of sampling."""
 
+    # D-FINE's layers of 4.57 drop the flag, too; these decoders have few queries.
+    _m2f_always_weights = True
+
     offset_scale: float
 
     def _m2f_method(self) -> str:
