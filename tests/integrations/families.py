@@ -12,7 +12,6 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-import pytest
 import torch
 from skimage import data, transform
 
@@ -419,3 +418,8 @@ FAMILIES = {
         Family("oneformer", "OneFormerForUniversalSegmentation", _oneformer, outputs=_MASKS, labels=None, extra=_task),
     )
 }
+
+
+def modeling(family: str) -> Any:
+    """The module with a family's classes."""
+    return import_module(f"transformers.models.{family}.modeling_{family}")

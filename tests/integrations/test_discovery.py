@@ -1,4 +1,4 @@
-"""No family of the installed transformers is missed: its sources are searched for what deformable attention looks like."""
+"""No family of the installed transformers is missed: its sources are searched for the signs of deformable attention."""
 
 import ast
 from fnmatch import fnmatchcase

@@ -1,8 +1,8 @@
 """Multi-scale deformable attention of every family in `transformers`.
 
 The attention modules are replaced whole: softmax and sampling locations happen inside the kernel, and the sizes of the
-levels are taken as integers where the family has them, so that a GPU is not waited for. What a family does besides (projections,
-position embeddings, padding) is done as in the original.
+levels are taken as integers where the family has them, so that a GPU is not waited for. What a family does besides
+(projections, position embeddings, padding) is done as in the original.
 """
 
 from __future__ import annotations
