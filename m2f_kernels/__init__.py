@@ -3,6 +3,7 @@
 from m2f_kernels import nn
 from m2f_kernels._version import __version__
 from m2f_kernels.backend import BackendChoice, explain, use_backend
+from m2f_kernels.integrations.transformers import accelerate, restore
 from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import pack_attention_mask, predict_attention_mask, resize_mask_features
 from m2f_kernels.ops.masked_attention import masked_attention
@@ -15,6 +16,7 @@ __all__ = [
     "FactoredMasks",
     "PackedMask",
     "__version__",
+    "accelerate",
     "explain",
     "mask_matching_cost",
     "masked_attention",
@@ -26,6 +28,7 @@ __all__ = [
     "point_sample",
     "predict_attention_mask",
     "resize_mask_features",
+    "restore",
     "uncertain_points",
     "use_backend",
 ]

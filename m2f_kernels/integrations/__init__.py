@@ -1,0 +1,1 @@
+"""Other packages' models on the operators of this one."""

@@ -1,0 +1,203 @@
+"""Models of Hugging Face `transformers` on fused operators, in one line, and back.
+
+`accelerate` changes a model that exists, `patch` the classes before models are made of them. Parameters, their names
+and what a model returns stay; memory and time change. `transformers` itself is imported only when one of these
+functions is called.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+
+from torch import nn
+
+from m2f_kernels._checks import describe
+from m2f_kernels.integrations.transformers import _swap
+
+__all__ = ["Acceleration", "Entry", "Report", "accelerate", "patch", "restore", "unpatch"]
+
+#: Supported versions of transformers, as (major, minor): from the first, below the second.
+SUPPORTED = ((4, 57), (6, 0))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A module of the model, or a class.
+
+    Attributes:
+        name: where the module is in the model, or the class's name.
+        cls: name of its class.
+        text: what replaced it, or why it was left alone.
+    """
+
+    name: str
+    cls: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was replaced, what was known and yet left alone, and what had been replaced before."""
+
+    replaced: tuple[Entry, ...]
+    left: tuple[Entry, ...]
+    already: tuple[Entry, ...]
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.replaced)} replaced, {len(self.left)} left alone, {len(self.already)} already replaced before"
+        ]
+        groups = (("replaced", self.replaced), ("left alone", self.left), ("already replaced", self.already))
+        for title, entries in groups:
+            for (cls, text), count in Counter((entry.cls, entry.text) for entry in entries).items():
+                first = next(entry.name for entry in entries if (entry.cls, entry.text) == (cls, text))
+                where = "" if first == cls else f" ({first}{', ...' if count > 1 else ''})"
+                lines.append(f"  {title}: {count} x {cls}{where}: {text}")
+        return "\n".join(lines)
+
+
+class Acceleration:
+    """What :func:`accelerate` returns: unpacks into the model and the report; as a context manager it undoes itself.
+
+    Attributes:
+        model: the model that was given.
+        report: what was done to it.
+    """
+
+    def __init__(self, model: nn.Module, report: Report, modules: list[nn.Module]) -> None:
+        self.model = model
+        self.report = report
+        self._modules = modules
+
+    def __iter__(self) -> Iterator[nn.Module | Report]:
+        return iter((self.model, self.report))
+
+    def __enter__(self) -> Acceleration:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _warn_stuck(_swap.swap_back(self._modules))
+
+    def __repr__(self) -> str:
+        return f"Acceleration of {type(self.model).__name__}: {self.report}"
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Let the modules of a `transformers` model that this package knows run on its fused operators, in place.
+
+    Whatever the model returns, its parameters and their names stay the same; calling it again changes nothing.
+    :func:`restore` undoes it, and so does the end of a `with` block.
+
+        model, report = m2f_kernels.accelerate(model)
+        with m2f_kernels.accelerate(model):
+            ...
+
+    Args:
+        model: any module that contains modules of `transformers`; wrapped, compiled or on the meta device, too.
+
+    Returns:
+        The model and a report, which says as a string what was replaced, what was left alone and why.
+
+    Raises:
+        TypeError: not a module.
+        ValueError: nothing in it is known.
+        ImportError: no supported version of transformers.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module; got {describe(model)}")
+    version = _check_version()
+    replaced: list[Entry] = []
+    left: list[Entry] = []
+    already: list[Entry] = []
+    swapped: list[nn.Module] = []
+    for name, module in model.named_modules():
+        plan = _swap.plan(module)
+        if plan is None:
+            continue
+        cls = type(module).__name__
+        if plan.reason is not None:
+            left.append(Entry(name, cls, plan.reason))
+        elif plan.already:
+            already.append(Entry(name, cls, plan.replacement.what))
+        else:
+            replaced.append(Entry(name, cls, plan.replacement.what))
+            _swap.swap(module, plan.replacement)
+            swapped.append(module)
+    report = Report(tuple(replaced), tuple(left), tuple(already))
+    if not (replaced or left or already):
+        raise ValueError(
+            f"model: expected a model of transformers with deformable or masked attention; {type(model).__name__} "
+            f"has no module that m2f_kernels knows in transformers {version}"
+        )
+    if not (replaced or already):
+        warnings.warn(f"m2f_kernels.accelerate changed nothing: {report}", stacklevel=2)
+    return Acceleration(model, report, swapped)
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give every module of `model` its own class back; does nothing where none was replaced.
+
+    Raises:
+        TypeError: not a module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module; got {describe(model)}")
+    _warn_stuck(_swap.swap_back(model.modules()))
+    return model
+
+
+def patch(*families: str) -> Report:
+    """Replace the classes themselves in `transformers`, so that models made from now on are accelerated.
+
+    Models that exist already stay as they are. Imports the modules of the families that it patches.
+
+    Args:
+        families: directories of `transformers/models`, for example "mask2former"; all that are known where none is
+            given.
+
+    Raises:
+        ValueError: an unknown family.
+        ImportError: no supported version of transformers.
+    """
+    _check_version()
+    replaced: list[Entry] = []
+    already: list[Entry] = []
+    for name, original, replacement in list(_swap.known_classes(families)):
+        accelerated = _swap.accelerated_class(replacement.mixin, original)
+        entry = Entry(name, name, replacement.what)
+        (replaced if _swap.rename(original, accelerated) else already).append(entry)
+    return Report(tuple(replaced), (), tuple(already))
+
+
+def unpatch() -> None:
+    """Undo :func:`patch`, whichever families it was called for. Models made in between stay accelerated."""
+    for accelerated, pair in _swap.patched_classes():
+        _swap.rename(accelerated, pair.original)
+
+
+def _check_version() -> str:
+    low, high = (".".join(map(str, version)) for version in SUPPORTED)
+    wanted = f"transformers: expected a version from {low} to below {high}"
+    try:
+        from transformers import __version__
+    except ImportError as error:
+        raise ImportError(f"{wanted}; none can be imported: {error}") from None
+    numbers = re.match(r"(\d+)\.(\d+)", __version__)
+    if numbers is None or not SUPPORTED[0] <= (int(numbers[1]), int(numbers[2])) < SUPPORTED[1]:
+        raise ImportError(f"{wanted}; {__version__} is installed")
+    return __version__
+
+
+def _warn_stuck(modules: list[nn.Module]) -> None:
+    if modules:
+        names = sorted({_swap.qualified_name(type(module)) for module in modules})
+        warnings.warn(
+            f"m2f_kernels.restore left alone what derives from an accelerated class: {', '.join(names)}", stacklevel=3
+        )

@@ -1,0 +1,298 @@
+"""Multi-scale deformable attention of every family in `transformers`.
+
+The attention modules are replaced whole: softmax and sampling locations happen inside the kernel, and the sizes of the
+levels are taken as integers where the family has them, so that a GPU is not waited for. What a family does besides
+(projections, position embeddings, padding) is done as in the original.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2f_kernels.integrations.transformers._swap import Replacement, plan, qualified_name
+from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
+from m2f_kernels.ops.ms_deform_attn.levels import MAX_LEVELS
+
+#: What the attention modules' `forward` takes in the supported versions.
+_PARAMETERS = {
+    "self",
+    "hidden_states",
+    "attention_mask",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+    "position_embeddings",
+    "reference_points",
+    "spatial_shapes",
+    "spatial_shapes_list",
+    "level_start_index",
+    "output_attentions",
+    "kwargs",
+}
+
+
+class _Attention:
+    """`forward` of an attention module: value is projected from the encoder's states, or is those states."""
+
+    #: Whether the family's layers use the weights without asking for them.
+    _m2f_always_weights = False
+
+    # Attributes of the original classes.
+    n_heads: int
+    n_levels: int
+    n_points: int | Sequence[int]
+    sampling_offsets: nn.Module
+    attention_weights: nn.Module
+    value_proj: nn.Module
+    output_proj: nn.Module
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        if args or not self._m2f_fusable(kwargs):
+            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+        position = kwargs.get("position_embeddings")
+        if position is not None:
+            hidden_states = hidden_states + position
+        n, q, _ = hidden_states.shape
+        points = self._m2f_points()
+        offsets = self.sampling_offsets(hidden_states).view(n, q, self.n_heads, sum(points), 2)
+        logits = self.attention_weights(hidden_states).view(n, q, self.n_heads, sum(points))
+        out = ms_deform_attn_from_offsets(
+            self._m2f_value(kwargs["encoder_hidden_states"], kwargs.get("attention_mask")),
+            _shapes(kwargs),
+            kwargs["reference_points"],
+            offsets,
+            logits,
+            points_per_level=points,
+            offset_scale=self._m2f_offset_scale(),
+        )
+        # The weights are no by-product of the kernel; only those who look get them.
+        hooks = self._forward_hooks  # type: ignore[attr-defined]
+        watched = self._m2f_always_weights or kwargs.get("output_attentions") or hooks
+        return self._m2f_project(out), self._m2f_weights(logits) if watched else None
+
+    def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
+        """Whether these arguments are what the operator takes; the original deals with all others, errors included."""
+        states, points = kwargs.get("encoder_hidden_states"), kwargs.get("reference_points")
+        if states is None or points is None or _shapes(kwargs) is None:
+            return False
+        core = getattr(self, "attn", None)
+        return points.shape[-1] in (2, 4) and not (core is not None and _watched(core))
+
+    def _m2f_value(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        """[N, S, H, D] of the encoder's states [N, S, C], zero at padding; `mask` is True at pixels."""
+        value = self.value_proj(states)
+        if mask is not None:
+            value = value.masked_fill(~mask[..., None], 0.0)
+        return value.unflatten(-1, (self.n_heads, -1))
+
+    def _m2f_project(self, out: Tensor) -> Tensor:
+        return self.output_proj(out)
+
+    def _m2f_points(self) -> list[int]:
+        """Number of points of each level."""
+        assert isinstance(self.n_points, int)
+        return [self.n_points] * self.n_levels
+
+    def _m2f_offset_scale(self) -> float:
+        return 0.5
+
+    def _m2f_weights(self, logits: Tensor) -> Tensor:
+        return F.softmax(logits, -1).unflatten(-1, (self.n_levels, -1))
+
+
+class PixelDecoderAttention(_Attention):
+    """Mask2Former's and OneFormer's: the mask is True at padding."""
+
+    def _m2f_value(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        return super()._m2f_value(states, None if mask is None else ~mask)
+
+
+class DetectorAttention(_Attention):
+    """Deformable DETR's and its descendants'."""
+
+
+class WeightedDetectorAttention(DetectorAttention):
+    """Grounding DINO's and OmDet-Turbo's: their layers drop the flag for the weights, and return them to who set it."""
+
+    _m2f_always_weights = True
+
+
+class _ScaledAttention(_Attention):
+    """RT-DETRv2's and its descendants': a scale for the offsets, and two methods of sampling."""
+
+    # D-FINE's layers of 4.57 drop the flag, too; these decoders have few queries.
+    _m2f_always_weights = True
+
+    offset_scale: float
+
+    def _m2f_method(self) -> str:
+        raise NotImplementedError
+
+    def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
+        # The original's broadcasting has no meaning but for one box per query.
+        return (
+            super()._m2f_fusable(kwargs)
+            and self._m2f_method() == "default"
+            and tuple(kwargs["reference_points"].shape[2:]) == (1, 4)
+        )
+
+    def _m2f_offset_scale(self) -> float:
+        return self.offset_scale
+
+    def _m2f_weights(self, logits: Tensor) -> Tensor:
+        return F.softmax(logits, -1)
+
+
+class ScaledDetectorAttention(_ScaledAttention):
+    """RT-DETRv2's."""
+
+    method: str
+
+    def _m2f_method(self) -> str:
+        return self.method
+
+
+class UnprojectedAttention(_ScaledAttention):
+    """D-FINE's and DEIMv2's: no projections, and each level has its own number of points."""
+
+    decoder_method: str
+    num_points_list: list[int]
+
+    def _m2f_method(self) -> str:
+        return self.decoder_method
+
+    def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
+        # Position embeddings are not among the original's arguments; its mask would have to be [N, S, H].
+        unused = kwargs.get("position_embeddings") is None and kwargs.get("attention_mask") is None
+        return unused and super()._m2f_fusable(kwargs)
+
+    def _m2f_value(self, states: Tensor, mask: Tensor | None) -> Tensor:
+        return states.unflatten(-1, (self.n_heads, -1))
+
+    def _m2f_project(self, out: Tensor) -> Tensor:
+        return out
+
+    def _m2f_points(self) -> list[int]:
+        return self.num_points_list
+
+
+class Core:
+    """`MultiScaleDeformableAttention`, for modules around it that are not known here."""
+
+    def forward(
+        self,
+        value: Tensor,
+        value_spatial_shapes: Tensor,
+        value_spatial_shapes_list: Sequence[tuple[int, int]],
+        level_start_index: Tensor,
+        sampling_locations: Tensor,
+        attention_weights: Tensor,
+        im2col_step: int,
+    ) -> Tensor:
+        # As in the original, the levels follow each other.
+        return ms_deform_attn(value, value_spatial_shapes_list, None, sampling_locations, attention_weights)
+
+
+def _shapes(kwargs: dict[str, Any]) -> Any:
+    """(h, w) per level: integers where the family passes them, else the tensor."""
+    shapes = kwargs.get("spatial_shapes_list")
+    return kwargs.get("spatial_shapes") if shapes is None else shapes
+
+
+def _watched(module: nn.Module) -> bool:
+    """Whether someone would miss that a module is not called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+# ---------------------------------------------------------------- what is left alone
+
+
+def _check_parameters(module: nn.Module, known: set[str]) -> str | None:
+    for cls in type(module).__mro__:
+        # Past an accelerated class, whose forward takes anything.
+        if "forward" in vars(cls) and cls.__module__ != __name__:
+            break
+    unknown = inspect.signature(vars(cls)["forward"]).parameters.keys() - known
+    return f"its forward takes {', '.join(sorted(unknown))}, unknown to m2f_kernels" if unknown else None
+
+
+def _check_core(module: nn.Module) -> str | None:
+    """The core that the fused path stands for has to be the one of transformers."""
+    core = getattr(module, "attn", None)
+    if core is None:
+        function: Any = getattr(module, "ms_deformable_attn_core", None)
+        own = function is None or function.__module__ == type(module).__module__
+        return None if own else f"its core is {function.__module__}.{function.__qualname__}, unknown to m2f_kernels"
+    known = plan(core)
+    if known is None or not issubclass(known.replacement.mixin, Core):
+        return f"its core is {qualified_name(type(core))}, unknown to m2f_kernels"
+    return None if known.reason is None else f"its core is left alone: {known.reason}"
+
+
+def check_attention(module: nn.Module) -> str | None:
+    """Why an attention module is left alone."""
+    if reason := _check_parameters(module, _PARAMETERS):
+        return reason
+    method = getattr(module, "method", getattr(module, "decoder_method", "default"))
+    if method != "default":
+        return f'decoder_method is "{method}", which takes the nearest pixel; the operator interpolates'
+    levels = getattr(module, "n_levels", 0)
+    if levels > MAX_LEVELS:
+        return f"it has {levels} levels; the operator takes up to {MAX_LEVELS}"
+    return _check_core(module)
+
+
+def check_core(module: nn.Module) -> str | None:
+    """Why a core is left alone."""
+    known = set(inspect.signature(Core.forward).parameters)
+    return _check_parameters(module, known)
+
+
+# ---------------------------------------------------------------- every family
+
+_FUSED = "deformable attention; softmax and sampling locations inside the kernel"
+
+#: Family (directory of transformers/models), prefix of its classes' names, mixin.
+_DETECTORS = {
+    "deformable_detr": ("DeformableDetr", DetectorAttention),
+    "grounding_dino": ("GroundingDino", WeightedDetectorAttention),
+    "mm_grounding_dino": ("MMGroundingDino", WeightedDetectorAttention),
+    "rt_detr": ("RTDetr", DetectorAttention),
+    "rt_detr_v2": ("RTDetrV2", ScaledDetectorAttention),
+    "d_fine": ("DFine", UnprojectedAttention),
+    "deimv2": ("Deimv2", UnprojectedAttention),
+    "lw_detr": ("LwDetr", DetectorAttention),
+    "rf_detr": ("RfDetr", DetectorAttention),
+    "omdet_turbo": ("OmDetTurbo", WeightedDetectorAttention),
+    "pp_doclayout_v2": ("PPDocLayoutV2", DetectorAttention),
+    "pp_doclayout_v3": ("PPDocLayoutV3", DetectorAttention),
+    "pp_doclayout_v4": ("PPDocLayoutV4", DetectorAttention),
+}
+_WITHOUT_CORE = ("rt_detr_v2", "d_fine", "deimv2")
+
+
+def _replacements() -> dict[str, Replacement]:
+    table = {}
+    for family, prefix in (("mask2former", "Mask2Former"), ("oneformer", "OneFormer")):
+        name = f"{prefix}PixelDecoderEncoderMultiscaleDeformableAttention"
+        table[f"transformers.models.{family}.modeling_{family}.{name}"] = Replacement(
+            PixelDecoderAttention, _FUSED, check_attention
+        )
+    for family, (prefix, mixin) in _DETECTORS.items():
+        module = f"transformers.models.{family}.modeling_{family}"
+        name = f"{prefix}MultiscaleDeformableAttention"
+        table[f"{module}.{name}"] = Replacement(mixin, _FUSED, check_attention)
+        if family not in _WITHOUT_CORE:
+            table[f"{module}.MultiScaleDeformableAttention"] = Replacement(
+                Core, "deformable attention from sampling locations, where another module calls it", check_core
+            )
+    return table
+
+
+REPLACEMENTS = _replacements()
