@@ -191,10 +191,10 @@ class EncoderLayer:
     def forward(
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, ...]:
+        if args or self.activation_fn is not F.relu:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc, no-any-return]
         # OneFormer drops out where its configuration says that it is trained, whatever mode the module is in.
         training = bool(getattr(self, "is_training", self.training))  # type: ignore[attr-defined]
-        if args or self.activation_fn is not F.relu or (training and (self.dropout or self.activation_dropout)):
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc, no-any-return]
         attended, weights = self.self_attn(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
@@ -202,8 +202,8 @@ class EncoderLayer:
             encoder_attention_mask=attention_mask,
             **kwargs,
         )
-        hidden_states = self.self_attn_layer_norm(hidden_states + attended)
-        hidden_states = self.final_layer_norm(hidden_states + self._m2f_feed_forward(hidden_states))
+        hidden_states = self.self_attn_layer_norm(hidden_states + F.dropout(attended, self.dropout, training))
+        hidden_states = self.final_layer_norm(hidden_states + self._m2f_feed_forward(hidden_states, training))
         if training and not torch.isfinite(hidden_states).all():
             limit = torch.finfo(hidden_states.dtype).max - 1000
             hidden_states = hidden_states.clamp(-limit, limit)
@@ -212,12 +212,15 @@ class EncoderLayer:
         # Mask2Former hands the weights on transposed.
         return hidden_states, weights if hasattr(self, "is_training") else weights.transpose(1, 0)
 
-    def _m2f_feed_forward(self, x: Tensor) -> Tensor:
+    def _m2f_feed_forward(self, x: Tensor, training: bool) -> Tensor:
+        # A hook on fc1 may keep what it saw.
+        in_place = not watched(self.fc1)
         few = x.device.type != "cpu" or x.shape[1] <= _FFN_TOKENS
-        if few or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            out: Tensor = self.fc2(F.relu(self.fc1(x), inplace=True))
-            return out
-        return torch.cat([self.fc2(F.relu(self.fc1(part), inplace=True)) for part in x.split(_FFN_TOKENS, 1)], 1)
+        if few or training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            hidden = F.dropout(F.relu(self.fc1(x), inplace=in_place), self.activation_dropout, training)
+            return F.dropout(self.fc2(hidden), self.dropout, training)
+        parts = x.split(_FFN_TOKENS, 1)
+        return torch.cat([self.fc2(F.relu(self.fc1(part), inplace=in_place)) for part in parts], 1)
 
 
 # ---------------------------------------------------------------- the losses
