@@ -14,13 +14,9 @@ from torch import Tensor, nn
 from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
-    ENCODER,
     LOSSES,
     MASKS,
-    POSITIONS,
-    EncoderLayer,
     Masks,
-    PositionEmbedding,
     attend,
     attention_problem,
     drops,
@@ -33,11 +29,40 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     warn_unfused,
     watched,
 )
+from m2f_kernels.integrations.transformers.pixel_decoder import (
+    ENCODER_LAYER,
+    PIXEL_DECODER,
+    POSITIONS,
+    EncoderLayer,
+    PixelDecoder,
+    PositionEmbedding,
+    check_pixel_decoder,
+)
 from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
 
 _MODULE = "transformers.models.mask2former.modeling_mask2former"
 _MATCHER = f"{_MODULE}.Mask2FormerHungarianMatcher"
+
+
+def _published() -> Any:
+    from transformers.models.mask2former import modeling_mask2former
+
+    return modeling_mask2former
+
+
+class Mask2FormerPixelDecoder(PixelDecoder):
+    # Attributes of the original class.
+    lateral_convolutions: list[Any]
+    output_convolutions: list[Any]
+
+    def _m2f_convolutions(self) -> list[tuple[Any, Any]]:
+        return list(zip(self.lateral_convolutions, self.output_convolutions, strict=True))
+
+    def _m2f_output(self, mask_features: Tensor, maps: list[Tensor], attentions: Any) -> Any:
+        return _published().Mask2FormerPixelDecoderOutput(
+            mask_features=mask_features, multi_scale_features=tuple(maps), attentions=attentions
+        )
 
 
 class DecoderLayer:
@@ -161,9 +186,7 @@ class Decoder:
         states = tuple(hidden) if output_hidden_states else None
         if not (self.config.return_dict if return_dict is None else return_dict):
             return tuple(x for x in (last, states, None, tuple(intermediate), masks) if x is not None)
-        from transformers.models.mask2former import modeling_mask2former as published
-
-        return published.Mask2FormerMaskedAttentionDecoderOutput(
+        return _published().Mask2FormerMaskedAttentionDecoderOutput(
             last_hidden_state=last,
             hidden_states=states,
             attentions=None,
@@ -294,12 +317,11 @@ class Model:
             output_attentions=output_attentions,
             factored=True,
         )
-        from transformers.models.mask2former import modeling_mask2former as published
 
         def where_asked(x: Any) -> Any:
             return x if output_hidden_states else None
 
-        return published.Mask2FormerModelOutput(
+        return _published().Mask2FormerModelOutput(
             encoder_last_hidden_state=pixels.encoder_last_hidden_state,
             pixel_decoder_last_hidden_state=pixels.decoder_last_hidden_state,
             transformer_decoder_last_hidden_state=decoded.last_hidden_state,
@@ -416,9 +438,7 @@ class ForUniversalSegmentation:
                     auxiliary_predictions=self.get_auxiliary_logits(classes, given),
                 )
             )
-        from transformers.models.mask2former import modeling_mask2former as published
-
-        output = published.Mask2FormerForUniversalSegmentationOutput(
+        output = _published().Mask2FormerForUniversalSegmentationOutput(
             loss=loss,
             class_queries_logits=classes[-1],
             masks_queries_logits=last,
@@ -471,7 +491,8 @@ REPLACEMENTS = {
     f"{_MODULE}.Mask2Former{name}": replacement
     for name, replacement in {
         "SinePositionEmbedding": Replacement(PositionEmbedding, POSITIONS),
-        "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER),
+        "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER_LAYER),
+        "PixelDecoder": Replacement(Mask2FormerPixelDecoder, PIXEL_DECODER, check_pixel_decoder),
         "MaskedAttentionDecoderLayer": Replacement(DecoderLayer, ATTENTION, layer_problem),
         "MaskedAttentionDecoder": Replacement(Decoder, MASKS, check_decoder),
         "TransformerModule": Replacement(TransformerModule, _FACTORED),

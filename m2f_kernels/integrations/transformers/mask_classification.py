@@ -1,4 +1,4 @@
-"""What Mask2Former and OneFormer of `transformers` share: masked attention, layers of the pixel decoder, the losses."""
+"""What Mask2Former and OneFormer of `transformers` share: masked attention and the losses."""
 
 from __future__ import annotations
 
@@ -19,13 +19,7 @@ from m2f_kernels.ops.masked_attention import masked_attention
 #: Masks of one decoder output: factored, or logits [N, Q, h, w] where something needed them.
 Masks = Tensor | FactoredMasks
 
-#: Tokens whose FFN activations exist at a time without gradients: 16 MiB of them at 1024 channels stay in the cache.
-_FFN_TOKENS = 4096
-
-
 #: What is replaced, for the report.
-POSITIONS = "sine positions of a row and a column, not of every pixel"
-ENCODER = "encoder layer with fewer copies"
 ATTENTION = "masked attention from a packed mask, scores never written"
 MASKS = "attention masks from resized features, one product for keys and values of the layers that share a level"
 LOSSES = "matching and losses from factored masks at sampled points"
@@ -154,73 +148,6 @@ def warn_unfused(module: nn.Module, reason: str) -> None:
     """Say once for each reason that a replaced module takes the original's way."""
     if not torch.compiler.is_compiling():
         warnings.warn(f"{type(module).__name__} runs as in transformers: {reason}", RuntimeWarning, stacklevel=3)
-
-
-# ---------------------------------------------------------------- the pixel decoder
-
-
-class PositionEmbedding:
-    """`forward` of the sine embedding: a row's half depends on the row alone and a column's on the column alone."""
-
-    def forward(self, shape: torch.Size, device: Any, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
-        if mask is not None:
-            return super().forward(shape, device, dtype, mask)  # type: ignore[misc, no-any-return]
-        n, c, h, w = shape
-        # The original, for one column and for one row: the same numbers, h + w of them and not h * w.
-        rows = super().forward(torch.Size((1, c, h, 1)), device, dtype)  # type: ignore[misc]
-        columns = super().forward(torch.Size((1, c, 1, w)), device, dtype)  # type: ignore[misc]
-        half = rows.shape[1] // 2
-        parts = [rows[:, :half].expand(n, -1, h, w), columns[:, half:].expand(n, -1, h, w)]
-        # In memory [N, h, w, C], as the original's.
-        return torch.cat([part.permute(0, 2, 3, 1) for part in parts], 3).permute(0, 3, 1, 2)
-
-
-class EncoderLayer:
-    """`forward` of a layer of the pixel decoder's encoder, with fewer copies of its largest tensors."""
-
-    # Attributes of the original classes.
-    self_attn: nn.Module
-    self_attn_layer_norm: nn.Module
-    final_layer_norm: nn.Module
-    fc1: nn.Module
-    fc2: nn.Module
-    activation_fn: Any
-    dropout: float
-    activation_dropout: float
-
-    def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, ...]:
-        if args or self.activation_fn is not F.relu:
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc, no-any-return]
-        # OneFormer drops out where its configuration says that it is trained, whatever mode the module is in.
-        training = bool(getattr(self, "is_training", self.training))  # type: ignore[attr-defined]
-        attended, weights = self.self_attn(
-            hidden_states=hidden_states,
-            attention_mask=attention_mask,
-            encoder_hidden_states=hidden_states,
-            encoder_attention_mask=attention_mask,
-            **kwargs,
-        )
-        hidden_states = self.self_attn_layer_norm(hidden_states + F.dropout(attended, self.dropout, training))
-        hidden_states = self.final_layer_norm(hidden_states + self._m2f_feed_forward(hidden_states, training))
-        if training and not torch.isfinite(hidden_states).all():
-            limit = torch.finfo(hidden_states.dtype).max - 1000
-            hidden_states = hidden_states.clamp(-limit, limit)
-        if not kwargs.get("output_attentions"):
-            return (hidden_states,)
-        # Mask2Former hands the weights on transposed.
-        return hidden_states, weights if hasattr(self, "is_training") else weights.transpose(1, 0)
-
-    def _m2f_feed_forward(self, x: Tensor, training: bool) -> Tensor:
-        # A hook on fc1 may keep what it saw.
-        in_place = not watched(self.fc1)
-        few = x.device.type != "cpu" or x.shape[1] <= _FFN_TOKENS
-        if few or training or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            hidden = F.dropout(F.relu(self.fc1(x), inplace=in_place), self.activation_dropout, training)
-            return F.dropout(self.fc2(hidden), self.dropout, training)
-        parts = x.split(_FFN_TOKENS, 1)
-        return torch.cat([self.fc2(F.relu(self.fc1(part), inplace=in_place)) for part in parts], 1)
 
 
 # ---------------------------------------------------------------- the losses

@@ -15,13 +15,9 @@ from torch import Tensor, nn
 from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
-    ENCODER,
     LOSSES,
     MASKS,
-    POSITIONS,
-    EncoderLayer,
     Masks,
-    PositionEmbedding,
     attend,
     attention_problem,
     drops,
@@ -31,6 +27,15 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     project_levels,
     subclass_problem,
     warn_unfused,
+)
+from m2f_kernels.integrations.transformers.pixel_decoder import (
+    ENCODER_LAYER,
+    PIXEL_DECODER,
+    POSITIONS,
+    EncoderLayer,
+    PixelDecoder,
+    PositionEmbedding,
+    check_pixel_decoder,
 )
 from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
@@ -67,7 +72,8 @@ class AuxiliaryPrediction(dict[str, Any]):
         return super().__iter__()
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        self._multiply()
+        return super().get(key, default)
 
     def items(self) -> Any:
         self._multiply()
@@ -102,6 +108,29 @@ def masks_of(prediction: dict[str, Any]) -> Masks:
     return masks
 
 
+def _published() -> Any:
+    from transformers.models.oneformer import modeling_oneformer
+
+    return modeling_oneformer
+
+
+class OneFormerPixelDecoder(PixelDecoder):
+    # Attributes of the original class.
+    lateral_convs: list[Any]
+    output_convs: list[Any]
+
+    def _m2f_shapes(self, shapes: Tensor) -> dict[str, Tensor]:
+        return {"spatial_shapes": shapes}
+
+    def _m2f_convolutions(self) -> list[tuple[Any, Any]]:
+        return list(zip(self.lateral_convs, self.output_convs, strict=True))
+
+    def _m2f_output(self, mask_features: Tensor, maps: list[Tensor], attentions: Any) -> Any:
+        return _published().OneFormerPixelDecoderOutput(
+            mask_features=mask_features, multi_scale_features=maps, attentions=attentions
+        )
+
+
 class CrossAttentionLayer:
     """`forward` of the masked cross-attention with residual and norm."""
 
@@ -123,7 +152,7 @@ class CrossAttentionLayer:
         value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if key is None or value is None:
-            return super().forward(  # type: ignore[misc, no-any-return]
+            return super().forward(  # type: ignore[misc]
                 output, memory, memory_mask, memory_key_padding_mask, pos, query_pos
             )
         assert isinstance(memory_mask, tuple)
@@ -155,7 +184,7 @@ class DecoderLayer:
         value: Tensor | None = None,
     ) -> tuple[Any, ...]:
         if key is None:
-            return super().forward(  # type: ignore[misc, no-any-return]
+            return super().forward(  # type: ignore[misc]
                 index,
                 output,
                 multi_stage_features,
@@ -220,9 +249,7 @@ class Decoder:
             queries, multi_stage_features, multi_stage_positional_embeddings, mask_features, query_embeddings, size_list
         )
         factors = [FactoredMasks(embed, mask_features) for embed in embeds]
-        from transformers.models.oneformer import modeling_oneformer as published
-
-        return published.OneFormerTransformerDecoderOutput(
+        return _published().OneFormerTransformerDecoderOutput(
             object_queries=x.permute(1, 0, 2),
             contrastive_logits=queries.permute(1, 0, 2),
             prediction_masks=factors[-1].logits(),
@@ -318,7 +345,7 @@ class QueryLayer:
             out = self.self_attn(
                 q, q, value=x, attn_mask=output_mask, key_padding_mask=output_key_padding_mask, need_weights=False
             )
-            return self.dropout1(out[0])  # type: ignore[no-any-return]
+            return self.dropout1(out[0])
 
         def attend_pixels(x: Tensor) -> Tensor:
             out = self.multihead_attn(
@@ -329,11 +356,11 @@ class QueryLayer:
                 key_padding_mask=memory_key_padding_mask,
                 need_weights=False,
             )
-            return self.dropout2(out[0])  # type: ignore[no-any-return]
+            return self.dropout2(out[0])
 
         def feed_forward(x: Tensor) -> Tensor:
             out = self.linear2(self.dropout(self.activation(self.linear1(x))))
-            return self.dropout3(out)  # type: ignore[no-any-return]
+            return self.dropout3(out)
 
         for block, norm in ((attend_queries, self.norm1), (attend_pixels, self.norm2), (feed_forward, self.norm3)):
             output = output + block(norm(output)) if self.normalize_before else norm(output + block(output))
@@ -360,7 +387,7 @@ class Criterion:
     ) -> dict[str, Tensor]:
         if reason := matcher_problem(self, _MATCHER):
             warn_unfused(self, reason)  # type: ignore[arg-type]
-            return super().forward(  # type: ignore[misc, no-any-return]
+            return super().forward(  # type: ignore[misc]
                 masks_queries_logits,
                 class_queries_logits,
                 contrastive_queries_logits,
@@ -420,7 +447,8 @@ REPLACEMENTS = {
     f"{_MODULE}.OneFormer{name}": replacement
     for name, replacement in {
         "SinePositionEmbedding": Replacement(PositionEmbedding, POSITIONS),
-        "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER),
+        "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER_LAYER),
+        "PixelDecoder": Replacement(OneFormerPixelDecoder, PIXEL_DECODER, check_pixel_decoder),
         "TransformerDecoderQueryTransformerDecoderLayer": Replacement(
             QueryLayer, "attention whose weights are not asked for", check_query_layer
         ),
