@@ -1,8 +1,8 @@
 """Multi-scale deformable attention of every family in `transformers`.
 
 The attention modules are replaced whole: softmax and sampling locations happen inside the kernel, and the sizes of the
-levels are taken from the list of integers, so that a GPU is not waited for. What a family does besides (projections,
-position embeddings, padding) is done as in the original.
+levels are taken as integers where the family has them, so that a GPU is not waited for. What a family does besides
+(projections, position embeddings, padding) is done as in the original.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _PARAMETERS = {
 class _Attention:
     """`forward` of an attention module: value is projected from the encoder's states, or is those states."""
 
-    #: Of the attributes that the fused path reads, those that not every family has.
-    _m2f_projections: tuple[str, ...] = ("value_proj", "output_proj")
+    #: Whether the family's layers use the weights without asking for them.
+    _m2f_always_weights = False
 
     # Attributes of the original classes.
     n_heads: int
@@ -62,7 +62,7 @@ class _Attention:
         logits = self.attention_weights(hidden_states).view(n, q, self.n_heads, sum(points))
         out = ms_deform_attn_from_offsets(
             self._m2f_value(kwargs["encoder_hidden_states"], kwargs.get("attention_mask")),
-            kwargs["spatial_shapes_list"],
+            _shapes(kwargs),
             kwargs["reference_points"],
             offsets,
             logits,
@@ -70,15 +70,14 @@ class _Attention:
             offset_scale=self._m2f_offset_scale(),
         )
         # The weights are no by-product of the kernel; only those who look get them.
-        watched = kwargs.get("output_attentions") or self._forward_hooks  # type: ignore[attr-defined]
+        hooks = self._forward_hooks  # type: ignore[attr-defined]
+        watched = self._m2f_always_weights or kwargs.get("output_attentions") or hooks
         return self._m2f_project(out), self._m2f_weights(logits) if watched else None
 
     def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
         """Whether these arguments are what the operator takes; the original deals with all others, errors included."""
-        states, points, shapes = (
-            kwargs.get(name) for name in ("encoder_hidden_states", "reference_points", "spatial_shapes_list")
-        )
-        if states is None or points is None or shapes is None:
+        states, points = kwargs.get("encoder_hidden_states"), kwargs.get("reference_points")
+        if states is None or points is None or _shapes(kwargs) is None:
             return False
         core = getattr(self, "attn", None)
         return points.shape[-1] in (2, 4) and not (core is not None and _watched(core))
@@ -116,8 +115,17 @@ class DetectorAttention(_Attention):
     """Deformable DETR's and its descendants'."""
 
 
+class WeightedDetectorAttention(DetectorAttention):
+    """Grounding DINO's and OmDet-Turbo's: their layers drop the flag for the weights, and return them to who set it."""
+
+    _m2f_always_weights = True
+
+
 class _ScaledAttention(_Attention):
     """RT-DETRv2's and its descendants': a scale for the offsets, and two methods of sampling."""
+
+    # D-FINE's layers of 4.57 drop the flag, too; these decoders have few queries.
+    _m2f_always_weights = True
 
     offset_scale: float
 
@@ -150,8 +158,6 @@ class ScaledDetectorAttention(_ScaledAttention):
 
 class UnprojectedAttention(_ScaledAttention):
     """D-FINE's and DEIMv2's: no projections, and each level has its own number of points."""
-
-    _m2f_projections = ()
 
     decoder_method: str
     num_points_list: list[int]
@@ -189,6 +195,12 @@ class Core:
     ) -> Tensor:
         # As in the original, the levels follow each other.
         return ms_deform_attn(value, value_spatial_shapes_list, None, sampling_locations, attention_weights)
+
+
+def _shapes(kwargs: dict[str, Any]) -> Any:
+    """(h, w) per level: integers where the family passes them, else the tensor."""
+    shapes = kwargs.get("spatial_shapes_list")
+    return kwargs.get("spatial_shapes") if shapes is None else shapes
 
 
 def _watched(module: nn.Module) -> bool:
@@ -249,15 +261,15 @@ _FUSED = "deformable attention; softmax and sampling locations inside the kernel
 #: Family (directory of transformers/models), prefix of its classes' names, mixin.
 _DETECTORS = {
     "deformable_detr": ("DeformableDetr", DetectorAttention),
-    "grounding_dino": ("GroundingDino", DetectorAttention),
-    "mm_grounding_dino": ("MMGroundingDino", DetectorAttention),
+    "grounding_dino": ("GroundingDino", WeightedDetectorAttention),
+    "mm_grounding_dino": ("MMGroundingDino", WeightedDetectorAttention),
     "rt_detr": ("RTDetr", DetectorAttention),
     "rt_detr_v2": ("RTDetrV2", ScaledDetectorAttention),
     "d_fine": ("DFine", UnprojectedAttention),
     "deimv2": ("Deimv2", UnprojectedAttention),
     "lw_detr": ("LwDetr", DetectorAttention),
     "rf_detr": ("RfDetr", DetectorAttention),
-    "omdet_turbo": ("OmDetTurbo", DetectorAttention),
+    "omdet_turbo": ("OmDetTurbo", WeightedDetectorAttention),
     "pp_doclayout_v2": ("PPDocLayoutV2", DetectorAttention),
     "pp_doclayout_v3": ("PPDocLayoutV3", DetectorAttention),
     "pp_doclayout_v4": ("PPDocLayoutV4", DetectorAttention),
