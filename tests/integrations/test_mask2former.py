@@ -112,7 +112,7 @@ def test_parts_return_logits_of_every_layer(pixels):
 
 
 def test_copies_pickles_and_takes_back(pixels):
-    model, accelerated = both()
+    model, accelerated = both("resnet")  # Swin in transformers has hooks that cannot be pickled
     others = copy.deepcopy(accelerated), pickle.loads(pickle.dumps(accelerated))
     with torch.no_grad():
         expected = accelerated(pixels).masks_queries_logits
@@ -142,7 +142,7 @@ def test_no_logits_of_intermediate_layers(pixels, generator):
     model, accelerated = both(num_queries=13)
     n, q = 2, model.config.num_queries
     logits = n * q * (SIZE[0] // 4) * (SIZE[1] // 4)
-    keys = n * model.config.num_attention_heads * q * (SIZE[0] // 8) * (SIZE[1] // 8)
+    keys = n * model.config.num_attention_heads * q * (SIZE[0] // 16) * (SIZE[1] // 16)
     labels = targets((3, 2), [SIZE] * 2, generator)
 
     def count(module, elements, **inputs):
@@ -407,7 +407,9 @@ def test_wrapped_attention(pixels):
     layer.cross_attn = Wrapped(layer.cross_attn)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
     reasons = {entry.cls: entry.text for entry in report.left}
-    assert "attention is tests.integrations.test_mask2former.Wrapped" in reasons["Mask2FormerMaskedAttentionDecoderLayer"]
+    assert (
+        "attention is tests.integrations.test_mask2former.Wrapped" in reasons["Mask2FormerMaskedAttentionDecoderLayer"]
+    )
     assert "its layer is left alone" in reasons["Mask2FormerMaskedAttentionDecoder"]
     with torch.no_grad():
         assert_same(model(pixels, output_hidden_states=True), accelerated(pixels, output_hidden_states=True))

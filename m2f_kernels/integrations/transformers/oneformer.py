@@ -337,13 +337,17 @@ class QueryLayer:
         pos: Tensor | None = None,
         query_pos: Tensor | None = None,
     ) -> Tensor:
+        # Attention here is nearly uniform. The gradients of its scores are small differences, of which a backward pass
+        # that has only the output and not the weights loses most digits.
+        weights = torch.is_grad_enabled()
+
         def placed(x: Tensor, position: Tensor | None) -> Tensor:
             return x if position is None else x + position
 
         def attend_queries(x: Tensor) -> Tensor:
             q = placed(x, query_pos)
             out = self.self_attn(
-                q, q, value=x, attn_mask=output_mask, key_padding_mask=output_key_padding_mask, need_weights=False
+                q, q, value=x, attn_mask=output_mask, key_padding_mask=output_key_padding_mask, need_weights=weights
             )
             return self.dropout1(out[0])
 
@@ -354,7 +358,7 @@ class QueryLayer:
                 value=memory,
                 attn_mask=memory_mask,
                 key_padding_mask=memory_key_padding_mask,
-                need_weights=False,
+                need_weights=weights,
             )
             return self.dropout2(out[0])
 
@@ -450,7 +454,7 @@ REPLACEMENTS = {
         "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER_LAYER),
         "PixelDecoder": Replacement(OneFormerPixelDecoder, PIXEL_DECODER, check_pixel_decoder),
         "TransformerDecoderQueryTransformerDecoderLayer": Replacement(
-            QueryLayer, "attention whose weights are not asked for", check_query_layer
+            QueryLayer, "attention without its weights, where there are no gradients", check_query_layer
         ),
         "TransformerDecoderCrossAttentionLayer": Replacement(CrossAttentionLayer, ATTENTION, check_cross_attention),
         "TransformerDecoderLayer": Replacement(DecoderLayer, "hands on what masked attention needs", check_layer),
