@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 from transformers.models.oneformer import modeling_oneformer as published
 
@@ -145,6 +146,7 @@ LOOKS = {
     "pickled": lambda x: pickle.loads(pickle.dumps(x))["masks_queries_logits"],
     "popped": lambda x: x.pop("masks_queries_logits"),
     "converted": lambda x: type(x)({k: v for k, v in x.items()})["masks_queries_logits"],
+    "mapped": lambda x: tree_map(lambda y: y + 0, x)["masks_queries_logits"],
     "keywords": lambda x: (lambda **kw: kw)(**x)["masks_queries_logits"],
 }
 
@@ -264,7 +266,7 @@ def test_compiled(inputs):
     torch._dynamo.reset()
     with torch.no_grad():
         expected = accelerated(**inputs)
-        assert_same(expected, torch.compile(accelerated, backend="aot_eager")(**inputs))
+        assert_same(expected, torch.compile(accelerated, backend="eager")(**inputs))
 
 
 # ---------------------------------------------------------------- what takes the original's way

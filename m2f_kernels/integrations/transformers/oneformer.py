@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree
 
 from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
@@ -99,6 +100,14 @@ class AuxiliaryPrediction(dict[str, Any]):
 
     def __reduce__(self) -> Any:
         return dict, (self.copy(),)
+
+
+# Whatever maps over the tensors in a model's output finds those of a dictionary.
+_pytree.register_pytree_node(
+    AuxiliaryPrediction,
+    lambda x: (list(x.values()), list(x)),
+    lambda values, keys: dict(zip(keys, values, strict=True)),
+)
 
 
 def masks_of(prediction: dict[str, Any]) -> Masks:
