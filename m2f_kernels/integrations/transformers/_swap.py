@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 #: Modules beside this one, each with a `REPLACEMENTS`.
-FAMILIES = ("deformable",)
+FAMILIES = ("deformable", "mask2former", "oneformer")
 
 
 @dataclass(frozen=True)

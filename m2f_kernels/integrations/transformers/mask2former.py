@@ -1,0 +1,503 @@
+"""Mask2Former of `transformers`: attention masks, masked attention, losses, and no logits that nobody asked for.
+
+The decoder predicts masks as their two factors. Where a caller above asks for that (`factored=True`, an argument that
+only these classes have), they travel up as such, and only what is returned or supervised is ever multiplied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
+from m2f_kernels.integrations.transformers.mask_classification import (
+    ATTENTION,
+    LOSSES,
+    MASKS,
+    Masks,
+    attend,
+    attention_problem,
+    drops,
+    layers_problem,
+    logits_of,
+    matcher_problem,
+    point_losses,
+    project_levels,
+    subclass_problem,
+    warn_unfused,
+    watched,
+)
+from m2f_kernels.integrations.transformers.pixel_decoder import (
+    ENCODER_LAYER,
+    PIXEL_DECODER,
+    POSITIONS,
+    EncoderLayer,
+    PixelDecoder,
+    PositionEmbedding,
+    check_pixel_decoder,
+)
+from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
+
+_MODULE = "transformers.models.mask2former.modeling_mask2former"
+_MATCHER = f"{_MODULE}.Mask2FormerHungarianMatcher"
+
+
+def _published() -> Any:
+    from transformers.models.mask2former import modeling_mask2former
+
+    return modeling_mask2former
+
+
+class Mask2FormerPixelDecoder(PixelDecoder):
+    # Attributes of the original class.
+    lateral_convolutions: list[Any]
+    output_convolutions: list[Any]
+
+    def _m2f_convolutions(self) -> list[tuple[Any, Any]]:
+        return list(zip(self.lateral_convolutions, self.output_convolutions, strict=True))
+
+    def _m2f_output(self, mask_features: Tensor, maps: list[Tensor], attentions: Any) -> Any:
+        return _published().Mask2FormerPixelDecoderOutput(
+            mask_features=mask_features, multi_scale_features=tuple(maps), attentions=attentions
+        )
+
+
+class DecoderLayer:
+    """`forward` of a decoder layer: masked attention from a packed mask and projected keys and values."""
+
+    # Attributes of the original class.
+    pre_norm: bool
+    cross_attn: nn.MultiheadAttention
+    cross_attn_layer_norm: nn.Module
+    self_attn: nn.Module
+    self_attn_layer_norm: nn.Module
+    activation_fn: nn.Module
+    fc1: nn.Module
+    fc2: nn.Module
+    final_layer_norm: nn.Module
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        level_index: int | None = None,
+        attention_mask: Tensor | None = None,
+        position_embeddings: Any = None,
+        query_position_embeddings: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        encoder_attention_mask: Tensor | PackedMask | None = None,
+        output_attentions: bool | None = False,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        if key is None or value is None:
+            found: tuple[Any, ...] = super().forward(  # type: ignore[misc]
+                hidden_states,
+                level_index,
+                attention_mask,
+                position_embeddings,
+                query_position_embeddings,
+                encoder_hidden_states,
+                encoder_attention_mask=encoder_attention_mask,
+                output_attentions=output_attentions,
+            )
+            return found
+        assert isinstance(encoder_attention_mask, tuple)
+        mask = PackedMask(*encoder_attention_mask)
+
+        def cross_attend(x: Tensor) -> Tensor:
+            query = x if query_position_embeddings is None else x + query_position_embeddings
+            return attend(self.cross_attn, query, key, value, mask)
+
+        def self_attend(x: Tensor) -> Tensor:
+            out: Tensor = self.self_attn(
+                hidden_states=x, position_embeddings=query_position_embeddings, attention_mask=None
+            )[0]
+            return out
+
+        def feed_forward(x: Tensor) -> Tensor:
+            out: Tensor = self.fc2(self.activation_fn(self.fc1(x)))
+            return out
+
+        x = hidden_states
+        for block, norm in (
+            (cross_attend, self.cross_attn_layer_norm),
+            (self_attend, self.self_attn_layer_norm),
+            (feed_forward, self.final_layer_norm),
+        ):
+            x = x + block(norm(x)) if self.pre_norm else norm(x + block(x))
+        return (x,)
+
+
+class Decoder:
+    """`forward` of the transformer decoder: one resizing of mask features, one projection per level."""
+
+    # Attributes of the original class.
+    config: Any
+    layers: nn.ModuleList
+    layernorm: nn.Module
+    mask_predictor: Any
+    layerdrop: float
+    training: bool
+
+    def forward(
+        self,
+        inputs_embeds: Tensor | None = None,
+        multi_stage_positional_embeddings: Any = None,
+        pixel_embeddings: Tensor | None = None,
+        encoder_hidden_states: Any = None,
+        query_position_embeddings: Tensor | None = None,
+        feature_size_list: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        factored: bool = False,
+    ) -> Any:
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if inputs_embeds is None or pixel_embeddings is None or output_attentions or not self._m2f_fusable():
+            return super().forward(  # type: ignore[misc]
+                inputs_embeds,
+                multi_stage_positional_embeddings,
+                pixel_embeddings,
+                encoder_hidden_states,
+                query_position_embeddings,
+                feature_size_list,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=return_dict,
+            )
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        hidden, intermediate, embeds = self._m2f_decode(
+            inputs_embeds,
+            multi_stage_positional_embeddings,
+            pixel_embeddings,
+            encoder_hidden_states,
+            query_position_embeddings,
+            feature_size_list,
+        )
+        factors = [FactoredMasks(embed, pixel_embeddings) for embed in embeds]
+        masks: tuple[Masks, ...] = tuple(factors) if factored else tuple(x.logits() for x in factors)
+        last = hidden[-1].transpose(1, 0)
+        states = tuple(hidden) if output_hidden_states else None
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return tuple(x for x in (last, states, None, tuple(intermediate), masks) if x is not None)
+        return _published().Mask2FormerMaskedAttentionDecoderOutput(
+            last_hidden_state=last,
+            hidden_states=states,
+            attentions=None,
+            intermediate_hidden_states=tuple(intermediate),
+            masks_queries_logits=masks,
+        )
+
+    def _m2f_fusable(self) -> bool:
+        layers: list[Any] = list(self.layers)
+        reason = predictor_problem(self.mask_predictor)
+        for layer in layers:
+            if not isinstance(layer, DecoderLayer):
+                reason = f"its layer is {qualified_name(type(layer))}, which is left alone"
+            else:
+                reason = reason or layer_problem(layer)
+        if reason is not None:
+            warn_unfused(self, reason)  # type: ignore[arg-type]
+            return False
+        # Layers are skipped and attention weights dropped out only in the original's way.
+        return not (self.training and self.layerdrop > 0) and not any(drops(layer.cross_attn) for layer in layers)
+
+    def _m2f_decode(
+        self,
+        x: Tensor,
+        level_positions: Sequence[Tensor],
+        mask_features: Tensor,
+        levels: Sequence[Tensor],
+        positions: Tensor | None,
+        sizes: Sequence[tuple[int, int]],
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """The queries [Q, N, C] before the first layer and after each, those normalised, and the mask embeddings."""
+        layers: list[Any] = list(self.layers)
+        memory = project_levels([layer.cross_attn for layer in layers], levels, level_positions)
+        used = [(int(h), int(w)) for h, w in sizes[: len(layers)]]
+        mask_levels = resize_mask_features(mask_features, used) if used else []
+        hidden, intermediate = [x], [self.layernorm(x)]
+        embeds = [self.mask_predictor.mask_embedder(intermediate[0].transpose(0, 1))]
+        for i, layer in enumerate(layers):
+            level = i % len(levels)
+            mask = predict_attention_mask(embeds[-1], mask_levels[level])
+            # By position, so that a checkpointed layer sees which of them have gradients.
+            (x,) = layer(x, level, None, None, positions, None, mask, False, *memory[i])
+            hidden.append(x)
+            intermediate.append(self.layernorm(x))
+            embeds.append(self.mask_predictor.mask_embedder(intermediate[-1].transpose(0, 1)))
+        return hidden, intermediate, embeds
+
+
+class TransformerModule:
+    """`forward` of the module around the decoder, which hands `factored` on."""
+
+    # Attributes of the original class.
+    num_feature_levels: int
+    position_embedder: nn.Module
+    queries_embedder: nn.Embedding
+    queries_features: nn.Embedding
+    input_projections: Any
+    decoder: nn.Module
+    level_embed: nn.Embedding
+
+    def forward(
+        self,
+        multi_scale_features: Sequence[Tensor],
+        mask_features: Tensor,
+        output_hidden_states: bool = False,
+        output_attentions: bool = False,
+        *,
+        factored: bool = False,
+    ) -> Any:
+        if not factored or not isinstance(self.decoder, Decoder):
+            return super().forward(  # type: ignore[misc]
+                multi_scale_features, mask_features, output_hidden_states, output_attentions
+            )
+        features, positions = [], []
+        for i, x in enumerate(multi_scale_features[: self.num_feature_levels]):
+            position = self.position_embedder(x.shape, x.device, x.dtype, None)
+            projected = self.input_projections[i](x).flatten(2) + self.level_embed.weight[i][None, :, None]
+            positions.append(position.flatten(2).permute(2, 0, 1))
+            features.append(projected.permute(2, 0, 1))
+        n = mask_features.shape[0]
+        return self.decoder(
+            inputs_embeds=self.queries_features.weight.unsqueeze(1).repeat(1, n, 1),
+            multi_stage_positional_embeddings=positions,
+            pixel_embeddings=mask_features,
+            encoder_hidden_states=features,
+            query_position_embeddings=self.queries_embedder.weight.unsqueeze(1).repeat(1, n, 1),
+            feature_size_list=[x.shape[-2:] for x in multi_scale_features],
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            factored=True,
+        )
+
+
+class Model:
+    """`forward` of `Mask2FormerModel`: with `factored`, masks_queries_logits may hold :class:`FactoredMasks`."""
+
+    # Attributes of the original class.
+    config: Any
+    pixel_level_module: nn.Module
+    transformer_module: nn.Module
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        *,
+        factored: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        if not factored or not isinstance(self.transformer_module, TransformerModule):
+            return super().forward(  # type: ignore[misc]
+                pixel_values=pixel_values,
+                pixel_mask=pixel_mask,
+                output_hidden_states=output_hidden_states,
+                output_attentions=output_attentions,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        pixels = self.pixel_level_module(pixel_values=pixel_values, output_hidden_states=output_hidden_states)
+        decoded = self.transformer_module(
+            multi_scale_features=pixels.decoder_hidden_states,
+            mask_features=pixels.decoder_last_hidden_state,
+            output_hidden_states=True,
+            output_attentions=output_attentions,
+            factored=True,
+        )
+
+        def where_asked(x: Any) -> Any:
+            return x if output_hidden_states else None
+
+        return _published().Mask2FormerModelOutput(
+            encoder_last_hidden_state=pixels.encoder_last_hidden_state,
+            pixel_decoder_last_hidden_state=pixels.decoder_last_hidden_state,
+            transformer_decoder_last_hidden_state=decoded.last_hidden_state,
+            encoder_hidden_states=where_asked(pixels.encoder_hidden_states),
+            pixel_decoder_hidden_states=where_asked(pixels.decoder_hidden_states),
+            transformer_decoder_hidden_states=where_asked(decoded.hidden_states),
+            transformer_decoder_intermediate_states=where_asked(decoded.intermediate_hidden_states),
+            attentions=decoded.attentions,
+            masks_queries_logits=decoded.masks_queries_logits,
+        )
+
+
+class Criterion:
+    """`forward` of the loss: masks may be factored, and may be of any floating dtype."""
+
+    # Attributes of the original class.
+    num_labels: int
+
+    def forward(
+        self,
+        masks_queries_logits: Masks,
+        class_queries_logits: Tensor,
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+        auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
+    ) -> dict[str, Tensor]:
+        auxiliary = list(auxiliary_predictions or ())
+        if reason := matcher_problem(self, _MATCHER):
+            warn_unfused(self, reason)  # type: ignore[arg-type]
+            unfused: dict[str, Tensor] = super().forward(  # type: ignore[misc]
+                logits_of(masks_queries_logits),
+                class_queries_logits,
+                mask_labels,
+                class_labels,
+                [{**x, "masks_queries_logits": logits_of(x["masks_queries_logits"])} for x in auxiliary],
+            )
+            return unfused
+        outputs = [(x["class_queries_logits"], x["masks_queries_logits"]) for x in auxiliary]
+        outputs.append((class_queries_logits, masks_queries_logits))
+        *earlier, last = point_losses(self, self.num_labels, outputs, mask_labels, class_labels)
+        for i, losses in enumerate(earlier):
+            last.update({f"{name}_{i}": loss for name, loss in losses.items()})
+        return last
+
+
+class ForUniversalSegmentation:
+    """`forward` of the model with heads: logits of the last output alone, unless the auxiliary ones are asked for."""
+
+    # Attributes of the original class.
+    config: Any
+    model: nn.Module
+    criterion: nn.Module
+    class_predictor: nn.Module
+    get_auxiliary_logits: Any
+    get_loss_dict: Any
+    get_loss: Any
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        mask_labels: list[Tensor] | None = None,
+        class_labels: list[Tensor] | None = None,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_auxiliary_logits: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        config = self.config
+        attentions = config.output_attentions if output_attentions is None else output_attentions
+        hidden = config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        # Without either of the two the original finds no intermediate states and fails.
+        states_exist = hidden or config.use_auxiliary_loss
+        if attentions or not states_exist or not isinstance(self.model, Model):
+            return super().forward(  # type: ignore[misc]
+                pixel_values=pixel_values,
+                mask_labels=mask_labels,
+                class_labels=class_labels,
+                pixel_mask=pixel_mask,
+                output_hidden_states=output_hidden_states,
+                output_auxiliary_logits=output_auxiliary_logits,
+                output_attentions=output_attentions,
+                return_dict=return_dict,
+                **kwargs,
+            )
+        outputs = self.model(
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            output_hidden_states=True,
+            output_attentions=False,
+            return_dict=True,
+            factored=True,
+        )
+        auxiliary = config.output_auxiliary_logits if output_auxiliary_logits is None else output_auxiliary_logits
+        supervised = mask_labels is not None and class_labels is not None
+        first = 0 if supervised or auxiliary else -1
+        states = outputs.transformer_decoder_intermediate_states[first:]
+        classes = tuple(self.class_predictor(state.transpose(0, 1)) for state in states)
+        masks: tuple[Masks, ...] = outputs.masks_queries_logits[first:]
+        last = logits_of(masks[-1])
+        logits: tuple[Tensor, ...] = ()
+        if auxiliary or (supervised and not isinstance(self.criterion, Criterion)):
+            logits = (*(logits_of(x) for x in masks[:-1]), last)
+        loss = None
+        if supervised:
+            given = masks if isinstance(self.criterion, Criterion) else logits
+            loss = self.get_loss(
+                self.get_loss_dict(
+                    masks_queries_logits=given[-1],
+                    class_queries_logits=classes[-1],
+                    mask_labels=mask_labels,
+                    class_labels=class_labels,
+                    auxiliary_predictions=self.get_auxiliary_logits(classes, given),
+                )
+            )
+        output = _published().Mask2FormerForUniversalSegmentationOutput(
+            loss=loss,
+            class_queries_logits=classes[-1],
+            masks_queries_logits=last,
+            auxiliary_logits=self.get_auxiliary_logits(classes, logits) if auxiliary else None,
+            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
+            pixel_decoder_last_hidden_state=outputs.pixel_decoder_last_hidden_state,
+            transformer_decoder_last_hidden_state=outputs.transformer_decoder_last_hidden_state,
+            encoder_hidden_states=outputs.encoder_hidden_states if hidden else None,
+            pixel_decoder_hidden_states=outputs.pixel_decoder_hidden_states if hidden else None,
+            transformer_decoder_hidden_states=outputs.transformer_decoder_hidden_states if hidden else None,
+            attentions=outputs.attentions,
+        )
+        if config.return_dict if return_dict is None else return_dict:
+            return output
+        return tuple(x for x in output.values() if x is not None)
+
+
+# ---------------------------------------------------------------- what is left alone
+
+
+def layer_problem(layer: Any) -> str | None:
+    """Why a decoder layer cannot be fused."""
+    return attention_problem(layer.cross_attn)
+
+
+def predictor_problem(predictor: nn.Module) -> str | None:
+    """Why the mask predictor cannot be replaced by its embedder."""
+    if qualified_name(type(predictor)) != f"{_MODULE}.Mask2FormerMaskPredictor":
+        return f"its mask predictor is {qualified_name(type(predictor))}, unknown to m2f_kernels"
+    return "its mask predictor has hooks, which are only served by calling it" if watched(predictor) else None
+
+
+def check_decoder(decoder: Any) -> str | None:
+    return predictor_problem(decoder.mask_predictor) or layers_problem(decoder.layers, DecoderLayer)
+
+
+def check_criterion(criterion: Any) -> str | None:
+    methods = ("loss_labels", "loss_masks", "calculate_uncertainty", "sample_points_using_uncertainty")
+    return subclass_problem(criterion, f"{_MODULE}.Mask2FormerLoss", methods) or matcher_problem(criterion, _MATCHER)
+
+
+def check_model(model: Any) -> str | None:
+    methods = ("get_loss_dict", "get_loss", "get_auxiliary_logits")
+    return subclass_problem(model, f"{_MODULE}.Mask2FormerForUniversalSegmentation", methods)
+
+
+_FACTORED = "hands on masks as factors, multiplied only where they are returned"
+
+REPLACEMENTS = {
+    f"{_MODULE}.Mask2Former{name}": replacement
+    for name, replacement in {
+        "SinePositionEmbedding": Replacement(PositionEmbedding, POSITIONS),
+        "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER_LAYER),
+        "PixelDecoder": Replacement(Mask2FormerPixelDecoder, PIXEL_DECODER, check_pixel_decoder),
+        "MaskedAttentionDecoderLayer": Replacement(DecoderLayer, ATTENTION, layer_problem),
+        "MaskedAttentionDecoder": Replacement(Decoder, MASKS, check_decoder),
+        "TransformerModule": Replacement(TransformerModule, _FACTORED),
+        "Model": Replacement(Model, _FACTORED),
+        "Loss": Replacement(Criterion, LOSSES, check_criterion),
+        "ForUniversalSegmentation": Replacement(ForUniversalSegmentation, _FACTORED, check_model),
+    }.items()
+}

@@ -1,0 +1,218 @@
+"""What Mask2Former and OneFormer of `transformers` share: masked attention and the losses."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2f_kernels.integrations.transformers._swap import plan, qualified_name
+from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion
+from m2f_kernels.nn.predictions import Targets, read_batch
+from m2f_kernels.ops.masked_attention import masked_attention
+
+#: Masks of one decoder output: factored, or logits [N, Q, h, w] where something needed them.
+Masks = Tensor | FactoredMasks
+
+#: What is replaced, for the report.
+ATTENTION = "masked attention from a packed mask, scores never written"
+MASKS = "attention masks from resized features, one product for keys and values of the layers that share a level"
+LOSSES = "matching and losses from factored masks at sampled points"
+
+
+def logits_of(masks: Masks) -> Tensor:
+    """[N, Q, h, w], whatever `masks` is."""
+    return masks.logits() if isinstance(masks, FactoredMasks) else masks
+
+
+# ---------------------------------------------------------------- cross-attention with weights of nn.MultiheadAttention
+
+
+def watched(module: nn.Module) -> bool:
+    """Whether someone would miss that a module is not called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def attention_problem(attention: nn.Module) -> str | None:
+    """Why an attention module cannot be computed from its weights alone; None where it can."""
+    if type(attention) is not nn.MultiheadAttention:
+        return f"its attention is {qualified_name(type(attention))}, not torch.nn.MultiheadAttention"
+    weight, channels = attention.in_proj_weight, attention.embed_dim
+    if attention.batch_first or attention.bias_k is not None or attention.add_zero_attn:
+        return "its attention has batch_first, add_bias_kv or add_zero_attn"
+    # Anything else is a shard of the parameter, which only the module's own call would put together.
+    if weight is None or tuple(weight.shape) != (3 * channels, channels) or hasattr(weight, "to_local"):
+        return "its attention's projections are sharded or of different sizes"
+    if watched(attention) or "forward" in vars(attention):
+        return "its attention has hooks, which are only served by calling it"
+    return None
+
+
+def drops(attention: nn.MultiheadAttention) -> bool:
+    """Whether attention weights are dropped out, which the operator does not do."""
+    return attention.training and attention.dropout > 0
+
+
+def _projection(attention: nn.MultiheadAttention, part: int) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the projection of queries (0), keys (1) or values (2)."""
+    assert attention.in_proj_weight is not None
+    rows = slice(part * attention.embed_dim, (part + 1) * attention.embed_dim)
+    bias = attention.in_proj_bias
+    return attention.in_proj_weight[rows], None if bias is None else bias[rows]
+
+
+def project_keys_values(
+    attentions: Sequence[nn.MultiheadAttention], pixels: Tensor, positions: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of all layers that attend to the same level, each in one matrix product over all layers.
+
+    Args:
+        attentions: of one size.
+        pixels: [S, N, C]; `positions` too, or [S, 1, C]: they are added to the keys.
+
+    Returns:
+        for each layer keys and values [N, H, S, D], views of two tensors.
+    """
+    pixels = pixels.transpose(0, 1)
+    placed = pixels if positions is None else pixels + positions.transpose(0, 1)
+    heads = attentions[0].num_heads
+    projected = []
+    for part, x in ((1, placed), (2, pixels)):
+        weights, biases = zip(*(_projection(attention, part) for attention in attentions), strict=True)
+        if len(attentions) == 1:
+            weight, bias = weights[0], biases[0]
+        else:
+            weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
+        found = F.linear(x, weight, bias).unflatten(-1, (len(attentions), heads, -1))
+        projected.append([x.transpose(1, 2) for x in found.unbind(2)])
+    return list(zip(*projected, strict=True))
+
+
+def project_levels(
+    attentions: Sequence[nn.MultiheadAttention], levels: Sequence[Tensor], positions: Sequence[Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of every layer; layer i attends to level i modulo their number."""
+    found: list[Any] = [None] * len(attentions)
+    for level, (pixels, position) in enumerate(zip(levels, positions, strict=True)):
+        if own := attentions[level :: len(levels)]:
+            found[level :: len(levels)] = project_keys_values(own, pixels, position)
+    return found
+
+
+def attend(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask) -> Tensor:
+    """Masked attention of queries [Q, N, C], positions already added, to projected keys and values."""
+    projected = F.linear(query.transpose(0, 1), *_projection(attention, 0))
+    out = masked_attention(projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2), key, value, mask)
+    merged = out.transpose(1, 2).flatten(2).transpose(0, 1)
+    return F.linear(merged, attention.out_proj.weight, attention.out_proj.bias)
+
+
+# ---------------------------------------------------------------- what is left alone
+
+
+def subclass_problem(module: nn.Module, original: str, methods: Iterable[str]) -> str | None:
+    """Why a subclass is left alone, though it overrides no `forward`: it overrides what that would not call any more.
+
+    Args:
+        original: qualified name of the class that it derives from.
+        methods: of that class.
+    """
+    for cls in type(module).__mro__:
+        if qualified_name(cls) == original:
+            break
+        if names := sorted(vars(cls).keys() & set(methods)):
+            return f"the subclass {qualified_name(cls)} overrides {', '.join(names)}"
+    names = sorted(vars(module).keys() & set(methods))
+    return f"this instance has its own {', '.join(names)}" if names else None
+
+
+def layers_problem(layers: Iterable[nn.Module], mixin: type) -> str | None:
+    """Why a decoder is left alone: one of its layers is."""
+    for layer in layers:
+        known = plan(layer)
+        if known is None or known.replacement.mixin is not mixin:
+            return f"its layer is {qualified_name(type(layer))}, unknown to m2f_kernels"
+        if known.reason is not None:
+            return f"its layer is left alone: {known.reason}"
+    return None
+
+
+def warn_unfused(module: nn.Module, reason: str) -> None:
+    """Say once for each reason that a replaced module takes the original's way."""
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"{type(module).__name__} runs as in transformers: {reason}", RuntimeWarning, stacklevel=3)
+
+
+# ---------------------------------------------------------------- the losses
+
+
+def matcher_problem(criterion: Any, matcher: str) -> str | None:
+    """Why a criterion's losses cannot be computed here: what it matches with is not `transformers`' own class."""
+    name = qualified_name(type(criterion.matcher))
+    return None if name == matcher else f"its matcher is {name}, unknown to m2f_kernels"
+
+
+class _Criterion(PointMaskCriterion):
+    """The losses as `transformers` computes them, whose module `published` is: unweighted, and its normaliser."""
+
+    def __init__(self, published: Any, num_labels: int) -> None:
+        matcher = published.matcher
+        super().__init__(
+            num_labels,
+            num_points=published.num_points,
+            oversample_ratio=published.oversample_ratio,
+            importance_sample_ratio=published.importance_sample_ratio,
+            cost_class=matcher.cost_class,
+            cost_mask=matcher.cost_mask,
+            cost_dice=matcher.cost_dice,
+            fresh_points=True,
+        )
+        self.matcher.num_points = matcher.num_points
+        self.class_weights = published.empty_weight.float()
+
+    def losses(self, predictions: Any, targets: Targets, num_masks: Tensor) -> list[dict[str, Tensor]]:
+        """For each output "loss_mask", "loss_dice" and "loss_cross_entropy"."""
+        batch = read_batch(predictions, targets, self.num_labels)
+        indices = self.matcher.match(batch)
+        batch.masks = _pad_to_largest(batch.masks)
+        with torch.autocast(batch.device.type, enabled=False):
+            classes = self._class_losses(batch, indices)
+            masks, dice = self._mask_losses(batch, indices)
+            # Each a tensor of its own: the caller multiplies them by their weights in place.
+            return [
+                {"loss_mask": m / num_masks, "loss_dice": d / num_masks, "loss_cross_entropy": c.clone()}
+                for m, d, c in zip(masks, dice, classes.unbind(), strict=True)
+            ]
+
+
+def point_losses(
+    published: Any,
+    num_labels: int,
+    outputs: Iterable[tuple[Tensor, Masks]],
+    mask_labels: Iterable[Tensor],
+    class_labels: Sequence[Tensor],
+) -> list[dict[str, Tensor]]:
+    """The losses of every output, a pair of class logits and masks, as the criterion `published` computes them.
+
+    Points are drawn afresh for each output and image in the matching and for each mask in the loss, as published. The
+    numbers are other ones: the operators' generator draws those of the loss.
+    """
+    predictions = [{"class_logits": classes, "masks": masks} for classes, masks in outputs]
+    targets: list[Mapping[str, Tensor]] = [
+        {"labels": labels, "masks": masks} for labels, masks in zip(class_labels, mask_labels, strict=True)
+    ]
+    num_masks = published.get_num_masks(class_labels, device=class_labels[0].device)
+    return _Criterion(published, num_labels).losses(predictions, targets, num_masks)
+
+
+def _pad_to_largest(masks: list[Tensor]) -> list[Tensor]:
+    """Targets [T_i, H, W] of one size. `transformers` pads them for the loss, though not for the matching."""
+    height, width = (max((x.shape[axis] for x in masks), default=0) for axis in (1, 2))
+    return [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in masks]

@@ -1,0 +1,473 @@
+"""OneFormer of `transformers`: attention masks, masked attention, losses, and no logits that nobody looks at.
+
+OneFormer returns the predictions of all decoder outputs, asked or not. The masks of the earlier ones are multiplied out
+when someone looks at them (:class:`AuxiliaryPrediction`). Text encoder and contrastive loss are the original's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree
+
+from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
+from m2f_kernels.integrations.transformers.mask_classification import (
+    ATTENTION,
+    LOSSES,
+    MASKS,
+    Masks,
+    attend,
+    attention_problem,
+    drops,
+    layers_problem,
+    matcher_problem,
+    point_losses,
+    project_levels,
+    subclass_problem,
+    warn_unfused,
+)
+from m2f_kernels.integrations.transformers.pixel_decoder import (
+    ENCODER_LAYER,
+    PIXEL_DECODER,
+    POSITIONS,
+    EncoderLayer,
+    PixelDecoder,
+    PositionEmbedding,
+    check_pixel_decoder,
+)
+from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
+
+_MODULE = "transformers.models.oneformer.modeling_oneformer"
+_MATCHER = f"{_MODULE}.OneFormerHungarianMatcher"
+_MASKS = "masks_queries_logits"
+
+
+class AuxiliaryPrediction(dict[str, Any]):
+    """{"class_queries_logits": [N, Q, num_labels + 1], "masks_queries_logits": [N, Q, h, w]} of a decoder output.
+
+    A dictionary whose masks exist from the first look at them on. Copying and pickling look.
+    """
+
+    factors: FactoredMasks | None = None
+
+    @classmethod
+    def factored(cls, classes: Tensor, factors: FactoredMasks) -> AuxiliaryPrediction:
+        made = cls(class_queries_logits=classes, masks_queries_logits=None)
+        made.factors = factors
+        return made
+
+    def _multiply(self) -> None:
+        if self.factors is not None and super().__getitem__(_MASKS) is None:
+            self[_MASKS] = self.factors.logits()
+
+    def __getitem__(self, key: str) -> Any:
+        self._multiply()
+        return super().__getitem__(key)
+
+    def __iter__(self) -> Iterator[str]:
+        # Overriding it makes dict(x) and {**x} ask for the items one by one, and not copy the table.
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self._multiply()
+        return super().get(key, default)
+
+    def items(self) -> Any:
+        self._multiply()
+        return super().items()
+
+    def values(self) -> Any:
+        self._multiply()
+        return super().values()
+
+    def pop(self, *args: Any) -> Any:
+        self._multiply()
+        return super().pop(*args)
+
+    def copy(self) -> dict[str, Any]:
+        return dict(self.items())
+
+    def __eq__(self, other: object) -> bool:
+        self._multiply()
+        return super().__eq__(other)
+
+    def __repr__(self) -> str:
+        return repr(self.copy())
+
+    def __reduce__(self) -> Any:
+        return dict, (self.copy(),)
+
+
+# Whatever maps over the tensors in a model's output finds those of a dictionary.
+_pytree.register_pytree_node(
+    AuxiliaryPrediction,
+    lambda x: (list(x.values()), list(x)),
+    lambda values, keys: dict(zip(keys, values, strict=True)),
+)
+
+
+def masks_of(prediction: dict[str, Any]) -> Masks:
+    """The masks of an auxiliary prediction, factored where they still are."""
+    factors = prediction.factors if isinstance(prediction, AuxiliaryPrediction) else None
+    masks: Masks = prediction[_MASKS] if factors is None else factors
+    return masks
+
+
+def _published() -> Any:
+    from transformers.models.oneformer import modeling_oneformer
+
+    return modeling_oneformer
+
+
+class OneFormerPixelDecoder(PixelDecoder):
+    # Attributes of the original class.
+    lateral_convs: list[Any]
+    output_convs: list[Any]
+
+    def _m2f_shapes(self, shapes: Tensor) -> dict[str, Tensor]:
+        return {"spatial_shapes": shapes}
+
+    def _m2f_convolutions(self) -> list[tuple[Any, Any]]:
+        return list(zip(self.lateral_convs, self.output_convs, strict=True))
+
+    def _m2f_output(self, mask_features: Tensor, maps: list[Tensor], attentions: Any) -> Any:
+        return _published().OneFormerPixelDecoderOutput(
+            mask_features=mask_features, multi_scale_features=maps, attentions=attentions
+        )
+
+
+class CrossAttentionLayer:
+    """`forward` of the masked cross-attention with residual and norm."""
+
+    # Attributes of the original class.
+    multihead_attn: nn.MultiheadAttention
+    norm: nn.Module
+    dropout: nn.Module
+    normalize_before: bool
+
+    def forward(
+        self,
+        output: Tensor,
+        memory: Tensor | None,
+        memory_mask: Tensor | PackedMask | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        pos: Tensor | None = None,
+        query_pos: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        if key is None or value is None:
+            return super().forward(  # type: ignore[misc]
+                output, memory, memory_mask, memory_key_padding_mask, pos, query_pos
+            )
+        assert isinstance(memory_mask, tuple)
+        query = self.norm(output) if self.normalize_before else output
+        if query_pos is not None:
+            query = query + query_pos
+        output = output + self.dropout(attend(self.multihead_attn, query, key, value, PackedMask(*memory_mask)))
+        return output if self.normalize_before else self.norm(output), None
+
+
+class DecoderLayer:
+    """`forward` of a decoder layer: masked attention from a packed mask and projected keys and values."""
+
+    # Attributes of the original class.
+    cross_attn: nn.Module
+    self_attn: nn.Module
+    ffn: nn.Module
+
+    def forward(
+        self,
+        index: int,
+        output: Tensor,
+        multi_stage_features: Sequence[Tensor] | None,
+        multi_stage_positional_embeddings: Sequence[Tensor] | None,
+        attention_mask: Tensor | PackedMask | None = None,
+        query_embeddings: Tensor | None = None,
+        output_attentions: bool | None = False,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+    ) -> tuple[Any, ...]:
+        if key is None:
+            return super().forward(  # type: ignore[misc]
+                index,
+                output,
+                multi_stage_features,
+                multi_stage_positional_embeddings,
+                attention_mask=attention_mask,
+                query_embeddings=query_embeddings,
+                output_attentions=output_attentions,
+            )
+        output, _ = self.cross_attn(output, None, attention_mask, None, None, query_embeddings, key, value)
+        output, _ = self.self_attn(output, query_pos=query_embeddings)
+        return (self.ffn(output),)
+
+
+class Decoder:
+    """`forward` of the transformer decoder: one resizing of mask features, one projection per level."""
+
+    # Attributes of the original class.
+    layers: nn.ModuleList
+    query_transformer: nn.Module
+    query_input_projection: nn.Module
+    decoder_norm: nn.Module
+    class_embed: nn.Module
+    mask_embed: nn.Module
+    use_task_norm: bool
+    use_auxiliary_loss: bool
+
+    def forward(
+        self,
+        task_token: Any = None,
+        multi_stage_features: Any = None,
+        multi_stage_positional_embeddings: Any = None,
+        mask_features: Any = None,
+        query_features: Any = None,
+        query_embeddings: Any = None,
+        query_embedder: Any = None,
+        size_list: Any = None,
+        output_attentions: bool | None = None,
+    ) -> Any:
+        if output_attentions or not self._m2f_fusable():
+            return super().forward(  # type: ignore[misc]
+                task_token,
+                multi_stage_features,
+                multi_stage_positional_embeddings,
+                mask_features,
+                query_features,
+                query_embeddings,
+                query_embedder,
+                size_list,
+                output_attentions,
+            )
+        if self.use_task_norm:
+            task_token = self.decoder_norm(task_token)
+        object_queries = self.query_transformer(
+            query_features,
+            None,
+            query_embedder.weight[:-1],
+            self.query_input_projection(mask_features),
+            task_token if self.use_task_norm else None,
+        )
+        queries = torch.cat([object_queries[0].permute(1, 0, 2), task_token], dim=0)
+        x, classes, embeds = self._m2f_decode(
+            queries, multi_stage_features, multi_stage_positional_embeddings, mask_features, query_embeddings, size_list
+        )
+        factors = [FactoredMasks(embed, mask_features) for embed in embeds]
+        return _published().OneFormerTransformerDecoderOutput(
+            object_queries=x.permute(1, 0, 2),
+            contrastive_logits=queries.permute(1, 0, 2),
+            prediction_masks=factors[-1].logits(),
+            prediction_class=classes[-1],
+            auxiliary_predictions=self._m2f_auxiliary(classes, factors) if self.use_auxiliary_loss else None,
+            attentions=((),) * len(self.layers),
+        )
+
+    def _m2f_fusable(self) -> bool:
+        layers: list[Any] = list(self.layers)
+        reason = None
+        for layer in layers:
+            if not isinstance(layer, DecoderLayer):
+                reason = f"its layer is {qualified_name(type(layer))}, which is left alone"
+            else:
+                reason = reason or layer_problem(layer)
+        if reason is not None:
+            warn_unfused(self, reason)  # type: ignore[arg-type]
+            return False
+        return bool(layers) and not any(drops(layer.cross_attn.multihead_attn) for layer in layers)
+
+    def _m2f_decode(
+        self,
+        x: Tensor,
+        levels: Sequence[Tensor],
+        level_positions: Sequence[Tensor],
+        mask_features: Tensor,
+        positions: Tensor,
+        sizes: Sequence[tuple[int, int]],
+    ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The queries [Q, N, C] after the last layer; class logits and mask embeddings before the first and of each."""
+        layers: list[Any] = list(self.layers)
+        memory = project_levels([layer.cross_attn.multihead_attn for layer in layers], levels, level_positions)
+        mask_levels = resize_mask_features(mask_features, [(int(h), int(w)) for h, w in sizes[: len(layers)]])
+        classes: list[Tensor] = []
+        embeds: list[Tensor] = []
+
+        def predict(x: Tensor) -> None:
+            normalised = self.decoder_norm(x).transpose(0, 1)
+            classes.append(self.class_embed(normalised))
+            embeds.append(self.mask_embed(normalised))
+
+        predict(x)
+        for i, layer in enumerate(layers):
+            mask = predict_attention_mask(embeds[-1], mask_levels[i % len(levels)])
+            (x,) = layer(i, x, None, None, mask, positions, False, *memory[i])
+            predict(x)
+        return x, classes, embeds
+
+    @staticmethod
+    def _m2f_auxiliary(classes: list[Tensor], factors: list[FactoredMasks]) -> tuple[dict[str, Any], ...]:
+        pairs = zip(classes[:-1], factors[:-1], strict=True)
+        if torch.compiler.is_compiling():
+            # A graph's outputs are tensors.
+            return tuple({"class_queries_logits": c, _MASKS: f.logits()} for c, f in pairs)
+        return tuple(AuxiliaryPrediction.factored(c, f) for c, f in pairs)
+
+
+class QueryLayer:
+    """`forward` of a layer that makes the queries from the pixels at stride 4, without its attention weights."""
+
+    # Attributes of the original class.
+    self_attn: nn.Module
+    multihead_attn: nn.Module
+    linear1: nn.Module
+    linear2: nn.Module
+    norm1: nn.Module
+    norm2: nn.Module
+    norm3: nn.Module
+    dropout: nn.Module
+    dropout1: nn.Module
+    dropout2: nn.Module
+    dropout3: nn.Module
+    activation: Any
+    normalize_before: bool
+
+    def forward(
+        self,
+        output: Tensor,
+        memory: Tensor,
+        output_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        output_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        pos: Tensor | None = None,
+        query_pos: Tensor | None = None,
+    ) -> Tensor:
+        # Attention here is nearly uniform. The gradients of its scores are small differences, of which a backward pass
+        # that has only the output and not the weights loses most digits.
+        weights = torch.is_grad_enabled()
+
+        def placed(x: Tensor, position: Tensor | None) -> Tensor:
+            return x if position is None else x + position
+
+        def attend_queries(x: Tensor) -> Tensor:
+            q = placed(x, query_pos)
+            out = self.self_attn(
+                q, q, value=x, attn_mask=output_mask, key_padding_mask=output_key_padding_mask, need_weights=weights
+            )
+            return self.dropout1(out[0])
+
+        def attend_pixels(x: Tensor) -> Tensor:
+            out = self.multihead_attn(
+                query=placed(x, query_pos),
+                key=placed(memory, pos),
+                value=memory,
+                attn_mask=memory_mask,
+                key_padding_mask=memory_key_padding_mask,
+                need_weights=weights,
+            )
+            return self.dropout2(out[0])
+
+        def feed_forward(x: Tensor) -> Tensor:
+            out = self.linear2(self.dropout(self.activation(self.linear1(x))))
+            return self.dropout3(out)
+
+        for block, norm in ((attend_queries, self.norm1), (attend_pixels, self.norm2), (feed_forward, self.norm3)):
+            output = output + block(norm(output)) if self.normalize_before else norm(output + block(output))
+        return output
+
+
+class Criterion:
+    """`forward` of the loss: masks may be factored, and may be of any floating dtype."""
+
+    # Attributes of the original class.
+    num_classes: int
+    loss_contrastive: Any
+
+    def forward(
+        self,
+        masks_queries_logits: Masks,
+        class_queries_logits: Tensor,
+        contrastive_queries_logits: Tensor | None,
+        mask_labels: Sequence[Tensor],
+        class_labels: Sequence[Tensor],
+        text_queries: Tensor | None,
+        auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
+        calculate_contrastive_loss: bool = True,
+    ) -> dict[str, Tensor]:
+        if reason := matcher_problem(self, _MATCHER):
+            warn_unfused(self, reason)  # type: ignore[arg-type]
+            return super().forward(  # type: ignore[misc]
+                masks_queries_logits,
+                class_queries_logits,
+                contrastive_queries_logits,
+                mask_labels,
+                class_labels,
+                text_queries,
+                auxiliary_predictions,
+                calculate_contrastive_loss,
+            )
+        outputs = [(x["class_queries_logits"], masks_of(x)) for x in auxiliary_predictions or ()]
+        outputs.append((class_queries_logits, masks_queries_logits))
+        *earlier, last = point_losses(self, self.num_classes, outputs, mask_labels, class_labels)
+        if calculate_contrastive_loss:
+            last.update(self.loss_contrastive(contrastive_queries_logits, text_queries))
+        for i, losses in enumerate(earlier):
+            last.update({f"{name}_{i}": loss for name, loss in losses.items()})
+        return last
+
+
+# ---------------------------------------------------------------- what is left alone
+
+
+def layer_problem(layer: Any) -> str | None:
+    """Why a decoder layer cannot be fused."""
+    if not isinstance(layer.cross_attn, CrossAttentionLayer):
+        reason = layers_problem([layer.cross_attn], CrossAttentionLayer)
+        return reason or "its cross-attention layer is left alone"
+    return attention_problem(layer.cross_attn.multihead_attn)
+
+
+def check_layer(layer: Any) -> str | None:
+    return layers_problem([layer.cross_attn], CrossAttentionLayer)
+
+
+def check_cross_attention(layer: Any) -> str | None:
+    return attention_problem(layer.multihead_attn)
+
+
+def check_decoder(decoder: Any) -> str | None:
+    methods = ("forward_prediction_heads", "_get_aux_predictions")
+    reason = subclass_problem(decoder, f"{_MODULE}.OneFormerTransformerDecoder", methods)
+    return reason or layers_problem(decoder.layers, DecoderLayer)
+
+
+def check_criterion(criterion: Any) -> str | None:
+    methods = ("loss_labels", "loss_masks", "calculate_uncertainty", "sample_points_using_uncertainty")
+    return subclass_problem(criterion, f"{_MODULE}.OneFormerLoss", methods) or matcher_problem(criterion, _MATCHER)
+
+
+def check_query_layer(layer: Any) -> str | None:
+    return subclass_problem(
+        layer, f"{_MODULE}.OneFormerTransformerDecoderQueryTransformerDecoderLayer", ("forward_pre", "forward_post")
+    )
+
+
+REPLACEMENTS = {
+    f"{_MODULE}.OneFormer{name}": replacement
+    for name, replacement in {
+        "SinePositionEmbedding": Replacement(PositionEmbedding, POSITIONS),
+        "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER_LAYER),
+        "PixelDecoder": Replacement(OneFormerPixelDecoder, PIXEL_DECODER, check_pixel_decoder),
+        "TransformerDecoderQueryTransformerDecoderLayer": Replacement(
+            QueryLayer, "attention without its weights, where there are no gradients", check_query_layer
+        ),
+        "TransformerDecoderCrossAttentionLayer": Replacement(CrossAttentionLayer, ATTENTION, check_cross_attention),
+        "TransformerDecoderLayer": Replacement(DecoderLayer, "hands on what masked attention needs", check_layer),
+        "TransformerDecoder": Replacement(Decoder, MASKS, check_decoder),
+        "Loss": Replacement(Criterion, LOSSES, check_criterion),
+    }.items()
+}

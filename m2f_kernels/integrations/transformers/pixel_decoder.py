@@ -1,0 +1,183 @@
+"""The pixel decoder of `transformers`' Mask2Former and OneFormer: the same steps with fewer and smaller copies."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from m2f_kernels.integrations.transformers.mask_classification import watched
+
+#: Pixels whose FFN activations exist at a time without gradients: few enough that they stay in the cache.
+_FFN_ROWS = 1024
+
+
+#: What is replaced, for the report.
+POSITIONS = "sine positions of a row and a column, not of every pixel"
+ENCODER_LAYER = "encoder layer with fewer copies"
+PIXEL_DECODER = "no masks of padding that is not there, feature maps in one layout"
+
+
+class PositionEmbedding:
+    """`forward` of the sine embedding: a row's half depends on the row alone and a column's on the column alone."""
+
+    def forward(self, shape: torch.Size, device: Any, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
+        if mask is not None:
+            return super().forward(shape, device, dtype, mask)  # type: ignore[misc]
+        n, c, h, w = shape
+        # The original, for one column and for one row: the same numbers, h + w of them and not h * w.
+        rows = super().forward(torch.Size((1, c, h, 1)), device, dtype)  # type: ignore[misc]
+        columns = super().forward(torch.Size((1, c, 1, w)), device, dtype)  # type: ignore[misc]
+        half = rows.shape[1] // 2
+        parts = [rows[:, :half].expand(n, -1, h, w), columns[:, half:].expand(n, -1, h, w)]
+        # In memory [N, h, w, C], as the original's.
+        return torch.cat([part.permute(0, 2, 3, 1) for part in parts], 3).permute(0, 3, 1, 2)
+
+
+class EncoderLayer:
+    """`forward` of a layer of the pixel decoder's encoder, with fewer copies of its largest tensors."""
+
+    # Attributes of the original classes.
+    self_attn: nn.Module
+    self_attn_layer_norm: nn.Module
+    final_layer_norm: nn.Module
+    fc1: nn.Module
+    fc2: nn.Module
+    activation_fn: Any
+    dropout: float
+    activation_dropout: float
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, ...]:
+        if args or self.activation_fn is not F.relu:
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+        # OneFormer drops out where its configuration says that it is trained, whatever mode the module is in.
+        training = bool(getattr(self, "is_training", self.training))  # type: ignore[attr-defined]
+        attended, weights = self.self_attn(
+            hidden_states=hidden_states,
+            attention_mask=attention_mask,
+            encoder_hidden_states=hidden_states,
+            encoder_attention_mask=attention_mask,
+            **kwargs,
+        )
+        hidden_states = self.self_attn_layer_norm(hidden_states + F.dropout(attended, self.dropout, training))
+        hidden_states = self.final_layer_norm(hidden_states + self._m2f_feed_forward(hidden_states, training))
+        if training and not torch.isfinite(hidden_states).all():
+            limit = torch.finfo(hidden_states.dtype).max - 1000
+            hidden_states = hidden_states.clamp(-limit, limit)
+        if not kwargs.get("output_attentions"):
+            return (hidden_states,)
+        # Mask2Former hands the weights on transposed.
+        return hidden_states, weights if hasattr(self, "is_training") else weights.transpose(1, 0)
+
+    def _m2f_feed_forward(self, x: Tensor, training: bool) -> Tensor:
+        # A hook on fc1 may keep what it saw. Rows, since in place on a view costs the backward pass two copies.
+        in_place, rows = not watched(self.fc1), x.flatten(0, 1)
+        whole = x.device.type != "cpu" or training or torch.is_grad_enabled() or torch.compiler.is_compiling()
+        parts = [rows] if whole else rows.split(_FFN_ROWS)
+        outs = []
+        for part in parts:
+            hidden = F.dropout(F.relu(self.fc1(part), inplace=in_place), self.activation_dropout, training)
+            outs.append(F.dropout(self.fc2(hidden), self.dropout, training))
+        return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(x.shape)
+
+
+class PixelDecoder:
+    """`forward` of the pixel decoder around the encoder. Its images have no padding, so it makes no masks of it."""
+
+    # Attributes of the original classes.
+    config: Any
+    num_feature_levels: int
+    num_fpn_levels: int
+    position_embedding: nn.Module
+    level_embed: Tensor
+    input_projections: nn.ModuleList
+    encoder: nn.Module
+    mask_projection: nn.Module
+
+    def forward(
+        self,
+        features: Sequence[Tensor],
+        encoder_outputs: Any = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+    ) -> Any:
+        if encoder_outputs is not None:
+            return super().forward(  # type: ignore[misc]
+                features, encoder_outputs, output_attentions, output_hidden_states, return_dict
+            )
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        encoded = self._m2f_encode(
+            features[::-1][: self.num_feature_levels],
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+        )
+        sizes = [x.shape[-2:] for x in features[::-1][: self.num_feature_levels]]
+        levels = encoded.last_hidden_state.split([h * w for h, w in sizes], 1)
+        maps = [x.transpose(1, 2).unflatten(2, tuple(size)) for x, size in zip(levels, sizes, strict=True)]
+        for feature, (lateral, output) in zip(
+            features[: self.num_fpn_levels][::-1], self._m2f_convolutions(), strict=True
+        ):
+            # Convolutions, norms and resizing each have a layout of their own; left to themselves they copy more.
+            current = lateral(feature.contiguous())
+            finer = F.interpolate(maps[-1].contiguous(), size=current.shape[-2:], mode="bilinear", align_corners=False)
+            in_place = not (torch.is_grad_enabled() or watched(lateral) or watched(lateral[-1]))
+            current = current.add_(finer) if in_place else current + finer
+            del finer
+            maps.append(output(current))
+            del current
+        return self._m2f_output(self.mask_projection(maps[-1]), maps[: self.num_feature_levels], encoded.attentions)
+
+    def _m2f_encode(self, features: Sequence[Tensor], **flags: Any) -> Any:
+        """What the encoder makes of the maps at strides 32, 16 and 8."""
+        tokens, positions, sizes = [], [], []
+        for i, x in enumerate(features):
+            position = self.position_embedding(torch.Size((1, *x.shape[1:])), x.device, x.dtype)
+            positions.append(position.flatten(2).transpose(1, 2) + self.level_embed[i].view(1, 1, -1))
+            projected = self.input_projections[i](x)
+            sizes.append((projected.shape[2], projected.shape[3]))
+            tokens.append(projected.flatten(2).transpose(1, 2))
+        states, placed = torch.cat(tokens, 1), torch.cat(positions, 1)
+        tokens.clear()
+        positions.clear()
+        del projected, position
+        shapes = torch.as_tensor(sizes, dtype=torch.long, device=states.device)
+        starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+        return self.encoder(
+            inputs_embeds=states,
+            attention_mask=None,
+            position_embeddings=placed.expand(states.shape[0], -1, -1),
+            **self._m2f_shapes(shapes),
+            spatial_shapes_list=sizes,
+            level_start_index=starts,
+            valid_ratios=states.new_ones(states.shape[0], len(sizes), 2),
+            **flags,
+        )
+
+    def _m2f_shapes(self, shapes: Tensor) -> dict[str, Tensor]:
+        """What the encoder takes besides the list of sizes."""
+        return {}
+
+    def _m2f_convolutions(self) -> list[tuple[Any, Any]]:
+        """Lateral and output convolution of each level of the feature pyramid, coarse first."""
+        raise NotImplementedError
+
+    def _m2f_output(self, mask_features: Tensor, maps: list[Tensor], attentions: Any) -> Any:
+        raise NotImplementedError
+
+
+def check_pixel_decoder(module: Any) -> str | None:
+    """Why a pixel decoder is left alone: that of old versions has no list of sizes."""
+    parameters = inspect.signature(module.encoder.forward).parameters
+    known = "spatial_shapes_list" in parameters or any(x.kind is x.VAR_KEYWORD for x in parameters.values())
+    return None if known else "its encoder takes the sizes of the levels as a tensor alone"

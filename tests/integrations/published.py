@@ -1,0 +1,80 @@
+"""What the tests of Mask2Former and of OneFormer share: comparing nested outputs, gradients, and watching sizes."""
+
+import copy
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+OUTPUT, GRADIENT = 1e-4, 1e-3
+
+
+def assert_same(before, after, tolerance=OUTPUT, where="outputs"):
+    """The same structure, types and values; tensors agree relative to the largest number, or 1."""
+    if isinstance(before, torch.Tensor):
+        assert before.shape == after.shape, where
+        assert before.dtype == after.dtype, where
+        assert before.isfinite().all(), where
+        error = (before - after).abs().max() / before.abs().max().clamp(min=1) if before.numel() else 0
+        assert error <= tolerance, f"{where}: {error}"
+    elif isinstance(before, dict):
+        assert isinstance(after, dict), where
+        assert list(before) == list(after), where
+        for key in before:
+            assert_same(before[key], after[key], tolerance, f"{where}.{key}")
+    elif isinstance(before, (tuple, list)):
+        assert type(before) is type(after), where
+        assert len(before) == len(after), where
+        for i, (first, second) in enumerate(zip(before, after, strict=True)):
+            assert_same(first, second, tolerance, f"{where}[{i}]")
+    else:
+        assert before is None, where
+        assert after is None, where
+
+
+def train(model, seed=0, **inputs):
+    """Loss and gradients of a copy of `model` in training mode; drop path off, dropout as `seed` makes it."""
+    model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if "DropPath" in type(module).__name__:
+            module.drop_prob = 0.0
+    torch.manual_seed(seed)
+    outputs = model(**inputs)
+    outputs.loss.sum().backward()
+    return outputs, {name: p.grad for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(before, after, tolerance=GRADIENT):
+    """Of every parameter, relative to its norm. Some are zero but for rounding (biases before a softmax or a norm):
+    those are held against all the others."""
+    assert {name for name, g in before.items() if g is not None} == {n for n, g in after.items() if g is not None}
+    total = torch.stack([g.norm() for g in before.values() if g is not None]).norm()
+    for name, gradient in before.items():
+        if gradient is not None:
+            error = (gradient - after[name]).norm()
+            assert error <= tolerance * gradient.norm() + tolerance * 1e-3 * total, f"{name}: {error / gradient.norm()}"
+
+
+def targets(counts, sizes, generator, labels=5, dtype=torch.float32):
+    """`mask_labels` and `class_labels`."""
+    masks = [(torch.rand(t, *size, generator=generator) > 0.6).to(dtype) for t, size in zip(counts, sizes, strict=True)]
+    return {
+        "mask_labels": masks,
+        "class_labels": [torch.randint(0, labels, (t,), generator=generator) for t in counts],
+    }
+
+
+class Sizes(TorchDispatchMode):
+    """Counts the tensors of `elements` elements that operators make, views apart."""
+
+    def __init__(self, elements):
+        super().__init__()
+        self.elements, self.count = elements, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {x.untyped_storage().data_ptr() for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        for x in tree_leaves(result):
+            if isinstance(x, torch.Tensor) and x.numel() == self.elements:
+                self.count += x.untyped_storage().data_ptr() not in given
+        return result
