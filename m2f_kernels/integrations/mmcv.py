@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import warnings
 from collections.abc import Callable
 from types import ModuleType
@@ -95,11 +94,17 @@ def _attention_forward(
     return self.dropout(output) + identity
 
 
-def _attention_function(
-    value: Tensor, value_spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
-) -> Tensor:
-    """`multi_scale_deformable_attn_pytorch` of mmcv and detrex: the operator without level_start_index."""
-    return m2f_kernels.ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
+def _attention_function(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`multi_scale_deformable_attn_pytorch`: the operator without level_start_index. One function per original, so
+    that taking it back knows what it stood for."""
+
+    @functools.wraps(original)
+    def multi_scale_deformable_attn_pytorch(
+        value: Tensor, value_spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
+    ) -> Tensor:
+        return m2f_kernels.ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
+
+    return multi_scale_deformable_attn_pytorch
 
 
 class _InPlaceExtension:
@@ -160,38 +165,35 @@ def _point_sample(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _find(name: str) -> ModuleType | None:
-    """The module `name` if its package is installed; an error of its import is the caller's to see."""
-    package = name.partition(".")[0]
+    """The module `name`, or None where it or a package around it is not installed; other failures are raised."""
     try:
-        if importlib.util.find_spec(package) is None:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and f"{name}.".startswith(f"{error.name}."):
             return None
-    except ValueError:  # in sys.modules without a spec
-        pass
-    return importlib.import_module(name)
+        raise
 
 
 def _set(owner: Any, name: str, value: Any) -> None:
-    before = getattr(owner, name)
+    existed, before = hasattr(owner, name), getattr(owner, name, None)
     setattr(owner, name, value)
-    _undo.append(lambda: setattr(owner, name, before))
+    _undo.append(lambda: setattr(owner, name, before) if existed else delattr(owner, name))
 
 
 def _everywhere(old: Any, new: Any) -> list[str]:
-    replaced = replace_everywhere(old, new)
     _undo.append(lambda: replace_everywhere(new, old))
-    return replaced
+    return replace_everywhere(old, new)
 
 
 def _patch_attention(module: ModuleType, extension_name: str, extension: Any) -> list[str]:
-    cls = module.MultiScaleDeformableAttention
-    _set(cls, "forward", _attention_forward)
-    replaced = [f"{module.__name__}.MultiScaleDeformableAttention.forward"]
-    if hasattr(module, extension_name):
-        _set(module, extension_name, extension)
-        replaced.append(f"{module.__name__}.{extension_name}")
-    # A fresh function, so that unpatch() tells the two packages' apart.
     original = module.multi_scale_deformable_attn_pytorch
-    return replaced + _everywhere(original, functools.wraps(original)(functools.partial(_attention_function)))
+    _set(module.MultiScaleDeformableAttention, "forward", _attention_forward)
+    _set(module, extension_name, extension)
+    return [
+        f"{module.__name__}.MultiScaleDeformableAttention.forward",
+        f"{module.__name__}.{extension_name}",
+        *_everywhere(original, _attention_function(original)),
+    ]
 
 
 def patch() -> list[str]:
@@ -211,21 +213,29 @@ def patch() -> list[str]:
         the names replaced, as "module.name".
 
     Raises:
-        ImportError: neither mmcv with `mmcv.ops` nor detrex is installed; or one is, and its import fails.
+        ImportError: neither mmcv with `mmcv.ops` nor detrex is installed; or the import of one fails.
     """
-    if _undo:
-        unpatch()
+    _take_back()
     mmcv, detrex = _find(MMCV_MODULE), _find(DETREX_MODULE)
     if mmcv is None and detrex is None:
         raise ImportError("expected mmcv (with mmcv.ops; mmcv-lite has none) or detrex to be installed; found neither")
-    replaced = []
-    if mmcv is not None:
-        replaced += _patch_attention(mmcv, "ext_module", _InPlaceExtension)
-        original = importlib.import_module("mmcv.ops").point_sample
-        replaced += _everywhere(original, _point_sample(original))
-    if detrex is not None:
-        replaced += _patch_attention(detrex, "_C", _Extension)
+    try:
+        replaced = []
+        if mmcv is not None:
+            replaced += _patch_attention(mmcv, "ext_module", _InPlaceExtension)
+            original = importlib.import_module("mmcv.ops").point_sample
+            replaced += _everywhere(original, _point_sample(original))
+        if detrex is not None:
+            replaced += _patch_attention(detrex, "_C", _Extension)
+    except BaseException:
+        _take_back()
+        raise
     return replaced
+
+
+def _take_back() -> None:
+    while _undo:
+        _undo.pop()()
 
 
 def unpatch() -> None:
@@ -236,5 +246,4 @@ def unpatch() -> None:
     """
     if not _undo:
         raise RuntimeError("nothing to undo: patch() has not been called")
-    while _undo:
-        _undo.pop()()
+    _take_back()
