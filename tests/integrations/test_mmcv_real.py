@@ -99,6 +99,7 @@ def test_point_sample():
 def test_pixel_decoder_of_mmdet():
     pytest.importorskip("mmdet", reason="mmdet is not installed")
     from mmdet.models.layers import MSDeformAttnPixelDecoder
+    from mmengine.config import ConfigDict
 
     torch.manual_seed(0)
     decoder = MSDeformAttnPixelDecoder(
@@ -107,16 +108,16 @@ def test_pixel_decoder_of_mmdet():
         feat_channels=32,
         out_channels=32,
         num_outs=3,
-        norm_cfg=dict(type="GN", num_groups=8),
-        act_cfg=dict(type="ReLU"),
-        encoder=dict(
+        norm_cfg=ConfigDict(type="GN", num_groups=8),
+        act_cfg=ConfigDict(type="ReLU"),
+        encoder=ConfigDict(
             num_layers=2,
             layer_cfg=dict(
                 self_attn_cfg=dict(embed_dims=32, num_heads=4, num_levels=3, num_points=4, batch_first=True),
                 ffn_cfg=dict(embed_dims=32, feedforward_channels=64),
             ),
         ),
-        positional_encoding=dict(num_feats=16, normalize=True),
+        positional_encoding=ConfigDict(num_feats=16, normalize=True),
     )
     decoder.init_weights()
     for name, parameter in decoder.named_parameters():
