@@ -1,4 +1,4 @@
-"""Inputs of the attention module of mmcv and detrex, and its results with gradients; for stand-ins and the real ones."""
+"""Inputs of the attention module of mmcv and detrex, and its results with gradients; for stand-ins and real ones."""
 
 import torch
 
@@ -9,7 +9,7 @@ DIM, QUERIES, BATCH = 16, 9, 3
 
 
 def make_inputs(batch_first, coordinates, options=(), dtype=torch.float32, seed=0):
-    """Keyword arguments of `MultiScaleDeformableAttention.forward`; `options` of value, identity, query_pos, padding."""
+    """Keyword arguments of the forward; `options` of value, identity, query_pos, padding."""
     g = torch.Generator().manual_seed(seed)
     length = sum(h * w for h, w in SIZES)
     q = QUERIES if "value" in options else length

@@ -29,9 +29,12 @@ class _NotCompiled(type(sys)):
 
 @pytest.fixture(scope="module", autouse=True)
 def _extension():
-    if importlib.util.find_spec("mmcv._ext") is None:
+    missing = importlib.util.find_spec("mmcv._ext") is None
+    if missing:
         sys.modules["mmcv._ext"] = _NotCompiled("mmcv._ext")
     yield
+    if missing:
+        del sys.modules["mmcv._ext"]
 
 
 @pytest.fixture
