@@ -132,9 +132,10 @@ def main() -> None:
         raise SystemExit("mmcv is not installed: there is nothing to compare with")
     provide_extension()
     if arguments.memory:
-        for pair in runs().values():
-            pair[0](), pair[1]()  # threads and code
-        print(json.dumps({name: [memory.peak_mib(run, "cpu")[0] for run in pair] for name, pair in runs().items()}))
+        table = runs()
+        for run in (run for pair in table.values() for run in pair):  # threads and code
+            run()
+        print(json.dumps({name: [memory.peak_mib(run, "cpu")[0] for run in pair] for name, pair in table.items()}))
         return
     measured = peaks()
     print(
