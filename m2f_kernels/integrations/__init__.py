@@ -1,1 +1,1 @@
-"""Drop-in use of the operators in other libraries; each module imports its library only when it is called."""
+"""Other packages' models on the operators of this one."""
