@@ -343,14 +343,19 @@ def _deterministic_needs_reference(value: Tensor) -> bool:
     return value.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
 
 
+def gradients(grad_output: Tensor, inputs: list[Any], needs_value: bool, needs_sampling: bool) -> tuple[Tensor, ...]:
+    """Those of value, locations and weights; `inputs` as in the schema of ms_deform_attn. Empty where not needed."""
+    use_reference = backend.reference_forced() or (needs_value and _deterministic_needs_reference(inputs[0]))
+    op: Any = _ms_deform_attn_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_backward
+    return op(grad_output, *inputs, needs_value, needs_sampling)
+
+
 def _ms_deform_attn_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     inputs = saved_inputs(ctx)
     needs = ctx.needs_input_grad
     needs_value, needs_sampling = needs[0], needs[4] or needs[5]
-    use_reference = needs_value and _deterministic_needs_reference(inputs[0])
-    op: Any = _ms_deform_attn_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_backward
-    gradients = op(grad_output, *inputs, needs_value, needs_sampling)
-    grad_value, grad_locations, grad_weights = differentiable_once(_TITLE, gradients, [grad_output, *inputs])
+    found = gradients(grad_output, inputs, needs_value, needs_sampling)
+    grad_value, grad_locations, grad_weights = differentiable_once(_TITLE, found, [grad_output, *inputs])
     return (
         grad_value if needs_value else None,
         *(None, None, None),

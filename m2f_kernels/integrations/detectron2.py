@@ -1,0 +1,79 @@
+"""Deformable attention for the original Mask2Former, Deformable-DETR, DINO and their copies, with nothing to compile.
+
+Those repositories compile an extension module named `MultiScaleDeformableAttention` and call its two functions from an
+autograd function of their own. :func:`install` provides a module of that name; their code runs unchanged, on CPU too.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+from m2f_kernels.integrations import _extension
+from m2f_kernels.integrations._rebind import replace_everywhere
+
+__all__ = ["install", "uninstall"]
+
+NAME = "MultiScaleDeformableAttention"
+
+#: The module of ours that is installed, and what `replace=True` put aside.
+_installed: ModuleType | None = None
+_before: ModuleType | None = None
+
+
+def _module() -> ModuleType:
+    module = ModuleType(NAME, f"The extension module {NAME}, provided by m2f_kernels.")
+    module.ms_deform_attn_forward = _extension.forward  # type: ignore[attr-defined]
+    module.ms_deform_attn_backward = _extension.backward  # type: ignore[attr-defined]
+    return module
+
+
+def install(*, replace: bool = False) -> None:
+    """Provide the module `MultiScaleDeformableAttention`, before or after the code that imports it.
+
+    Its functions, as the published extension has them:
+    `ms_deform_attn_forward(value, spatial_shapes, level_start_index, sampling_loc, attn_weight, im2col_step)` and
+    `ms_deform_attn_backward(value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output,
+    im2col_step)`, which returns the gradients of value, sampling_loc and attn_weight. On CPU and CUDA; float64,
+    float32, and unlike the published one bfloat16, float16 and mixtures; any batch size whatever `im2col_step` is.
+    A second call does nothing.
+
+    Args:
+        replace: take the place of a module of that name that is imported already, in all modules that hold it.
+
+    Raises:
+        RuntimeError: such a module is imported, and `replace` is False.
+    """
+    global _installed, _before
+    if _installed is not None:
+        return
+    found = sys.modules.get(NAME)
+    if found is not None and not replace:
+        where = getattr(found, "__file__", None) or "no file"
+        raise RuntimeError(
+            f"a module {NAME} is imported already, from {where}; install() before it is, or install(replace=True) to "
+            "take its place"
+        )
+    _installed, _before = _module(), found
+    if found is not None:
+        replace_everywhere(found, _installed)
+    sys.modules[NAME] = _installed
+
+
+def uninstall() -> None:
+    """Take the module away again; one that :func:`install` replaced comes back, in all modules that hold ours.
+
+    Where there was none, code that imported ours keeps it: it would otherwise have nothing to call.
+
+    Raises:
+        RuntimeError: nothing is installed.
+    """
+    global _installed, _before
+    if _installed is None:
+        raise RuntimeError("nothing to uninstall: install() has not been called")
+    if _before is not None:
+        replace_everywhere(_installed, _before)
+        sys.modules[NAME] = _before
+    elif sys.modules.get(NAME) is _installed:
+        del sys.modules[NAME]
+    _installed = _before = None

@@ -1,0 +1,301 @@
+"""Models written as ONNX and run by onnxruntime; and as exported programs, where each operator stays one node."""
+
+import collections
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import m2f_kernels
+from m2f_kernels.integrations import onnx as integration
+from m2f_model import Mask2Former, Mask2FormerConfig
+from tests.model.peers import photograph, their_config
+
+pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install onnx onnxscript onnxruntime")
+onnxruntime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install onnxruntime")
+
+DYNAMIC = torch.export.Dim.DYNAMIC
+SIZES = [(6, 5), (3, 4)]
+LENGTH = 42
+
+
+def run(path, *inputs):
+    """Outputs of onnxruntime as tensors."""
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    feeds = {node.name: x.numpy() for node, x in zip(session.get_inputs(), inputs, strict=True)}
+    return [torch.from_numpy(np.asarray(x)) for x in session.run(None, feeds)]
+
+
+def assert_runs(model, inputs, path, others=(), **options):
+    """Written, made of standard operators only, and giving the same for `inputs` and `others`."""
+    program = integration.export(model, inputs, path, verbose=False, **options)
+    graph = program.model_proto.graph
+    assert not program.model_proto.functions
+    assert {node.domain for node in graph.node} == {""}
+    for case in (inputs, *others):
+        with torch.no_grad():
+            expected = model(*case)
+        expected = expected if isinstance(expected, tuple) else (expected,)
+        for found, truth in zip(run(path, *case), expected, strict=True):
+            assert found.dtype == truth.dtype
+            rounding = torch.finfo(truth.dtype).eps if truth.is_floating_point() else 0
+            torch.testing.assert_close(found, truth, rtol=max(1e-4, rounding), atol=max(1e-4, rounding))
+    return collections.Counter(node.op_type for node in graph.node)
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs):
+        return self.function(*inputs)
+
+
+def attention(**options):
+    torch.manual_seed(0)
+    module = m2f_kernels.nn.MSDeformAttn(16, 2, 4, **options).eval()
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return module
+
+
+def attention_inputs(n=2, q=7, length=LENGTH, coordinates=2):
+    return torch.randn(n, q, 16), torch.rand(n, q, 2, coordinates), torch.randn(n, length, 16)
+
+
+# ---------------------------------------------------------------- modules and operators
+@pytest.mark.parametrize(("coordinates", "points"), [(2, (3, 1)), (4, 4)], ids=str)
+def test_deformable_attention(tmp_path, coordinates, points):
+    module = attention(num_points=points)
+    model = Call(lambda query, refs, value: module(query, refs, value, SIZES))
+    model.module = module
+    inputs, other = (attention_inputs(q=q, coordinates=coordinates) for q in (7, 12))
+    varying = {"inputs": ({1: DYNAMIC}, {1: DYNAMIC}, None)}
+    counts = assert_runs(model.eval(), inputs, tmp_path / "m.onnx", [other], dynamic_shapes=varying)
+    assert counts["GridSample"] == len(SIZES)
+
+
+def test_deformable_attention_with_sizes_as_data(tmp_path):
+    """Shapes that exist only as a tensor: one model for every size."""
+    module = attention()
+    model = Call(lambda query, refs, value, shapes: module(query, refs, value, shapes))
+    model.module = module
+    inputs = (*attention_inputs(), torch.tensor(SIZES))
+    other = (*attention_inputs(q=9, length=79), torch.tensor([[7, 10], [3, 3]]))
+    varying = {"inputs": ({1: DYNAMIC}, {1: DYNAMIC}, {1: DYNAMIC}, None)}
+    counts = assert_runs(model.eval(), inputs, tmp_path / "m.onnx", [other], dynamic_shapes=varying)
+    assert "GridSample" not in counts
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_locations_that_are_not_finite(tmp_path, dtype):
+    def function(value, locations, weights):
+        return m2f_kernels.ms_deform_attn(value, SIZES, None, locations, weights)
+
+    locations = torch.rand(2, 9, 4, 2, 3, 2) * 1.6 - 0.3
+    for i, bad in enumerate([torch.nan, torch.inf, -torch.inf, 1e30, -1e30]):
+        locations[0, i, :, :, 0, i % 2] = bad
+    inputs = torch.randn(2, LENGTH, 4, 4).to(dtype), locations, torch.rand(2, 9, 4, 2, 3)
+    assert_runs(Call(function).eval(), inputs, tmp_path / "m.onnx")
+
+
+class MaskedLayer(nn.Module):
+    """Mask prediction and masked cross-attention, as the decoder has them."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.attention, self.size = m2f_kernels.nn.MaskedCrossAttention(16, 4), size
+
+    def forward(self, query, pixels, embed, features):
+        (level,) = m2f_kernels.resize_mask_features(features, [self.size])
+        mask = m2f_kernels.predict_attention_mask(embed, level)
+        return self.attention(query, pixels, mask)
+
+
+@pytest.mark.parametrize("size", [(5, 7), (1, 1)], ids=str)
+def test_masked_cross_attention(tmp_path, size):
+    """More keys than a word of a mask has bits, and one; a query whose mask is empty."""
+    torch.manual_seed(0)
+    model = MaskedLayer(size).eval()
+    features, embed = torch.randn(2, 8, 16, 16), torch.randn(2, 6, 8)
+    features[0], embed[0, 3] = features[0].abs(), -1
+    inputs = torch.randn(2, 6, 16), torch.randn(2, size[0] * size[1], 16), embed, features
+    (level,) = m2f_kernels.resize_mask_features(features, [size])
+    assert not m2f_kernels.predict_attention_mask(embed, level).row_any[0, 3]
+    assert_runs(model, inputs, tmp_path / "m.onnx")
+
+
+class AnySize(nn.Module):
+    """Deformable attention among a map's pixels, then masked attention of queries to them; sizes from the inputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.deformable = m2f_kernels.nn.MSDeformAttn(16, 1, 4, 2)
+        self.masked = m2f_kernels.nn.MaskedCrossAttention(16, 4)
+
+    def forward(self, query, pixels, embed, features):
+        size = pixels.shape[2:]
+        pixels = pixels.flatten(2).transpose(1, 2)
+        points = pixels[..., :2].sigmoid().unsqueeze(2)
+        pixels = pixels + self.deformable(pixels, points, pixels, [size])
+        (level,) = m2f_kernels.resize_mask_features(features, [size])
+        return self.masked(query, pixels, m2f_kernels.predict_attention_mask(embed, level))
+
+
+def test_sizes_that_vary(tmp_path):
+    """One file for every batch, number of queries and size of the maps."""
+
+    def inputs(n, q, h, w):
+        return torch.randn(n, q, 16), torch.randn(n, 16, h, w), torch.randn(n, q, 8), torch.randn(n, 8, 4 * h, 4 * w)
+
+    torch.manual_seed(0)
+    axes = {0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC}
+    varying = ({0: DYNAMIC, 1: DYNAMIC}, axes, {0: DYNAMIC, 1: DYNAMIC}, axes)
+    others = [inputs(1, 3, 8, 8), inputs(3, 9, 5, 17)]
+    counts = assert_runs(AnySize().eval(), inputs(2, 6, 6, 7), tmp_path / "m.onnx", others, dynamic_shapes=varying)
+    assert counts["GridSample"] == counts["Resize"] == 1
+
+
+def test_packed_masks(tmp_path):
+    """Every bit of a word, the sign among them, as the operator packs it."""
+
+    def function(logits, attend):
+        return *m2f_kernels.pack_attention_mask(logits)[:2], *m2f_kernels.pack_attention_mask(attend)[:2]
+
+    logits = torch.randn(2, 5, 70)
+    logits[0, 0], logits[0, 1] = 1, -1
+    assert_runs(Call(function).eval(), (logits, logits > 0.3), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bool, torch.uint8], ids=str)
+def test_point_sample(tmp_path, dtype):
+    input = torch.rand(2, 3, 9, 7) * 4
+    input = input > 2 if dtype == torch.bool else input.to(dtype)
+    points = torch.rand(2, 40, 2) * 1.6 - 0.3
+    points[0, 0, 0] = torch.nan
+    assert_runs(Call(m2f_kernels.point_sample).eval(), (input, points), tmp_path / "m.onnx")
+
+
+@pytest.mark.parametrize("opset", [18, 23])
+def test_opsets(tmp_path, opset):
+    module = attention()
+    model = Call(lambda query, refs, value: module(query, refs, value, SIZES))
+    model.module = module
+    assert_runs(model.eval(), attention_inputs(), tmp_path / "m.onnx", opset_version=opset)
+    import onnx
+
+    assert [(x.domain, x.version) for x in onnx.load(tmp_path / "m.onnx").opset_import if x.domain == ""] == [
+        ("", opset)
+    ]
+
+
+# ---------------------------------------------------------------- Mask2Former
+class Segmenter(nn.Module):
+    """Class and mask logits of the last prediction."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values):
+        output = self.model(pixel_values)
+        return output.class_logits, output.masks.logits()
+
+
+def segmenter(name, **changes):
+    config = their_config(name)
+    config.update(changes)
+    torch.manual_seed(0)
+    return Segmenter(Mask2Former(Mask2FormerConfig.from_transformers(config))).eval()
+
+
+def photographs(name, n, height, width):
+    return torch.cat([photograph(name, height, width)] * n)
+
+
+def test_torch_export_keeps_single_nodes():
+    model = segmenter("resnet", encoder_layers=2, decoder_layers=4)
+    with torch.no_grad():
+        program = torch.export.export(model, (photographs("coffee", 1, 64, 96),))
+    counts = collections.Counter(str(node.target) for node in program.graph.nodes if "m2f." in str(node.target))
+    assert counts == {
+        "m2f.ms_deform_attn_from_offsets.default": 2,
+        "m2f.resize_mask_features.default": 1,
+        "m2f.predict_attention_mask.default": 3,  # transformers counts the prediction before the first layer as one
+        "m2f.masked_attention.default": 3,
+    }
+
+
+def test_mask2former(tmp_path):
+    """A fixed size, and one layer of the decoder for each level."""
+    model = segmenter("resnet", encoder_layers=1, decoder_layers=4)
+    assert_runs(model, (photographs("coffee", 2, 128, 160),), tmp_path / "m.onnx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin", "resnet"])
+def test_whole_mask2former(tmp_path, name):
+    """All layers."""
+    assert_runs(segmenter(name), (photographs("coffee", 2, 256, 320),), tmp_path / "m.onnx")
+
+
+@pytest.mark.slow
+def test_mask2former_of_any_size(tmp_path):
+    """One file for every batch and image size, all layers."""
+    sizes = [(1, 224, 350), (3, 320, 192)]
+    assert_runs(
+        segmenter("resnet"),
+        (photographs("coffee", 2, 256, 320),),
+        tmp_path / "m.onnx",
+        [(photographs("astronaut", *size),) for size in sizes],
+        dynamic_shapes=({0: DYNAMIC, 2: DYNAMIC, 3: DYNAMIC},),
+    )
+
+
+# ---------------------------------------------------------------- what is not exported
+def test_an_exported_program_is_taken(tmp_path):
+    inputs = torch.rand(2, 3, 9, 7), torch.rand(2, 40, 2)
+    program = torch.export.export(Call(m2f_kernels.point_sample).eval(), inputs)
+    integration.export(program, path=tmp_path / "m.onnx", verbose=False)
+    (found,) = run(tmp_path / "m.onnx", *inputs)
+    torch.testing.assert_close(found, m2f_kernels.point_sample(*inputs), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="args, kwargs, dynamic_shapes: expected none with an exported program"):
+        integration.export(program, inputs)
+
+
+def test_training_operators_are_named(tmp_path):
+    def function(logits):
+        return m2f_kernels.uncertain_points(logits, 5)
+
+    with pytest.raises(ValueError, match=r"model: expected inference only; m2f\.uncertain_points\.default cannot be"):
+        integration.export(Call(function).eval(), (torch.randn(2, 9, 9),), tmp_path / "m.onnx")
+    assert not (tmp_path / "m.onnx").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"opset_version": 15}, ValueError, "opset_version: expected at least 18, which has GridSample .*; got 15"),
+        ({"opset_version": "20"}, TypeError, r"opset_version: expected an integer of at least 18; got '20' \(str\)"),
+        ({"model": nn.Identity()}, ValueError, r"model: expected evaluation mode; call model.eval\(\) first"),
+        ({"model": len}, TypeError, "model: expected a module or an exported program; got <built-in"),
+        ({"args": 3}, TypeError, r"args: expected a tuple of example inputs; got 3 \(int\)"),
+        ({"args": torch.zeros(3)}, TypeError, "args: expected a tuple of example inputs; got a float32 tensor"),
+    ],
+    ids=str,
+)
+def test_bad_input(change, error, message):
+    with pytest.raises(error, match=message):
+        integration.export(**{"model": nn.Identity().eval(), "args": (torch.zeros(3),), **change})
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_missing_packages(monkeypatch, missing):
+    find = integration.importlib.util.find_spec
+    monkeypatch.setattr(integration.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
+    with pytest.raises(ImportError, match=rf"expected onnx and onnxscript to be installed; pip install {missing}$"):
+        integration.export(nn.Identity().eval(), (torch.zeros(3),))
