@@ -35,7 +35,7 @@ MARKS = ("<!-- figures: python -m benchmarks.integrations -->", "<!-- end of fig
 COMMITTED = ROOT / "benchmarks" / "results" / "cpu-intel-xeon" / "integrations.csv"
 NOT_MEASURED = "*Not measured yet.*"
 #: Seconds of timing per model and allocator setting, at least, and least number of rounds.
-BUDGET_S, ROUNDS = 4.0, 3
+BUDGET_S, ROUNDS = 3.0, 3
 
 
 @dataclass
@@ -107,7 +107,6 @@ def measure_time(case: Model, device: str, quick: bool) -> dict[str, Any]:
     import m2f_kernels
 
     subject = _Subject(case, device, quick)
-    subject.warm_up()
     before = subject.call()
     with m2f_kernels.accelerate(subject.model) as acceleration:
         after = subject.call()
