@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import subprocess
 import sys
 import time
@@ -207,8 +208,10 @@ def table(rows: Sequence[Row]) -> str:
         first = mine[settings[0]]
         ratios = [f"{number(row.before_ms / row.after_ms)}x" for row in mine.values()]
         ratios[0] = f"**{ratios[0]}**"
-        ratio = first.before_mib / first.after_mib
-        memories = f"{mebibytes(first.before_mib)} → {mebibytes(first.after_mib)}, {number(ratio)}x"
+        memories = "-"  # not measured: no resettable peak on this system, or the process failed
+        if not math.isnan(first.after_mib):
+            ratio = number(first.before_mib / first.after_mib)
+            memories = f"{mebibytes(first.before_mib)} → {mebibytes(first.after_mib)}, {ratio}x"
         cells = [model, number(first.before_ms), number(first.after_ms), *ratios, f"{first.aim}x", memories]
         lines.append("| " + " | ".join([*cells, f"{first.difference:.1e} of {number(first.largest)}"]) + " |")
     return "\n".join(lines)
