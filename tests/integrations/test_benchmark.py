@@ -10,8 +10,8 @@ pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench`
 from benchmarks import integrations
 
 ROWS = [
-    integrations.Row("A, 800²", "default", 1.3, 300.0, 100.0, 2.0, 1.0, 5, 1e-6, 2.5, 12, 640.0, 160.0),
-    integrations.Row("A, 800²", "heap retained", 1.3, 200.0, 100.0, 2.0, 1.0, 5, 1e-6, 2.5, 12),
+    integrations.Row("A, 800²", "default", 1.3, 300.0, 100.0, 2.0, 1.0, 5, 1e-6, 2.5, 12, 0.7, 640.0, 160.0),
+    integrations.Row("A, 800²", "heap retained", 1.3, 200.0, 100.0, 2.0, 1.0, 5, 1e-6, 2.5, 12, 0.7),
 ]
 
 
@@ -25,7 +25,17 @@ def test_csv(tmp_path):
 def test_table():
     line = integrations.table(ROWS).splitlines()[-1]
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["A, 800²", "300", "100", "**3.00x**", "2.00x", "1.3x", "640 → 160, 4.00x", "1.0e-06 of 2.50"]
+    assert cells == [
+        "A, 800²",
+        "300",
+        "100",
+        "**3.00x**",
+        "2.00x",
+        "1.3x",
+        "640 → 160, 4.00x",
+        "70%",
+        "1.0e-06 of 2.50",
+    ]
 
 
 def test_table_without_memory():
