@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if "```python" in p.read_text()]
+PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "```python" in p.read_text()]
 
 
 def test_figures_are_those_of_the_committed_run():
@@ -15,6 +15,13 @@ def test_figures_are_those_of_the_committed_run():
 
     text = (ROOT / "README.md").read_text()
     assert readme.update(text) == text
+
+
+def test_figures_of_the_page_on_transformers():
+    from benchmarks import integrations
+
+    text = integrations.PAGE.read_text()
+    assert integrations.update(text) == text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
+from typing import NamedTuple
 
 from torch import nn
 
@@ -42,11 +42,19 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What was replaced, what was known and yet left alone, and what had been replaced before."""
+    """What was done.
+
+    Attributes:
+        replaced: what was replaced.
+        left: what is known and was left alone.
+        already: what had been replaced before.
+        modules: the modules of `replaced`, to be given back at the end of a `with` block.
+    """
 
     replaced: tuple[Entry, ...]
     left: tuple[Entry, ...]
     already: tuple[Entry, ...]
+    modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [
@@ -61,21 +69,16 @@ class Report:
         return "\n".join(lines)
 
 
-class Acceleration:
-    """What :func:`accelerate` returns: unpacks into the model and the report; as a context manager it undoes itself.
+class Acceleration(NamedTuple):
+    """What :func:`accelerate` returns: the model and the report. As a context manager it undoes itself.
 
     Attributes:
         model: the model that was given.
         report: what was done to it.
     """
 
-    def __init__(self, model: nn.Module, report: Report, modules: list[nn.Module]) -> None:
-        self.model = model
-        self.report = report
-        self._modules = modules
-
-    def __iter__(self) -> Iterator[nn.Module | Report]:
-        return iter((self.model, self.report))
+    model: nn.Module
+    report: Report
 
     def __enter__(self) -> Acceleration:
         return self
@@ -83,7 +86,7 @@ class Acceleration:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _warn_stuck(_swap.swap_back(self._modules))
+        _warn_stuck(_swap.swap_back(self.report.modules))
 
     def __repr__(self) -> str:
         return f"Acceleration of {type(self.model).__name__}: {self.report}"
@@ -130,7 +133,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             replaced.append(Entry(name, cls, plan.replacement.what))
             _swap.swap(module, plan.replacement)
             swapped.append(module)
-    report = Report(tuple(replaced), tuple(left), tuple(already))
+    report = Report(tuple(replaced), tuple(left), tuple(already), tuple(swapped))
     if not (replaced or left or already):
         raise ValueError(
             f"model: expected a model of transformers with deformable or masked attention; {type(model).__name__} "
@@ -138,7 +141,7 @@ def accelerate(model: nn.Module) -> Acceleration:
         )
     if not (replaced or already):
         warnings.warn(f"m2f_kernels.accelerate changed nothing: {report}", stacklevel=2)
-    return Acceleration(model, report, swapped)
+    return Acceleration(model, report)
 
 
 def restore(model: nn.Module) -> nn.Module:

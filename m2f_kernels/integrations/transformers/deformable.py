@@ -83,11 +83,15 @@ class _Attention:
         return points.shape[-1] in (2, 4) and not (core is not None and _watched(core))
 
     def _m2f_value(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        """[N, S, H, D] of the encoder's states [N, S, C], zero at padding; `mask` is True at pixels."""
+        """[N, S, H, D] of the encoder's states [N, S, C], zero at padding."""
         value = self.value_proj(states)
         if mask is not None:
-            value = value.masked_fill(~mask[..., None], 0.0)
+            value = value.masked_fill(self._m2f_padding(mask)[..., None], 0.0)
         return value.unflatten(-1, (self.n_heads, -1))
+
+    def _m2f_padding(self, mask: Tensor) -> Tensor:
+        """True at padding, [N, S]; what a family calls its mask is True at pixels."""
+        return ~mask
 
     def _m2f_project(self, out: Tensor) -> Tensor:
         return self.output_proj(out)
@@ -107,8 +111,8 @@ class _Attention:
 class PixelDecoderAttention(_Attention):
     """Mask2Former's and OneFormer's: the mask is True at padding."""
 
-    def _m2f_value(self, states: Tensor, mask: Tensor | None) -> Tensor:
-        return super()._m2f_value(states, None if mask is None else ~mask)
+    def _m2f_padding(self, mask: Tensor) -> Tensor:
+        return mask
 
 
 class DetectorAttention(_Attention):

@@ -1,0 +1,285 @@
+"""Models of `transformers` before and after `m2f_kernels.accelerate`: time, memory, difference.
+
+    python -m benchmarks.integrations               writes benchmarks/results/<device>/integrations.{csv,md}, the page
+    python -m benchmarks.integrations --quick       small images, one round; only what --output names is written
+
+Batch 1, float32, eager, the same weights, before and after in turns in one process per model and allocator setting
+(benchmarks/timing.py: what takes more than two seconds is timed twice). Memory: peak above the weights and what was
+there before the call, of one call each, in another process (benchmarks/memory.py); outputs count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks import facts, memory, timing
+from benchmarks.formats import mebibytes, number
+from benchmarks.integrations_models import MODELS, Model
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "integrations" / "transformers.md"
+MARKS = ("<!-- figures: python -m benchmarks.integrations -->", "<!-- end of figures -->")
+#: The run that the page shows.
+COMMITTED = ROOT / "benchmarks" / "results" / "cpu-intel-xeon" / "integrations.csv"
+NOT_MEASURED = "*Not measured yet.*"
+#: Seconds of timing per model and allocator setting, at least, and least number of rounds.
+BUDGET_S, ROUNDS = 4.0, 3
+
+
+@dataclass
+class Row:
+    """A model under an allocator setting; memory belongs to the first setting. Milliseconds and MiB."""
+
+    model: str
+    setting: str
+    aim: float
+    before_ms: float = field(default=float("nan"))
+    after_ms: float = field(default=float("nan"))
+    before_iqr_ms: float = field(default=float("nan"))
+    after_iqr_ms: float = field(default=float("nan"))
+    rounds: int = 0
+    difference: float = field(default=float("nan"))
+    largest: float = field(default=float("nan"))
+    replaced: int = 0
+    before_mib: float = field(default=float("nan"))
+    after_mib: float = field(default=float("nan"))
+
+
+# ---------------------------------------------------------------- in a process of its own
+
+
+class _Subject:
+    """A model that is called before and after, as a user calls it."""
+
+    def __init__(self, case: Model, device: str, quick: bool) -> None:
+        self.case, self.device, self.quick = case, device, quick
+        self.model = case.make().to(device)
+        self.arguments = self._move(case.arguments(quick))
+
+    def _move(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(self.device)
+        if isinstance(value, dict):
+            return {name: self._move(v) for name, v in value.items()}
+        return [self._move(v) for v in value]
+
+    def call(self, arguments: dict[str, Any] | None = None) -> list[Tensor]:
+        """The outputs that are compared: predictions, or the loss and two gradients of a training step."""
+        torch.manual_seed(0)
+        given = self.arguments if arguments is None else arguments
+        if self.case.targets is None:
+            with torch.no_grad():
+                found = self.model(**given)
+            names = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
+            return [found[name] for name in names if name in found]
+        self.model.zero_grad(set_to_none=True)
+        loss = self.model(**given).loss
+        loss.backward()
+        return [loss.detach().reshape(1)]
+
+    def warm_up(self) -> None:
+        self.call(self._move(self.case.arguments(quick=True)))
+
+
+def _permuted_difference(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[float, float]:
+    """Largest absolute difference and largest value. Detectors choose queries by their scores, and two of almost the
+    same score may change places: every column is compared sorted."""
+    pairs = [
+        (x.float().sort(1)[0], y.float().sort(1)[0]) if x.dim() == 3 else (x, y)
+        for x, y in zip(before, after, strict=True)
+    ]
+    return max(float((x - y).abs().max()) for x, y in pairs), max(float(x.abs().max()) for x, _ in pairs)
+
+
+def measure_time(case: Model, device: str, quick: bool) -> dict[str, Any]:
+    import m2f_kernels
+
+    subject = _Subject(case, device, quick)
+    subject.warm_up()
+    before = subject.call()
+    with m2f_kernels.accelerate(subject.model) as acceleration:
+        after = subject.call()
+    difference, largest = _permuted_difference(before, after)
+    replaced = len(acceleration.report.replaced)
+
+    def accelerated() -> Any:
+        with m2f_kernels.accelerate(subject.model):
+            return subject.call()
+
+    budget, rounds = (0.0, 1) if quick else (BUDGET_S, ROUNDS)
+    first, second = timing.interleaved([subject.call, accelerated], device, budget, rounds)
+    return {
+        "before_ms": first.median_ms,
+        "after_ms": second.median_ms,
+        "before_iqr_ms": first.iqr_ms,
+        "after_iqr_ms": second.iqr_ms,
+        "rounds": first.rounds,
+        "difference": difference,
+        "largest": largest,
+        "replaced": replaced,
+    }
+
+
+def measure_memory(case: Model, device: str, quick: bool) -> dict[str, Any]:
+    import m2f_kernels
+
+    subject = _Subject(case, device, quick)
+    found = {}
+    for name in ("before_mib", "after_mib"):
+        if name == "after_mib":
+            m2f_kernels.accelerate(subject.model)
+        subject.warm_up()
+        if case.targets is not None:
+            subject.model.zero_grad(set_to_none=True)
+        found[name], _ = memory.peak_mib(subject.call, device)
+    return found
+
+
+# ---------------------------------------------------------------- the run
+
+
+def _worker(task: str, case: Model, setting: dict[str, str], device: str, quick: bool) -> dict[str, Any]:
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.integrations", "--task", task, "--case", case.name]
+    command += ["--device", device, *(["--quick"] if quick else [])]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=facts.environment(setting))
+    if done.returncode != 0:
+        raise RuntimeError(f"{case.name}, {task}: " + "\n".join(done.stderr.strip().splitlines()[-8:]))
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def run(device: str, quick: bool, wanted: str) -> tuple[list[Row], list[str]]:
+    """Rows, and what failed."""
+    rows, failures = [], []
+    settings = dict(list(facts.settings(device).items())[: 1 if quick else None])
+    for case in MODELS:
+        if wanted not in case.name:
+            continue
+        made = []
+        try:
+            for name, variables in settings.items():
+                made.append(Row(case.name, name, case.aim, **_worker("time", case, variables, device, quick)))
+                print(_line(made[-1]), flush=True)
+            environment = memory.ENVIRONMENT if device == "cpu" else {}
+            for name, value in _worker("memory", case, environment, device, quick).items():
+                setattr(made[0], name, value)
+        except RuntimeError as error:
+            failures.append(str(error))
+        rows += made
+    return rows, failures
+
+
+def _line(row: Row) -> str:
+    ratio = row.before_ms / row.after_ms
+    return f"{row.model} ({row.setting}): {number(row.before_ms)} -> {number(row.after_ms)} ms, {number(ratio)}x"
+
+
+# ---------------------------------------------------------------- reports
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: each model's times in every setting, memory and difference."""
+    settings = list(dict.fromkeys(row.setting for row in rows))
+    times = [f"{text}, ms ({settings[0]} allocator)" for text in ("before", "after")]
+    header = [
+        "model",
+        *times,
+        "ratio",
+        *(f"ratio ({name})" for name in settings[1:]),
+        "aim",
+        "peak MiB above the weights",
+    ]
+    header += ["difference, largest of outputs up to"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for model in dict.fromkeys(row.model for row in rows):
+        mine = {row.setting: row for row in rows if row.model == model}
+        first = mine[settings[0]]
+        ratios = [f"{number(row.before_ms / row.after_ms)}x" for row in mine.values()]
+        ratios[0] = f"**{ratios[0]}**"
+        ratio = first.before_mib / first.after_mib
+        memories = f"{mebibytes(first.before_mib)} → {mebibytes(first.after_mib)}, {number(ratio)}x"
+        cells = [model, number(first.before_ms), number(first.after_ms), *ratios, f"{first.aim}x", memories]
+        lines.append("| " + " | ".join([*cells, f"{first.difference:.1e} of {number(first.largest)}"]) + " |")
+    return "\n".join(lines)
+
+
+def report(rows: Sequence[Row], stated: dict[str, str], quick: bool) -> str:
+    parts = ["# transformers before and after", (__doc__ or "").split("\n\n", 2)[2].strip()]
+    if quick:
+        parts.append("**Quick run: small images, one round. These are no figures.**")
+    rounds = ", ".join(f"{row.model} ({row.setting}): {row.rounds}" for row in rows)
+    parts += [table(rows), f"Rounds: {rounds}.", "## Measured with"]
+    parts.append("\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in stated.items())]))
+    return "\n\n".join(parts) + "\n"
+
+
+def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            values = asdict(row)
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+
+
+def read_csv(path: Path) -> list[Row]:
+    kinds: dict[str, Callable[[str], Any]] = {"model": str, "setting": str, "rounds": int, "replaced": int}
+    with path.open(newline="") as file:
+        return [Row(**{k: kinds.get(k, float)(v) for k, v in record.items()}) for record in csv.DictReader(file)]
+
+
+def update(page: str) -> str:
+    """The text of the page with its figures replaced by those of the committed run."""
+    figures = table(read_csv(COMMITTED)) if COMMITTED.exists() else NOT_MEASURED
+    before, rest = page.split(MARKS[0])
+    return f"{before}{MARKS[0]}\n\n{figures}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="small images, one round")
+    parser.add_argument("--case", default="", help="only models whose name contains this; written only with --output")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
+    parser.add_argument("--task", choices=["time", "memory"], help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.task:
+        case = next(case for case in MODELS if case.name == arguments.case)
+        measure = measure_time if arguments.task == "time" else measure_memory
+        print(json.dumps(measure(case, arguments.device, arguments.quick)))
+        return 0
+
+    start = time.perf_counter()
+    stated = facts.gather(arguments.device, ["ms_deform_attn_from_offsets"])
+    rows, failures = run(arguments.device, arguments.quick, arguments.case)
+    stated["wall time of the run"] = f"{time.perf_counter() - start:.0f} s"
+    directory = arguments.output
+    if directory is None and not (arguments.quick or arguments.case):
+        directory = ROOT / "benchmarks" / "results" / facts.device_slug(arguments.device)
+    if rows:
+        print(table(rows))
+    if rows and not failures and directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
+        write_csv(directory / "integrations.csv", rows)
+        (directory / "integrations.md").write_text(report(rows, stated, arguments.quick))
+        print(f"Written to {directory} in {stated['wall time of the run']}")
+        PAGE.write_text(update(PAGE.read_text()))
+    for failure in failures:
+        print(f"Failed: {failure}", file=sys.stderr)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
