@@ -206,7 +206,7 @@ def test_loss_and_gradients(name, case, pixels, generator):
 
 
 @pytest.mark.usefixtures("fixed_points")
-@pytest.mark.parametrize("name", ["swin", "bottleneck", "projected"])
+@pytest.mark.parametrize("name", ["swin", "bottleneck", "pre_norm"])
 def test_loss_and_gradients_in_float64(name, pixels, generator, monkeypatch):
     """Without rounding that decides about bits and kinks: the same function."""
     sample = published.sample_point
@@ -469,6 +469,7 @@ def test_another_criterion_gets_logits(pixels, generator):
         assert_same(model(pixels, **labels), accelerated(pixels, **labels))
 
 
+@pytest.mark.usefixtures("fixed_points")
 def test_another_matcher_gets_logits(pixels, generator):
     """One that was put there after acceleration."""
     model, accelerated = both("resnet")

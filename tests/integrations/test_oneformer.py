@@ -54,7 +54,8 @@ def both(name="default", **changes):
     """The same model, as it is and accelerated."""
     model = make(name, **changes)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert not report.left
+    # The pixel decoder of transformers 4 is left alone.
+    assert {entry.text for entry in report.left} <= {"its encoder takes the sizes of the levels as a tensor alone"}
     return model, accelerated
 
 
@@ -103,6 +104,7 @@ def test_output_contract(flags, inputs):
     model, accelerated = both()
     with torch.no_grad():
         assert_same(model(**inputs, **flags), accelerated(**inputs, **flags))
+        flags = {name: value for name, value in flags.items() if name != "output_auxiliary_logits"}
         assert_same(model.model(**inputs, **flags), accelerated.model(**inputs, **flags))
 
 
@@ -171,11 +173,20 @@ def test_auxiliary_prediction_shows_its_masks(generator):
 
 
 # ---------------------------------------------------------------- loss and gradients
+NEEDS_TEXT = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="OneFormer of transformers 4 has no loss without texts"
+)
+
+
 @pytest.mark.usefixtures("fixed_points")
 @pytest.mark.parametrize("counts", [(3, 2), (3, 0), (0, 0)], ids=str)
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [("default", {}), ("pre_norm", {"is_training": True}), ("no_task_norm", {"is_training": True, "dropout": 0.1})],
+    [
+        pytest.param("default", {}, marks=NEEDS_TEXT),
+        ("pre_norm", {"is_training": True}),
+        ("no_task_norm", {"is_training": True, "dropout": 0.1}),
+    ],
     ids=["without text", "text", "dropout"],
 )
 def test_loss_and_gradients(name, changes, counts, inputs, texts, generator):
@@ -189,6 +200,7 @@ def test_loss_and_gradients(name, changes, counts, inputs, texts, generator):
     assert_same_gradients(gradients, found)
 
 
+@NEEDS_TEXT
 @pytest.mark.usefixtures("fixed_points")
 def test_loss_and_gradients_in_float64(inputs, generator, monkeypatch):
     """Without rounding that decides about bits and kinks: the same function."""
@@ -206,9 +218,9 @@ def test_loss_and_gradients_in_float64(inputs, generator, monkeypatch):
 
 
 @pytest.mark.usefixtures("fixed_points")
-def test_targets_of_different_sizes(inputs, generator):
-    model, accelerated = both("no_auxiliary_loss")
-    given = {**inputs, **targets((2, 3), [SIZE, (60, 140)], generator)}
+def test_targets_of_different_sizes(inputs, texts, generator):
+    model, accelerated = both("no_auxiliary_loss", is_training=True)
+    given = {**inputs, **texts, **targets((2, 3), [SIZE, (60, 140)], generator)}
     before, gradients = train(model, **given)
     after, found = train(accelerated, **given)
     assert_same(before, after)
@@ -232,12 +244,12 @@ def test_names_of_losses(inputs, texts, generator):
 
 
 @pytest.mark.usefixtures("fixed_points")
-def test_bfloat16_with_labels(inputs, generator):
+def test_bfloat16_with_labels(inputs, texts, generator):
     """The original raises; accelerated, the loss is near the one in float32, and gradients are finite."""
-    model, accelerated = both()
+    model, accelerated = both(is_training=True)
     labels = targets((3, 2), [SIZE] * 2, generator)
-    truth, _ = train(model, **inputs, **labels)
-    low = {**inputs, **labels, "pixel_values": inputs["pixel_values"].bfloat16()}
+    truth, _ = train(model, **inputs, **texts, **labels)
+    low = {**inputs, **texts, **labels, "pixel_values": inputs["pixel_values"].bfloat16()}
     with pytest.raises(RuntimeError):
         train(copy.deepcopy(model).bfloat16(), **low)
     outputs, gradients = train(accelerated.bfloat16(), **low)
@@ -247,10 +259,10 @@ def test_bfloat16_with_labels(inputs, generator):
 
 
 @pytest.mark.usefixtures("fixed_points")
-def test_checkpointed_layers(inputs, generator, monkeypatch):
+def test_checkpointed_layers(inputs, texts, generator, monkeypatch):
     """OneFormer's layers have no checkpointing of their own; whoever wraps them gets the same gradients."""
-    model, accelerated = both("no_auxiliary_loss", decoder_layers=4)
-    given = {**inputs, **targets((3, 2), [SIZE] * 2, generator)}
+    model, accelerated = both("no_auxiliary_loss", decoder_layers=4, is_training=True)
+    given = {**inputs, **texts, **targets((3, 2), [SIZE] * 2, generator)}
     _, gradients = train(model, **given)
     forward = oneformer.DecoderLayer.forward
 
@@ -286,7 +298,7 @@ def test_wrapped_attention(inputs):
     layer = model.model.transformer_module.decoder.layers[1].cross_attn
     layer.multihead_attn = Wrapped(layer.multihead_attn)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert {entry.cls for entry in report.left} == {
+    assert {entry.cls for entry in report.left} - {"OneFormerPixelDecoder"} == {
         "OneFormerTransformerDecoderCrossAttentionLayer",
         "OneFormerTransformerDecoderLayer",
         "OneFormerTransformerDecoder",
@@ -301,8 +313,8 @@ def test_wrapped_attention(inputs):
         assert_same(model(**inputs), accelerated(**inputs))
 
 
-def test_another_matcher(inputs, generator):
-    model, accelerated = both("no_auxiliary_loss", use_auxiliary_loss=True)
+def test_another_matcher(inputs, texts, generator):
+    model, accelerated = both("no_auxiliary_loss", use_auxiliary_loss=True, is_training=True)
 
     class Fixed(torch.nn.Module):
         def forward(self, masks, *_):
@@ -314,6 +326,6 @@ def test_another_matcher(inputs, generator):
         for x in (model, accelerated):
             x.criterion.matcher = Fixed()
             torch.manual_seed(1)
-            losses.append(x(**inputs, **targets((2, 2), [SIZE] * 2, torch.Generator().manual_seed(3))).loss)
+            losses.append(x(**inputs, **texts, **targets((2, 2), [SIZE] * 2, torch.Generator().manual_seed(3))).loss)
     assert_same(*losses)
     assert any("its matcher is" in str(x.message) for x in caught)

@@ -80,6 +80,8 @@ def fix_points(set_attribute):
 
         @staticmethod
         def rand(*shape, **_):
+            if shape == ([],):  # whether to skip a layer: asked for without dropout, too, in older versions
+                return torch.rand([])
             return points[: shape[-2]].expand(*shape)
 
     def ours(masks, targets, pairs, count, *_):

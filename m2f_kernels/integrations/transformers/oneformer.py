@@ -414,7 +414,9 @@ class Criterion:
         outputs.append((class_queries_logits, masks_queries_logits))
         *earlier, last = point_losses(self, self.num_classes, outputs, mask_labels, class_labels)
         if calculate_contrastive_loss:
-            last.update(self.loss_contrastive(contrastive_queries_logits, text_queries))
+            # The original takes the queries in float32 and the texts as they are: two dtypes in low precision.
+            texts = text_queries if text_queries is None else text_queries.float()
+            last.update(self.loss_contrastive(contrastive_queries_logits, texts))
         for i, losses in enumerate(earlier):
             last.update({f"{name}_{i}": loss for name, loss in losses.items()})
         return last
