@@ -7,6 +7,8 @@ effect: every batch size works.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -48,7 +50,9 @@ def forward(
     """
     _check_step(im2col_step)
     check_floating("value", value, "[N, S, H, D]")
-    with torch.no_grad(), torch.autocast(value.device.type, enabled=False):
+    device = value.device.type
+    no_autocast = torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+    with torch.no_grad(), no_autocast:
         return op.ms_deform_attn(value, spatial_shapes, level_start_index, sampling_loc, attn_weight)
 
 

@@ -207,7 +207,8 @@ def patch() -> list[str]:
       `point_sample` with `align_corners=True`, other options of `grid_sample`, 5-d inputs or points that need a
       gradient runs as before.
 
-    A second call replaces what was imported since the first.
+    Functions are replaced in the namespaces of modules: what a closure or a registry holds stays. On devices other than
+    CPU and CUDA the reference runs, with a warning. A second call replaces what was imported since the first.
 
     Returns:
         the names replaced, as "module.name".

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -77,12 +78,30 @@ def export(
             program = torch.export.export(model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes)
     else:
         raise TypeError(f"model: expected a module or an exported program; got {describe(model)}")
-    program = program.run_decompositions(decompositions())
-    left = sorted({str(node.target) for node in program.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")})
-    if left:
-        raise ValueError(f"model: expected inference only; {', '.join(left)} cannot be written as ONNX")
-    exported = torch.onnx.export(
-        program, (), None if path is None else str(path), dynamo=True, opset_version=opset_version, **options
-    )
+    ours = {node.target for node in program.graph.nodes if str(node.target).startswith(f"{NAMESPACE}.")}
+    table = decompositions()
+    if not ours <= table.keys():
+        names = ", ".join(sorted(str(op) for op in ours - table.keys()))
+        raise ValueError(f"model: expected inference only; {names} cannot be written as ONNX")
+    with _known_to_the_exporter(table):
+        exported = torch.onnx.export(
+            program, (), None if path is None else str(path), dynamo=True, opset_version=opset_version, **options
+        )
     assert exported is not None
     return exported
+
+
+@contextmanager
+def _known_to_the_exporter(table: Mapping[Any, Any]) -> Iterator[None]:
+    """Let the exporter decompose these operators with all others, in one pass.
+
+    A pass of ours before it would fix the strides of what the exporter's then decomposes to other strides, such as
+    PyTorch's attention; and tracing twice takes twice as long.
+    """
+    known: dict[Any, Any] = torch._decomp.decomposition_table
+    known.update(table)
+    try:
+        yield
+    finally:
+        for op in table:
+            del known[op]

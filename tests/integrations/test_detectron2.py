@@ -177,6 +177,16 @@ def test_reference_backend(clone):
         assert_clone_matches(clone, make_case(points=(3, 3)), 64)
 
 
+def test_meta_device(installed):
+    """Shapes alone, where no autocast exists."""
+    import MultiScaleDeformableAttention as MSDA
+
+    value, shapes, starts, samples, weights = arguments(make_case(points=(3, 3)))
+    output = MSDA.ms_deform_attn_forward(value.to("meta"), shapes, starts, samples.to("meta"), weights.to("meta"), 64)
+    assert output.shape == (2, 7, 32)
+    assert output.device.type == "meta"
+
+
 def test_compiles(clone):
     value, shapes, starts, samples, weights = arguments(make_case(points=(3, 3)))
     expected = m2f_kernels.ms_deform_attn(value, shapes, starts, samples, weights)

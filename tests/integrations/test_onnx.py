@@ -256,6 +256,47 @@ def test_mask2former_of_any_size(tmp_path):
     )
 
 
+def test_accelerated_model_of_transformers(tmp_path):
+    """Deformable DETR with the modules that `accelerate` puts in."""
+    integrations = pytest.importorskip(
+        "m2f_kernels.integrations.transformers", reason="the integration of transformers is not in this tree"
+    )
+    import transformers
+
+    class Detector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            stages = {"out_features": ["stage2", "stage3", "stage4"], "layer_type": "basic"}
+            sizes = {"embedding_size": 8, "hidden_sizes": [8, 16, 32, 64], "depths": [1, 1, 1, 1]}
+            heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+            layers = {"encoder_layers": 1, "decoder_layers": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+            config = transformers.DeformableDetrConfig(
+                backbone_config=transformers.ResNetConfig(**sizes, **stages),
+                d_model=32,
+                num_queries=7,
+                **heads,
+                **layers,
+            )
+            self.model = transformers.DeformableDetrForObjectDetection(config)
+            for name, parameter in self.named_parameters():
+                if "sampling_offsets" in name or "attention_weights" in name:
+                    nn.init.normal_(parameter, std=0.3)
+
+        def forward(self, pixel_values):
+            output = self.model(pixel_values)
+            return output.logits, output.pred_boxes
+
+    model = Detector().eval()
+    pixels = torch.rand(1, 3, 96, 64)
+    with torch.no_grad():
+        expected = model(pixels)
+    integrations.accelerate(model.model)
+    assert_runs(model, (pixels,), tmp_path / "m.onnx")
+    for found, truth in zip(run(tmp_path / "m.onnx", pixels), expected, strict=True):
+        torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- what is not exported
 def test_an_exported_program_is_taken(tmp_path):
     inputs = torch.rand(2, 3, 9, 7), torch.rand(2, 40, 2)
@@ -274,6 +315,22 @@ def test_training_operators_are_named(tmp_path):
     with pytest.raises(ValueError, match=r"model: expected inference only; m2f\.uncertain_points\.default cannot be"):
         integration.export(Call(function).eval(), (torch.randn(2, 9, 9),), tmp_path / "m.onnx")
     assert not (tmp_path / "m.onnx").exists()
+
+
+def test_the_exporter_forgets_the_decompositions(tmp_path, monkeypatch):
+    """They are PyTorch's only while a model is exported, also where that fails."""
+    known = torch._decomp.decomposition_table
+    before, seen = dict(known), []
+
+    def failing(*_, **__):
+        seen.extend(op for op in known if op not in before)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(torch.onnx, "export", failing)
+    with pytest.raises(RuntimeError, match="no"):
+        integration.export(nn.Identity().eval(), (torch.zeros(3),), tmp_path / "m.onnx")
+    assert set(seen) == set(integration.decompositions())
+    assert known == before
 
 
 @pytest.mark.parametrize(
