@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+import time
 from dataclasses import asdict, fields
 from functools import partial
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +20,11 @@ import torch
 from torch import Tensor
 
 import benchmarks
-from benchmarks import facts, floors, memory, timing
+from benchmarks import facts, floors, launches, memory, timing
 from benchmarks.cases import Benchmark, Case, Data, Implementation, Row, Scale
 
-#: Least number of rounds of interleaved timing per case; and seconds of it in a quick run.
-FULL_ROUNDS, QUICK_ROUNDS, QUICK_BUDGET = 5, 3, 0.2
+#: Peaks of memory are measured this many at once: nothing is timed meanwhile.
+MEMORY_PROCESSES = min(2, os.cpu_count() or 1)
 _OUT = sys.stdout
 
 
@@ -64,8 +67,11 @@ def _row(benchmark: Benchmark, case: Case, implementation: Implementation, setti
 def _measure_case(
     benchmark: Benchmark, case: Case, data: Data, setting: str, scale: Scale, rates: floors.Floors
 ) -> list[Row]:
-    rows, runs, timed = [], [], []
+    rows, runs, timed, checked_ms = [], [], [], []
+    first = setting == next(iter(facts.settings(scale.device)))
     for implementation in case.implementations:
+        if implementation.one_setting and not (first or scale.full):
+            continue
         row = _row(benchmark, case, implementation, setting)
         rows.append(row)
         reason = implementation.unavailable()
@@ -74,7 +80,9 @@ def _measure_case(
             continue
         try:
             run = case.bind(implementation, data)
+            start = time.perf_counter()
             results, row.written_mib = memory.written(partial(run, collect=True), implementation.counts_writes)
+            checked = (time.perf_counter() - start) * 1e3
             verdict = benchmark.check(case, implementation, data, implementation.decode(results, data))
             del results
         except Exception as error:  # a peer may fail in any way; the row says how
@@ -86,25 +94,36 @@ def _measure_case(
             continue
         runs.append(run)
         timed.append(row)
-    budget, rounds = (QUICK_BUDGET, QUICK_ROUNDS) if scale.quick else (benchmark.budget_s, FULL_ROUNDS)
-    floor_ms, kind = floors.floor(benchmark.work(case, data), rates)
-    for row, result in zip(timed, timing.interleaved(runs, scale.device, budget, rounds), strict=True):
+        # On a GPU the first call compiles.
+        checked_ms.append(checked if scale.device == "cpu" else 0.0)
+    plan = timing.plan(benchmark.budget_s, scale.quick, scale.full)
+    work = benchmark.work(case, data)
+    floor_ms, kind = (None, "") if work is None else floors.floor(work, rates)
+    by_name = {implementation.name: implementation for implementation in case.implementations}
+    for row, result in zip(timed, timing.interleaved(runs, scale.device, plan, checked_ms), strict=True):
         row.median_ms, row.iqr_ms, row.rounds, row.page_faults = (
             result.median_ms, result.iqr_ms, result.rounds, result.page_faults,
         )  # fmt: skip
-        row.floor_ms, row.floor_kind, row.floor_share = floor_ms, kind, floor_ms / result.median_ms
+        row.floor_ms, row.floor_kind = floor_ms, kind
+        row.floor_share = None if floor_ms is None else floor_ms / result.median_ms
+        stages = benchmark.stages(case, by_name[row.implementation])
+        row.stages = ";".join(f"{name}={milliseconds:.6g}" for name, milliseconds in stages.items())
     subject = rows[0].median_ms
     for row in rows:
         if subject is not None and row.median_ms is not None:
             row.subject_speedup = row.median_ms / subject
-    if scale.device == "cuda" and case.memory:
+    if scale.device == "cuda":
         for row, run in zip(timed, runs, strict=True):
-            row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
+            row.kernels = launches.count(run)
+            if case.memory:
+                row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
     return rows
 
 
 def time_cases(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace: Path, setting: str) -> None:
     """Check and time every case under this process's allocator setting."""
+    if not scale.full and setting != next(iter(facts.settings(scale.device))):
+        cases = [case for case in cases if not case.one_setting]
     for op in benchmark.measured_operators:
         emit("backend", op=op, text=facts.backend_of(op, scale.device))
     rates = json.loads((workspace / "floors.json").read_text())
@@ -131,36 +150,80 @@ def measure_floors(scale: Scale, cases: list[Case], workspace: Path) -> None:
     emit("floors", floors=rates)
 
 
-def measure_memory(benchmark: Benchmark, case: Case, implementation: Implementation, workspace: Path) -> None:
+def _measure_memory(scale: Scale, workspace: Path, op: str, case: str, implementation: str, sender: Any) -> None:
     """Peak memory of one call on CPU; this process does nothing else."""
-    data = _load(workspace, case.data, "cpu", with_truth=False)
-    case.bind(implementation, benchmark.shrink(data))()
-    run = case.bind(implementation, data)
-    extra, total = memory.measure(run, data.inputs.values(), "cpu")
-    emit("memory", case=case.name, implementation=implementation.name, extra_mib=extra, total_mib=total)
+    benchmark = benchmarks.load(op)
+    chosen = next(c for c in benchmark.select(scale) if c.name == case)
+    one = next(i for i in chosen.implementations if i.name == implementation)
+    if benchmark.peak is not None:
+        sender.send((benchmark.peak(chosen, one), None))
+        return
+    data = _load(workspace, chosen.data, "cpu", with_truth=False)
+    chosen.bind(one, benchmark.shrink(data))()
+    run = chosen.bind(one, data)
+    sender.send(memory.measure(run, data.inputs.values(), "cpu"))
+
+
+def _calibrate(sender: Any) -> None:
+    sender.send((memory.calibration(), None))
+
+
+def measure_memory(scale: Scale, workspace: Path) -> None:
+    """Peak memory of what `memory.json` lists, and the check of the method.
+
+    Each measurement is a fresh process, forked from this one, which has imported everything and computed nothing: no
+    thread has been started and no tensor made.
+    """
+    jobs: list[tuple[str, str, str] | None] = [None, *map(tuple, json.loads((workspace / "memory.json").read_text()))]
+    context = get_context("fork")
+    running: dict[int, tuple[tuple[str, str, str] | None, Any, Any]] = {}
+    while jobs or running:
+        while jobs and len(running) < MEMORY_PROCESSES:
+            job = jobs.pop(0)
+            receiver, sender = context.Pipe(duplex=False)
+            if job is None:
+                process = context.Process(target=_calibrate, args=(sender,))
+            else:
+                emit("progress", text=f"peak memory: {job[1]}, {job[2]}")
+                process = context.Process(target=_measure_memory, args=(scale, workspace, *job, sender))
+            process.start()
+            sender.close()
+            running[process.sentinel] = job, process, receiver
+        for sentinel in connection.wait(list(running)):
+            job, process, receiver = running.pop(sentinel)  # type: ignore[index]
+            process.join()
+            name = "check of the method" if job is None else ", ".join(job)
+            if process.exitcode != 0 or not receiver.poll():
+                emit("failure", text=f"peak memory of {name}: its process ended with code {process.exitcode}")
+                continue
+            extra, total = receiver.recv()
+            if job is None:
+                emit("calibration", extra_mib=extra)
+            else:
+                emit("memory", job=job, extra_mib=extra, total_mib=total)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=["prepare", "time", "memory", "calibrate"])
+    parser.add_argument("task", choices=["prepare", "time", "memory"])
     parser.add_argument("--op", default="", help="comma-separated operators")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--full", action="store_true")
     parser.add_argument("--workspace", type=Path, required=True)
     parser.add_argument("--setting", default="")
-    parser.add_argument("--case", default="", help="memory: the case; otherwise only cases whose name contains this")
-    parser.add_argument("--implementation", default="")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     arguments = parser.parse_args()
 
     global _OUT
     _OUT, sys.stdout = sys.stdout, sys.stderr  # whatever a peer prints must not enter the protocol
-    scale = Scale(arguments.device, arguments.quick)
-    if arguments.task == "calibrate":
-        emit("calibration", extra_mib=memory.calibration())
-        return
+    scale = Scale(arguments.device, arguments.quick, arguments.full)
     ops = arguments.op.split(",")
     loaded = [benchmarks.load(op) for op in ops]
-    chosen = [[case for case in b.cases(scale) if arguments.case in case.name] for b in loaded]
+    if arguments.task == "memory":
+        measure_memory(scale, arguments.workspace)
+        return
+    chosen = [[case for case in b.select(scale) if arguments.case in case.name] for b in loaded]
     if arguments.task == "prepare":
         measured = [op for benchmark in loaded for op in benchmark.measured_operators]
         emit("facts", facts=facts.gather(arguments.device, measured), slug=facts.device_slug(arguments.device))
@@ -168,12 +231,8 @@ def main() -> None:
     for benchmark, cases in zip(loaded, chosen, strict=True):
         if arguments.task == "prepare":
             prepare(benchmark, scale, cases, arguments.workspace)
-        elif arguments.task == "time":
-            time_cases(benchmark, scale, cases, arguments.workspace, arguments.setting)
         else:
-            case = next(c for c in cases if c.name == arguments.case)
-            implementation = next(i for i in case.implementations if i.name == arguments.implementation)
-            measure_memory(benchmark, case, implementation, arguments.workspace)
+            time_cases(benchmark, scale, cases, arguments.workspace, arguments.setting)
 
 
 if __name__ == "__main__":
