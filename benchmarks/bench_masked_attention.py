@@ -212,7 +212,14 @@ def cases(scale: Scale) -> list[Case]:
         # On CPU one case is enough to say that FlexAttention is not compared there.
         implementations = everybody if cuda or dtype == "bf16" else here
         return Case(
-            f"{name} {direction}", name, direction, implementations, kind, dtype, memory=memory, headline=headline,
+            f"{name} {direction}",
+            name,
+            direction,
+            implementations,
+            kind,
+            dtype,
+            memory=memory,
+            headline=headline,
             full=full,
         )
 

@@ -29,7 +29,7 @@ from benchmarks.memory import bytes_of
 HEADS, CHANNELS, POINTS = 8, 256, 4
 DECODER_QUERIES = 300
 #: Queries of the reference evaluated at once: its fp64 intermediates then stay small.
-REFERENCE_CHUNK = 1024
+REFERENCE_CHUNK = 2048
 
 OURS = "m2f_kernels"
 OURS_FLOAT32 = "m2f_kernels, float32 inputs"

@@ -230,9 +230,7 @@ def _curve_case(size: int, count: int, num_points: int, full: bool) -> Case:
         _implementation(TRANSFORMERS, peers_points.points_loss(num_points)),
     ]
     name = f"{LOSS} {size}² T={count}"
-    return Case(
-        f"{name} K={num_points}", name, "forward+backward", found, memory=True, full=full, one_setting=True
-    )
+    return Case(f"{name} K={num_points}", name, "forward+backward", found, memory=True, full=full, one_setting=True)
 
 
 def cases(scale: Scale) -> list[Case]:

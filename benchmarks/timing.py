@@ -120,9 +120,7 @@ def interleaved(
     gc.disable()
     try:
         start, rounds = time.perf_counter(), 0
-        while rounds < plan.min_rounds or (
-            rounds < MAX_ROUNDS and time.perf_counter() - start < plan.budget_s
-        ):
+        while rounds < plan.min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < plan.budget_s):
             for run, before, taken in zip(runs, known, samples, strict=True):
                 if before <= LONG_MS or len(taken) <= plan.long_calls:
                     taken.append(once(run))

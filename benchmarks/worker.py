@@ -6,6 +6,8 @@ Protocol: one JSON object per line on standard output, with an "event": progress
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
 import os
 import sys
@@ -150,22 +152,28 @@ def measure_floors(scale: Scale, cases: list[Case], workspace: Path) -> None:
     emit("floors", floors=rates)
 
 
-def _measure_memory(scale: Scale, workspace: Path, op: str, case: str, implementation: str, sender: Any) -> None:
-    """Peak memory of one call on CPU; this process does nothing else."""
+Job = tuple[str, str, str]  # operator, case, implementation
+
+
+def _peak(scale: Scale, workspace: Path, op: str, case: str, implementation: str) -> tuple[float, float | None]:
+    """Peak memory of one call on CPU: extra and total MiB."""
     benchmark = benchmarks.load(op)
     chosen = next(c for c in benchmark.select(scale) if c.name == case)
     one = next(i for i in chosen.implementations if i.name == implementation)
     if benchmark.peak is not None:
-        sender.send((benchmark.peak(chosen, one), None))
-        return
+        return benchmark.peak(chosen, one), None
     data = _load(workspace, chosen.data, "cpu", with_truth=False)
     chosen.bind(one, benchmark.shrink(data))()
     run = chosen.bind(one, data)
-    sender.send(memory.measure(run, data.inputs.values(), "cpu"))
+    return memory.measure(run, data.inputs.values(), "cpu")
 
 
-def _calibrate(sender: Any) -> None:
-    sender.send((memory.calibration(), None))
+def _in_process(scale: Scale, workspace: Path, job: Job | None, sender: Any) -> None:
+    """What a measuring process does: send (extra, total) MiB, or why there are none."""
+    try:
+        sender.send((memory.calibration(), None) if job is None else _peak(scale, workspace, *job))
+    except Exception as error:
+        sender.send(_failure(error))
 
 
 def measure_memory(scale: Scale, workspace: Path) -> None:
@@ -174,33 +182,40 @@ def measure_memory(scale: Scale, workspace: Path) -> None:
     Each measurement is a fresh process, forked from this one, which has imported everything and computed nothing: no
     thread has been started and no tensor made.
     """
-    jobs: list[tuple[str, str, str] | None] = [None, *map(tuple, json.loads((workspace / "memory.json").read_text()))]
+    jobs: list[Job | None] = [None, *map(tuple, json.loads((workspace / "memory.json").read_text()))]
+    for op in {job[0] for job in jobs if job}:
+        benchmarks.load(op)
+    if importlib.util.find_spec("transformers"):
+        importlib.import_module("transformers.models.mask2former.modeling_mask2former")
     context = get_context("fork")
-    running: dict[int, tuple[tuple[str, str, str] | None, Any, Any]] = {}
+    running: dict[int, tuple[Job | None, Any, Any]] = {}
     while jobs or running:
         while jobs and len(running) < MEMORY_PROCESSES:
             job = jobs.pop(0)
-            receiver, sender = context.Pipe(duplex=False)
-            if job is None:
-                process = context.Process(target=_calibrate, args=(sender,))
-            else:
+            if job is not None:
                 emit("progress", text=f"peak memory: {job[1]}, {job[2]}")
-                process = context.Process(target=_measure_memory, args=(scale, workspace, *job, sender))
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_in_process, args=(scale, workspace, job, sender))
             process.start()
             sender.close()
             running[process.sentinel] = job, process, receiver
         for sentinel in connection.wait(list(running)):
-            job, process, receiver = running.pop(sentinel)  # type: ignore[index]
+            job, process, receiver = running.pop(int(sentinel))  # type: ignore[call-overload]
             process.join()
-            name = "check of the method" if job is None else ", ".join(job)
-            if process.exitcode != 0 or not receiver.poll():
-                emit("failure", text=f"peak memory of {name}: its process ended with code {process.exitcode}")
-                continue
-            extra, total = receiver.recv()
-            if job is None:
-                emit("calibration", extra_mib=extra)
-            else:
-                emit("memory", job=job, extra_mib=extra, total_mib=total)
+            try:
+                result = receiver.recv()
+            except EOFError:
+                result = f"its process ended with {process.exitcode}"
+            _report_memory(job, result)
+
+
+def _report_memory(job: Job | None, result: tuple[float, float | None] | str) -> None:
+    if isinstance(result, str):
+        emit("failure", text=f"peak memory, {', '.join(job) if job else 'check of the method'}: {result}")
+    elif job is None:
+        emit("calibration", extra_mib=result[0])
+    else:
+        emit("memory", job=job, extra_mib=result[0], total_mib=result[1])
 
 
 def main() -> None:
