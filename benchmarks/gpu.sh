@@ -22,7 +22,7 @@ arch=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capabili
 
 step_build() { M2F_CUDA_ARCHS=${M2F_CUDA_ARCHS:-$arch} "$PYTHON" setup.py -q build_ext --inplace && cat build/temp.*/cmake/build.log; }
 step_info() { "$PYTHON" -m m2f_kernels.info && nvidia-smi && git rev-parse HEAD; }
-step_resources() { "$PYTHON" csrc/report_resources.py --archs "$arch" --check --output "$RESULTS/resources.md" && cat "$RESULTS/resources.md" && "$PYTHON" -m benchmarks.static --check --archs "$arch"; }
+step_resources() { "$PYTHON" -m benchmarks.static_cuda --archs "$arch" --check --output "$RESULTS/resources.md" && cat "$RESULTS/resources.md" && "$PYTHON" -m benchmarks.static --check --archs "$arch"; }
 step_suite() { "$PYTHON" -m pytest tests -m "not slow" -q --durations=10; }
 step_memcheck() { compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }
 step_racecheck() { compute-sanitizer --tool racecheck --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }
