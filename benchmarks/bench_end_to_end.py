@@ -56,16 +56,22 @@ def _base(implementation: str) -> str:
 # ---------------------------------------------------------------- one call
 
 
+Seconds = dict[str, list[float]]
+
+
 @dataclass(frozen=True)
 class _Watched:
-    """A model and the seconds of every forward pass of its parts since the last `clear`."""
+    """A model, and what the forward passes of its parts took since they were last collected."""
 
     model: nn.Module
-    seconds: dict[str, list[float]] = field(default_factory=dict)
+    seconds: Seconds = field(default_factory=dict)
 
-    def clear(self) -> None:
-        for found in self.seconds.values():
-            found.clear()
+    def collect(self) -> dict[str, float]:
+        """The seconds of each part in the call that has just ended."""
+        found = {part: sum(taken) for part, taken in self.seconds.items() if taken}
+        for taken in self.seconds.values():  # the hooks hold these lists
+            taken.clear()
+        return found
 
 
 @cache
@@ -78,30 +84,32 @@ def _model(backbone: str, base: str, checkpointing: bool, device: str) -> _Watch
     return watched
 
 
-#: The model that a case's implementation was last bound to.
-_bound: dict[tuple[str, str], _Watched] = {}
-
-
 def _watched(name: str, implementation: str, device: str) -> _Watched:
     return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, device)
 
 
+#: What the parts took in every call of a case's implementation, since it was last bound.
+_stages: dict[tuple[str, str], Seconds] = {}
+
+
 def _adapt(name: str, implementation: str, device: str, inputs: Tensors, levels: Levels) -> dict[str, Any]:
     watched = _watched(name, implementation, device)
-    watched.clear()
-    _bound[name, implementation] = watched
-    return {"run": bench.call(_spec(name, implementation, device), watched.model)}
+    seconds = _stages[name, implementation] = {}
+    run = bench.call(_spec(name, implementation, device), watched.model)
+    return {"run": run, "watched": watched, "seconds": seconds}
 
 
-def _call(arguments: dict[str, Any]) -> Any:
+def _call(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     found = arguments["run"]()
+    for part, taken in arguments["watched"].collect().items():
+        arguments["seconds"].setdefault(part, []).append(taken)
     return tuple(t.detach() for t in found if t is not None)
 
 
 def stages(case: Case, implementation: Implementation) -> dict[str, float]:
     """Median milliseconds of the parts' forward passes; the checked call, which warms up, not counted."""
-    seconds = _bound[case.name, implementation.name].seconds
-    return {part: statistics.median(found[1:]) * 1e3 for part, found in seconds.items() if len(found) > 1}
+    seconds = _stages[case.name, implementation.name]
+    return {part: statistics.median(taken[1:]) * 1e3 for part, taken in seconds.items() if len(taken) > 1}
 
 
 def peak(case: Case, implementation: Implementation) -> float:

@@ -84,4 +84,6 @@ def summary(found: Sequence[Sequence[str]]) -> str:
     """How many aims were met and missed."""
     verdicts = [line[-1] for line in found if line[-1] != NO_TARGET]
     counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    if not verdicts:
+        return "No aims here."
     return f"{len(verdicts)} aims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + "."

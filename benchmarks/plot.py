@@ -10,7 +10,9 @@ from benchmarks.cases import Benchmark, Row
 from benchmarks.formats import mebibytes, number
 from benchmarks.memory import RESOLUTION_MIB
 
-_OURS, _OURS_OTHER = "#d1495b", "#e8a0aa"
+_OURS, _OURS_OTHERS = "#d1495b", ("#e8a0aa", "#8c2f3d")
+#: What the stages leave of a call.
+_REST = "the rest, backward included"
 _PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98", "#c9a66b", "#5f6c7b")
 _BAR = 0.8
 
@@ -32,15 +34,12 @@ def _bare(axes: Any, *sides: str) -> None:
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    colours: dict[str, str] = {}
-    for row in rows:
-        if row.implementation not in colours:
-            if row.ours:
-                colours[row.implementation] = _OURS if not any(r in (_OURS,) for r in colours.values()) else _OURS_OTHER
-            else:
-                used = sum(c in _PEERS for c in colours.values())
-                colours[row.implementation] = _PEERS[used % len(_PEERS)]
-    return colours
+    """A colour for each implementation, this package's red."""
+    names = {row.implementation: row.ours for row in rows}
+    ours, peers = ([name for name, own in names.items() if own is kind] for kind in (True, False))
+    colours = {name: ([_OURS, *_OURS_OTHERS])[i % (1 + len(_OURS_OTHERS))] for i, name in enumerate(ours)}
+    colours |= {name: _PEERS[i % len(_PEERS)] for i, name in enumerate(peers)}
+    return {name: colours[name] for name in names}
 
 
 def _panel(
@@ -188,6 +187,7 @@ def draw_points(directory: Path, rows: Sequence[Row], usual: int) -> list[str]:
         axis.set_xscale("log", base=4)
         ticks = sorted({x for line in lines.values() for x, _ in line})
         axis.set_xticks(ticks, [str(k) for k in ticks])
+        axis.minorticks_off()
         axis.set_xlabel("points K")
     axes[0].set_title(f"{case[0].upper()}{case[1:]}, forward + backward")
     axes[1].set_title("Peak memory above inputs and outputs")
@@ -243,14 +243,14 @@ def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
         return []
     plt = _pyplot()
     stages = list(dict.fromkeys(stage for row in shown for stage in row.stage_ms))
-    colours = dict(zip([*stages, "the rest (backward)"], _STAGES, strict=False))
+    colours = dict(zip([*stages, _REST], _STAGES, strict=False))
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.42 * len(shown)), layout="constrained")
     position, ticks, labels, longest = 0.0, [], [], max(row.median_ms or 0.0 for row in shown)
     for case in dict.fromkeys(row.case for row in shown):
-        for row in reversed([r for r in shown if r.case == case]):  # peers first: before and after
+        for row in sorted((r for r in shown if r.case == case), key=lambda r: r.ours):  # before and after
             total = row.median_ms or 0.0
             widths = row.stage_ms
-            widths["the rest (backward)"] = max(0.0, total - sum(widths.values()))
+            widths[_REST] = max(0.0, total - sum(widths.values()))
             left = 0.0
             for stage, colour in colours.items():
                 width = widths.get(stage, 0.0)

@@ -24,6 +24,7 @@ class Block:
     name: str
     ops: tuple[str, ...]
     table: Callable[[Sequence[Row]], str]
+    pictures: tuple[str, ...] = ()
 
     @property
     def marks(self) -> tuple[str, str]:
@@ -34,19 +35,21 @@ class Block:
             files = [RESULTS / folder / f"{op}.csv" for op in self.ops]
             if all(file.exists() for file in files):
                 table = self.table([row for file in files for row in read(file)])
-                return f"{table}\n\n{self.source(folder)}"
+                drawn = [name for name in self.pictures if (RESULTS / folder / name).exists()]
+                shown = [f"![{self.name}](benchmarks/results/{folder}/{name})" for name in drawn]
+                return "\n\n".join([table, self.source(folder), *shown])
         return NOT_MEASURED
 
     def source(self, folder: str) -> str:
         links = ", ".join(f"[{op.replace('_', ' ')}](benchmarks/results/{folder}/{op}.md)" for op in self.ops)
-        return f"All cases, aims, errors, floors and the facts of the run ({folder.split('/')[0]}): {links}."
+        return f"Measured on {folder.split('/')[0]}; every case, aim, error, floor and fact of the run: {links}."
 
 
 BLOCKS = (
-    Block("figures of the loss", ("point_loss",), tables.point_loss),
-    Block("figures of the whole model", ("end_to_end",), tables.end_to_end),
+    Block("figures of the loss", ("point_loss",), tables.point_loss, ("point_loss_curve.png",)),
+    Block("figures of the whole model", ("end_to_end",), tables.end_to_end, ("end_to_end_stages.png",)),
     Block("figures of other people's models", ("integrations",), tables.integrations),
-    Block("figures", ("ms_deform_attn",), tables.deformable_attention),
+    Block("figures", ("ms_deform_attn",), tables.deformable_attention, ("ms_deform_attn.png",)),
     Block("figures of masked attention", ("attention_mask", "masked_attention"), tables.masked_attention),
 )
 

@@ -103,7 +103,7 @@ def _stage_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         for row in rows
         if row.stages and row.median_ms is not None
     ]  # fmt: skip
-    return ["case", "implementation", "setting", *stages, "the rest (backward)", "total"], lines
+    return ["case", "implementation", "setting", *stages, "the rest, backward included", "total"], lines
 
 
 def _launch_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -300,7 +300,8 @@ def text(directory: Path) -> str:
     """The report of what lies in a folder."""
     runs = load(directory)
     parts = [f"# What does it save? {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
-    parts += _warnings(runs)
+    found = aims(runs)
+    parts += [*_warnings(runs), *_misses(found)]
     for title, ops, table, pictures in FIRST_PAGE:
         parts.append(f"## {title}")
         if not all(op in runs for op in ops):
@@ -318,13 +319,18 @@ def text(directory: Path) -> str:
             title = benchmarks.load(op).title
             picture = f"![{title}]({op}.png)" if (directory / f"{op}.png").exists() else ""
             parts += [f"### [{title}]({op}.md)", markdown(header, lines), picture]
-    found = aims(runs)
     judged = [line for line in found if line[-1] != figures.NO_TARGET]
     parts += ["## Aims of every issue", figures.summary(found), markdown(["issue", "operator", *figures.HEADER],
               _bold_misses(judged))]  # fmt: skip
     for facts, ops in _by_facts(runs):
         parts += [f"## Measured with: {', '.join(ops)}", _facts(facts)]
     return "\n\n".join(part for part in [*parts, method()] if part)
+
+
+def _misses(found: list[list[str]]) -> list[str]:
+    """How many aims were met, and which were not."""
+    missed = [f"- {line[2]} ({line[3]}): {line[5]}, aim {line[4]}" for line in found if line[-1] == figures.MISSED]
+    return [f"{figures.summary(found)} [All of them](#aims-of-every-issue)." + "".join(f"\n{line}" for line in missed)]
 
 
 def _note(op: str) -> str:
