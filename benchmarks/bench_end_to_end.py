@@ -20,6 +20,9 @@ from m2f_model import bench
 OURS, TRANSFORMERS = "m2f", "transformers"
 CHECKPOINTED, BF16 = "m2f, activation checkpointing", "m2f, bf16 autocast"
 TRANSFORMERS_BF16 = "transformers, bf16 autocast"
+#: On a GPU only.
+TRANSFORMERS_COMPILED = "transformers, bf16 autocast, compiled"
+LOW_PRECISION = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED)
 INFERENCE, TRAINING = "inference", "training step"
 TITLES = {"tiny": "tiny", "r50": "R50", "swin-t": "Swin-T"}
 TARGETS = 10
@@ -44,7 +47,7 @@ def _spec(name: str, implementation: str, device: str) -> bench.Case:
     backbone, what, size, batch = parts(name)
     return bench.Case(
         backbone, size, what == TRAINING, batch, TARGETS, device,
-        autocast="bf16" if implementation in (BF16, TRANSFORMERS_BF16) else "none",
+        autocast="bf16" if implementation in LOW_PRECISION else "none",
         activation_checkpointing=implementation == CHECKPOINTED,
     )  # fmt: skip
 
@@ -75,17 +78,21 @@ class _Watched:
 
 
 @cache
-def _model(backbone: str, base: str, checkpointing: bool, device: str) -> _Watched:
+def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, device: str) -> _Watched:
     """Built once per process: the weights do not depend on the image's size."""
     case = bench.Case(backbone, device=device, activation_checkpointing=checkpointing)
     watched = _Watched(bench.build(case, base))
+    if compiled:  # hooks would break its graph
+        watched.model.compile()
+        return watched
     for part, path in bench._STAGES[base].items():
         bench._watch(watched.model.get_submodule(path), watched.seconds.setdefault(part, []), device)
     return watched
 
 
 def _watched(name: str, implementation: str, device: str) -> _Watched:
-    return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, device)
+    compiled = implementation == TRANSFORMERS_COMPILED
+    return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, compiled, device)
 
 
 #: What the parts took in every call of a case's implementation, since it was last bound.
@@ -135,7 +142,7 @@ def data(scale: Scale) -> dict[str, Callable[[], Data]]:
 def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
     """float32: largest difference of class and mask logits relative to the largest value. bf16: one minus the
     intersection over union of the predicted masks."""
-    if implementation.name in (BF16, TRANSFORMERS_BF16):
+    if implementation.name in LOW_PRECISION:
         ours, theirs = (x > 0 for x in (results[1].to(data.truth["masks"].device), data.truth["masks"]))
         union = (ours | theirs).sum().item()
         iou = (ours & theirs).sum().item() / union if union else 1.0
@@ -163,7 +170,7 @@ def cases(scale: Scale) -> list[Case]:
         direction = "forward+backward" if what == TRAINING else "forward"
         return Case(name, name, direction, implementations, **options)
 
-    low = (BF16, TRANSFORMERS_BF16) if cuda or scale.full else (BF16,)
+    low = LOW_PRECISION if cuda else LOW_PRECISION[:2] if scale.full else LOW_PRECISION[:1]
     found = [
         case(backbone, INFERENCE, largest, *low, memory=True, headline=True),
         case(backbone, INFERENCE, small, memory=True, headline=True),
@@ -171,13 +178,13 @@ def cases(scale: Scale) -> list[Case]:
     ]
     if scale.quick:
         return found
-    found += [case(backbone, INFERENCE, size, one_setting=True) for size in (256, 768)]
+    found += [case(backbone, INFERENCE, size, one_setting=True, full=size == 768 and not cuda) for size in (256, 768)]
     found.append(case(backbone, TRAINING, 1024, memory=True, full=not cuda))
     for size in (512, 1024):
         found.append(case("swin-t", INFERENCE, size, memory=True, full=True))
     found.append(case("swin-t", TRAINING, 512, memory=True, full=True))
     if cuda:
-        found.append(case(backbone, TRAINING, 1024, BF16, TRANSFORMERS_BF16, batch=2, memory=True))
+        found.append(case(backbone, TRAINING, 1024, *LOW_PRECISION, batch=2, memory=True, headline=True))
     return found
 
 
@@ -205,6 +212,22 @@ def figures(scale: Scale) -> list[Figure]:
             targets = {"cuda": None}
         return Figure(f"{case}: {label}", (case, (TRANSFORMERS,), field_), (case, (ours,), field_), targets)
 
+    if scale.device == "cuda" and not scale.quick:
+        both = _name("r50", TRAINING, 1024, 2)
+        return [
+            *(
+                Figure(f"{case}: {label}", (case, (peer,), time), (case, (BF16,), time), {"cuda": target})
+                for case, aim in ((large, 2.0), (both, 1.5))
+                for peer, label, target in (
+                    (TRANSFORMERS_COMPILED, "bf16, faster than transformers compiled", aim),
+                    (TRANSFORMERS_BF16, "bf16, faster than transformers", None),
+                )
+            ),
+            Figure(
+                f"{both}: bf16, less peak memory than transformers",
+                (both, (TRANSFORMERS_BF16,), memory), (both, (BF16,), memory), {"cuda": 1.4},
+            ),
+        ]  # fmt: skip
     first = {"default": 1.2} if scale.device == "cpu" else {"cuda": 1.2}
     iou = dict.fromkeys(first, 0.02)
     return [

@@ -44,7 +44,7 @@ def plan(budget_s: float, quick: bool, full: bool) -> Plan:
     """The plan of a benchmark whose full run has `budget_s` seconds per case."""
     if quick:
         return Plan(0.2, 3, 0)
-    return Plan(budget_s, 5, 1) if full else Plan(min(budget_s, 1.0), 3, 0)
+    return Plan(budget_s, 5, 1) if full else Plan(min(budget_s, 0.6), 3, 0)
 
 
 @dataclass(frozen=True)

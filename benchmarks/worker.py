@@ -119,6 +119,8 @@ def _measure_case(
             row.kernels = launches.count(run)
             if case.memory:
                 row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
+                if benchmark.peak is not None:  # which counts outputs too
+                    row.memory_extra_mib, row.memory_total_mib = row.memory_total_mib, None
     return rows
 
 
@@ -185,7 +187,7 @@ def measure_memory(scale: Scale, workspace: Path) -> None:
     jobs: list[Job | None] = [None, *map(tuple, json.loads((workspace / "memory.json").read_text()))]
     for op in {job[0] for job in jobs if job}:
         benchmarks.load(op)
-    if importlib.util.find_spec("transformers"):
+    if len(jobs) > 1 and importlib.util.find_spec("transformers"):
         importlib.import_module("transformers.models.mask2former.modeling_mask2former")
     context = get_context("fork")
     running: dict[int, tuple[Job | None, Any, Any]] = {}
@@ -233,11 +235,10 @@ def main() -> None:
     global _OUT
     _OUT, sys.stdout = sys.stdout, sys.stderr  # whatever a peer prints must not enter the protocol
     scale = Scale(arguments.device, arguments.quick, arguments.full)
-    ops = arguments.op.split(",")
-    loaded = [benchmarks.load(op) for op in ops]
     if arguments.task == "memory":
         measure_memory(scale, arguments.workspace)
         return
+    loaded = [benchmarks.load(op) for op in arguments.op.split(",")]
     chosen = [[case for case in b.select(scale) if arguments.case in case.name] for b in loaded]
     if arguments.task == "prepare":
         measured = [op for benchmark in loaded for op in benchmark.measured_operators]
