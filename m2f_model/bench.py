@@ -85,6 +85,9 @@ def build(case: Case, implementation: str) -> nn.Module:
         for name, parameter in theirs.named_parameters():
             if "sampling_offsets" in name or "attention_weights" in name:  # else: every query alike
                 parameter += 0.05 * torch.randn_like(parameter)
+    for module in theirs.modules():  # frozen, as published and as in ours: the same gradients are computed
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
     model: nn.Module = theirs
     if implementation == "m2f":
         ours = Mask2Former(config).eval()

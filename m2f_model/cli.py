@@ -173,6 +173,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="learning rate.")] = None,
     size: Annotated[int | None, typer.Option(help="side of the inputs that large-scale jitter makes.")] = None,
     autocast: Annotated[str, typer.Option(help="none, bf16 or fp16.")] = "none",
+    parallel: Annotated[str, typer.Option(help="several processes: ddp, or fsdp (a share of the model each).")] = "ddp",
     activation_checkpointing: Annotated[bool, typer.Option(help="less memory, more time.")] = False,
     seed: int = 0,
     workers: Annotated[int | None, typer.Option(help="processes that prepare data.")] = None,
@@ -183,6 +184,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "size": size, "workers": workers}
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     changes |= {"autocast": autocast, "activation_checkpointing": activation_checkpointing, "seed": seed}
+    changes["parallel"] = parallel
     try:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
