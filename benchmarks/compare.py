@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks import memory
+from benchmarks import REGISTRY, memory, other_models
 from benchmarks.cases import Row
 from benchmarks.formats import number
 
@@ -22,18 +22,22 @@ SHARE = 0.10
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV, or of every CSV in a folder.
+    """The rows of a CSV, or of every benchmark's CSV in a folder.
 
     Raises:
         ValueError: there is none, or it is not a benchmark's.
     """
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
-    if not files or not all(file.is_file() for file in files):
+    files = [path / f"{op}.csv" for op in (*REGISTRY, other_models.OP)] if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    if not files:
         raise ValueError(f"{path}: expected a CSV that a benchmark wrote, or a folder of them; found none")
     rows = []
     for file in files:
         with file.open(newline="") as stream:
             records = csv.DictReader(stream)
+            if set(records.fieldnames or []) >= other_models.COLUMNS:
+                rows += other_models.rows(records)
+                continue
             missing = {"op", "case", "implementation", "setting", "median_ms"} - set(records.fieldnames or [])
             if missing:
                 raise ValueError(
@@ -45,7 +49,7 @@ def read(path: Path) -> list[Row]:
 
 def devices(path: Path) -> set[str]:
     """The devices that the facts beside a CSV, or in a folder, name."""
-    files = path.glob("*.json") if path.is_dir() else [path.with_suffix(".json")]
+    files = [path / f"{op}.json" for op in REGISTRY] if path.is_dir() else [path.with_suffix(".json")]
     return {json.loads(file.read_text())["facts"]["device"] for file in files if file.is_file()}
 
 

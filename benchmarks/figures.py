@@ -48,14 +48,19 @@ def lines(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> list[list[
     """A line for each figure and allocator setting, as `HEADER` names them; figures of cases that a run of this scale
     leaves out are not among them."""
     selected = {case.name for case in benchmark.select(scale)}
+    asked = [f for f in benchmark.figures(scale) if {case for case, _, _ in f.sides} <= selected]
+    return judge(asked, scale, rows)
+
+
+def judge(asked: Iterable[Figure], scale: Scale, rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each figure and allocator setting, as `HEADER` names them."""
     found = []
-    for figure in benchmark.figures(scale):
-        if not {case for case, _, _ in figure.sides} <= selected:
-            continue
+    for figure in asked:
         for setting in settings_of(rows):
             target, result = figure.target.get(setting), evaluate(figure, rows, setting)
-            asked = setting in figure.target
-            if not asked and (result is None or figure.at_most or figure.numerator[2].startswith("memory")):
+            if setting not in figure.target and (
+                result is None or figure.at_most or figure.numerator[2].startswith("memory")
+            ):
                 continue
             found.append([figure.label, setting, *_judged(figure, target, result, scale)])
     return found

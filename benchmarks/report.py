@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 import benchmarks
-from benchmarks import figures, memory, tables
+from benchmarks import figures, memory, other_models, tables
 from benchmarks.cases import Benchmark, Row, Scale
 from benchmarks.compare import read
 from benchmarks.formats import error, markdown, mebibytes, number
@@ -272,27 +272,33 @@ def load(directory: Path) -> dict[str, Run]:
 
 # ---------------------------------------------------------------- the report
 
-#: The first page: what is asked, the operators whose rows answer, the table, and the pictures.
+#: The first page: what is asked, the operator whose rows answer, the table, and the pictures.
 FIRST_PAGE = (
     (
         "The loss of a training step: full masks, K = 12544 points, and this package",
-        ("point_loss",), tables.point_loss, ("point_loss_curve.png",),
+        "point_loss", tables.point_loss, ("point_loss_curve.png",),
     ),
     (
         "A whole Mask2Former, `transformers`' and this package's",
-        ("end_to_end",), tables.end_to_end, ("end_to_end_stages.png", "end_to_end_sizes.png"),
+        "end_to_end", tables.end_to_end, ("end_to_end_stages.png", "end_to_end_sizes.png"),
     ),
-    ("Other people's models before and after one line", ("integrations",), tables.integrations, ()),
+    ("Other people's models before and after one line", other_models.OP, tables.integrations, ()),
 )  # fmt: skip
 
 
-def aims(runs: dict[str, Run]) -> list[list[str]]:
+def aims(directory: Path, runs: dict[str, Run]) -> list[list[str]]:
     """Every required figure of every operator: issue, operator, and the columns of `figures.HEADER`."""
     found = []
     for op, run in runs.items():
         benchmark = benchmarks.load(op)
         for line in figures.lines(benchmark, run.scale, run.rows):
             found.append([str(benchmark.issue), op, *line])
+    path = directory / f"{other_models.OP}.csv"
+    if path.exists():
+        with path.open(newline="") as file:
+            records = list(csv.DictReader(file))
+        for line in figures.judge(other_models.figures(records), Scale("cpu", False), other_models.rows(records)):
+            found.append([str(other_models.ISSUE), other_models.OP, *line])
     return sorted(found, key=lambda line: line[0])
 
 
@@ -300,18 +306,18 @@ def text(directory: Path) -> str:
     """The report of what lies in a folder."""
     runs = load(directory)
     parts = [f"# What does it save? {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
-    found = aims(runs)
+    found = aims(directory, runs)
     parts += [*_warnings(runs), *_misses(found)]
-    for title, ops, table, pictures in FIRST_PAGE:
+    for title, op, table, pictures in FIRST_PAGE:
         parts.append(f"## {title}")
-        if not all(op in runs for op in ops):
-            missing = ", ".join(op for op in ops if op not in runs)
-            parts.append(f"*Not measured in this folder: {missing}.*")
+        path = directory / f"{op}.csv"
+        if not path.exists():
+            parts.append(f"*Not measured in this folder: {op}.*")
             continue
-        rows = [row for op in ops for row in runs[op].rows]
-        parts.append(table(rows))
-        parts.append(f"Every case: [{ops[0]}.md]({ops[0]}.md). " + _note(ops[0]))
+        parts += [table(read(path)), f"Every case: [{op}.md]({op}.md). {_note(op)}"]
         parts += [f"![{title}]({name})" for name in pictures if (directory / name).exists()]
+    if (directory / "learning.md").exists():
+        parts += ["## Training, on this package's kernels and on plain PyTorch", _page(directory / "learning.md")]
     parts.append("## Every operator and every peer")
     for op, run in runs.items():
         header, lines = _peers_table(run.rows)
@@ -327,10 +333,20 @@ def text(directory: Path) -> str:
     return "\n\n".join(part for part in [*parts, method()] if part)
 
 
+def _page(path: Path) -> str:
+    """A page that a command of its own has written, as a part of the report: without its title."""
+    return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("# ")).strip()
+
+
 def _misses(found: list[list[str]]) -> list[str]:
     """How many aims were met, and which were not."""
     missed = [f"- {line[2]} ({line[3]}): {line[5]}, aim {line[4]}" for line in found if line[-1] == figures.MISSED]
     return [f"{figures.summary(found)} [All of them](#aims-of-every-issue)." + "".join(f"\n{line}" for line in missed)]
+
+
+def _page(path: Path) -> str:
+    """A page that a command of its own has written, as a part of the report: without its title."""
+    return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("# ")).strip()
 
 
 def _note(op: str) -> str:

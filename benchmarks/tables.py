@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks import bench_end_to_end, peers_attention, peers_points
+from benchmarks import bench_end_to_end, other_models, peers_attention, peers_points
 from benchmarks.cases import Row
 from benchmarks.formats import error, mebibytes, number
 
@@ -176,6 +176,4 @@ def end_to_end(rows: Sequence[Row]) -> str:
 
 def integrations(rows: Sequence[Row]) -> str:
     """Other people's models before and after one line."""
-    names = list(dict.fromkeys(row.implementation for row in rows if row.ours))
-    before = next(row.implementation for row in rows if not row.ours)
-    return "\n".join(before_and_after(rows, before, names[0], ("before", "after")))
+    return "\n".join(before_and_after(rows, other_models.BEFORE, other_models.AFTER, ("before", "after")))

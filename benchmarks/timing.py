@@ -93,13 +93,19 @@ def calls(milliseconds: float, round_ms: float, plan: Plan) -> int:
 
 
 def interleaved(
-    runs: Sequence[Callable[[], Any]], device: str, plan: Plan, checked_ms: Sequence[float] = ()
+    runs: Sequence[Callable[[], Any]],
+    device: str,
+    budget_s: float,
+    min_rounds: int,
+    checked_ms: Sequence[float] = (),
+    long_calls: int = 0,
 ) -> list[Timing]:
     """Time several runs in turn.
 
     Args:
         runs: each is called once per round, in order.
         device: "cpu" or "cuda".
+        budget_s, min_rounds, long_calls: see `Plan`.
         checked_ms: what each run took when its result was checked; without it, every run is warmed up.
     """
     if not runs:
@@ -120,9 +126,9 @@ def interleaved(
     gc.disable()
     try:
         start, rounds = time.perf_counter(), 0
-        while rounds < plan.min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < plan.budget_s):
+        while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < budget_s):
             for run, before, taken in zip(runs, known, samples, strict=True):
-                if before <= LONG_MS or len(taken) <= plan.long_calls:
+                if before <= LONG_MS or len(taken) <= long_calls:
                     taken.append(once(run))
             rounds += 1
     finally:

@@ -102,7 +102,8 @@ def _measure_case(
     work = benchmark.work(case, data)
     floor_ms, kind = (None, "") if work is None else floors.floor(work, rates)
     by_name = {implementation.name: implementation for implementation in case.implementations}
-    for row, result in zip(timed, timing.interleaved(runs, scale.device, plan, checked_ms), strict=True):
+    results = timing.interleaved(runs, scale.device, plan.budget_s, plan.min_rounds, checked_ms, plan.long_calls)
+    for row, result in zip(timed, results, strict=True):
         row.median_ms, row.iqr_ms, row.rounds, row.page_faults = (
             result.median_ms, result.iqr_ms, result.rounds, result.page_faults,
         )  # fmt: skip

@@ -46,15 +46,14 @@ def _counting(times):
 
 
 def test_runs_are_called_as_planned():
-    plan = timing.Plan(budget_s=0.0, min_rounds=3, long_calls=0)
     calls, runs = _counting(("cold", "warm", "long"))
-    found = timing.interleaved(runs, "cpu", plan, [1.0, SHORT, LONG])
+    found = timing.interleaved(runs, "cpu", 0.0, 3, [1.0, SHORT, LONG])
     assert calls == {"cold": 4, "warm": 3, "long": 0}, "a warm-up, none, and nothing but the checked call"
     assert [result.rounds for result in found] == [3, 3, 1]
     assert found[2].median_ms == LONG
     assert found[2].page_faults is None
     calls, runs = _counting(("long",))
-    (result,) = timing.interleaved(runs, "cpu", replace(plan, long_calls=1), [LONG])
+    (result,) = timing.interleaved(runs, "cpu", 0.0, 3, [LONG], long_calls=1)
     assert calls == {"long": 1}
     assert result.rounds == 2
 
@@ -62,7 +61,7 @@ def test_runs_are_called_as_planned():
 def test_rounds_go_on_until_the_budget_is_spent():
     plan = timing.Plan(budget_s=0.2, min_rounds=3, long_calls=0)
     calls, runs = _counting(("fast",))
-    timing.interleaved(runs, "cpu", plan)
+    timing.interleaved(runs, "cpu", plan.budget_s, plan.min_rounds)
     assert calls["fast"] == 1 + timing.MAX_ROUNDS, "faster than the budget: as many as are allowed"
     assert timing.calls(SHORT, 2 * SHORT, plan) == 3
     assert timing.calls(1.0, 10.0, plan) == 20 + 1
@@ -259,6 +258,30 @@ def test_the_first_page_answers_what_is_saved(tmp_path):
         assert (tmp_path / f"{op}.md").exists()
     assert (tmp_path / "point_loss_curve.png").exists()
     assert (tmp_path / "end_to_end_sizes.png").exists()
+
+
+INTEGRATIONS = """\
+model,setting,aim,before_ms,after_ms,before_iqr_ms,after_iqr_ms,rounds,difference,largest,replaced,before_mib,after_mib
+"Mask2Former Swin-T, 1024²",default,1.7,4000,2000,40,20,3,1e-05,10,12,900,600
+"Mask2Former Swin-T, 1024²",heap retained,1.7,3000,2000,40,20,3,1e-05,10,12,nan,nan
+"RT-DETR ResNet-50, 640²",default,1.3,300,250,4,2,9,1e-06,1,6,90,60
+"""
+
+
+def test_other_peoples_models_stand_in_the_report(tmp_path):
+    report.write(tmp_path, [benchmarks.load("attention_mask")], _run("attention_mask", "Monday", 100.0))
+    (tmp_path / "integrations.csv").write_text(INTEGRATIONS)
+    text = report.text(tmp_path)
+    first = "| Mask2Former Swin-T, 1024² | 4000, 2.00x (3000, 1.50x) | **2000** (2000) | 900, 1.50x | 600 | 1.0e-06 |"
+    assert first in text
+    assert "| RT-DETR ResNet-50, 640² | 300, 1.20x | **250** | 90.0, 1.50x | 60.0 | 1.0e-06 |" in text
+    lines = [line for line in text.splitlines() if line.startswith("| 6 | integrations |")]
+    assert [line.split(" | ")[2:] for line in lines] == [
+        ["Mask2Former Swin-T, 1024²: faster than before", "default", "≥ 1.70x", "2.00x", "met |"],
+        ["Mask2Former Swin-T, 1024²: less peak memory above weights", "default", "≥ 2.00x", "1.50x", "**MISSED** |"],
+        ["RT-DETR ResNet-50, 640²: faster than before", "default", "≥ 1.30x", "1.20x", "**MISSED** |"],
+    ]
+    assert {row.op for row in compare.read(tmp_path)} == {"attention_mask", "integrations"}
 
 
 def test_committed_reports_are_what_their_folders_say():
