@@ -1,7 +1,8 @@
 """Other people's models before and after `m2f_kernels.accelerate`.
 
-`python -m benchmarks.integrations` measures them and writes a CSV of its own, one line per model and allocator setting; here it becomes rows and figures like
-every other's, so that the report, the comparison of runs and README need to know one kind of row.
+`python -m benchmarks.integrations` measures them and writes a CSV of its own, one line per model and allocator setting;
+here it becomes rows and figures like every other's, so that the report, the comparison of runs and README need to know
+one kind of row.
 """
 
 from __future__ import annotations
