@@ -415,8 +415,8 @@ def main() -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(
             "# Resources of the Triton kernels\n\n"
-            f"Written by `python -m benchmarks.static --archs {options.archs} --output {options.output.as_posix()}` with triton "
-            f"{triton.__version__}.\n"
+            f"Written by `python -m benchmarks.static --archs {options.archs} --output {options.output.as_posix()}`\n"
+            f"with triton {triton.__version__}.\n"
             "Registers and stack bytes are per thread, shared memory bytes per program; spills are instructions that\n"
             "access local memory. Occupancy is the share of a multiprocessor's warps that fit by registers and shared\n"
             "memory.\n"
