@@ -347,6 +347,7 @@ BENCHMARK = Benchmark(
     check=check,
     operators=("point_sample", "uncertain_points", "mask_matching_cost", "point_mask_loss"),
     budget_s=1.0,
+    long_ms=5_000.0,
     pictures=draw_curve,
     issue=4,
 )

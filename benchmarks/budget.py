@@ -19,7 +19,7 @@ from benchmarks.compare import read
 def timed(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> float:
     """Seconds of the checked and timed calls of a run of this scale, of the cases that `rows` has times for."""
     settings = list(dict.fromkeys(row.setting for row in rows))
-    plan = timing.plan(benchmark.budget_s, scale.quick, scale.full)
+    plan = timing.plan(benchmark.budget_s, scale.quick, scale.full, benchmark.long_ms)
     total = 0.0
     for case in benchmark.select(scale):
         for setting in settings:
@@ -30,7 +30,7 @@ def timed(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> float:
                 for row in rows
                 if (row.op, row.case, row.setting) == (benchmark.op, case.name, setting) and row.median_ms is not None
             ]
-            in_turn = sum(ms for ms in here if ms <= timing.LONG_MS)
+            in_turn = sum(ms for ms in here if ms <= plan.long_ms)
             total += sum(ms * (1 + timing.calls(ms, in_turn, plan)) for ms in here) / 1e3
     return total
 

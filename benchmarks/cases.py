@@ -231,6 +231,9 @@ class Benchmark:
         check: compares results, decoded, with the truth.
         operators: the package's operators that it measures, whose backends the report states; empty for `op` itself.
         budget_s: seconds of interleaved timing per case in a full run.
+        long_ms: milliseconds from which on the call whose result was checked is itself a sample, and with `--full` one
+            more is: full masks take half a minute where points take a third of a second, and nobody asks whether that
+            is 90 or 92 times as long.
         pictures: draws what bars do not show into a directory, and returns the names of the files.
         issue: where the required figures were asked for.
         stages: milliseconds of the parts of a call that was just timed, where an implementation has any.
@@ -249,6 +252,7 @@ class Benchmark:
     check: Check
     operators: tuple[str, ...] = ()
     budget_s: float = 3.0
+    long_ms: float = 10_000.0
     pictures: Callable[[Path, Sequence[Row]], list[str]] = lambda directory, rows: []
     issue: int = 0
     stages: Callable[[Case, Implementation], dict[str, float]] = lambda case, implementation: {}

@@ -26,8 +26,8 @@ from benchmarks.formats import error, markdown, mebibytes, number
 
 METHOD = """\
 - Times: median (interquartile range) in ms of interleaved runs, A B C A B C ..., each warmed up by the call whose
-  result was checked. At least three rounds (`--full`: five); a call of more than ten seconds is timed once (twice),
-  and the table says so.
+  result was checked. At least three rounds (`--full`: five); a call of more than ten seconds (of the loss: five) is
+  timed once (twice), and the table says so.
 - Ratio: this row's median over the median of the case's first implementation.
 - Error: relative L2 against the reference in fp64, worst output and worst gradient; of attention masks, the share of
   bits that differ from it; of whole models, the largest difference of the last prediction from the other model's,

@@ -22,8 +22,7 @@ import torch
 MAX_ROUNDS = 50
 #: The call whose result was checked before has warmed up a run that takes this long.
 WARM_MS = 200.0
-#: Of a run that takes this long, the checked call is itself a sample: full masks take half a minute where points take
-#: a third of a second, and nobody asks whether it is 90 or 92 times as long.
+#: Of a run that takes this long, the checked call is itself a sample; a benchmark may set less (`Benchmark.long_ms`).
 LONG_MS = 10_000.0
 _L2_FLUSH_BYTES = 256 << 20
 _HEAD_START_CYCLES = 2_000_000  # about a millisecond
@@ -32,19 +31,20 @@ _HEAD_START_CYCLES = 2_000_000  # about a millisecond
 @dataclass(frozen=True)
 class Plan:
     """How long the runs of a case are timed: in rounds until `budget_s` seconds have passed, but no fewer than
-    `min_rounds` nor more than `MAX_ROUNDS`; a run that takes longer than `LONG_MS`, only `long_calls` times more after
+    `min_rounds` nor more than `MAX_ROUNDS`; a run that takes longer than `long_ms`, only `long_calls` times more after
     the call whose result was checked."""
 
     budget_s: float
     min_rounds: int
-    long_calls: int
+    long_calls: int = 0
+    long_ms: float = LONG_MS
 
 
-def plan(budget_s: float, quick: bool, full: bool) -> Plan:
+def plan(budget_s: float, quick: bool, full: bool, long_ms: float = LONG_MS) -> Plan:
     """The plan of a benchmark whose full run has `budget_s` seconds per case."""
     if quick:
-        return Plan(0.2, 3, 0)
-    return Plan(budget_s, 5, 1) if full else Plan(min(budget_s, 0.6), 3, 0)
+        return Plan(0.2, 3, 0, long_ms)
+    return Plan(budget_s, 5, 1, long_ms) if full else Plan(min(budget_s, 0.6), 3, 0, long_ms)
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def calls(milliseconds: float, round_ms: float, plan: Plan) -> int:
         milliseconds: of the run.
         round_ms: of all runs that are timed in turn with it, one call each.
     """
-    if milliseconds > LONG_MS:
+    if milliseconds > plan.long_ms:
         return plan.long_calls
     rounds = min(MAX_ROUNDS, max(plan.min_rounds, math.ceil(plan.budget_s * 1e3 / max(round_ms, 1e-3))))
     return rounds + (milliseconds < WARM_MS)
@@ -99,13 +99,14 @@ def interleaved(
     min_rounds: int,
     checked_ms: Sequence[float] = (),
     long_calls: int = 0,
+    long_ms: float = LONG_MS,
 ) -> list[Timing]:
     """Time several runs in turn.
 
     Args:
         runs: each is called once per round, in order.
         device: "cpu" or "cuda".
-        budget_s, min_rounds, long_calls: see `Plan`.
+        budget_s, min_rounds, long_calls, long_ms: see `Plan`.
         checked_ms: what each run took when its result was checked; without it, every run is warmed up.
     """
     if not runs:
@@ -118,7 +119,7 @@ def interleaved(
     known = checked_ms or [0.0] * len(runs)
     samples: list[list[tuple[float, float]]] = [[] for _ in runs]
     for run, before, taken in zip(runs, known, samples, strict=True):
-        if before > LONG_MS:
+        if before > long_ms:
             taken.append((before, math.nan))
         elif before < WARM_MS:
             once(run)
@@ -128,7 +129,7 @@ def interleaved(
         start, rounds = time.perf_counter(), 0
         while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < budget_s):
             for run, before, taken in zip(runs, known, samples, strict=True):
-                if before <= LONG_MS or len(taken) <= long_calls:
+                if before <= long_ms or len(taken) <= long_calls:
                     taken.append(once(run))
             rounds += 1
     finally:

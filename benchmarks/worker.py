@@ -98,11 +98,13 @@ def _measure_case(
         timed.append(row)
         # On a GPU the first call compiles.
         checked_ms.append(checked if scale.device == "cpu" else 0.0)
-    plan = timing.plan(benchmark.budget_s, scale.quick, scale.full)
+    plan = timing.plan(benchmark.budget_s, scale.quick, scale.full, benchmark.long_ms)
     work = benchmark.work(case, data)
     floor_ms, kind = (None, "") if work is None else floors.floor(work, rates)
     by_name = {implementation.name: implementation for implementation in case.implementations}
-    results = timing.interleaved(runs, scale.device, plan.budget_s, plan.min_rounds, checked_ms, plan.long_calls)
+    results = timing.interleaved(
+        runs, scale.device, plan.budget_s, plan.min_rounds, checked_ms, plan.long_calls, plan.long_ms
+    )
     for row, result in zip(timed, results, strict=True):
         row.median_ms, row.iqr_ms, row.rounds, row.page_faults = (
             result.median_ms, result.iqr_ms, result.rounds, result.page_faults,
@@ -147,9 +149,9 @@ def time_cases(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace:
 
 
 def measure_floors(scale: Scale, cases: list[Case], workspace: Path) -> None:
-    """Measure the floors for one thread and every number of threads that occurs."""
+    """Measure the floors for every number of threads that occurs."""
     emit("progress", text="rates of memory, gathers and matrix products")
-    counts = {case.threads or torch.get_num_threads() for case in cases} | {1, torch.get_num_threads()}
+    counts = {case.threads or torch.get_num_threads() for case in cases} | {torch.get_num_threads()}
     rates = floors.measure_all(scale.device, counts, scale.quick)
     (workspace / "floors.json").write_text(json.dumps(rates))
     emit("floors", floors=rates)
