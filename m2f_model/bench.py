@@ -136,6 +136,19 @@ def error(case: Case) -> float:
     return max(((x - y).abs().max() / x.abs().max()).item() for x, y in zip(a, b, strict=True))
 
 
+def mask_iou(case: Case, implementation: str = "m2f", model: nn.Module | None = None) -> float:
+    """Mean intersection over union of the masks (logit > 0) under the case's autocast and in float32.
+
+    Random weights put many logits next to zero, where any rounding decides; give a trained `model` for its own figure.
+    """
+    model = build(case, implementation) if model is None else model
+    case = replace(case, training=False)
+    precise, rounded = (call(replace(case, autocast=a), model)()[1] > 0 for a in ("none", case.autocast))
+    union = (precise | rounded).flatten(2).sum(-1)
+    shared = (precise & rounded).flatten(2).sum(-1)
+    return (shared[union > 0] / union[union > 0]).double().mean().item()
+
+
 def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of a whole call ("total") and of the forward pass of each stage, by implementation."""
     runs: dict[str, Callable[[], object]] = {}
@@ -231,7 +244,10 @@ def measure(case: Case, rounds: int = 5, memory: bool = True) -> dict[str, Any]:
     if not found < TOLERANCE:
         raise RuntimeError(f"{case}: expected the same predictions up to {TOLERANCE}; they differ by {found:.2g}")
     peaks = {name: peak_memory(case, name) for name in IMPLEMENTATIONS} if memory else {}
-    return {"case": asdict(case), "error": found, "seconds": times(case, rounds), "peak_mib": peaks}
+    row = {"case": asdict(case), "error": found, "seconds": times(case, rounds), "peak_mib": peaks}
+    if case.autocast != "none":
+        row["mask_iou"] = {name: mask_iou(case, name) for name in IMPLEMENTATIONS}
+    return row
 
 
 if __name__ == "__main__":

@@ -146,6 +146,9 @@ def bench(
     table.add_row("peak memory, MiB", f"{a['peak']:.0f}", f"{b['peak']:.0f}", _ratio(a, b, "peak"))
     Console().print(table)
     print(f"largest difference of the predictions {row['error']:.1e}; {torch.get_num_threads()} threads")
+    if "mask_iou" in row:
+        overlaps = ", ".join(f"{name} {row['mask_iou'][name]:.3f}" for name in IMPLEMENTATIONS)
+        print(f"intersection over union with float32's masks, random weights: {overlaps}")
     if output is not None:
         write_atomically(output, lambda file: file.write(json.dumps(row, indent=1).encode()))
 
