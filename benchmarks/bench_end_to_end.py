@@ -116,9 +116,9 @@ def _call(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def stages(case: Case, implementation: Implementation) -> dict[str, float]:
-    """Median milliseconds of the parts' forward passes; the checked call, which warms up, not counted."""
+    """Median milliseconds of the parts' forward passes; the checked call, which warms up, counts only alone."""
     seconds = _stages[case.name, implementation.name]
-    return {part: statistics.median(taken[1:]) * 1e3 for part, taken in seconds.items() if len(taken) > 1}
+    return {part: statistics.median(taken[1:] or taken) * 1e3 for part, taken in seconds.items()}
 
 
 def peak(case: Case, implementation: Implementation) -> float:
