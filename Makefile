@@ -61,7 +61,7 @@ format: $(STAMP)-lint
 # Registers, shared memory and spills of every CUDA and Triton kernel on every shipped architecture; needs nvcc, no GPU.
 resources: $(STAMP)-package
 	$(BIN)/python -m benchmarks.static --check --output benchmarks/results/static/triton_resources.md
-	$(BIN)/python csrc/report_resources.py --check --output benchmarks/results/static/ms_deform_attn_resources.md
+	$(BIN)/python -m benchmarks.static_cuda --check --output benchmarks/results/static/ms_deform_attn_resources.md
 
 # On a machine with a GPU, in the Python that has its torch: suite, compute-sanitizer, benchmark, all into one folder.
 gpu:

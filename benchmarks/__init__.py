@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 #: Operator -> module that defines its `BENCHMARK`.
 REGISTRY: dict[str, str] = {
     "point_loss": "benchmarks.bench_point_loss",
+    "end_to_end": "benchmarks.bench_end_to_end",
     "ms_deform_attn": "benchmarks.bench_ms_deform_attn",
     "attention_mask": "benchmarks.bench_attention_mask",
     "masked_attention": "benchmarks.bench_masked_attention",

@@ -216,7 +216,14 @@ def figures(scale: Scale) -> list[Figure]:
             ratio(case, "median_ms", (peers_attention.STRIDED,), 2.0, "faster than strided slices in plain PyTorch")
             for case in (at_large, at_small)
         ),
-    ]
+        *(
+            Figure(
+                f"{_name(ALL, large, dtype)}: share of the bits that differ from float64",
+                (_name(ALL, large, dtype), (OURS,), "error_output"), None, {"default": WRONG_BITS[dtype]}, at_most=True,
+            )
+            for dtype in DTYPES
+        ),
+    ]  # fmt: skip
 
 
 BENCHMARK = Benchmark(
@@ -239,4 +246,5 @@ BENCHMARK = Benchmark(
     check=check,
     operators=("resize_mask_features", "predict_attention_mask"),
     budget_s=2.0,
+    issue=3,
 )

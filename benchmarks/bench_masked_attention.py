@@ -206,13 +206,21 @@ def cases(scale: Scale) -> list[Case]:
 
     def case(
         keys: int, queries: int, kind: str, density: float, dtype: str = "fp32", *, backward: bool = False, n: int = 1,
-        memory: bool = False, headline: bool = False,
+        memory: bool = False, headline: bool = False, full: bool = False,
     ) -> Case:  # fmt: skip
         name, direction = _name(keys, queries, kind, density, dtype, n), "forward+backward" if backward else "forward"
         # On CPU one case is enough to say that FlexAttention is not compared there.
         implementations = everybody if cuda or dtype == "bf16" else here
         return Case(
-            f"{name} {direction}", name, direction, implementations, kind, dtype, memory=memory, headline=headline
+            f"{name} {direction}",
+            name,
+            direction,
+            implementations,
+            kind,
+            dtype,
+            memory=memory,
+            headline=headline,
+            full=full,
         )
 
     masks = [(OPEN, 1.0), *((kind, density) for kind in (BLOBS, RANDOM) for density in (0.3, 0.05))]
@@ -220,22 +228,23 @@ def cases(scale: Scale) -> list[Case]:
     sizes = (1024, 4096) if scale.quick else (1024, 4096, 16384)
     found = [
         case(keys, 100, kind, density, main, headline=keys == large and kind != RANDOM,
-             memory=keys == large and (kind, density) == (BLOBS, 0.3))
+             memory=keys == large and (kind, density) == (BLOBS, 0.3),
+             full=keys != large or (kind, density) == (RANDOM, 0.3))
         for keys in sizes
         for kind, density in masks
     ]  # fmt: skip
     if not scale.quick:
-        found += [case(keys, 200, BLOBS, 0.3, main) for keys in sizes]
+        found += [case(keys, 200, BLOBS, 0.3, main, full=True) for keys in sizes]
     batch = 2 if cuda else 1
     found += [
         case(large, 100, kind, 0.3, main, backward=True, n=batch, memory=kind == BLOBS, headline=kind == BLOBS)
         for kind in (BLOBS, RANDOM)
     ]
     other = "fp32" if cuda else "bf16"
-    found.append(case(large, 100, BLOBS, 0.3, other))
+    found.append(case(large, 100, BLOBS, 0.3, other, full=not cuda))
     module = [Implementation(OURS, _module, _module_inputs, ours=True), *peers_attention.module_peers()]
     name = f"module with projections S={large} Q=100 {BLOBS} 0.3 {main} forward"
-    found.append(Case(name, MODULE, "forward", module, BLOBS, main, memory=True))
+    found.append(Case(name, MODULE, "forward", module, BLOBS, main, memory=True, full=True))
     if cuda:
         both = [
             Implementation(OURS, _predict_and_attend, as_given, ours=True),
@@ -245,7 +254,7 @@ def cases(scale: Scale) -> list[Case]:
         found.append(Case(name, PREDICTED, "forward", both, BLOBS, main))
     if not cuda and not scale.quick:
         whole = case(large, 100, BLOBS, 0.3)
-        found.append(replace(whole, name=f"{whole.name} 1 thread", threads=1))
+        found.append(replace(whole, name=f"{whole.name} 1 thread", threads=1, full=True))
     return found
 
 
@@ -350,4 +359,5 @@ BENCHMARK = Benchmark(
     figures=figures,
     check=check_relative_l2,
     budget_s=1.5,
+    issue=3,
 )

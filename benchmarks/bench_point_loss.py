@@ -37,7 +37,7 @@ CHANNELS, QUERIES, OUTPUTS, POINTS = 256, 100, 10, 12544
 #: Shares of the image that targets cover, in turn.
 DENSITIES = (0.01, 0.04, 0.15)
 OURS, FRESH, FROM_LOGITS = "m2f_kernels", "m2f_kernels, fresh points", "m2f_kernels, from logits"
-#: Points of the picture's curve.
+#: Points of the picture's curve; without `--full`, every other one.
 CURVE = (784, 3136, 12544, 50176)
 #: The loss at random points may differ this much, relatively, from its mean over several draws; its gradient, more.
 LOSS_NOISE, GRADIENT_NOISE, DRAWS = 0.03, 0.5, 3
@@ -107,14 +107,14 @@ def _tensors(size: int, count: int) -> Tensors:
     }
 
 
-def _loss_data(size: int, count: int, num_points: int) -> Data:
+def _loss_data(size: int, count: int) -> Data:
     """The truth is the mean of several draws of `transformers`' loss and gradients."""
     tensors = _tensors(size, count)
     differentiable = ("mask_features", "mask_embed", "class_logits")
     truth: Tensors = {}
     for _ in range(DRAWS):
         leaves = {name: tensors[name].detach().requires_grad_() for name in differentiable}
-        loss = peers_points.points_loss(num_points)(tensors | leaves)
+        loss = peers_points.points_loss(POINTS)(tensors | leaves)
         found = dict(zip(differentiable, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         for name, x in {"loss": loss.detach(), **found}.items():
             truth[name] = truth.get(name, torch.zeros(())) + x / DRAWS
@@ -144,9 +144,9 @@ def _sample_data(size: int) -> Data:
 def data(scale: Scale) -> dict[str, Callable[[], Data]]:
     found: dict[str, Callable[[], Data]] = {}
     for case in cases(scale):
-        what, size, count, num_points = _parts(case.data)
+        what, size, count, _ = _parts(case.data)
         if what == LOSS:
-            found[case.data] = partial(_loss_data, size, count, num_points)
+            found[case.data] = partial(_loss_data, size, count)
         elif what == MATCHING:
             found[case.data] = partial(_matching_data, size, count)
         else:
@@ -181,7 +181,7 @@ def check(case: Case, implementation: Implementation, data: Data, results: Seque
         return Verdict(right, errors[0], max(errors[1:], default=None))
     if implementation.name in (FULL, STRIDE_4):
         return Verdict(all(bool(x.isfinite().all()) for x in results), errors[0], errors[1])
-    more = max(1.0, (POINTS / _parts(case.data)[3]) ** 0.5)
+    more = max(1.0, (POINTS / _parts(case.name)[3]) ** 0.5)
     return Verdict(errors[0] <= LOSS_NOISE * more and errors[1] <= GRADIENT_NOISE * more, errors[0], errors[1])
 
 
@@ -208,32 +208,41 @@ def _implementation(name: str, call: Callable[[dict[str, Any]], Any], **options:
     return Implementation(name, call, as_given, ours=ours, counts_writes=False, **options)
 
 
-def _loss_case(size: int, count: int, num_points: int = POINTS, full: bool = True, headline: bool = False) -> Case:
+def _loss_case(size: int, count: int, headline: bool) -> Case:
+    """Everybody at K = 12544."""
+    found = [
+        _implementation(OURS, _loss(POINTS, False)),
+        _implementation(FRESH, _loss(POINTS, True)),
+        _implementation(TRANSFORMERS, peers_points.points_loss(POINTS)),
+        _implementation(STRIDE_4, peers_points.full_loss(True)),
+        _implementation(FULL, peers_points.full_loss(False), unavailable=peers_points.needs_gib(size, count)),
+    ]
+    name = f"{LOSS} {size}² T={count}"
+    # At the small size one case tells enough about memory.
+    memory = headline or size >= 1024
+    return Case(name, name, "forward+backward", found, memory=memory, headline=headline, full=not headline)
+
+
+def _curve_case(size: int, count: int, num_points: int, full: bool) -> Case:
+    """Points as published and this package at another K. The expected loss is the same, and so is the truth."""
     found = [
         _implementation(OURS, _loss(num_points, False)),
         _implementation(TRANSFORMERS, peers_points.points_loss(num_points)),
     ]
-    if full:
-        found.insert(1, _implementation(FRESH, _loss(num_points, True)))
-        found += [
-            _implementation(STRIDE_4, peers_points.full_loss(True)),
-            _implementation(FULL, peers_points.full_loss(False), unavailable=peers_points.needs_gib(size, count)),
-        ]
-    name = f"{LOSS} {size}² T={count}" + ("" if full else f" K={num_points}")
-    # Each measurement of memory is a process of its own; at the small size one case tells enough.
-    memory = headline or size >= 1024 or not full
-    return Case(name, name, "forward+backward", found, memory=memory, headline=headline)
+    name = f"{LOSS} {size}² T={count}"
+    return Case(f"{name} K={num_points}", name, "forward+backward", found, memory=True, full=full, one_setting=True)
 
 
 def cases(scale: Scale) -> list[Case]:
     small, large = _sizes(scale)
     counts = (3, 10) if scale.quick else (10, 30, 100)
     found = [
-        _loss_case(size, count, headline=(size, count) in ((large, counts[1]), (small, counts[0])))
+        _loss_case(size, count, (size, count) in ((large, counts[1]), (small, counts[0])))
         for size in (large, small)
         for count in counts
     ]
-    found += [_loss_case(large, counts[1], k, full=False) for k in (CURVE[:2] if scale.quick else CURVE)]
+    curve = CURVE[:1] if scale.quick else CURVE
+    found += [_curve_case(large, counts[1], k, k == CURVE[1]) for k in curve if k != POINTS]  # K = 12544 is above
     name = f"{MATCHING} {large}² T={counts[1]}"
     found.append(
         Case(
@@ -254,7 +263,8 @@ def cases(scale: Scale) -> list[Case]:
         _implementation("grid_sample", peers_points.grid_sample),
     ]
     for direction in ("forward", "forward+backward"):
-        found.append(Case(f"{name} {direction}", name, direction, samplers, memory=True))
+        memory = direction == "forward"
+        found.append(Case(f"{name} {direction}", name, direction, samplers, memory=memory))
     return found
 
 
@@ -262,7 +272,7 @@ def work(case: Case, data: Data) -> Work:
     """Every input read once and gradients written once; the products that need the matched masks: logits once, and the
     gradients of both factors; and the sampled features with every query."""
     read = bytes_of(x for name, x in data.inputs.items() if name != "mask_logits")
-    what, _, count, num_points = _parts(case.data)
+    what, _, count, num_points = _parts(case.name)
     if what == SAMPLE:
         features = bytes_of([data.inputs["mask_features"]])
         samples = CHANNELS * POINTS * 4
@@ -307,42 +317,11 @@ def figures(scale: Scale) -> list[Figure]:
     ]
 
 
-# ---------------------------------------------------------------- the curve
-
-
 def draw_curve(directory: Path, rows: Sequence[Row]) -> list[str]:
     """Time and peak memory over the number of points; returns the pictures written."""
-    curve = [row for row in rows if " K=" in row.case and row.median_ms is not None]
-    if not curve:
-        return []
-    import matplotlib
+    from benchmarks import plot
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    setting = curve[0].setting
-    for axis, field, unit in zip(axes, ("median_ms", "memory_extra_mib"), ("ms", "MiB"), strict=True):
-        for name in dict.fromkeys(row.implementation for row in curve):
-            found = [
-                (int(row.case.split("K=")[1]), getattr(row, field))
-                for row in curve
-                if row.implementation == name and row.setting == setting and getattr(row, field) is not None
-            ]
-            if found:
-                axis.plot(*zip(*sorted(found), strict=True), marker="o", label=name)
-        axis.set_xscale("log", base=4)
-        axis.set_xticks(CURVE, [str(k) for k in CURVE])
-        axis.set_ylim(bottom=0)
-        axis.set_xlabel("points K")
-        axis.set_ylabel(unit)
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_title(f"Loss part, forward + backward ({curve[0].case.split(' K=')[0]})", loc="left")
-    axes[1].set_title("Peak memory above inputs and outputs", loc="left")
-    axes[0].legend(frameon=False)
-    figure.savefig(directory / "point_loss_curve.png", dpi=130)
-    plt.close(figure)
-    return ["point_loss_curve.png"]
+    return plot.draw_points(directory, rows, POINTS)
 
 
 BENCHMARK = Benchmark(
@@ -368,5 +347,7 @@ BENCHMARK = Benchmark(
     check=check,
     operators=("point_sample", "uncertain_points", "mask_matching_cost", "point_mask_loss"),
     budget_s=1.0,
+    long_ms=5_000.0,
     pictures=draw_curve,
+    issue=4,
 )

@@ -23,10 +23,11 @@ PEER_LOW_PRECISION_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a run is: the device and whether the small shapes of `--quick` are used."""
+    """How large a run is: the device, whether the small shapes of `--quick` are used, and whether every case is."""
 
     device: str
     quick: bool
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ class Implementation:
         decode: brings the tensors that `call` returned into the form of the truth; untimed.
         counts_writes: whether its operations pass PyTorch's dispatcher one by one, so that what they write can be
             counted; compiled code's do not.
+        one_setting: timed in the first allocator setting only.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Implementation:
     unavailable: Callable[[], str | None] = lambda: None
     decode: Callable[[Sequence[Tensor], Data], Sequence[Tensor]] = lambda results, data: results
     counts_writes: bool = True
+    one_setting: bool = False
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
@@ -132,6 +135,8 @@ class Case:
         threads: CPU threads; None for all.
         memory: whether peak memory is measured too.
         headline: whether the case is drawn in the picture.
+        full: measured with `--full` only.
+        one_setting: timed in the first allocator setting only, unless with `--full`.
     """
 
     name: str
@@ -143,6 +148,8 @@ class Case:
     threads: int | None = None
     memory: bool = False
     headline: bool = False
+    full: bool = False
+    one_setting: bool = False
 
     @property
     def backward(self) -> bool:
@@ -158,7 +165,7 @@ class Case:
         It takes one argument, `collect=False`: whether the outputs of a call that yields them are kept and returned.
         """
         arguments = implementation.adapt(data.inputs, data.levels)
-        if not self.backward:
+        if not self.backward or not data.differentiable:  # or the call computes gradients itself
 
             def forward(collect: bool = False) -> tuple[Tensor, ...]:
                 with torch.no_grad():
@@ -179,18 +186,24 @@ class Case:
 
 @dataclass(frozen=True)
 class Figure:
-    """A required figure: numerator over denominator must be at least `target`.
+    """A required figure: numerator over denominator must be at least `target`; with `at_most`, at most.
 
     Each side is (case, implementations, field of `Row`); of several implementations the least value counts,
     so that a peer is represented by its best backend; with `of_fastest`, the value of the one that takes the least
-    time. `target` maps an allocator setting to the least ratio; None shows the ratio without judging it.
+    time. Without a denominator the figure is the numerator itself. `target` maps an allocator setting to the bound;
+    None shows the ratio without judging it, and a setting that is not in it is not shown.
     """
 
     label: str
     numerator: tuple[str, tuple[str, ...], str]
-    denominator: tuple[str, tuple[str, ...], str]
+    denominator: tuple[str, tuple[str, ...], str] | None
     target: dict[str, float | None]
     of_fastest: bool = False
+    at_most: bool = False
+
+    @property
+    def sides(self) -> list[tuple[str, tuple[str, ...], str]]:
+        return [self.numerator] if self.denominator is None else [self.numerator, self.denominator]
 
 
 @dataclass(frozen=True)
@@ -218,7 +231,14 @@ class Benchmark:
         check: compares results, decoded, with the truth.
         operators: the package's operators that it measures, whose backends the report states; empty for `op` itself.
         budget_s: seconds of interleaved timing per case in a full run.
+        long_ms: milliseconds from which on the call whose result was checked is itself a sample, and with `--full` one
+            more is: full masks take half a minute where points take a third of a second, and nobody asks whether that
+            is 90 or 92 times as long.
         pictures: draws what bars do not show into a directory, and returns the names of the files.
+        issue: where the required figures were asked for.
+        stages: milliseconds of the parts of a call that was just timed, where an implementation has any.
+        peak: peak MiB of an implementation in a process that has just been started, where the general way of
+            measuring it (`benchmarks/memory.py`) does not fit.
     """
 
     op: str
@@ -226,13 +246,21 @@ class Benchmark:
     description: str
     cases: Callable[[Scale], list[Case]]
     data: Callable[[Scale], dict[str, Callable[[], Data]]]
-    work: Callable[[Case, Data], Work]
+    work: Callable[[Case, Data], Work | None]
     shrink: Callable[[Data], Data]
     figures: Callable[[Scale], list[Figure]]
     check: Check
     operators: tuple[str, ...] = ()
     budget_s: float = 3.0
+    long_ms: float = 10_000.0
     pictures: Callable[[Path, Sequence[Row]], list[str]] = lambda directory, rows: []
+    issue: int = 0
+    stages: Callable[[Case, Implementation], dict[str, float]] = lambda case, implementation: {}
+    peak: Callable[[Case, Implementation], float] | None = None
+
+    def select(self, scale: Scale) -> list[Case]:
+        """The cases that a run of this scale measures."""
+        return [case for case in self.cases(scale) if scale.full or not case.full]
 
     @property
     def measured_operators(self) -> tuple[str, ...]:
@@ -245,6 +273,7 @@ class Row:
 
     Times in milliseconds (median and interquartile range of interleaved runs), memory in MiB, errors as the
     benchmark's check gives them. `subject_speedup` is this row's median over that of the case's first implementation.
+    `stages` is "name=milliseconds" separated by ";", `kernels` the number of kernels that a call launches on a GPU.
     """
 
     op: str
@@ -269,12 +298,19 @@ class Row:
     memory_extra_mib: float | None = None
     memory_total_mib: float | None = None
     written_mib: float | None = None
+    stages: str = ""
+    kernels: int | None = None
     ours: bool = False
     headline: bool = False
 
     @property
     def key(self) -> tuple[str, str, str, str]:
         return self.op, self.case, self.implementation, self.setting
+
+    @property
+    def stage_ms(self) -> dict[str, float]:
+        pairs = (part.rsplit("=", 1) for part in self.stages.split(";") if part)
+        return {name: float(value) for name, value in pairs}
 
     @classmethod
     def columns(cls) -> list[str]:
@@ -288,7 +324,7 @@ class Row:
             text = record.get(f.name, "")
             if f.name in ("ours", "headline"):
                 values[f.name] = text == "True"
-            elif f.name in ("threads", "rounds"):
+            elif f.name in ("threads", "rounds", "kernels"):
                 values[f.name] = int(text) if text else None
             elif "float" in str(f.type):
                 values[f.name] = float(text) if text else None

@@ -19,3 +19,14 @@ def mebibytes(value: float | None) -> str:
     """A measured amount of memory; what is below the resolution of the method is not stated to the byte."""
     small = value is not None and value < RESOLUTION_MIB
     return f"< {RESOLUTION_MIB:.0f}" if small else number(value)
+
+
+def error(value: float | None) -> str:
+    """An error, or a share that is next to nothing."""
+    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+
+
+def markdown(header: list[str], lines: list[list[str]]) -> str:
+    """A Markdown table."""
+    out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines])

@@ -1,45 +1,68 @@
 #!/usr/bin/env bash
-# What `make gpu` does, on a machine with a CUDA GPU: build, the whole suite, compute-sanitizer, the benchmarks with
-# every peer that is installed. Needs a Python ($PYTHON) with a CUDA torch >= 2.11, triton, cmake, ninja, and what
-# tests/requirements.txt and benchmarks/requirements.txt list; downloads nothing. Each step's log goes to $RESULTS (default
-# benchmarks/results/<GPU name>/run); a failed step does not stop the later ones, and makes the exit status non-zero.
-# STEPS chooses some of them.
+# What `make gpu` does, on a machine with a CUDA GPU: build, resource reports, the whole suite, CUDA graphs,
+# compute-sanitizer, and the benchmarks with every peer that is installed, first what the report's first page needs,
+# then all shapes. Needs a Python ($PYTHON) with a CUDA torch >= 2.11, triton, cmake, ninja, and what
+# tests/requirements.txt and benchmarks/requirements.txt list; downloads nothing.
+#
+# Everything goes to one folder, $OUTPUT/<GPU> (default benchmarks/results/<GPU>): reports, and in run/ each step's log
+# and summary.md. A step that fails or takes longer than $STEP_SECONDS does not stop the later ones, and makes the exit
+# status 1. STEPS chooses some of them.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-"build info resources suite memcheck racecheck bench"}
+export PYTHON=${PYTHON:-python3}
+STEPS=${STEPS:-"build info resources triton_resources suite graphs memcheck racecheck bench bench_full"}
+STEP_SECONDS=${STEP_SECONDS:-3600}
 export M2F_CUDA=on PYTHONPATH=. PYTHONUNBUFFERED=1
 
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())') || {
   echo "make gpu: $PYTHON sees no CUDA device through torch" >&2
   exit 2
 }
-slug=$(echo "$gpu" | tr '[:upper:]' '[:lower:]' | sed 's/[^a-z0-9]\+/-/g; s/^-//; s/-$//')
-RESULTS=${RESULTS:-benchmarks/results/$slug/run}
-mkdir -p "$RESULTS"
+slug=$("$PYTHON" -c 'from benchmarks import facts; print(facts.device_slug("cuda"))') || {
+  echo "make gpu: $PYTHON cannot import the benchmarks; are tests/requirements.txt and benchmarks/requirements.txt installed?" >&2
+  exit 2
+}
+export ARCH=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
+export OUTPUT=${OUTPUT:-benchmarks/results}
+export LOGS=$OUTPUT/$slug/run
+mkdir -p "$LOGS"
 
-arch=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-
-step_build() { M2F_CUDA_ARCHS=${M2F_CUDA_ARCHS:-$arch} "$PYTHON" setup.py -q build_ext --inplace && cat build/temp.*/cmake/build.log; }
+step_build() { M2F_CUDA_ARCHS=${M2F_CUDA_ARCHS:-$ARCH} "$PYTHON" setup.py -q build_ext --inplace && cat build/temp.*/cmake/build.log; }
 step_info() { "$PYTHON" -m m2f_kernels.info && nvidia-smi && git rev-parse HEAD; }
-step_resources() { "$PYTHON" csrc/report_resources.py --archs "$arch" --check --output "$RESULTS/resources.md" && cat "$RESULTS/resources.md" && "$PYTHON" -m benchmarks.static --check --archs "$arch"; }
+step_resources() { "$PYTHON" -m benchmarks.static_cuda --archs "$ARCH" --check --output "$LOGS/cuda_resources.md"; }
+step_triton_resources() { "$PYTHON" -m benchmarks.static --archs "$ARCH" --check --output "$LOGS/triton_resources.md"; }
 step_suite() { "$PYTHON" -m pytest tests -m "not slow" -q --durations=10; }
-step_memcheck() { compute-sanitizer --tool memcheck --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }
-step_racecheck() { compute-sanitizer --tool racecheck --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }
-step_bench() { "$PYTHON" -m benchmarks.run --device cuda; }
+step_graphs() { "$PYTHON" -m pytest tests -m "cuda and not slow" -k "graph" -q -rs; }
+sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }
+step_memcheck() { sanitizer memcheck; }
+step_racecheck() { sanitizer racecheck; }
+step_bench() { "$PYTHON" -m benchmarks.run --device cuda --output "$OUTPUT"; }
+step_bench_full() { "$PYTHON" -m benchmarks.run --device cuda --full --output "$OUTPUT"; }
+for name in $(compgen -A function step_) sanitizer; do export -f "${name?}"; done
 
+{
+  echo "# make gpu on $gpu"
+  echo
+  echo "| step | state | seconds | last line |"
+  echo "|---|---|---:|---|"
+} >"$LOGS/summary.md"
 failed=()
 for step in $STEPS; do
   echo "== $step"
   start=$SECONDS
-  if "step_$step" >"$RESULTS/$step.log" 2>&1; then
-    state=passed
-  else
-    state=FAILED
-    failed+=("$step")
-  fi
+  timeout --kill-after=30 "$STEP_SECONDS" bash -c "set -uo pipefail; step_$step" >"$LOGS/$step.log" 2>&1
+  code=$?
+  case $code in
+    0) state=passed ;;
+    124 | 137) state="FAILED: longer than $STEP_SECONDS s" ;;
+    127) state="FAILED: command not found" ;;
+    *) state="FAILED with $code" ;;
+  esac
+  [ $code -eq 0 ] || failed+=("$step")
   echo "   $state in $((SECONDS - start)) s"
-  tail -n 15 "$RESULTS/$step.log" | sed 's/^/   /'
+  tail -n 15 "$LOGS/$step.log" | sed 's/^/   /'
+  last=$(grep -v '^[[:space:]]*$' "$LOGS/$step.log" | tail -n 1 | tr '|' '/' | cut -c 1-160)
+  echo "| $step | $state | $((SECONDS - start)) | $last |" >>"$LOGS/summary.md"
 done
-echo "results in $RESULTS; failed: ${failed[*]:-none}"
+echo "results in $OUTPUT/$slug, logs and summary.md in $LOGS; failed: ${failed[*]:-none}"
 [ ${#failed[@]} -eq 0 ]

@@ -1,4 +1,4 @@
-"""The picture of an operator: bars of time with ratios per allocator setting, and bars of peak memory."""
+"""The pictures: bars of time and memory with ratios, curves over points and image size, and stages stacked."""
 
 from __future__ import annotations
 
@@ -10,21 +10,36 @@ from benchmarks.cases import Benchmark, Row
 from benchmarks.formats import mebibytes, number
 from benchmarks.memory import RESOLUTION_MIB
 
-_OURS, _OURS_OTHER = "#d1495b", "#e8a0aa"
+_OURS, _OURS_OTHERS = "#d1495b", ("#e8a0aa", "#8c2f3d")
+#: What the stages leave of a call.
+_REST = "the rest, backward included"
 _PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98", "#c9a66b", "#5f6c7b")
 _BAR = 0.8
 
 
+def _pyplot() -> Any:
+    """matplotlib without a display, in the style of all pictures here."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.titlesize": 11, "axes.titlelocation": "left", "legend.frameon": False})
+    return plt
+
+
+def _bare(axes: Any, *sides: str) -> None:
+    axes.spines[list(sides)].set_visible(False)
+    axes.tick_params(labelsize=8, colors="#555555")
+
+
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    colours: dict[str, str] = {}
-    for row in rows:
-        if row.implementation not in colours:
-            if row.ours:
-                colours[row.implementation] = _OURS if not any(r in (_OURS,) for r in colours.values()) else _OURS_OTHER
-            else:
-                used = sum(c in _PEERS for c in colours.values())
-                colours[row.implementation] = _PEERS[used % len(_PEERS)]
-    return colours
+    """A colour for each implementation, this package's red."""
+    names = {row.implementation: row.ours for row in rows}
+    ours, peers = ([name for name, own in names.items() if own is kind] for kind in (True, False))
+    colours = {name: ([_OURS, *_OURS_OTHERS])[i % (1 + len(_OURS_OTHERS))] for i, name in enumerate(ours)}
+    colours |= {name: _PEERS[i % len(_PEERS)] for i, name in enumerate(peers)}
+    return {name: colours[name] for name in names}
 
 
 def _panel(
@@ -65,41 +80,201 @@ def _panel(
     axes.set_yticks(ticks, labels, fontsize=9)
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.32 if longest else 1)
-    axes.set_title(title, loc="left", fontsize=11)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.tick_params(axis="y", length=0)
-    axes.tick_params(axis="x", labelsize=8, colors="#777777")
+    axes.set_title(title)
+    _bare(axes, "top", "right", "left")
+    axes.tick_params(axis="y", length=0, labelsize=9, colors="black")
 
 
-def draw(path: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict[str, str]) -> bool:
-    """Draw the headline cases; returns whether there was anything to draw."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    from matplotlib.patches import Patch
-
-    headline = {case for case in (row.case for row in rows) if any(r.headline and r.case == case for r in rows)}
+def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict[str, str]) -> bool:
+    """Draw the headline cases to `<op>.png`; returns whether there was anything to draw."""
+    headline = {row.case for row in rows if row.headline}
     shown = [row for row in rows if row.case in headline]
     settings = list(dict.fromkeys(row.setting for row in shown))
-    memory = [row for row in rows if row.memory_extra_mib is not None]
+    memory = [row for row in shown if row.memory_extra_mib is not None]
     if not any(row.median_ms for row in shown):
         return False
+    plt = _pyplot()
+    from matplotlib.patches import Patch
+
     panels = len(settings) + bool(memory)
     height = 1.6 + 0.3 * max(sum(row.setting == s for row in shown) for s in settings)
     size = (5.4 * panels, max(4.0, height))
     figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
-    colours = _colours([*shown, *memory])
+    colours = _colours(shown)
     for panel, setting in zip(axes[0], settings, strict=False):
         chosen = [row for row in shown if row.setting == setting]
-        title = f"Time, allocator: {setting} (dotted: floor)"
-        _panel(panel, chosen, title, lambda row: row.median_ms, "ms", colours)
+        floor = " (dotted: floor)" if any(row.floor_ms is not None for row in chosen) else ""
+        _panel(panel, chosen, f"Time, allocator: {setting}{floor}", lambda row: row.median_ms, "ms", colours)
     if memory:
-        title = "Peak memory above inputs and outputs"
-        _panel(axes[0][-1], memory, title, lambda row: row.memory_extra_mib, "MiB", colours)
+        what = "weights" if benchmark.peak else "inputs and outputs"
+        _panel(axes[0][-1], memory, f"Peak memory above {what}", lambda row: row.memory_extra_mib, "MiB", colours)
     handles = [Patch(color=colour) for colour in colours.values()]
-    figure.legend(handles, colours, loc="outside lower center", ncols=min(4, len(colours)), frameon=False, fontsize=9)
+    figure.legend(handles, colours, loc="outside lower center", ncols=min(4, len(colours)), fontsize=9)
     figure.suptitle(f"{benchmark.title} on {facts['device']}, torch {facts['torch']}", fontsize=13, weight="bold")
-    figure.savefig(path, dpi=130)
+    figure.savefig(directory / f"{benchmark.op}.png", dpi=130)
     plt.close(figure)
     return True
+
+
+# ---------------------------------------------------------------- curves
+
+
+def _curve(axes: Any, lines: dict[str, list[tuple[int, float]]], colours: dict[str, str], unit: str) -> None:
+    """A line per implementation; the highest carries at its end how many times the lowest it is."""
+    for name, points in lines.items():
+        axes.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours[name], label=name)
+    last = max(x for points in lines.values() for x, _ in points)
+    ends = [y for points in lines.values() for x, y in points if x == last]
+    if len(ends) > 1 and min(ends) > 0:
+        axes.annotate(f" {max(ends) / min(ends):.1f}x", (last, max(ends)), fontsize=9, weight="bold", va="center")
+    axes.set_ylim(bottom=0)
+    axes.margins(x=0.12)
+    axes.set_ylabel(unit)
+    _bare(axes, "top", "right")
+
+
+def _lines(
+    rows: Sequence[Row], of: Callable[[Row], int | None], value: Callable[[Row], float | None]
+) -> dict[str, list[tuple[int, float]]]:
+    """Points (x, y) by implementation, of the first allocator setting."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        x, y = of(row), value(row)
+        if row.setting == rows[0].setting and x is not None and y is not None:
+            found.setdefault(row.implementation, []).append((x, y))
+    return {name: sorted(points) for name, points in found.items()}
+
+
+def draw_points(directory: Path, rows: Sequence[Row], usual: int) -> list[str]:
+    """Time and peak memory of the loss over the number of points K, and where full masks are.
+
+    Args:
+        usual: the K of the case that names none.
+    """
+    curve = [row for row in rows if " K=" in row.case and row.median_ms is not None]
+    if not curve:
+        return []
+    case = curve[0].case.split(" K=")[0]
+    names = list(dict.fromkeys(row.implementation for row in curve))
+    whole = [row for row in rows if row.case == case and row.setting == curve[0].setting]
+    curve += [row for row in whole if row.implementation in names]
+
+    def points(row: Row) -> int | None:
+        return int(row.case.split("K=")[1]) if " K=" in row.case else usual
+
+    plt = _pyplot()
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    colours = _colours([*curve, *whole])
+    for axis, value, unit in ((axes[0], _milliseconds, "ms"), (axes[1], _extra, "MiB")):
+        lines = _lines(curve, points, value)
+        if not lines:
+            axis.set_axis_off()
+            continue
+        _curve(axis, lines, colours, unit)
+        top = axis.get_ylim()[1]
+        beyond = []
+        for row in whole:
+            measured = value(row)
+            if row.implementation in names or row.ours or measured is None:
+                continue
+            if measured <= 1.5 * top:
+                axis.axhline(measured, color=colours[row.implementation], ls="--", lw=1.2, label=row.implementation)
+            else:  # a line that would flatten all others
+                beyond.append(f"{row.implementation}: {number(measured)} {unit}")
+        axis.text(
+            0.02, 0.98, "\n".join(f"beyond: {text}" for text in beyond), transform=axis.transAxes, va="top", fontsize=8
+        )
+        axis.set_xscale("log", base=4)
+        ticks = sorted({x for line in lines.values() for x, _ in line})
+        axis.set_xticks(ticks, [str(k) for k in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel("points K")
+    axes[0].set_title(f"{case[0].upper()}{case[1:]}, forward + backward")
+    axes[1].set_title("Peak memory above inputs and outputs")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.savefig(directory / "point_loss_curve.png", dpi=130)
+    plt.close(figure)
+    return ["point_loss_curve.png"]
+
+
+def _milliseconds(row: Row) -> float | None:
+    return row.median_ms
+
+
+def _extra(row: Row) -> float | None:
+    return row.memory_extra_mib
+
+
+def draw_sizes(directory: Path, rows: Sequence[Row]) -> list[str]:
+    """Time of inference over the side of the image, for the backbone that was run at most sizes."""
+    from benchmarks.bench_end_to_end import INFERENCE, OURS, TRANSFORMERS, parts
+
+    plain = [r for r in rows if r.implementation in (OURS, TRANSFORMERS) and parts(r.case)[1] == INFERENCE]
+    sizes: dict[str, set[int]] = {}
+    for row in plain:
+        sizes.setdefault(parts(row.case)[0], set()).add(parts(row.case)[2])
+    if not plain or len(max(sizes.values(), key=len)) < 2:
+        return []
+    backbone = max(sizes, key=lambda name: len(sizes[name]))
+    chosen = [row for row in plain if parts(row.case)[0] == backbone]
+    plt = _pyplot()
+    figure, axis = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
+    lines = _lines(chosen, lambda row: parts(row.case)[2], _milliseconds)
+    _curve(axis, lines, _colours(chosen), "ms")
+    axis.set_xticks(sorted(sizes[backbone]))
+    axis.set_xlabel("side of the image, pixels")
+    axis.set_title(f"{chosen[0].case.split(' ')[0]} {INFERENCE}, one image")
+    axis.legend()
+    figure.savefig(directory / "end_to_end_sizes.png", dpi=130)
+    plt.close(figure)
+    return ["end_to_end_sizes.png"]
+
+
+# ---------------------------------------------------------------- stages
+
+_STAGES = ("#30638e", "#8fb8de", "#d1495b", "#e0a458", "#cfcfcf")
+
+
+def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
+    """Where the time goes: the parts of a call stacked, this package below each model it is compared with."""
+    shown = [r for r in rows if r.headline and r.stages and r.median_ms is not None and r.setting == rows[0].setting]
+    if not shown:
+        return []
+    plt = _pyplot()
+    stages = list(dict.fromkeys(stage for row in shown for stage in row.stage_ms))
+    colours = dict(zip([*stages, _REST], _STAGES, strict=False))
+    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.42 * len(shown)), layout="constrained")
+    position, ticks, labels, longest = 0.0, [], [], max(row.median_ms or 0.0 for row in shown)
+    for case in dict.fromkeys(row.case for row in shown):
+        for row in sorted((r for r in shown if r.case == case), key=lambda r: r.ours):  # before and after
+            total = row.median_ms or 0.0
+            widths = row.stage_ms
+            widths[_REST] = max(0.0, total - sum(widths.values()))
+            left = 0.0
+            for stage, colour in colours.items():
+                width = widths.get(stage, 0.0)
+                axis.barh(position, width, _BAR, left=left, color=colour)
+                if width > 0.06 * longest:
+                    axis.text(left + width / 2, position, number(width), ha="center", va="center", fontsize=8)
+                left += width
+            axis.text(
+                left, position, f" {number(total)} ms", va="center", fontsize=8, weight="bold" if row.ours else None
+            )
+            ticks.append(position)
+            labels.append(f"{case}, {row.implementation}")
+            position += 1
+        position += 0.6
+    axis.set_yticks(ticks, labels)
+    axis.invert_yaxis()
+    axis.set_xlim(0, longest * 1.15)
+    axis.set_title(f"Where the time goes, ms, allocator: {shown[0].setting}")
+    _bare(axis, "top", "right", "left")
+    axis.tick_params(axis="y", length=0, labelsize=9, colors="black")
+    from matplotlib.patches import Patch
+
+    handles = [Patch(color=colour) for colour in colours.values()]
+    figure.legend(handles, colours, loc="outside lower center", ncols=len(colours))
+    figure.savefig(directory / "end_to_end_stages.png", dpi=130)
+    plt.close(figure)
+    return ["end_to_end_stages.png"]

@@ -1,9 +1,15 @@
-"""Tables in Markdown and on the terminal, the CSV, the required figures and the comparison of two runs."""
+"""What a run leaves behind: a CSV, facts, tables and pictures of each operator, and one report of all of them.
+
+`report.md` is made from what lies in its folder, so a run of some operators renews their part and keeps the others'.
+`python -m benchmarks.report FOLDER` makes it again.
+"""
 
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Sequence
+import json
+import sys
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,22 +18,28 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import memory
-from benchmarks.cases import Benchmark, Figure, Row, Scale
-from benchmarks.formats import mebibytes, number
+import benchmarks
+from benchmarks import figures, memory, other_models, tables
+from benchmarks.cases import Benchmark, Row, Scale
+from benchmarks.compare import read
+from benchmarks.formats import error, markdown, mebibytes, number
 
-#: A time is a regression if it grew by more than this share and by more than both interquartile ranges together.
-REGRESSION_SHARE = 0.10
 METHOD = """\
-- Times: median (interquartile range) in ms of interleaved runs, A B C A B C ..., after one warm-up round.
-- Speed-up: this row's median over the median of the case's first implementation.
+- Times: median (interquartile range) in ms of interleaved runs, A B C A B C ..., each warmed up by the call whose
+  result was checked. At least three rounds (`--full`: five); a call of more than ten seconds (of the loss: five) is
+  timed once (twice), and the table says so.
+- Ratio: this row's median over the median of the case's first implementation.
 - Error: relative L2 against the reference in fp64, worst output and worst gradient; of attention masks, the share of
-  bits that differ from it. A row above the tolerance has no time.
+  bits that differ from it; of whole models, the largest difference of the last prediction from the other model's,
+  relative to the largest value. A row above the tolerance has no time.
 - Floor: max(bytes moved / measured bandwidth, rows gathered / measured gather rate, operations of matrix products /
   measured rate of `torch.mm` in the same dtype), and the share of it reached. Deformable attention: local cases count
   gathered rows at the L1 rate, random ones at the L2 rate; backward counts as a second gather and a read-modify-write
   of every row. Masked attention: operations of attended pairs only, 2 products forward and 4 backward.
 - Page faults: minor faults per call (CPU); they are what the allocator setting changes."""
+#: Load average before a run above which the machine is not idle enough for times to be trusted.
+BUSY = 0.5
+Section = tuple[str, list[str], list[list[str]]]
 
 
 @dataclass(frozen=True)
@@ -39,41 +51,64 @@ class Run:
     floors: dict[str, dict[str, float]]
     rows: list[Row]
 
+    def of(self, op: str) -> Run:
+        return Run(self.scale, self.facts, self.floors, [row for row in self.rows if row.op == op])
 
-def _error(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1e}"
+
+# ---------------------------------------------------------------- tables of an operator
 
 
-def _settings(rows: Iterable[Row]) -> list[str]:
-    return list(dict.fromkeys(row.setting for row in rows))
+def _time(row: Row) -> str:
+    if row.median_ms is None:
+        return row.status
+    return f"{number(row.median_ms)} ({'one call' if row.rounds == 1 else number(row.iqr_ms)})"
+
+
+def _ratio(row: Row) -> str:
+    return "" if row.subject_speedup is None else f"{number(row.subject_speedup)}x"
+
+
+def _share(row: Row) -> str:
+    return "-" if row.floor_share is None else f"{row.floor_share:.0%}"
 
 
 def _time_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    header = ["case", "implementation", "ms (IQR)", "speed-up", "error", "error grad", "MiB written", "faults",
+    header = ["case", "implementation", "ms (IQR)", "ratio", "error", "error grad", "MiB written", "faults",
               "floor ms", "share"]  # fmt: skip
     lines = []
     for row in rows:
-        time = row.status if row.median_ms is None else f"{number(row.median_ms)} ({number(row.iqr_ms)})"
-        speedup = "" if row.subject_speedup is None else f"{number(row.subject_speedup)}x"
         faults = "-" if row.page_faults is None else f"{row.page_faults:.0f}"
-        share = "-" if row.floor_share is None else f"{row.floor_share:.0%}"
         floor = "-" if row.floor_ms is None else f"{number(row.floor_ms)} ({row.floor_kind})"
         lines.append(
-            [row.case, row.implementation, time, speedup, _error(row.error_output), _error(row.error_gradients),
-             number(row.written_mib), faults, floor, share]
+            [row.case, row.implementation, _time(row), _ratio(row), error(row.error_output), error(row.error_gradients),
+             number(row.written_mib), faults, floor, _share(row)]
         )  # fmt: skip
     return header, lines
 
 
 def _memory_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    header = ["case", "implementation", "extra MiB", "total MiB"]
-    lines = []
-    for row in rows:
-        if row.memory_extra_mib is not None:
-            lines.append(
-                [row.case, row.implementation, mebibytes(row.memory_extra_mib), mebibytes(row.memory_total_mib)]
-            )
-    return header, lines
+    lines = [
+        [row.case, row.implementation, mebibytes(row.memory_extra_mib), mebibytes(row.memory_total_mib)]
+        for row in rows
+        if row.memory_extra_mib is not None
+    ]
+    return ["case", "implementation", "extra MiB", "total MiB"], lines
+
+
+def _stage_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    stages = list(dict.fromkeys(stage for row in rows for stage in row.stage_ms))
+    lines = [
+        [row.case, row.implementation, row.setting, *(number(row.stage_ms.get(stage)) for stage in stages),
+         number(max(0.0, row.median_ms - sum(row.stage_ms.values()))), number(row.median_ms)]
+        for row in rows
+        if row.stages and row.median_ms is not None
+    ]  # fmt: skip
+    return ["case", "implementation", "setting", *stages, "the rest, backward included", "total"], lines
+
+
+def _launch_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    lines = [[row.case, row.implementation, str(row.kernels)] for row in rows if row.kernels is not None]
+    return ["case", "implementation", "kernels launched"], lines
 
 
 def _scaling_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -92,62 +127,73 @@ def _scaling_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
     """Rates in GB/s, those of matrix products in GFLOP/s."""
-    names = list(next(iter(floors.values())))
+    names = list(next(iter(floors.values()), {}))
     return ["threads", *(f"{name} {'GFLOP/s' if name.endswith('matmul') else 'GB/s'}" for name in names)], [
         [threads, *(number(rates[name] / 1e9) for name in names)] for threads, rates in floors.items()
     ]
 
 
-def _side(
-    rows: Sequence[Row], side: tuple[str, tuple[str, ...], str], setting: str, of_fastest: bool = False
-) -> float | None:
-    """One side of a figure: of the rows measured the least value, or the value of the fastest."""
-    case, implementations, field = side
-    values = [
-        (row.median_ms if of_fastest and row.median_ms is not None else value, value)
-        for row in rows
-        if row.case == case and row.implementation in implementations and row.setting == setting
-        if (value := getattr(row, field)) is not None
-    ]
-    return min(values)[1] if values else None
-
-
-def evaluate(figure: Figure, rows: Sequence[Row], setting: str) -> tuple[float, bool] | None:
-    """The ratio, and whether it is only a lower bound (memory below what can be resolved); None if not measured."""
-    above = _side(rows, figure.numerator, setting, figure.of_fastest)
-    below = _side(rows, figure.denominator, setting, figure.of_fastest)
-    if above is None or below is None:
-        return None
-    if figure.denominator[2].startswith("memory") and below < memory.RESOLUTION_MIB:
-        return above / memory.RESOLUTION_MIB, True
-    return (above / below, False) if below else None
-
-
-def figure_table(benchmark: Benchmark, run: Run) -> tuple[list[str], list[list[str]]]:
-    """Required figures: target, measured, met or MISSED, for every allocator setting."""
-    header = ["required figure", "setting", "target", "measured", ""]
+def _peers_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """The headline cases: every peer, its time and ratio in each setting, error, peak memory, share of the floor."""
+    shown = [row for row in rows if row.headline]
+    found = figures.settings_of(shown)
+    by_key = {row.key: row for row in shown}
+    header = ["case", "implementation", *(x for s in found for x in (f"ms, {s}", "ratio")), "error", "error grad",
+              "peak MiB", "share of floor"]  # fmt: skip
     lines = []
-    for figure in benchmark.figures(run.scale):
-        for setting in _settings(run.rows):
-            is_memory = figure.numerator[2].startswith("memory")
-            if is_memory and setting not in figure.target:
-                continue
-            target = figure.target.get(setting)
-            found = evaluate(figure, run.rows, setting)
-            if found is None:
-                measured, verdict = "-", "not measured"
-            else:
-                measured = f"{'> ' if found[1] else ''}{number(found[0])}x"
-                verdict = "no target" if target is None else "met" if found[0] >= target else "MISSED"
-                if run.scale.quick and target is not None:
-                    verdict = "quick shapes: not judged"
-            lines.append([figure.label, setting, "-" if target is None else f"≥ {number(target)}x", measured, verdict])
+    for row in shown:
+        if row.setting != found[0]:
+            continue
+        cells = []
+        for setting in found:
+            here = by_key.get((row.op, row.case, row.implementation, setting))
+            cells += ["-", ""] if here is None else [_time(here), _ratio(here)]
+        last = [error(row.error_output), error(row.error_gradients), mebibytes(row.memory_extra_mib), _share(row)]
+        lines.append([row.case, row.implementation, *cells, *last])
     return header, lines
 
 
-def _markdown(header: list[str], lines: list[list[str]]) -> str:
-    out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines])
+def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
+    rows = run.of(benchmark.op).rows
+    sections: list[Section] = [("Required figures", figures.HEADER, figures.lines(benchmark, run.scale, rows))]
+    for setting in figures.settings_of(rows):
+        sections.append((f"Time, allocator: {setting}", *_time_table([row for row in rows if row.setting == setting])))
+    note = "allocator: default" if run.scale.device == "cpu" else "caching allocator"
+    sections.append((f"Peak memory, {note}", *_memory_table(rows)))
+    sections.append(("Stages, ms", *_stage_table(rows)))
+    sections.append(("Kernel launches", *_launch_table(rows)))
+    sections.append(("Threads", *_scaling_table(rows)))
+    sections.append(("Measured rates behind the floors", *_floor_table(run.floors)))
+    return [section for section in sections if section[2]]
+
+
+def _bold_misses(lines: list[list[str]]) -> list[list[str]]:
+    return [[f"**{cell}**" if cell == figures.MISSED else cell for cell in line] for line in lines]
+
+
+def chapter(benchmark: Benchmark, run: Run, pictures: Sequence[str]) -> str:
+    """An operator's page."""
+    parts = [f"# {benchmark.title}", benchmark.description]
+    if run.scale.quick:
+        parts.append("**Quick run: small shapes and few rounds. Required figures are not judged.**")
+    parts += [f"![{benchmark.title}]({name})" for name in pictures]
+    for title, header, lines in _sections(benchmark, run):
+        parts += [f"## {title}", markdown(header, _bold_misses(lines))]
+    return "\n\n".join([*parts, "## Measured with", _facts(run.facts), method()])
+
+
+def _facts(facts: dict[str, str]) -> str:
+    return markdown(["", ""], [[name, fact] for name, fact in facts.items()])
+
+
+def method() -> str:
+    cpu, cuda = (memory.__doc__ or "").split("\n\n")[1:3]
+    return "\n".join(
+        ["## Method", "", METHOD, f"- Peak memory. {' '.join(cpu.split())}", f"  {' '.join(cuda.split())}", ""]
+    )
+
+
+# ---------------------------------------------------------------- the terminal
 
 
 def _rich(title: str, header: list[str], lines: list[list[str]]) -> Table:
@@ -157,74 +203,30 @@ def _rich(title: str, header: list[str], lines: list[list[str]]) -> Table:
         table.add_column("" if grouped and i == 0 else name, justify="left" if i == 0 else "right", no_wrap=i > 0)
     last = None
     for line in lines:
-        style = "red" if "MISSED" in line else "green" if "met" in line else None
+        style = "red" if figures.MISSED in line else "green" if figures.MET in line else None
         if grouped:
             if line[0] != last:
                 table.add_row(f"[bold]{line[0]}")
             last, line = line[0], line[1:]
-            style = "cyan" if line[0] == "m2f_kernels" else None
+            style = "cyan" if line[0] in ("m2f_kernels", "m2f") else None
             line[0] = "  " + line[0]
         table.add_row(*line, style=style)
     return table
 
 
-def _sections(benchmark: Benchmark, run: Run) -> list[tuple[str, list[str], list[list[str]]]]:
-    rows = [row for row in run.rows if row.op == benchmark.op]
-    own = Run(run.scale, run.facts, run.floors, rows)
-    sections = [("Required figures", *figure_table(benchmark, own))]
-    for setting in _settings(rows):
-        sections.append((f"Time, allocator: {setting}", *_time_table([row for row in rows if row.setting == setting])))
-    note = "allocator: default" if run.scale.device == "cpu" else "caching allocator"
-    sections.append((f"Peak memory, {note}", *_memory_table(rows)))
-    sections.append(("Threads", *_scaling_table(rows)))
-    sections.append(("Measured rates behind the floors", *_floor_table(run.floors)))
-    return [section for section in sections if section[2]]
-
-
-def show(console: Console, benchmark: Benchmark, run: Run) -> None:
-    """Print an operator's tables."""
+def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> None:
+    """Print an operator's figures and its headline cases, or all of its tables."""
     console.rule(f"[bold]{benchmark.title}")
-    for title, header, lines in _sections(benchmark, run):
-        console.print(_rich(title, header, lines))
+    sections = _sections(benchmark, run)
+    if not everything:
+        peers: Section = ("Headline cases", *_peers_table(run.of(benchmark.op).rows))
+        sections = [peers, *(s for s in sections if s[0] in ("Required figures", "Stages, ms"))]
+    for title, header, lines in sections:
+        if lines:
+            console.print(_rich(title, header, lines))
 
 
-def markdown(benchmark: Benchmark, run: Run, picture: bool, others: Sequence[str] = ()) -> str:
-    """An operator's tables as Markdown, without the facts."""
-    parts = [f"# {benchmark.title}", benchmark.description]
-    if run.scale.quick:
-        parts.append("**Quick run: small shapes and few rounds. Required figures are not judged.**")
-    if picture:
-        parts.append(f"![{benchmark.title}]({benchmark.op}.png)")
-    parts += [f"![{benchmark.title}]({name})" for name in others]
-    for title, header, lines in _sections(benchmark, run):
-        parts += [f"## {title}", _markdown(header, lines)]
-    return "\n\n".join(parts) + "\n"
-
-
-def facts_markdown(run: Run) -> str:
-    return "## Measured with\n\n" + _markdown(["", ""], [[name, fact] for name, fact in run.facts.items()]) + "\n"
-
-
-def method_markdown() -> str:
-    cpu, cuda = (memory.__doc__ or "").split("\n\n")[1:3]
-    lines = ["## Method", "", METHOD, f"- Peak memory. {' '.join(cpu.split())}", f"  {' '.join(cuda.split())}", ""]
-    return "\n".join(lines)
-
-
-def write(directory: Path, benchmarks: Sequence[Benchmark], run: Run) -> None:
-    """CSV, Markdown and picture of each operator, and report.md with all of them."""
-    from benchmarks import plot
-
-    directory.mkdir(parents=True, exist_ok=True)
-    chapters = []
-    for benchmark in benchmarks:
-        rows = [row for row in run.rows if row.op == benchmark.op]
-        write_csv(directory / f"{benchmark.op}.csv", rows)
-        picture = plot.draw(directory / f"{benchmark.op}.png", benchmark, rows, run.facts)
-        chapter = markdown(benchmark, run, picture, benchmark.pictures(directory, rows))
-        (directory / f"{benchmark.op}.md").write_text(chapter + "\n" + facts_markdown(run) + "\n" + method_markdown())
-        chapters.append(chapter)
-    (directory / "report.md").write_text("\n".join([*chapters, facts_markdown(run), method_markdown()]))
+# ---------------------------------------------------------------- files
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -236,28 +238,160 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
 
 
-def read_csv(path: Path) -> list[Row]:
-    with path.open(newline="") as file:
-        return [Row.from_strings(record) for record in csv.DictReader(file)]
+def write(directory: Path, chosen: Sequence[Benchmark], run: Run) -> None:
+    """CSV, facts, page and pictures of each operator that the run measured, and the report of all in the folder."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for benchmark in chosen:
+        own = run.of(benchmark.op)
+        if own.rows:
+            write_csv(directory / f"{benchmark.op}.csv", own.rows)
+            about = {"scale": asdict(run.scale), "facts": run.facts, "floors": run.floors}
+            (directory / f"{benchmark.op}.json").write_text(json.dumps(about, indent=1) + "\n")
+            write_page(directory, benchmark, own)
+    (directory / "report.md").write_text(text(directory))
 
 
-def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
-    """This package's rows that became slower beyond noise, need more memory, or no longer work; one line each."""
-    before = {row.key: row for row in old}
-    found = []
-    for row in new:
-        was = before.get(row.key)
-        if was is None or not row.ours or was.median_ms is None:
-            continue
-        name = f"{row.case}, {row.implementation}, {row.setting}"
-        if row.median_ms is None:
-            found.append(f"{name}: was {number(was.median_ms)} ms, now {row.status}")
-            continue
-        grown = row.median_ms - was.median_ms
-        if grown > REGRESSION_SHARE * was.median_ms and grown > (row.iqr_ms or 0) + (was.iqr_ms or 0):
-            found.append(f"{name}: {number(was.median_ms)} -> {number(row.median_ms)} ms")
-        if row.memory_extra_mib is not None and was.memory_extra_mib is not None:
-            more = row.memory_extra_mib - was.memory_extra_mib
-            if more > max(REGRESSION_SHARE * was.memory_extra_mib, 2 * memory.RESOLUTION_MIB):
-                found.append(f"{name}: {number(was.memory_extra_mib)} -> {number(row.memory_extra_mib)} MiB extra")
+def write_page(directory: Path, benchmark: Benchmark, run: Run) -> None:
+    from benchmarks import plot
+
+    drawn = [f"{benchmark.op}.png"] if plot.draw(directory, benchmark, run.rows, run.facts) else []
+    drawn += benchmark.pictures(directory, run.rows)
+    (directory / f"{benchmark.op}.md").write_text(chapter(benchmark, run, drawn))
+
+
+def load(directory: Path) -> dict[str, Run]:
+    """The operators that have been measured into a folder, in the registry's order."""
+    found = {}
+    for op in benchmarks.REGISTRY:
+        path = directory / f"{op}.csv"
+        if path.exists():
+            about = json.loads(path.with_suffix(".json").read_text())
+            found[op] = Run(Scale(**about["scale"]), about["facts"], about["floors"], read(path))
     return found
+
+
+# ---------------------------------------------------------------- the report
+
+#: The first page: what is asked, the operator whose rows answer, the table, and the pictures.
+FIRST_PAGE = (
+    (
+        "The loss of a training step: full masks, K = 12544 points, and this package",
+        "point_loss", tables.point_loss, ("point_loss_curve.png",),
+    ),
+    (
+        "A whole Mask2Former, `transformers`' and this package's",
+        "end_to_end", tables.end_to_end, ("end_to_end_stages.png", "end_to_end_sizes.png"),
+    ),
+    ("Other people's models before and after one line", other_models.OP, tables.integrations, ()),
+)  # fmt: skip
+
+
+def aims(directory: Path, runs: dict[str, Run]) -> list[list[str]]:
+    """Every required figure of every operator: issue, operator, and the columns of `figures.HEADER`."""
+    found = []
+    for op, run in runs.items():
+        benchmark = benchmarks.load(op)
+        for line in figures.lines(benchmark, run.scale, run.rows):
+            found.append([str(benchmark.issue), op, *line])
+    path = directory / f"{other_models.OP}.csv"
+    if path.exists():
+        with path.open(newline="") as file:
+            records = list(csv.DictReader(file))
+        for line in figures.judge(other_models.figures(records), Scale("cpu", False), other_models.rows(records)):
+            found.append([str(other_models.ISSUE), other_models.OP, *line])
+    return sorted(found, key=lambda line: line[0])
+
+
+def text(directory: Path) -> str:
+    """The report of what lies in a folder."""
+    runs = load(directory)
+    parts = [f"# What does it save? {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
+    found = aims(directory, runs)
+    parts += [*_warnings(runs), *_misses(found)]
+    for title, op, table, pictures in FIRST_PAGE:
+        parts.append(f"## {title}")
+        path = directory / f"{op}.csv"
+        if not path.exists():
+            parts.append(f"*Not measured in this folder: {op}.*")
+            continue
+        parts += [table(read(path)), f"Every case: [{op}.md]({op}.md). {_note(op)}"]
+        parts += [f"![{title}]({name})" for name in pictures if (directory / name).exists()]
+    if (directory / "learning.md").exists():
+        parts += ["## Training, on this package's kernels and on plain PyTorch", _page(directory / "learning.md")]
+    parts.append("## Every operator and every peer")
+    for op, run in runs.items():
+        header, lines = _peers_table(run.rows)
+        if lines:
+            title = benchmarks.load(op).title
+            picture = f"![{title}]({op}.png)" if (directory / f"{op}.png").exists() else ""
+            parts += [f"### [{title}]({op}.md)", markdown(header, lines), picture]
+    judged = [line for line in found if line[-1] != figures.NO_TARGET]
+    parts += ["## Aims of every issue", figures.summary(found), markdown(["issue", "operator", *figures.HEADER],
+              _bold_misses(judged))]  # fmt: skip
+    for facts, ops in _by_facts(runs):
+        parts += [f"## Measured with: {', '.join(ops)}", _facts(facts)]
+    return "\n\n".join(part for part in [*parts, method()] if part)
+
+
+def _page(path: Path) -> str:
+    """A page that a command of its own has written, as a part of the report: without its title."""
+    return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("# ")).strip()
+
+
+def _misses(found: list[list[str]]) -> list[str]:
+    """How many aims were met, and which were not."""
+    missed = [f"- {line[2]} ({line[3]}): {line[5]}, aim {line[4]}" for line in found if line[-1] == figures.MISSED]
+    return [f"{figures.summary(found)} [All of them](#aims-of-every-issue)." + "".join(f"\n{line}" for line in missed)]
+
+
+def _page(path: Path) -> str:
+    """A page that a command of its own has written, as a part of the report: without its title."""
+    return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("# ")).strip()
+
+
+def _note(op: str) -> str:
+    notes = {
+        "point_loss": "*Full masks*: predictions upsampled to the ground truth, every pixel supervised; *points as "
+        "published*: the code of `transformers`. The published 18 GB -> 6 GB per image is a whole training step on a "
+        "GPU; this is the loss part alone.",
+        "end_to_end": "The same random weights and input; peak memory above weights and, in training, gradients.",
+    }
+    return notes.get(op, "")
+
+
+def _warnings(runs: dict[str, Run]) -> list[str]:
+    found = []
+    quick = [op for op, run in runs.items() if run.scale.quick]
+    if quick:
+        found.append(f"**Quick run of {', '.join(quick)}: small shapes and few rounds. Aims are not judged.**")
+    busy = [op for op, run in runs.items() if float(run.facts.get("load average before", 0)) > BUSY]
+    if busy:
+        found.append(f"**The machine was not idle before the run of {', '.join(busy)}: read these times with care.**")
+    if len(_by_facts(runs)) > 1:
+        found.append("The operators come from several runs; the facts of each are at the end.")
+    return found
+
+
+def _by_facts(runs: dict[str, Run]) -> list[tuple[dict[str, str], list[str]]]:
+    """The operators by the run they come from."""
+    groups: list[tuple[dict[str, str], list[str]]] = []
+    for op, run in runs.items():
+        same = next((ops for facts, ops in groups if facts == run.facts), None)
+        if same is None:
+            groups.append((run.facts, [op]))
+        else:
+            same.append(op)
+    return groups
+
+
+def main() -> None:
+    """Write pages, pictures and the report of a folder again, from its CSVs and facts."""
+    for name in sys.argv[1:]:
+        directory = Path(name)
+        for op, run in load(directory).items():
+            write_page(directory, benchmarks.load(op), run)
+        (directory / "report.md").write_text(text(directory))
+
+
+if __name__ == "__main__":
+    main()

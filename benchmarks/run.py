@@ -1,6 +1,7 @@
-"""Measure the operators, print tables, and write `benchmarks/results/<device>/`.
+"""Measure the operators and the whole model, print tables, and write `benchmarks/results/<device>/`.
 
-    python -m benchmarks.run                                    every operator on the best device here
+    python -m benchmarks.run                                    what the first page needs, under ten minutes on 2 cores
+    python -m benchmarks.run --full                             all shapes and dtypes, written to <device>/full
     python -m benchmarks.run --op ms_deform_attn --device cpu --quick
     python -m benchmarks.run --compare OLD.csv                  names regressions, exit code 1 if there are any
 
@@ -22,15 +23,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import benchmarks
-from benchmarks import facts, memory, report
-from benchmarks.cases import Benchmark, Row, Scale
+from benchmarks import compare, facts, memory, report
+from benchmarks.cases import Benchmark, Case, Row, Scale
+from benchmarks.report import BUSY
 
 ROOT = Path(__file__).parent
-#: Load average above which the machine is not idle enough for times to be trusted.
-BUSY = 0.5
 
 
 class Runner:
@@ -44,10 +44,12 @@ class Runner:
         self.floors: dict[str, dict[str, float]] = {}
         self.slug = scale.device
         self.failures: list[str] = []
+        self.seconds: dict[str, float] = {}
 
     def _worker(self, task: str, environment: dict[str, str], *arguments: str) -> Iterator[dict[str, Any]]:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker", task, "--device", self.scale.device]
-        command += ["--workspace", str(self.workspace), *(["--quick"] if self.scale.quick else []), *arguments]
+        flags = [f"--{name}" for name in ("quick", "full") if getattr(self.scale, name)]
+        command += ["--workspace", str(self.workspace), *flags, *arguments]
         errors = self.workspace / "stderr.txt"
         with errors.open("w") as stderr:
             variables = facts.environment(environment)
@@ -63,43 +65,63 @@ class Runner:
             self.failures.append(f"worker '{task} {' '.join(arguments)}' ended with code {code}:\n{last}")
 
     def run(self, progress: Progress) -> None:
-        self._progress, self._task = progress, progress.add_task("starting", total=None)
-        ops = ("--op", ",".join(b.op for b in self.benchmarks), "--case", self.case)
         settings = facts.settings(self.scale.device)
+        self._progress, self._task = progress, progress.add_task("starting", total=self._steps())
+        ops = ("--op", ",".join(b.op for b in self.benchmarks), "--case", self.case)
         # Floors and data do not depend on the allocator; the retained heap only makes them quicker.
         fastest = list(settings.values())[-1]
-        for event in self._worker("prepare", fastest, *ops):
-            self._handle(event)
+        self._phase("preparation", self._worker("prepare", fastest, *ops))
         if self.failures:
             return
         for name, environment in settings.items():
-            for event in self._worker("time", environment, *ops, "--setting", name):
-                self._handle(event)
+            self._phase(f"times, {name}", self._worker("time", environment, *ops, "--setting", name))
         if self.scale.device == "cpu":
-            self._memory(next(iter(settings)))
+            jobs = self._memory_jobs()
+            (self.workspace / "memory.json").write_text(json.dumps(jobs))
+            self._phase("peak memory", self._worker("memory", memory.ENVIRONMENT, *ops))
 
-    def _memory(self, setting: str) -> None:
-        """Peak memory on CPU, reported in the rows of the given allocator setting."""
-        self._progress.update(self._task, description="peak memory: check of the method")
-        for event in self._worker("calibrate", memory.ENVIRONMENT):
-            measured = f"a known temporary of 64 MiB measures as {event['extra_mib']:.1f} MiB"
-            self.facts["check of the memory method"] = measured
-        if self.failures:
-            return
-        cases = {(b.op, case.name): case for b in self.benchmarks for case in b.cases(self.scale)}
-        for row in self.rows:
-            case = cases[row.op, row.case]
-            if row.setting != setting or row.status != "ok" or not case.memory or (self.scale.quick and case.backward):
-                continue
-            self._progress.update(self._task, description=f"peak memory: {row.case}, {row.implementation}")
-            chosen = ("--op", row.op, "--case", row.case, "--implementation", row.implementation)
-            for event in self._worker("memory", memory.ENVIRONMENT, *chosen):
-                row.memory_extra_mib, row.memory_total_mib = event["extra_mib"], event["total_mib"]
+    def _steps(self) -> int:
+        """How many progress events the workers will send, about."""
+        chosen = [[case for case in b.select(self.scale) if self.case in case.name] for b in self.benchmarks]
+        steps = 1 + sum(len({case.data for case in cases}) for cases in chosen)
+        for i, _ in enumerate(facts.settings(self.scale.device)):
+            steps += sum(i == 0 or self.scale.full or not case.one_setting for cases in chosen for case in cases)
+        if self.scale.device == "cpu":
+            steps += sum(len(case.implementations) for cases in chosen for case in cases if self._with_memory(case))
+        return steps
+
+    def _with_memory(self, case: Case) -> bool:
+        return case.memory and not (self.scale.quick and case.backward)
+
+    def _phase(self, name: str, events: Iterator[dict[str, Any]]) -> None:
+        start = time.perf_counter()
+        for event in events:
+            self._handle(event)
+        self.seconds[name] = time.perf_counter() - start
+
+    def _memory_jobs(self) -> list[tuple[str, str, str]]:
+        """What is measured on CPU: the rows of the first allocator setting that have a time."""
+        setting = next(iter(facts.settings(self.scale.device)))
+        cases = {(b.op, case.name): case for b in self.benchmarks for case in b.select(self.scale)}
+        return [
+            (row.op, row.case, row.implementation)
+            for row in self.rows
+            if row.setting == setting and row.status == "ok" and self._with_memory(cases[row.op, row.case])
+        ]
 
     def _handle(self, event: dict[str, Any]) -> None:
         match event["event"]:
             case "progress":
-                self._progress.update(self._task, description=event["text"])
+                self._progress.update(self._task, description=event["text"], advance=1)
+            case "failure":
+                self.failures.append(event["text"])
+            case "calibration":
+                measured = f"a known temporary of 64 MiB measures as {event['extra_mib']:.1f} MiB"
+                self.facts["check of the memory method"] = measured
+            case "memory":
+                first = next(iter(facts.settings(self.scale.device)))
+                row = next(row for row in self.rows if row.key == (*event["job"], first))
+                row.memory_extra_mib, row.memory_total_mib = event["extra_mib"], event["total_mib"]
             case "facts":
                 self.facts, self.slug = event["facts"], event["slug"]
                 if float(self.facts["load average before"]) > BUSY:
@@ -114,7 +136,7 @@ class Runner:
                 self.rows.append(Row(**event["row"]))
 
     def result(self) -> report.Run:
-        order = {(b.op, c.name): i for b in self.benchmarks for i, c in enumerate(b.cases(self.scale))}
+        order = {(b.op, c.name): i for b in self.benchmarks for i, c in enumerate(b.select(self.scale))}
         settings = list(facts.settings(self.scale.device))
         rows = sorted(self.rows, key=lambda row: (settings.index(row.setting), order[row.op, row.case]))
         return report.Run(self.scale, self.facts, self.floors, rows)
@@ -124,46 +146,68 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", choices=list(benchmarks.REGISTRY), help="repeatable; default: all")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--quick", action="store_true", help="small shapes and few rounds, under a minute")
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_true", help="small shapes and few rounds, to see that all runs")
+    size.add_argument("--full", action="store_true", help="all shapes and dtypes: half an hour on 2 cores")
     parser.add_argument("--case", default="", help="only cases whose name contains this; written to <device>-partial")
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="default: benchmarks/results")
-    parser.add_argument("--compare", type=Path, metavar="OLD.csv", help="name regressions against an earlier run")
+    parser.add_argument(
+        "--compare", type=Path, metavar="OLD.csv", help="name regressions against an earlier run's CSV or folder"
+    )
     return parser.parse_args()
+
+
+def _directory(arguments: argparse.Namespace, slug: str) -> Path:
+    """Where results go: `<device>`, or beside it those that are not the whole of a default run."""
+    suffix = ("-quick" if arguments.quick else "") + ("-partial" if arguments.case else "")
+    directory: Path = arguments.output / (slug + suffix)
+    return directory / "full" if arguments.full else directory
 
 
 def main() -> int:
     arguments = _arguments()
+    console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
     device = arguments.device
     if device is None:
         import torch
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
+    try:
+        # Before the run may overwrite it.
+        old = compare.read(arguments.compare) if arguments.compare else []
+    except ValueError as error:
+        console.print(f"[bold red]--compare:[/] {error}", soft_wrap=True)
+        return 2
     start = time.perf_counter()
-    old = report.read_csv(arguments.compare) if arguments.compare else []  # before the run may overwrite it
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (
+        SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
+    )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="m2f-bench-") as workspace:
         ops = arguments.op or list(benchmarks.REGISTRY)
-        runner = Runner(Scale(device, arguments.quick), ops, arguments.case, Path(workspace), console)
+        scale = Scale(device, arguments.quick, arguments.full)
+        runner = Runner(scale, ops, arguments.case, Path(workspace), console)
         with Progress(*columns, console=console, transient=True) as progress:
             runner.run(progress)
     run = runner.result()
     if run.rows:
-        run.facts["wall time of the run"] = f"{time.perf_counter() - start:.0f} s"
-        suffix = ("-quick" if arguments.quick else "") + ("-partial" if arguments.case else "")
-        directory = arguments.output / (runner.slug + suffix)
+        phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in runner.seconds.items())
+        if runner.failures:
+            run.facts["failures"] = "; ".join(failure.splitlines()[0] for failure in runner.failures)
+        run.facts["wall time of the run"] = f"{time.perf_counter() - start:.0f} s ({phases})"
+        directory = _directory(arguments, runner.slug)
         report.write(directory, runner.benchmarks, run)
         for benchmark in runner.benchmarks:
-            report.show(console, benchmark, run)
-        console.print(f"Written to {directory} in {run.facts['wall time of the run']}")
+            report.show(console, benchmark, run, everything=arguments.full or bool(arguments.case))
+        console.print(f"Written to {directory} in {run.facts['wall time of the run']}: report.md is the whole of it")
     for failure in runner.failures:
         console.print(f"[bold red]Failed:[/] {failure}")
-    found = report.regressions(old, run.rows)
-    for line in found:
-        console.print(f"[bold red]Regression:[/] {line}")
-    if arguments.compare and not found:
-        console.print("No regression beyond noise")
-    return 1 if found or runner.failures else 0
+    status = 1 if runner.failures or not run.rows else 0
+    if arguments.compare:
+        lines, found = compare.report(old, run.rows)
+        for line in lines:
+            console.print(f"[bold red]{line}" if found else line, soft_wrap=True)
+        status = status or found
+    return status
 
 
 if __name__ == "__main__":

@@ -4,13 +4,18 @@
 
 Needs triton, which brings the assembler, and no GPU. Each operator is called on tensors of the meta device while
 `m2f_kernels._triton.recording` collects its launches, so what is compiled is what production would launch. A new
-operator needs one line in `CASES`. `csrc/report_resources.py` does the same for CUDA C++.
+operator needs one line in `CASES`. `benchmarks/static_cuda.py` does the same for CUDA C++.
+
+The least a launch can take is stated beside: the tensors it is given, each moved once, over the data sheet's bandwidth
+of the part; and, where `Case.flops` counts them, the operations of its matrix products in half precision over the data
+sheet's rate. Nothing here is measured.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import re
 import subprocess
@@ -24,6 +29,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks import sass
 
 #: Compute capability -> bytes of shared memory that one program may have.
 SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -39,12 +46,14 @@ class Case:
         function: the one to call.
         arguments: makes its arguments, on the meta device, from the dtype and the channels per head.
         head_dims: channels per head to compile for; the first is the representative one.
+        flops: operations of matrix products by the name of the kernel that makes them, from the channels per head.
     """
 
     module: str
     function: str
     arguments: Callable[[torch.dtype, int], tuple[Any, ...]]
     head_dims: tuple[int, ...] = (32,)
+    flops: Callable[[int], dict[str, int]] = lambda d: {}
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -75,6 +84,7 @@ CASES = [
         _MASK,
         "predict_attention_mask",
         lambda dtype, _: (meta(1, 100, 256, dtype=dtype), meta(1, 256, 21504, dtype=dtype)[:, :, 5120:]),
+        flops=lambda _: {"_predict_kernel": 2 * 100 * 256 * 16384},
     ),
     # The fast path and, for the last level, the general one.
     Case(
@@ -83,7 +93,11 @@ CASES = [
         lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128, 100, 100]),
     ),
     Case(
-        _ATTENTION, "masked_attention", lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5), (32, 16, 64, 128, 80)
+        _ATTENTION,
+        "masked_attention",
+        lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5),
+        (32, 16, 64, 128, 80),
+        lambda d: {"_forward_kernel": 4 * 8 * d * 100 * 16384},
     ),
     Case(
         _ATTENTION,
@@ -190,6 +204,31 @@ class Resources:
     registers: int
     stack: int
     spills: int
+    capability: int = 90
+    programs: int = 0
+    bytes_moved: int = 0
+    flops: int = 0
+    mix: sass.Mix | None = None
+
+    @property
+    def occupancy(self) -> float:
+        return sass.occupancy(self.capability, self.num_warps, self.registers, self.shared)
+
+    @property
+    def waves(self) -> float:
+        """How often the launch fills the part with programs."""
+        part = sass.MULTIPROCESSORS[self.capability]
+        fit = sass.blocks_per_multiprocessor(self.capability, self.num_warps, self.registers, self.shared)
+        return self.programs / max(1, fit * part.count)
+
+    def floor(self) -> str:
+        """The least microseconds of the launch, and what bounds it."""
+        part = sass.MULTIPROCESSORS[self.capability]
+        bounds = [(self.bytes_moved / part.bandwidth * 1e6, "bandwidth")]
+        if self.dtype != "fp32":
+            bounds.append((self.flops / part.tensor_flops * 1e6, "products"))
+        least, bound = max(bounds)
+        return f"{least:.2g} ({bound})"
 
     def problems(self) -> list[str]:
         name = f"{self.kernel} ({self.dtype}, D={self.head_dim}, {self.constants}) on {self.architecture}"
@@ -281,9 +320,16 @@ def compile_case(index: int, dtype: str, head_dim: int, capability: int) -> list
             architecture=architecture.name, constants=shown, num_warps=launch.num_warps,
             num_stages=launch.num_stages, shared=compiled.metadata.shared, shared_limit=SHARED_LIMITS[capability],
             registers=registers, stack=stack, spills=len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"])),
+            capability=capability, programs=math.prod(launch.grid), bytes_moved=_bytes(launch.arguments.values()),
+            flops=case.flops(head_dim).get(launch.kernel.__name__, 0), mix=sass.mix(compiled.asm["sass"]),
         )  # fmt: skip
         results.setdefault(f"{result}", result)
     return list(results.values())
+
+
+def _bytes(arguments: Iterable[Any]) -> int:
+    """Bytes of the tensors among a launch's arguments."""
+    return sum(x.numel() * x.element_size() for x in arguments if isinstance(x, torch.Tensor))
 
 
 def jobs(representative: bool, capabilities: Iterable[int], select: str = "") -> list[tuple[int, str, int, int]]:
@@ -305,18 +351,42 @@ def compile_all(work: list[tuple[int, str, int, int]], processes: int) -> list[R
 
 
 def table(results: list[Resources]) -> str:
-    """A Markdown table."""
+    """A Markdown table of what each kernel takes."""
     lines = [
         "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack "
-        "| spills |",
-        "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|",
+        "| spills | occupancy |",
+        "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for r in results:
         lines.append(
             f"| {r.function} | `{r.kernel}` | {r.dtype} | {r.head_dim} | {r.architecture} | {r.constants} "
-            f"| {r.num_warps} | {r.num_stages} | {r.shared} | {r.registers} | {r.stack} | {r.spills} |"
+            f"| {r.num_warps} | {r.num_stages} | {r.shared} | {r.registers} | {r.stack} | {r.spills} "
+            f"| {r.occupancy:.0%} |"
         )
     return "\n".join(lines)
+
+
+def mix_table(results: list[Resources]) -> str:
+    """A Markdown table of what each kernel consists of and the least its launch can take; for one number of channels
+    per head, its first."""
+    first = {(r.function, r.kernel): r.head_dim for r in reversed(results)}
+    lines = [
+        "| operator | kernel | dtype | architecture | programs (waves) | MiB | least µs | instructions "
+        "| accesses to global memory |",
+        "|---|---|---|---|---:|---:|---:|---|---:|",
+    ]
+    for r in results:
+        if r.mix is not None and r.head_dim == first[r.function, r.kernel]:
+            lines.append(
+                f"| {r.function} | `{r.kernel}` | {r.dtype} | {r.architecture} | {r.programs} ({r.waves:.1f}) "
+                f"| {r.bytes_moved / 2**20:.2f} | {r.floor()} | {r.mix.text()} | {r.mix.memory()} |"
+            )
+    return "\n".join(lines)
+
+
+def _parts(results: list[Resources]) -> str:
+    found = (sass.MULTIPROCESSORS[capability] for capability in sorted({r.capability for r in results}))
+    return "; ".join(f"{p.part}, {p.bandwidth / 1e12:g} TB/s, {p.tensor_flops / 1e12:g} TFLOP/s" for p in found)
 
 
 def main() -> int:
@@ -345,11 +415,17 @@ def main() -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(
             "# Resources of the Triton kernels\n\n"
-            f"Written by `python -m benchmarks.static --output {options.output.as_posix()}` with triton "
-            f"{triton.__version__}.\n"
+            f"Written by `python -m benchmarks.static --archs {options.archs} --output {options.output.as_posix()}`\n"
+            f"with triton {triton.__version__}.\n"
             "Registers and stack bytes are per thread, shared memory bytes per program; spills are instructions that\n"
-            "access local memory.\n"
-            f"Compiled for these architectures, not run on them.\n\n{summary}\n\n{table(results)}\n"
+            "access local memory. Occupancy is the share of a multiprocessor's warps that fit by registers and shared\n"
+            "memory.\n"
+            f"Compiled for these architectures, not run on them.\n\n{summary}\n\n{table(results)}\n\n"
+            "## Instructions, and the least a launch can take\n\n"
+            "Instructions are counted as they stand in the code: a loop counts once. A wave is what the part holds at\n"
+            "once. *Least*: the launch's tensors moved once over the data sheet's bandwidth, or the operations of its\n"
+            "matrix products (half precision, where counted) over the data sheet's rate: "
+            f"{_parts(results)}.\n\n{mix_table(results)}\n"
         )
     for problem in problems:
         print(f"benchmarks.static: {problem}", file=sys.stderr)

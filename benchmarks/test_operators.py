@@ -1,4 +1,9 @@
-"""The cases of every operator under pytest-benchmark: `pytest benchmarks [--full] [--device cuda]`."""
+"""The cases of every operator under pytest-benchmark, which compares runs and writes JSON.
+
+    pytest benchmarks --benchmark-only -k ms_deform_attn --benchmark-autosave [--full] [--device cuda]
+
+The same registry, data and checks as `python -m benchmarks.run`, which is what reports are made of: it interleaves.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +22,12 @@ def _data(scale: Scale, op: str, name: str) -> Data:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    scale = Scale(metafunc.config.getoption("--device"), not metafunc.config.getoption("--full"))
+    full = metafunc.config.getoption("--full")
+    scale = Scale(metafunc.config.getoption("--device"), quick=not full, full=full)
     chosen = [
         (scale, op, case, implementation)
         for op in benchmarks.REGISTRY
-        for case in benchmarks.load(op).cases(scale)
+        for case in benchmarks.load(op).select(scale)
         for implementation in case.implementations
     ]
     ids = [f"{op}-{case.name}-{implementation.name}" for _, op, case, implementation in chosen]

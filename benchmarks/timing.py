@@ -9,6 +9,7 @@ the clock starts, and all are measured by what the GPU does. The result of a run
 from __future__ import annotations
 
 import gc
+import math
 import resource
 import statistics
 import time
@@ -18,13 +19,32 @@ from typing import Any
 
 import torch
 
-WARM_UP_ROUNDS = 1
 MAX_ROUNDS = 50
-#: A run that takes this long is timed twice and no more, its warm-up included (its result was checked before, so it is
-#: warm): full masks take ten seconds where points take a tenth of one.
-SLOW_MS = 2000.0
+#: The call whose result was checked before has warmed up a run that takes this long.
+WARM_MS = 200.0
+#: Of a run that takes this long, the checked call is itself a sample; a benchmark may set less (`Benchmark.long_ms`).
+LONG_MS = 10_000.0
 _L2_FLUSH_BYTES = 256 << 20
 _HEAD_START_CYCLES = 2_000_000  # about a millisecond
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long the runs of a case are timed: in rounds until `budget_s` seconds have passed, but no fewer than
+    `min_rounds` nor more than `MAX_ROUNDS`; a run that takes longer than `long_ms`, only `long_calls` times more after
+    the call whose result was checked."""
+
+    budget_s: float
+    min_rounds: int
+    long_calls: int = 0
+    long_ms: float = LONG_MS
+
+
+def plan(budget_s: float, quick: bool, full: bool, long_ms: float = LONG_MS) -> Plan:
+    """The plan of a benchmark whose full run has `budget_s` seconds per case."""
+    if quick:
+        return Plan(0.2, 3, 0, long_ms)
+    return Plan(budget_s, 5, 1, long_ms) if full else Plan(min(budget_s, 0.6), 3, 0, long_ms)
 
 
 @dataclass(frozen=True)
@@ -59,13 +79,35 @@ def _time_cuda(run: Callable[[], Any], flush: torch.Tensor) -> tuple[float, floa
     return start.elapsed_time(end), 0.0
 
 
-def interleaved(runs: Sequence[Callable[[], Any]], device: str, budget_s: float, min_rounds: int) -> list[Timing]:
+def calls(milliseconds: float, round_ms: float, plan: Plan) -> int:
+    """How often a run is called after it was checked.
+
+    Args:
+        milliseconds: of the run.
+        round_ms: of all runs that are timed in turn with it, one call each.
+    """
+    if milliseconds > plan.long_ms:
+        return plan.long_calls
+    rounds = min(MAX_ROUNDS, max(plan.min_rounds, math.ceil(plan.budget_s * 1e3 / max(round_ms, 1e-3))))
+    return rounds + (milliseconds < WARM_MS)
+
+
+def interleaved(
+    runs: Sequence[Callable[[], Any]],
+    device: str,
+    budget_s: float,
+    min_rounds: int,
+    checked_ms: Sequence[float] = (),
+    long_calls: int = 0,
+    long_ms: float = LONG_MS,
+) -> list[Timing]:
     """Time several runs in turn.
 
     Args:
         runs: each is called once per round, in order.
         device: "cpu" or "cuda".
-        budget_s: stop after this many seconds, but not before `min_rounds` nor after `MAX_ROUNDS`.
+        budget_s, min_rounds, long_calls, long_ms: see `Plan`.
+        checked_ms: what each run took when its result was checked; without it, every run is warmed up.
     """
     if not runs:
         return []
@@ -74,19 +116,20 @@ def interleaved(runs: Sequence[Callable[[], Any]], device: str, budget_s: float,
     def once(run: Callable[[], Any]) -> tuple[float, float]:
         return _time_cpu(run) if flush is None else _time_cuda(run, flush)
 
+    known = checked_ms or [0.0] * len(runs)
     samples: list[list[tuple[float, float]]] = [[] for _ in runs]
-    for _ in range(WARM_UP_ROUNDS):
-        for run, taken in zip(runs, samples, strict=True):
-            warm_up = once(run)
-            if warm_up[0] > SLOW_MS:
-                taken.append(warm_up)
+    for run, before, taken in zip(runs, known, samples, strict=True):
+        if before > long_ms:
+            taken.append((before, math.nan))
+        elif before < WARM_MS:
+            once(run)
     gc.collect()
     gc.disable()
     try:
         start, rounds = time.perf_counter(), 0
         while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < budget_s):
-            for run, taken in zip(runs, samples, strict=True):
-                if len(taken) < 2 or taken[0][0] <= SLOW_MS:
+            for run, before, taken in zip(runs, known, samples, strict=True):
+                if before <= long_ms or len(taken) <= long_calls:
                     taken.append(once(run))
             rounds += 1
     finally:
@@ -97,5 +140,6 @@ def interleaved(runs: Sequence[Callable[[], Any]], device: str, budget_s: float,
 def _summarise(taken: list[tuple[float, float]], device: str) -> Timing:
     times = [milliseconds for milliseconds, _ in taken]
     quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
-    faults = statistics.median(count for _, count in taken) if device == "cpu" else None
+    counts = [count for _, count in taken if not math.isnan(count)]
+    faults = statistics.median(counts) if device == "cpu" and counts else None
     return Timing(quartiles[1], quartiles[2] - quartiles[0], len(times), faults)

@@ -6,10 +6,15 @@ Protocol: one JSON object per line on standard output, with an "event": progress
 from __future__ import annotations
 
 import argparse
+import importlib
+import importlib.util
 import json
+import os
 import sys
+import time
 from dataclasses import asdict, fields
 from functools import partial
+from multiprocessing import connection, get_context
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +22,11 @@ import torch
 from torch import Tensor
 
 import benchmarks
-from benchmarks import facts, floors, memory, timing
+from benchmarks import facts, floors, launches, memory, timing
 from benchmarks.cases import Benchmark, Case, Data, Implementation, Row, Scale
 
-#: Least number of rounds of interleaved timing per case; and seconds of it in a quick run.
-FULL_ROUNDS, QUICK_ROUNDS, QUICK_BUDGET = 5, 3, 0.2
+#: Peaks of memory are measured this many at once: nothing is timed meanwhile.
+MEMORY_PROCESSES = min(2, os.cpu_count() or 1)
 _OUT = sys.stdout
 
 
@@ -64,8 +69,11 @@ def _row(benchmark: Benchmark, case: Case, implementation: Implementation, setti
 def _measure_case(
     benchmark: Benchmark, case: Case, data: Data, setting: str, scale: Scale, rates: floors.Floors
 ) -> list[Row]:
-    rows, runs, timed = [], [], []
+    rows, runs, timed, checked_ms = [], [], [], []
+    first = setting == next(iter(facts.settings(scale.device)))
     for implementation in case.implementations:
+        if implementation.one_setting and not (first or scale.full):
+            continue
         row = _row(benchmark, case, implementation, setting)
         rows.append(row)
         reason = implementation.unavailable()
@@ -74,7 +82,9 @@ def _measure_case(
             continue
         try:
             run = case.bind(implementation, data)
+            start = time.perf_counter()
             results, row.written_mib = memory.written(partial(run, collect=True), implementation.counts_writes)
+            checked = (time.perf_counter() - start) * 1e3
             verdict = benchmark.check(case, implementation, data, implementation.decode(results, data))
             del results
         except Exception as error:  # a peer may fail in any way; the row says how
@@ -86,25 +96,41 @@ def _measure_case(
             continue
         runs.append(run)
         timed.append(row)
-    budget, rounds = (QUICK_BUDGET, QUICK_ROUNDS) if scale.quick else (benchmark.budget_s, FULL_ROUNDS)
-    floor_ms, kind = floors.floor(benchmark.work(case, data), rates)
-    for row, result in zip(timed, timing.interleaved(runs, scale.device, budget, rounds), strict=True):
+        # On a GPU the first call compiles.
+        checked_ms.append(checked if scale.device == "cpu" else 0.0)
+    plan = timing.plan(benchmark.budget_s, scale.quick, scale.full, benchmark.long_ms)
+    work = benchmark.work(case, data)
+    floor_ms, kind = (None, "") if work is None else floors.floor(work, rates)
+    by_name = {implementation.name: implementation for implementation in case.implementations}
+    results = timing.interleaved(
+        runs, scale.device, plan.budget_s, plan.min_rounds, checked_ms, plan.long_calls, plan.long_ms
+    )
+    for row, result in zip(timed, results, strict=True):
         row.median_ms, row.iqr_ms, row.rounds, row.page_faults = (
             result.median_ms, result.iqr_ms, result.rounds, result.page_faults,
         )  # fmt: skip
-        row.floor_ms, row.floor_kind, row.floor_share = floor_ms, kind, floor_ms / result.median_ms
+        row.floor_ms, row.floor_kind = floor_ms, kind
+        row.floor_share = None if floor_ms is None else floor_ms / result.median_ms
+        stages = benchmark.stages(case, by_name[row.implementation])
+        row.stages = ";".join(f"{name}={milliseconds:.6g}" for name, milliseconds in stages.items())
     subject = rows[0].median_ms
     for row in rows:
         if subject is not None and row.median_ms is not None:
             row.subject_speedup = row.median_ms / subject
-    if scale.device == "cuda" and case.memory:
+    if scale.device == "cuda":
         for row, run in zip(timed, runs, strict=True):
-            row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
+            row.kernels = launches.count(run)
+            if case.memory:
+                row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
+                if benchmark.peak is not None:  # which counts outputs too
+                    row.memory_extra_mib, row.memory_total_mib = row.memory_total_mib, None
     return rows
 
 
 def time_cases(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace: Path, setting: str) -> None:
     """Check and time every case under this process's allocator setting."""
+    if not scale.full and setting != next(iter(facts.settings(scale.device))):
+        cases = [case for case in cases if not case.one_setting]
     for op in benchmark.measured_operators:
         emit("backend", op=op, text=facts.backend_of(op, scale.device))
     rates = json.loads((workspace / "floors.json").read_text())
@@ -123,44 +149,100 @@ def time_cases(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace:
 
 
 def measure_floors(scale: Scale, cases: list[Case], workspace: Path) -> None:
-    """Measure the floors for one thread and every number of threads that occurs."""
+    """Measure the floors for every number of threads that occurs."""
     emit("progress", text="rates of memory, gathers and matrix products")
-    counts = {case.threads or torch.get_num_threads() for case in cases} | {1, torch.get_num_threads()}
+    counts = {case.threads or torch.get_num_threads() for case in cases} | {torch.get_num_threads()}
     rates = floors.measure_all(scale.device, counts, scale.quick)
     (workspace / "floors.json").write_text(json.dumps(rates))
     emit("floors", floors=rates)
 
 
-def measure_memory(benchmark: Benchmark, case: Case, implementation: Implementation, workspace: Path) -> None:
-    """Peak memory of one call on CPU; this process does nothing else."""
-    data = _load(workspace, case.data, "cpu", with_truth=False)
-    case.bind(implementation, benchmark.shrink(data))()
-    run = case.bind(implementation, data)
-    extra, total = memory.measure(run, data.inputs.values(), "cpu")
-    emit("memory", case=case.name, implementation=implementation.name, extra_mib=extra, total_mib=total)
+Job = tuple[str, str, str]  # operator, case, implementation
+
+
+def _peak(scale: Scale, workspace: Path, op: str, case: str, implementation: str) -> tuple[float, float | None]:
+    """Peak memory of one call on CPU: extra and total MiB."""
+    benchmark = benchmarks.load(op)
+    chosen = next(c for c in benchmark.select(scale) if c.name == case)
+    one = next(i for i in chosen.implementations if i.name == implementation)
+    if benchmark.peak is not None:
+        return benchmark.peak(chosen, one), None
+    data = _load(workspace, chosen.data, "cpu", with_truth=False)
+    chosen.bind(one, benchmark.shrink(data))()
+    run = chosen.bind(one, data)
+    return memory.measure(run, data.inputs.values(), "cpu")
+
+
+def _in_process(scale: Scale, workspace: Path, job: Job | None, sender: Any) -> None:
+    """What a measuring process does: send (extra, total) MiB, or why there are none."""
+    try:
+        sender.send((memory.calibration(), None) if job is None else _peak(scale, workspace, *job))
+    except Exception as error:
+        sender.send(_failure(error))
+
+
+def measure_memory(scale: Scale, workspace: Path) -> None:
+    """Peak memory of what `memory.json` lists, and the check of the method.
+
+    Each measurement is a fresh process, forked from this one, which has imported everything and computed nothing: no
+    thread has been started and no tensor made.
+    """
+    jobs: list[Job | None] = [None, *map(tuple, json.loads((workspace / "memory.json").read_text()))]
+    for op in {job[0] for job in jobs if job}:
+        benchmarks.load(op)
+    if len(jobs) > 1 and importlib.util.find_spec("transformers"):
+        importlib.import_module("transformers.models.mask2former.modeling_mask2former")
+    context = get_context("fork")
+    running: dict[int, tuple[Job | None, Any, Any]] = {}
+    while jobs or running:
+        while jobs and len(running) < MEMORY_PROCESSES:
+            job = jobs.pop(0)
+            if job is not None:
+                emit("progress", text=f"peak memory: {job[1]}, {job[2]}")
+            receiver, sender = context.Pipe(duplex=False)
+            process = context.Process(target=_in_process, args=(scale, workspace, job, sender))
+            process.start()
+            sender.close()
+            running[process.sentinel] = job, process, receiver
+        for sentinel in connection.wait(list(running)):
+            job, process, receiver = running.pop(int(sentinel))  # type: ignore[call-overload]
+            process.join()
+            try:
+                result = receiver.recv()
+            except EOFError:
+                result = f"its process ended with {process.exitcode}"
+            _report_memory(job, result)
+
+
+def _report_memory(job: Job | None, result: tuple[float, float | None] | str) -> None:
+    if isinstance(result, str):
+        emit("failure", text=f"peak memory, {', '.join(job) if job else 'check of the method'}: {result}")
+    elif job is None:
+        emit("calibration", extra_mib=result[0])
+    else:
+        emit("memory", job=job, extra_mib=result[0], total_mib=result[1])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=["prepare", "time", "memory", "calibrate"])
+    parser.add_argument("task", choices=["prepare", "time", "memory"])
     parser.add_argument("--op", default="", help="comma-separated operators")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--full", action="store_true")
     parser.add_argument("--workspace", type=Path, required=True)
     parser.add_argument("--setting", default="")
-    parser.add_argument("--case", default="", help="memory: the case; otherwise only cases whose name contains this")
-    parser.add_argument("--implementation", default="")
+    parser.add_argument("--case", default="", help="only cases whose name contains this")
     arguments = parser.parse_args()
 
     global _OUT
     _OUT, sys.stdout = sys.stdout, sys.stderr  # whatever a peer prints must not enter the protocol
-    scale = Scale(arguments.device, arguments.quick)
-    if arguments.task == "calibrate":
-        emit("calibration", extra_mib=memory.calibration())
+    scale = Scale(arguments.device, arguments.quick, arguments.full)
+    if arguments.task == "memory":
+        measure_memory(scale, arguments.workspace)
         return
-    ops = arguments.op.split(",")
-    loaded = [benchmarks.load(op) for op in ops]
-    chosen = [[case for case in b.cases(scale) if arguments.case in case.name] for b in loaded]
+    loaded = [benchmarks.load(op) for op in arguments.op.split(",")]
+    chosen = [[case for case in b.select(scale) if arguments.case in case.name] for b in loaded]
     if arguments.task == "prepare":
         measured = [op for benchmark in loaded for op in benchmark.measured_operators]
         emit("facts", facts=facts.gather(arguments.device, measured), slug=facts.device_slug(arguments.device))
@@ -168,12 +250,8 @@ def main() -> None:
     for benchmark, cases in zip(loaded, chosen, strict=True):
         if arguments.task == "prepare":
             prepare(benchmark, scale, cases, arguments.workspace)
-        elif arguments.task == "time":
-            time_cases(benchmark, scale, cases, arguments.workspace, arguments.setting)
         else:
-            case = next(c for c in cases if c.name == arguments.case)
-            implementation = next(i for i in case.implementations if i.name == arguments.implementation)
-            measure_memory(benchmark, case, implementation, arguments.workspace)
+            time_cases(benchmark, scale, cases, arguments.workspace, arguments.setting)
 
 
 if __name__ == "__main__":

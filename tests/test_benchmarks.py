@@ -13,18 +13,22 @@ import benchmarks
 from benchmarks import (
     bench_attention_mask,
     bench_masked_attention,
+    figures,
     floors,
     inputs,
     memory,
     peers_attention,
-    readme,
-    report,
+    tables,
 )
 from benchmarks.cases import Case, Data, Figure, Implementation, Row, Scale, Work, check_relative_l2
 from m2f_kernels.masks import PackedMask
 
 NEEDS_BENCH = "the benchmark's inputs need scikit-image and transformers: `make bench` installs them"
-SCALES = [Scale(device, quick) for device in ("cpu", "cuda") for quick in (True, False)]
+SCALES = [
+    Scale(device, quick, full)
+    for device in ("cpu", "cuda")
+    for quick, full in ((True, False), (False, False), (False, True))
+]
 
 
 def _implementation(call, ours=True, **kwargs):
@@ -41,10 +45,14 @@ def test_figures_name_what_is_measured(op, scale):
     cases = {case.name: case for case in benchmark.cases(scale)}
     assert len(cases) == len(benchmark.cases(scale)), "names of cases are not unique"
     assert {case.data for case in cases.values()} == set(benchmark.data(scale))
+    selected = {case.name for case in benchmark.select(scale)}
+    assert selected <= set(cases)
+    assert selected == set(cases) or not scale.full
     for figure in benchmark.figures(scale):
-        for case, implementations, field in (figure.numerator, figure.denominator):
+        for case, implementations, field in figure.sides:
             assert set(implementations) <= {one.name for one in cases[case].implementations}
             assert field in Row.columns()
+            assert case in selected or scale.quick or not any(figure.target.values()), "an aim that only --full judges"
             assert not field.startswith("memory") or cases[case].memory
 
 
@@ -59,13 +67,13 @@ def test_of_several_peers_the_best_or_the_fastest_counts():
 
     def ratio(field, of_fastest):
         figure = Figure("", ("case", peers, field), ("case", ("ours",), field), {}, of_fastest)
-        return report.evaluate(figure, rows, "default")
+        return figures.evaluate(figure, rows, "default")
 
     assert ratio("median_ms", False) == (3.0, False)
     assert ratio("memory_extra_mib", False) == (5.0, False)
     assert ratio("memory_extra_mib", True) == (20.0, False)
     assert (
-        report.evaluate(Figure("", ("case", peers, "median_ms"), ("x", ("ours",), "median_ms"), {}), rows, "") is None
+        figures.evaluate(Figure("", ("case", peers, "median_ms"), ("x", ("ours",), "median_ms"), {}), rows, "") is None
     )
 
 
@@ -88,7 +96,7 @@ def test_readme_tables_state_each_case_measured():
                     written = 100.0 * (i + 1)
                     time = factor * (i + 1)
                     rows.append(replace(row, median_ms=time, memory_extra_mib=memory_, written_mib=written))
-    text = readme.masked_attention(rows)
+    text = tables.masked_attention(rows)
     assert (
         "| masks of 9 layers, 1024² | **2.00** (1.00) | 4.00, 2.00x (2.00, 2.00x) | 6.00, 3.00x (3.00, 3.00x)" in text
     )

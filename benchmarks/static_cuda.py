@@ -1,6 +1,6 @@
 """What each CUDA kernel takes of a multiprocessor, as the compiler reports it, for every shipped architecture.
 
-    python csrc/report_resources.py --output benchmarks/results/static/ms_deform_attn_resources.md --check
+    python -m benchmarks.static_cuda --output benchmarks/results/static/ms_deform_attn_resources.md --check
 
 Needs nvcc and the headers of any installed torch; no GPU.
 """
@@ -17,9 +17,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks import sass
+
 SOURCE = Path("ms_deform_attn/cuda.cu")
 ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
-_CSRC = Path(__file__).parent
+#: Threads of a block: the launch bound of every kernel (`kMaxThreads`).
+THREADS = 256
+_CSRC = Path(__file__).parents[1] / "csrc"
 
 
 @dataclass(frozen=True)
@@ -33,10 +37,32 @@ class Kernel:
     stack: int
     spill_stores: int
     spill_loads: int
+    mix: sass.Mix | None = None
+
+    @property
+    def occupancy(self) -> float:
+        """By registers and static shared memory; what the launch adds may lower it."""
+        return sass.occupancy(int(self.architecture), THREADS // 32, self.registers, self.shared)
 
 
-def compile_verbosely(nvcc: str, architecture: str) -> str:
-    """The assembler's report on `SOURCE` for one architecture."""
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, or the one that comes with triton."""
+    found = shutil.which("cuobjdump")
+    if found is None and importlib.util.find_spec("triton"):
+        import triton
+
+        found = triton.knobs.nvidia.cuobjdump.path
+    return found
+
+
+def mixes(code: str) -> dict[str, sass.Mix]:
+    """The instructions of each kernel of a disassembled object, by its mangled name."""
+    parts = re.split(r"^\s*Function : (\w+)$", code, flags=re.MULTILINE)[1:]
+    return {name: sass.mix(body) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+
+
+def compile_verbosely(nvcc: str, architecture: str) -> tuple[str, dict[str, sass.Mix]]:
+    """The assembler's report on `SOURCE` for one architecture, and the instructions of its kernels."""
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise RuntimeError("torch is not installed: its headers are needed to compile the bindings")
@@ -46,9 +72,14 @@ def compile_verbosely(nvcc: str, architecture: str) -> str:
         command += ["-isystem", str(Path(torch.origin).parent / "include")]
         command += ["-c", str(_CSRC / SOURCE), "-o", str(Path(directory) / "out.o")]
         done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-    return done.stderr
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        tool = disassembler()
+        if tool is None:
+            print("static_cuda: no cuobjdump here: instructions are not counted", file=sys.stderr)
+            return done.stderr, {}
+        dump = subprocess.run([tool, "-sass", command[-1]], capture_output=True, text=True, check=True)
+    return done.stderr, mixes(dump.stdout)
 
 
 def demangle(names: list[str]) -> list[str]:
@@ -59,8 +90,8 @@ def demangle(names: list[str]) -> list[str]:
     return [re.sub(r"^void |m2f::|\((?!anonymous).*\)$", "", line) for line in text.splitlines()]
 
 
-def parse(report: str, architecture: str) -> list[Kernel]:
-    """The kernels of a verbose assembler report.
+def parse(report: str, architecture: str, instructions: dict[str, sass.Mix] | None = None) -> list[Kernel]:
+    """The kernels of a verbose assembler report, with their instructions by mangled name.
 
     Raises:
         RuntimeError: it contains none, as when the compiler's wording changes.
@@ -75,11 +106,18 @@ def parse(report: str, architecture: str) -> list[Kernel]:
         raise RuntimeError(f"no kernel in the compiler's report:\n{report}")
     names = demangle([row[0] for row in found])
     kernels = []
-    for name, (_, stack, stores, loads, registers, rest) in zip(names, found, strict=True):
+    for name, (mangled, stack, stores, loads, registers, rest) in zip(names, found, strict=True):
         shared = re.search(r"(\d+) bytes smem", rest)
         kernels.append(
             Kernel(
-                name, architecture, int(registers), int(shared[1]) if shared else 0, int(stack), int(stores), int(loads)
+                name,
+                architecture,
+                int(registers),
+                int(shared[1]) if shared else 0,
+                int(stack),
+                int(stores),
+                int(loads),
+                (instructions or {}).get(mangled),
             )
         )
     return sorted(kernels, key=lambda kernel: kernel.name)
@@ -88,12 +126,15 @@ def parse(report: str, architecture: str) -> list[Kernel]:
 def table(kernels: list[Kernel]) -> str:
     """A Markdown table."""
     lines = [
-        "| kernel | architecture | registers | static shared memory | stack | spill stores | spill loads |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| kernel | architecture | registers | static shared memory | stack | spill stores | spill loads | occupancy "
+        "| instructions | accesses to global memory |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---|---:|",
     ]
     for k in kernels:
         numbers = (k.registers, k.shared, k.stack, k.spill_stores, k.spill_loads)
-        lines.append(f"| `{k.name}` | sm_{k.architecture} | {' | '.join(map(str, numbers))} |")
+        mix = ("-", "-") if k.mix is None else (k.mix.text(), k.mix.memory())
+        cells = [*map(str, numbers), f"{k.occupancy:.0%}", *mix]
+        lines.append(f"| `{k.name}` | sm_{k.architecture} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -107,11 +148,12 @@ def main() -> int:
     options = parser.parse_args()
     nvcc = shutil.which("nvcc")
     if nvcc is None:
-        print("report_resources: nvcc is not on PATH", file=sys.stderr)
+        print("static_cuda: nvcc is not on PATH", file=sys.stderr)
         return 2
     kernels: list[Kernel] = []
     for architecture in re.split("[;,]", options.archs):
-        kernels += parse(compile_verbosely(nvcc, architecture), architecture)
+        report, instructions = compile_verbosely(nvcc, architecture)
+        kernels += parse(report, architecture, instructions)
     print(table(kernels))
     spilling = [k for k in kernels if k.spill_stores or k.spill_loads]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
@@ -125,15 +167,17 @@ def main() -> int:
         options.output.parent.mkdir(parents=True, exist_ok=True)
         options.output.write_text(
             f"# Resources of the kernels in `csrc/{SOURCE}`\n\n"
-            f"Written by `python csrc/report_resources.py --output {options.output.as_posix()} --check` with nvcc\n"
+            f"Written by `python -m benchmarks.static_cuda --output {options.output.as_posix()} --check` with nvcc\n"
             f"{release[0] if release else 'of unknown release'}. Stack and spills are bytes per thread; shared memory\n"
             "is bytes per block, to which the launch adds dynamic shared memory. A stack without spills holds the\n"
-            "arguments of the message that is printed when a level does not lie within value.\n\n"
+            "arguments of the message that is printed when a level does not lie within value. Occupancy: the share of\n"
+            f"a multiprocessor's warps that fit with blocks of {THREADS} threads, by registers and static shared\n"
+            "memory. Instructions are counted as they stand in the code: a loop counts once.\n\n"
             f"{summary}\n\n{table(kernels)}\n"
         )
     failed = [k for k in spilling if "forward" in k.name]
     for k in failed:
-        print(f"report_resources: {k.name} spills on sm_{k.architecture}", file=sys.stderr)
+        print(f"static_cuda: {k.name} spills on sm_{k.architecture}", file=sys.stderr)
     return 1 if options.check and failed else 0
 
 

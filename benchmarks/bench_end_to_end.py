@@ -1,0 +1,290 @@
+"""The whole of Mask2Former, `transformers`' and this package's, with the same weights: inference and training step.
+
+Models, inputs and the parts whose forward passes are timed are those of `m2f bench` (`m2f_model/bench.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from benchmarks.cases import Benchmark, Case, Data, Figure, Implementation, Levels, Row, Scale, Tensors, Verdict, Work
+from m2f_model import bench
+
+OURS, TRANSFORMERS = "m2f", "transformers"
+CHECKPOINTED, BF16 = "m2f, activation checkpointing", "m2f, bf16 autocast"
+TRANSFORMERS_BF16 = "transformers, bf16 autocast"
+#: On a GPU only.
+TRANSFORMERS_COMPILED = "transformers, bf16 autocast, compiled"
+LOW_PRECISION = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED)
+INFERENCE, TRAINING = "inference", "training step"
+TITLES = {"tiny": "tiny", "r50": "R50", "swin-t": "Swin-T"}
+TARGETS = 10
+#: Of the masks of the last prediction, least mean intersection over union of bf16 with float32 for a row to have a
+#: time. Random weights put many logits next to zero, where any rounding decides: it only tells masks from noise.
+LEAST_IOU = 0.5
+
+
+def _name(backbone: str, what: str, size: int, batch: int = 1) -> str:
+    return f"{TITLES[backbone]} {what} {size}²" + (f" N={batch}" if batch > 1 else "")
+
+
+def parts(name: str) -> tuple[str, str, int, int]:
+    """Backbone, what is measured, side of the image and batch: what `_name` was made from."""
+    title, rest = name.split(" ", 1)
+    what = next(w for w in (INFERENCE, TRAINING) if rest.startswith(w))
+    size, *batch = rest.removeprefix(what).split()
+    backbone = next(b for b, t in TITLES.items() if t == title)
+    return backbone, what, int(size.rstrip("²")), int(batch[0].removeprefix("N=")) if batch else 1
+
+
+def _spec(name: str, implementation: str, device: str) -> bench.Case:
+    backbone, what, size, batch = parts(name)
+    return bench.Case(
+        backbone, size, what == TRAINING, batch, TARGETS, device,
+        autocast="bf16" if implementation in LOW_PRECISION else "none",
+        activation_checkpointing=implementation == CHECKPOINTED,
+    )  # fmt: skip
+
+
+def _base(implementation: str) -> str:
+    return "transformers" if implementation.startswith("transformers") else "m2f"
+
+
+# ---------------------------------------------------------------- one call
+
+
+Seconds = dict[str, list[float]]
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """A model, and what the forward passes of its parts took since they were last collected."""
+
+    model: nn.Module
+    seconds: Seconds = field(default_factory=dict)
+
+    def collect(self) -> dict[str, float]:
+        """The seconds of each part in the call that has just ended."""
+        found = {part: sum(taken) for part, taken in self.seconds.items() if taken}
+        for taken in self.seconds.values():  # the hooks hold these lists
+            taken.clear()
+        return found
+
+
+@cache
+def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, device: str) -> _Watched:
+    """Built once per process: the weights do not depend on the image's size."""
+    case = bench.Case(backbone, device=device, activation_checkpointing=checkpointing)
+    watched = _Watched(bench.build(case, base))
+    if compiled:  # hooks would break its graph
+        watched.model.compile()
+        return watched
+    for part, path in bench._STAGES[base].items():
+        bench._watch(watched.model.get_submodule(path), watched.seconds.setdefault(part, []), device)
+    return watched
+
+
+def _watched(name: str, implementation: str, device: str) -> _Watched:
+    compiled = implementation == TRANSFORMERS_COMPILED
+    return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, compiled, device)
+
+
+#: What the parts took in every call of a case's implementation, since it was last bound.
+_stages: dict[tuple[str, str], Seconds] = {}
+
+
+def _adapt(name: str, implementation: str, device: str, inputs: Tensors, levels: Levels) -> dict[str, Any]:
+    watched = _watched(name, implementation, device)
+    seconds = _stages[name, implementation] = {}
+    run = bench.call(_spec(name, implementation, device), watched.model)
+    return {"run": run, "watched": watched, "seconds": seconds}
+
+
+def _call(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    found = arguments["run"]()
+    for part, taken in arguments["watched"].collect().items():
+        arguments["seconds"].setdefault(part, []).append(taken)
+    return tuple(t.detach() for t in found if t is not None)
+
+
+def stages(case: Case, implementation: Implementation) -> dict[str, float]:
+    """Median milliseconds of the parts' forward passes; the checked call, which warms up, counts only alone."""
+    seconds = _stages[case.name, implementation.name]
+    return {part: statistics.median(taken[1:] or taken) * 1e3 for part, taken in seconds.items()}
+
+
+def peak(case: Case, implementation: Implementation) -> float:
+    """Peak MiB above weights and, in training, gradients; in a process that has only just been started."""
+    return bench._measure(_spec(case.name, implementation.name, "cpu"), _base(implementation.name))
+
+
+# ---------------------------------------------------------------- cases
+
+
+def _truth(name: str, device: str) -> Data:
+    """The last prediction of `transformers` in float32."""
+    backbone, _, size, batch = parts(name)
+    case = bench.Case(backbone, size, False, batch, TARGETS, device)
+    classes, logits = bench.call(case, _watched(name, TRANSFORMERS, device).model)()
+    return Data({}, {"classes": classes.detach().cpu(), "masks": logits.detach().cpu()}, [], ("classes", "masks"))
+
+
+def data(scale: Scale) -> dict[str, Callable[[], Data]]:
+    return {case.data: partial(_truth, case.data, scale.device) for case in cases(scale)}
+
+
+def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
+    """float32: largest difference of class and mask logits relative to the largest value. bf16: one minus the mean
+    intersection over union of the predicted masks; a training step gives none, and must be finite."""
+    if implementation.name in LOW_PRECISION:
+        if len(results) < 2:
+            return Verdict(bool(results[0].isfinite().all()), math.nan)
+        ours, theirs = (x > 0 for x in (results[1].to(data.truth["masks"].device), data.truth["masks"]))
+        union, shared = ((ours | theirs).flatten(2).sum(-1), (ours & theirs).flatten(2).sum(-1))
+        iou = (shared[union > 0] / union[union > 0]).double().mean().item() if union.any() else 1.0
+        return Verdict(iou >= LEAST_IOU, 1 - iou)
+    errors = []
+    for found, truth in zip(results, data.truth.values(), strict=False):  # training gives no mask logits here
+        errors.append(((found.to(truth.device) - truth).abs().max() / truth.abs().max()).item())
+    return Verdict(max(errors) < bench.TOLERANCE, max(errors))
+
+
+def cases(scale: Scale) -> list[Case]:
+    cuda = scale.device == "cuda"
+    backbone = "tiny" if scale.quick else "r50"
+    largest, small = (128, 64) if scale.quick else (1024, 512)
+
+    def one(name: str, implementation: str, **options: Any) -> Implementation:
+        adapt = partial(_adapt, name, implementation, scale.device)
+        ours = _base(implementation) == "m2f"
+        return Implementation(implementation, _call, adapt, ours=ours, counts_writes=False, **options)
+
+    def case(backbone: str, what: str, size: int, *more: str, batch: int = 1, **options: Any) -> Case:
+        name = _name(backbone, what, size, batch)
+        implementations = [one(name, OURS), one(name, TRANSFORMERS)]
+        implementations += [one(name, other, one_setting=True) for other in more]
+        direction = "forward+backward" if what == TRAINING else "forward"
+        return Case(name, name, direction, implementations, **options)
+
+    low = LOW_PRECISION if cuda else LOW_PRECISION[:2] if scale.full else LOW_PRECISION[:1]
+    found = [
+        case(backbone, INFERENCE, largest, *low, memory=True, headline=True),
+        case(backbone, INFERENCE, small, memory=True, headline=True),
+        case(backbone, TRAINING, small, CHECKPOINTED, memory=True, headline=True),
+    ]
+    if scale.quick:
+        return found
+    found += [case(backbone, INFERENCE, size, one_setting=True, full=size == 768 and not cuda) for size in (256, 768)]
+    found.append(case(backbone, TRAINING, 1024, memory=True, full=not cuda))
+    for size in (512, 1024):
+        found.append(case("swin-t", INFERENCE, size, memory=True, full=True))
+    found.append(case("swin-t", TRAINING, 512, memory=True, full=True))
+    if cuda:
+        found.append(case(backbone, TRAINING, 1024, *LOW_PRECISION, batch=2, memory=True, headline=True))
+    return found
+
+
+def work(case: Case, data: Data) -> Work | None:
+    return None
+
+
+def shrink(data: Data) -> Data:
+    return data
+
+
+# ---------------------------------------------------------------- required figures
+
+
+def figures(scale: Scale) -> list[Figure]:
+    if scale.quick:
+        large, small, training = (_name("tiny", *x) for x in ((INFERENCE, 128), (INFERENCE, 64), (TRAINING, 64)))
+    else:
+        large, small, training = (_name("r50", *x) for x in ((INFERENCE, 1024), (INFERENCE, 512), (TRAINING, 512)))
+    time, memory = "median_ms", "memory_extra_mib"
+
+    def ratio(case: str, field_: str, ours: str, label: str, *target: float | None) -> Figure:
+        targets = dict(zip(("default", "heap retained"), target, strict=False))
+        if scale.device == "cuda":
+            targets = {"cuda": None}
+        return Figure(f"{case}: {label}", (case, (TRANSFORMERS,), field_), (case, (ours,), field_), targets)
+
+    if scale.device == "cuda" and not scale.quick:
+        both = _name("r50", TRAINING, 1024, 2)
+        return [
+            *(
+                Figure(f"{case}: {label}", (case, (peer,), time), (case, (BF16,), time), {"cuda": target})
+                for case, aim in ((large, 2.0), (both, 1.5))
+                for peer, label, target in (
+                    (TRANSFORMERS_COMPILED, "bf16, faster than transformers compiled", aim),
+                    (TRANSFORMERS_BF16, "bf16, faster than transformers", None),
+                )
+            ),
+            Figure(
+                f"{both}: bf16, less peak memory than transformers",
+                (both, (TRANSFORMERS_BF16,), memory), (both, (BF16,), memory), {"cuda": 1.4},
+            ),
+        ]  # fmt: skip
+    first = {"default": 1.2} if scale.device == "cpu" else {"cuda": 1.2}
+    iou: dict[str, float | None] = dict.fromkeys(first)
+    return [
+        ratio(large, time, OURS, "faster than transformers", 1.8, 1.6),
+        ratio(large, memory, OURS, "less peak memory above weights", 2.0),
+        ratio(small, time, OURS, "faster than transformers", 1.6, 1.5),
+        ratio(small, memory, OURS, "less peak memory above weights", None),
+        ratio(training, time, OURS, "faster than transformers", 1.6, None),
+        ratio(training, memory, OURS, "less peak memory above weights and gradients", 1.6),
+        ratio(training, memory, CHECKPOINTED, "less peak memory, with activation checkpointing", 2.5),
+        Figure(
+            f"{training}: time with activation checkpointing over time without",
+            (training, (CHECKPOINTED,), time), (training, (OURS,), time), first, at_most=True,
+        ),
+        ratio(large, time, BF16, "bf16 autocast, faster than transformers in float32", 2.5),
+        Figure(
+            f"{large}: bf16 autocast, 1 - IoU of the masks with float32, random weights",
+            (large, (BF16,), "error_output"), None, iou, at_most=True,
+        ),
+    ]  # fmt: skip
+
+
+def draw(directory: Path, rows: Sequence[Row]) -> list[str]:
+    from benchmarks import plot
+
+    return [*plot.draw_sizes(directory, rows), *plot.draw_stages(directory, rows)]
+
+
+BENCHMARK = Benchmark(
+    op="end_to_end",
+    title="Mask2Former, end to end",
+    description=(
+        "`transformers`' Mask2Former and this package's with the same random weights (non-trivial sampling offsets), "
+        "one image per batch, 100 queries, 9 decoder layers. Training step: forward, loss at K = 12544 points with "
+        f"{TARGETS} targets, and backward. Peak memory is what a call needs above weights and, in training, gradients, "
+        "its outputs included. Error: largest difference of the last prediction's logits relative to the largest; of "
+        "bf16, one minus the mean intersection over union of the masks with those of float32. Random weights do not "
+        "segment anything: attention masks are noisier than those of a trained model, and many logits lie next to "
+        "zero, where any rounding decides. Stages are forward passes; what they leave of a training step is its "
+        "backward pass."
+    ),
+    cases=cases,
+    data=data,
+    work=work,
+    shrink=shrink,
+    figures=figures,
+    check=check,
+    operators=(
+        "ms_deform_attn_from_offsets", "resize_mask_features", "predict_attention_mask", "masked_attention",
+        "point_mask_loss",
+    ),
+    pictures=draw,
+    issue=5,
+    stages=stages,
+    peak=peak,
+)  # fmt: skip

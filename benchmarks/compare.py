@@ -1,0 +1,128 @@
+"""Regressions between two runs: `python -m benchmarks.compare OLD NEW`, each a CSV or a folder of them.
+
+Exit status 1 if there is any. Times are compared after the machine's own drift is taken out: in a case that is slower
+for every peer too, by the least that a peer's time grew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks import REGISTRY, memory, other_models
+from benchmarks.cases import Row
+from benchmarks.formats import number
+
+#: A time is a regression if it grew by more than this share and by more than both interquartile ranges together.
+SHARE = 0.10
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a CSV, or of every benchmark's CSV in a folder.
+
+    Raises:
+        ValueError: there is none, or it is not a benchmark's.
+    """
+    files = [path / f"{op}.csv" for op in (*REGISTRY, other_models.OP)] if path.is_dir() else [path]
+    files = [file for file in files if file.is_file()]
+    if not files:
+        raise ValueError(f"{path}: expected a CSV that a benchmark wrote, or a folder of them; found none")
+    rows = []
+    for file in files:
+        with file.open(newline="") as stream:
+            records = csv.DictReader(stream)
+            if set(records.fieldnames or []) >= other_models.COLUMNS:
+                rows += other_models.rows(records)
+                continue
+            missing = {"op", "case", "implementation", "setting", "median_ms"} - set(records.fieldnames or [])
+            if missing:
+                raise ValueError(
+                    f"{file}: expected the columns of a benchmark's CSV; {', '.join(sorted(missing))} missing"
+                )
+            rows += [Row.from_strings(record) for record in records]
+    return rows
+
+
+def devices(path: Path) -> set[str]:
+    """The devices that the facts beside a CSV, or in a folder, name."""
+    files = [path / f"{op}.json" for op in REGISTRY] if path.is_dir() else [path.with_suffix(".json")]
+    return {json.loads(file.read_text())["facts"]["device"] for file in files if file.is_file()}
+
+
+def _drift(before: dict[tuple[str, str, str, str], Row], new: Sequence[Row], row: Row) -> float:
+    """By what factor the machine was slower in this case: the least growth among the peers' times, at least 1."""
+    factors = [
+        other.median_ms / was.median_ms
+        for other in new
+        if (other.op, other.case, other.setting) == (row.op, row.case, row.setting) and not other.ours
+        if (was := before.get(other.key)) is not None and was.median_ms and other.median_ms
+    ]
+    return max(1.0, min(factors, default=1.0))
+
+
+def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
+    """This package's rows that became slower beyond noise, need more memory, or no longer work; one line each."""
+    before = {row.key: row for row in old}
+    found = []
+    for row in new:
+        was = before.get(row.key)
+        if was is None or not row.ours or was.median_ms is None:
+            continue
+        name = f"{row.op}: {row.case}, {row.implementation}, {row.setting}"
+        if row.median_ms is None:
+            found.append(f"{name}: was {number(was.median_ms)} ms, now {row.status}")
+            continue
+        drift = _drift(before, new, row)
+        expected = was.median_ms * drift
+        grown, noise = row.median_ms - expected, (row.iqr_ms or 0) + (was.iqr_ms or 0) * drift
+        if grown > max(SHARE * expected, noise):
+            drifted = f" (the peers are {number(drift)}x slower too)" if drift > 1 else ""
+            found.append(f"{name}: {number(was.median_ms)} -> {number(row.median_ms)} ms{drifted}")
+        if row.memory_extra_mib is not None and was.memory_extra_mib is not None:
+            more = row.memory_extra_mib - was.memory_extra_mib
+            if more > max(SHARE * was.memory_extra_mib, 2 * memory.RESOLUTION_MIB):
+                found.append(f"{name}: {number(was.memory_extra_mib)} -> {number(row.memory_extra_mib)} MiB extra")
+        if row.kernels is not None and was.kernels is not None and row.kernels > was.kernels:
+            found.append(f"{name}: {was.kernels} -> {row.kernels} kernels launched")
+    return found
+
+
+def compared(old: Sequence[Row], new: Sequence[Row]) -> int:
+    """How many of this package's rows both runs have a time for."""
+    before = {row.key for row in old if row.median_ms is not None}
+    return sum(row.ours and row.key in before for row in new)
+
+
+def report(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], int]:
+    """Lines to print, and the exit status: 1 for regressions, 2 where there is nothing to compare."""
+    count = compared(old, new)
+    if not count:
+        return ["Nothing to compare: the runs have no row of this package in common"], 2
+    found = regressions(old, new)
+    if found:
+        return [f"Regression: {line}" for line in found], 1
+    return [f"No regression beyond noise in {count} rows"], 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("old", type=Path)
+    parser.add_argument("new", type=Path)
+    options = parser.parse_args()
+    try:
+        lines, status = report(read(options.old), read(options.new))
+    except ValueError as error:
+        parser.error(str(error))
+    between = devices(options.old) | devices(options.new)
+    if len(between) > 1:
+        lines.insert(0, f"Warning: these runs are of different devices: {', '.join(sorted(between))}")
+    print("\n".join(lines))
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""Required figures: what a benchmark has to show, what was measured, and whether it is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from benchmarks import memory
+from benchmarks.cases import Benchmark, Figure, Row, Scale
+from benchmarks.formats import error, number
+
+HEADER = ["required figure", "setting", "aim", "measured", ""]
+MET, MISSED, NO_TARGET, NOT_MEASURED, NOT_JUDGED = "met", "MISSED", "no aim", "not measured", "quick shapes: not judged"
+
+Side = tuple[str, tuple[str, ...], str]
+
+
+def settings_of(rows: Iterable[Row]) -> list[str]:
+    """The allocator settings that occur, in order."""
+    return list(dict.fromkeys(row.setting for row in rows))
+
+
+def _value(rows: Sequence[Row], side: Side, setting: str, of_fastest: bool = False) -> float | None:
+    """One side of a figure: of the rows measured the least value, or the value of the fastest."""
+    case, implementations, field = side
+    values = [
+        (row.median_ms if of_fastest and row.median_ms is not None else value, value)
+        for row in rows
+        if row.case == case and row.implementation in implementations and row.setting == setting
+        if (value := getattr(row, field)) is not None and row.status == "ok"
+    ]
+    return min(values)[1] if values else None
+
+
+def evaluate(figure: Figure, rows: Sequence[Row], setting: str) -> tuple[float, bool] | None:
+    """The ratio, and whether it is only a lower bound (memory below what can be resolved); None if not measured."""
+    above = _value(rows, figure.numerator, setting, figure.of_fastest)
+    if above is None or figure.denominator is None:
+        return None if above is None else (above, False)
+    below = _value(rows, figure.denominator, setting, figure.of_fastest)
+    if below is None:
+        return None
+    if figure.denominator[2].startswith("memory") and below < memory.RESOLUTION_MIB:
+        return above / memory.RESOLUTION_MIB, True
+    return (above / below, False) if below else None
+
+
+def lines(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each figure and allocator setting, as `HEADER` names them; figures of cases that a run of this scale
+    leaves out are not among them."""
+    selected = {case.name for case in benchmark.select(scale)}
+    asked = [f for f in benchmark.figures(scale) if {case for case, _, _ in f.sides} <= selected]
+    return judge(asked, scale, rows)
+
+
+def judge(asked: Iterable[Figure], scale: Scale, rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each figure and allocator setting, as `HEADER` names them."""
+    found = []
+    for figure in asked:
+        for setting in settings_of(rows):
+            target, result = figure.target.get(setting), evaluate(figure, rows, setting)
+            if setting not in figure.target and (
+                result is None or figure.at_most or figure.numerator[2].startswith("memory")
+            ):
+                continue
+            found.append([figure.label, setting, *_judged(figure, target, result, scale)])
+    return found
+
+
+def _judged(figure: Figure, target: float | None, result: tuple[float, bool] | None, scale: Scale) -> list[str]:
+    """Aim, measured value and verdict."""
+    is_error = figure.numerator[2].startswith("error")
+
+    def text(value: float) -> str:
+        return error(value) if is_error else f"{number(value)}x" if figure.denominator else number(value)
+
+    aim = "-" if target is None else f"{'≤' if figure.at_most else '≥'} {text(target)}"
+    if result is None:
+        return [aim, "-", NOT_MEASURED]
+    measured = f"{'> ' if result[1] else ''}{text(result[0])}"
+    if target is None:
+        return [aim, measured, NO_TARGET]
+    if scale.quick:
+        return [aim, measured, NOT_JUDGED]
+    enough = result[0] <= target if figure.at_most else result[0] >= target
+    return [aim, measured, MET if enough else MISSED]
+
+
+def summary(found: Sequence[Sequence[str]]) -> str:
+    """How many aims were met and missed."""
+    verdicts = [line[-1] for line in found if line[-1] != NO_TARGET]
+    counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    if not verdicts:
+        return "No aims here."
+    return f"{len(verdicts)} aims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + "."

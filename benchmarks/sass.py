@@ -1,0 +1,139 @@
+"""What a disassembled kernel consists of, and how many of its warps fit on a multiprocessor.
+
+Occupancy is the arithmetic of the CUDA programming guide (compute capabilities, technical specifications): a block
+takes its warps' registers, allocated per warp in units of 256, and its shared memory and a reserved KiB.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits of one multiprocessor; registers are 65536 everywhere.
+
+    Attributes:
+        shared: bytes of shared memory of all its blocks.
+        count: multiprocessors of the part named in the reports.
+        bandwidth: bytes per second of that part's memory, from its data sheet.
+        tensor_flops: dense bfloat16 operations per second of that part's matrix units, from its data sheet.
+    """
+
+    warps: int
+    blocks: int
+    shared: int
+    part: str = ""
+    count: int = 0
+    bandwidth: float = 0.0
+    tensor_flops: float = 0.0
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(64, 32, 164 << 10, "A100 SXM 80 GB", 108, 2.039e12, 312e12),
+    86: Multiprocessor(48, 16, 100 << 10),
+    89: Multiprocessor(48, 24, 100 << 10),
+    90: Multiprocessor(64, 32, 228 << 10, "H100 SXM", 132, 3.35e12, 989e12),
+    100: Multiprocessor(64, 32, 228 << 10, "B200", 148, 8.0e12, 2250e12),
+    120: Multiprocessor(48, 24, 100 << 10),
+}
+_REGISTERS, _REGISTER_UNIT, _RESERVED_SHARED, _WARP = 65536, 256, 1 << 10, 32
+#: A multiprocessor has four parts, each with its own registers: warps are allocated in fours.
+_PARTS = 4
+
+
+def blocks_per_multiprocessor(capability: int, warps: int, registers: int, shared: int) -> int:
+    """How many blocks of `warps` warps fit at once; `registers` per thread, `shared` bytes per block."""
+    limits = MULTIPROCESSORS[capability]
+    per_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
+    by_registers = _REGISTERS // per_warp // _PARTS * _PARTS // warps if registers else limits.blocks
+    by_shared = limits.shared // (shared + _RESERVED_SHARED)
+    return min(limits.blocks, limits.warps // warps, by_registers, by_shared)
+
+
+def occupancy(capability: int, warps: int, registers: int, shared: int) -> float:
+    """Share of a multiprocessor's warps that can be resident."""
+    return blocks_per_multiprocessor(capability, warps, registers, shared) * warps / MULTIPROCESSORS[capability].warps
+
+
+# ---------------------------------------------------------------- instructions
+
+#: Kind of instruction -> what its name begins with. The first that matches counts.
+KINDS = {
+    "matrix": r"[A-Z]*MMA\b|UT[A-Z]*MMA",
+    "async copy": r"LDGSTS|UBLKCP|UTMA|CP\.",
+    "load": r"LDG|LD\b",
+    "store": r"STG|ST\b",
+    "atomic": r"ATOM(?!S)|RED\b|REDG",
+    "local": r"LDL|STL",
+    "shared": r"LDS|STS|LDSM|STSM|ATOMS",
+    "float": r"F[A-Z]*FMA|FFMA|FADD|FMUL|FSETP|FSEL|FMNMX|FCHK|HFMA2|HADD2|HMUL2|HMNMX2|DFMA|DADD|DMUL|DSETP",
+    "special": r"MUFU",
+    "conversion": r"F2F|F2I|I2F|F2FP|FRND|I2I|I2FP",
+    "integer": r"U?(?:I[A-Z]+|LOP3|SHF|LEA|PRMT|POPC|FLO|SEL|PLOP3|SGXT|BREV)|REDUX|VIADD|VIMNMX",
+    "barrier": r"BAR|SYNCS|WARPSYNC|DEPBAR|MEMBAR|WARPGROUP|FENCE|UCGABAR",
+    "branch": r"BRA|EXIT|CALL|RET|BSSY|BSYNC|BREAK|JMP|BRX",
+}
+_PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
+#: An opcode with its modifiers, after whatever a disassembler writes before it, and a predicate.
+_INSTRUCTION = re.compile(
+    r"(?:^[\w:-]+\t|/\*[0-9a-f]{4,}\*/\s+)(?:@!?U?P[0-9T]\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)"
+)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Instructions of a kernel by kind, as they stand in the code: a loop counts once.
+
+    Attributes:
+        counts: by the names in `KINDS`, and "other".
+        wide: loads and stores of global memory that move 16 bytes per thread.
+    """
+
+    counts: dict[str, int]
+    wide: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def text(self, least: float = 0.05) -> str:
+        """Shares of the kinds that make up at least `least`, and how many of the rarer ones that tell most."""
+        shown = []
+        for kind, count in sorted(self.counts.items(), key=lambda item: -item[1]):
+            if count >= least * self.total and kind != "other":
+                shown.append(f"{kind} {count / self.total:.0%}")
+            elif kind in ("matrix", "atomic", "local"):
+                shown.append(f"{count} {kind}")
+        return f"{self.total}: " + ", ".join(shown)
+
+    def memory(self) -> str:
+        """Accesses to global memory, and how many of them move 16 bytes per thread."""
+        accesses = sum(self.counts.get(kind, 0) for kind in ("load", "store", "async copy", "atomic"))
+        return f"{accesses} ({self.wide} of 16 bytes)"
+
+
+def kind_of(opcode: str) -> str:
+    """The kind of an instruction by its opcode, modifiers included."""
+    return next((kind for kind, pattern in _PATTERNS.items() if pattern.match(opcode)), "other")
+
+
+def opcodes(code: str) -> list[str]:
+    """The opcodes with modifiers in a disassembly, by `nvdisasm`, `cuobjdump` or as Triton prints it; without NOPs."""
+    found = (match[1] for line in code.splitlines() if (match := _INSTRUCTION.match(line.lstrip(" "))))
+    return [opcode for opcode in found if not opcode.startswith("NOP")]
+
+
+def mix(code: str) -> Mix:
+    """The instructions of one kernel's disassembly.
+
+    Raises:
+        ValueError: there are none, as when a disassembler's format changes.
+    """
+    found = opcodes(code)
+    if not found:
+        raise ValueError("expected a kernel's disassembly; found no instruction in it")
+    wide = sum(".128" in opcode and kind_of(opcode) in ("load", "store", "async copy", "atomic") for opcode in found)
+    return Mix(dict(Counter(map(kind_of, found))), wide)

@@ -1,0 +1,179 @@
+"""The tables that say what is saved, for README and for the first page of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from benchmarks import bench_end_to_end, other_models, peers_attention, peers_points
+from benchmarks.cases import Row
+from benchmarks.formats import error, mebibytes, number
+
+OURS = "m2f_kernels"
+CPU_SETTINGS = ("default", "heap retained")
+Measured = dict[tuple[str, str, str], Row]
+
+
+def measured(rows: Sequence[Row]) -> Measured:
+    return {(r.case, r.implementation, r.setting): r for r in rows}
+
+
+def settings(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row.setting for row in rows))
+
+
+def _units(found: Sequence[str]) -> str:
+    return "ms, default allocator (heap retained)" if tuple(found) == CPU_SETTINGS else f"ms, {' / '.join(found)}"
+
+
+def _times(by_key: Measured, case: str, ours: str, one: str, found: Sequence[str]) -> str:
+    """A cell: the time in each setting, ours bold, of others with the ratio to ours."""
+    texts = []
+    for setting in found:
+        row, mine = by_key.get((case, one, setting)), by_key.get((case, ours, setting))
+        time, own = row and row.median_ms, mine and mine.median_ms
+        if time is None or own is None:
+            texts.append("-")
+        elif one == ours:
+            texts.append(f"**{number(time)}**" if setting == found[0] else number(time))
+        else:
+            texts.append(f"{number(time)}, {number(time / own)}x")
+    return f"{texts[0]} ({texts[1]})" if len(texts) == 2 and texts[1] != "-" else texts[0]
+
+
+def times(rows: Sequence[Row], cases: dict[str, str], columns: dict[str, str]) -> list[str]:
+    """Lines of Markdown: each case's time in every allocator setting, with the peers' ratios to ours.
+
+    Args:
+        cases: case and what it is called; those that were not run are left out.
+        columns: implementation and what it is called, ours first.
+    """
+    by_key, found = measured(rows), settings(rows)
+    ours = next(iter(columns))
+    lines = [f"| {_units(found)} | {' | '.join(columns.values())} |", "|" + "---|" * (1 + len(columns))]
+    run = {row.case for row in rows}
+    for case, name in cases.items():
+        if case in run:
+            cells = [_times(by_key, case, ours, one, found) for one in columns]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _extra(row: Row) -> str:
+    return mebibytes(row.memory_extra_mib)
+
+
+def amounts(
+    rows: Sequence[Row], case: str, columns: dict[str, str], name: str, text: Callable[[Row], str] = _extra
+) -> list[str]:
+    """A line of Markdown, an amount of memory of each implementation; none where nothing was measured."""
+    by_key, first = measured(rows), settings(rows)[0]
+    cells = [text(row) if (row := by_key.get((case, one, first))) else "-" for one in columns]
+    return [f"| {name} | {' | '.join(cells)} |"] if set(cells) != {"-"} else []
+
+
+# ---------------------------------------------------------------- operators
+
+
+def point_loss(rows: Sequence[Row]) -> str:
+    """The headline: the loss part with full masks, with points as published, and with this package."""
+    columns = {
+        OURS: "m2f",
+        peers_points.TRANSFORMERS: "K = 12544 points as published",
+        peers_points.STRIDE_4: "full masks at stride 4",
+        peers_points.FULL: "full masks",
+    }
+    shown = [(size, targets) for size in (1024, 512) for targets in (10, 30, 100)]
+    cases = {f"loss part {size}² T={targets}": f"time, {size}², {targets} targets" for size, targets in shown}
+    lines = times(rows, cases, columns)
+    for case, name in cases.items():
+        lines += amounts(rows, case, columns, name.replace("time", "peak MiB", 1))
+    return "\n".join(lines)
+
+
+def deformable_attention(rows: Sequence[Row]) -> str:
+    columns = {
+        OURS: "m2f",
+        "PyTorch grid_sample": "PyTorch grid_sample",
+        "torch-ms-deform-attn": "torch-ms-deform-attn",
+    }
+    cases = {
+        "encoder local fp32 forward": "forward, samples near the query",
+        "encoder random fp32 forward": "forward, samples anywhere",
+        "encoder local fp32 forward+backward": "forward + backward, near",
+        "encoder random fp32 forward+backward": "forward + backward, anywhere",
+    }
+    lines = times(rows, cases, columns)
+    for case in ("encoder local fp32 forward", "encoder local fp32 forward+backward"):
+        name = f"peak MiB above inputs and outputs, {case.rsplit(' ', 1)[-1]}"
+        lines += amounts(rows, case, columns, name)
+    return "\n".join(lines)
+
+
+def masked_attention(rows: Sequence[Row]) -> str:
+    """Two tables: the nine layers' attention masks, and attention with them."""
+    names = (peers_attention.TRANSFORMERS, peers_attention.TRANSFORMERS_DROPPED, peers_attention.STRIDED)
+    columns = {OURS: "m2f"} | {name: name for name in names}
+    large = "9 layers 1024² fp32"
+    lines = times(rows, {large: "masks of 9 layers, 1024²", "9 layers 512² fp32": "masks of 9 layers, 512²"}, columns)
+    lines += amounts(rows, large, columns, "peak MiB above inputs, 1024²")
+    lines += [*amounts(rows, large, columns, "MiB written, 1024²", lambda row: number(row.written_mib)), ""]
+
+    names = (peers_attention.SDPA, peers_attention.SDPA_ADDITIVE, peers_attention.MULTIHEAD)
+    columns = {OURS: "m2f"} | {name: name for name in names}
+    where = "S=16384 Q=100"
+    cases = {
+        f"{where} open 1.0 fp32 forward": "forward, every key attended",
+        f"{where} blobs 0.3 fp32 forward": "forward, regions of 0.3 of the image",
+        f"{where} blobs 0.05 fp32 forward": "forward, regions of 0.05",
+        f"{where} random 0.05 fp32 forward": "forward, random keys, 0.05",
+        f"{where} blobs 0.3 fp32 forward+backward": "forward + backward, regions of 0.3",
+    }
+    lines += times(rows, cases, columns)
+    for case in (f"{where} blobs 0.3 fp32 forward", f"{where} blobs 0.3 fp32 forward+backward"):
+        name = f"peak MiB above inputs and outputs, {case.rsplit(' ', 1)[-1]}"
+        lines += amounts(rows, case, columns, name)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- whole models
+
+
+def before_and_after(rows: Sequence[Row], before: str, ours: str, heads: tuple[str, str]) -> list[str]:
+    """Lines of Markdown: each case's time and peak memory before and after, and the largest difference."""
+    by_key, found = measured(rows), settings(rows)
+    units = _units(found)
+    lines = [f"| {units} | {heads[0]} | {heads[1]} | peak MiB: {heads[0]} | {heads[1]} | largest difference |",
+             "|---|---|---|---|---|---|"]  # fmt: skip
+    for case in dict.fromkeys(row.case for row in rows):
+        old, new = by_key.get((case, before, found[0])), by_key.get((case, ours, found[0]))
+        if old is None or new is None:
+            continue
+        cells = [_times(by_key, case, ours, one, found) for one in (before, ours)]
+        if new.median_ms is None:
+            cells[1] = new.status
+        ratio = ""
+        if old.memory_extra_mib and new.memory_extra_mib:
+            ratio = f", {number(old.memory_extra_mib / new.memory_extra_mib)}x"
+        memory = [f"{mebibytes(old.memory_extra_mib)}{ratio}", mebibytes(new.memory_extra_mib)]
+        kernels = f", {old.kernels} -> {new.kernels} kernels" if old.kernels and new.kernels else ""
+        lines.append(f"| {case}{kernels} | {' | '.join([*cells, *memory])} | {error(new.error_output)} |")
+    return lines
+
+
+def end_to_end(rows: Sequence[Row]) -> str:
+    """The whole model; rows of bf16 and of activation checkpointing below those of their cases."""
+    ours, theirs = bench_end_to_end.OURS, bench_end_to_end.TRANSFORMERS
+    lines = before_and_after(rows, theirs, ours, ("transformers", "m2f"))
+    extra = []
+    for name in (bench_end_to_end.BF16, bench_end_to_end.CHECKPOINTED):
+        renamed = [row for row in rows if row.implementation in (theirs, name)]
+        if len({row.implementation for row in renamed}) == 2:
+            label = name.removeprefix("m2f, ")
+            here = before_and_after(renamed, theirs, name, ("transformers", "m2f"))[2:]
+            extra += [line.replace(" |", f", {label} |", 1) for line in here]
+    return "\n".join([*lines, *extra])
+
+
+def integrations(rows: Sequence[Row]) -> str:
+    """Other people's models before and after one line."""
+    return "\n".join(before_and_after(rows, other_models.BEFORE, other_models.AFTER, ("before", "after")))

@@ -1,0 +1,448 @@
+"""The benchmark's machinery: how long it times, what reports keep, what is a regression, what a run on a GPU does."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
+
+import benchmarks
+from benchmarks import budget, compare, figures, launches, readme, report, run, sass, static_cuda, timing
+from benchmarks.cases import Figure, Row, Scale
+from benchmarks.report import Run, write_csv
+
+ROOT = Path(__file__).parents[1]
+SHORT, LONG = 2 * timing.WARM_MS, 2 * timing.LONG_MS
+
+
+def _row(implementation="m2f_kernels", time=10.0, setting="default", **values):
+    ours = implementation.startswith("m2f")
+    given = {"median_ms": time, "iqr_ms": 0.1, "rounds": 3, "ours": ours} | values
+    return Row("attention_mask", "9 layers 1024² fp32", implementation, setting, "forward", "", "fp32", 2, **given)
+
+
+def _python(*arguments, **environment):
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, env=os.environ | environment
+    )
+
+
+# ---------------------------------------------------------------- timing
+
+
+def _counting(times):
+    calls = dict.fromkeys(times, 0)
+
+    def call(name):
+        calls[name] += 1
+
+    return calls, [lambda name=name: call(name) for name in times]
+
+
+def test_runs_are_called_as_planned():
+    calls, runs = _counting(("cold", "warm", "long"))
+    found = timing.interleaved(runs, "cpu", 0.0, 3, [1.0, SHORT, LONG])
+    assert calls == {"cold": 4, "warm": 3, "long": 0}, "a warm-up, none, and nothing but the checked call"
+    assert [result.rounds for result in found] == [3, 3, 1]
+    assert found[2].median_ms == LONG
+    assert found[2].page_faults is None
+    calls, runs = _counting(("long",))
+    (result,) = timing.interleaved(runs, "cpu", 0.0, 3, [LONG], long_calls=1)
+    assert calls == {"long": 1}
+    assert result.rounds == 2
+
+
+def test_rounds_go_on_until_the_budget_is_spent():
+    plan = timing.Plan(budget_s=0.2, min_rounds=3, long_calls=0)
+    calls, runs = _counting(("fast",))
+    timing.interleaved(runs, "cpu", plan.budget_s, plan.min_rounds)
+    assert calls["fast"] == 1 + timing.MAX_ROUNDS, "faster than the budget: as many as are allowed"
+    assert timing.calls(SHORT, 2 * SHORT, plan) == 3
+    assert timing.calls(1.0, 10.0, plan) == 20 + 1
+    assert timing.calls(LONG, 10.0, plan) == 0
+
+
+def test_a_default_run_is_short():
+    """By the times of the committed full runs; half of ten minutes is left for the whole model, inputs and starts."""
+    folders = [readme.RESULTS / name for name in ("cpu-intel-xeon/full", "cpu-amd-epyc/full")]
+    seconds = 0.0
+    for folder in folders:
+        rows = compare.read(folder)
+        for op in {row.op for row in rows}:
+            benchmark = benchmarks.load(op)
+            default, full = (budget.timed(benchmark, Scale("cpu", False, full), rows) for full in (False, True))
+            assert 0 < default < full
+            seconds += default + budget.remembered(benchmark, Scale("cpu", False), rows)
+    assert seconds < 300
+
+
+# ---------------------------------------------------------------- comparison
+
+
+def _csv(path, *rows):
+    write_csv(path, rows)
+    return path
+
+
+@pytest.fixture
+def compared(tmp_path, monkeypatch, capsys):
+    """Exit status and output of the comparison of two lists of rows."""
+
+    def both(old, new):
+        files = _csv(tmp_path / "old.csv", *old), _csv(tmp_path / "new.csv", *new)
+        monkeypatch.setattr(sys, "argv", ["compare", *map(str, files)])
+        return compare.main(), capsys.readouterr().out
+
+    return both
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"time": 11.5}, "10.0 -> 11.5 ms"),
+        ({"memory_extra_mib": 60.0}, "50.0 -> 60.0 MiB"),
+        ({"time": None, "status": "wrong result"}, "now wrong result"),
+        ({"kernels": 9}, "7 -> 9 kernels"),
+    ],
+    ids=["time", "memory", "wrong", "launches"],
+)
+def test_regressions_are_named(compared, change, word):
+    usual = {"memory_extra_mib": 50.0, "kernels": 7}
+    code, out = compared([_row(**usual), _row("peer")], [_row(**(usual | change)), _row("peer")])
+    assert code == 1
+    assert "Regression: attention_mask: 9 layers 1024² fp32, m2f_kernels, default" in out
+    assert word in out
+
+
+@pytest.mark.parametrize(
+    "new",
+    [
+        _row(time=10.9),  # less than a tenth
+        _row(time=14.0, iqr_ms=4.5),  # within its own spread
+        _row(time=5.0),
+        _row(memory_extra_mib=51.0),
+    ],
+    ids=["small", "noisy", "faster", "memory"],
+)
+def test_noise_is_no_regression(compared, new):
+    code, out = compared([_row(memory_extra_mib=50.0)], [new])
+    assert code == 0
+    assert "No regression beyond noise in 1 rows" in out
+
+
+def test_a_slower_machine_is_no_regression_and_a_slower_kernel_on_it_is_one(compared):
+    old = [_row(), _row("peer", 100.0), _row("other", 50.0)]
+    slower = [_row("peer", 150.0), _row("other", 70.0)]
+    assert compared(old, [_row(time=14.5), *slower])[0] == 0
+    code, out = compared(old, [_row(time=18.0), *slower])
+    assert code == 1
+    assert "1.40x slower too" in out
+    # A peer that became faster excuses nothing, and neither does another case's.
+    assert compared(old, [_row(time=12.0), _row("peer", 50.0), _row("other", 70.0)])[0] == 1
+    assert compared(old, [_row(time=14.0), replace(_row("peer", 200.0), case="another")])[0] == 1
+
+
+def test_a_slower_peer_is_no_regression(compared):
+    assert compared([_row(), _row("peer")], [_row(), _row("peer", 50.0)])[0] == 0
+
+
+def test_nothing_in_common_is_an_error(compared):
+    code, out = compared([_row()], [replace(_row(), case="another")])
+    assert code == 2
+    assert "Nothing to compare" in out
+
+
+@pytest.mark.parametrize(("name", "word"), [("other.csv", "columns of a benchmark's CSV"), ("none.csv", "found none")])
+def test_a_file_that_is_no_run_is_named_before_anything_is_measured(tmp_path, monkeypatch, capsys, name, word):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(sys, "argv", ["run", "--compare", str(tmp_path / name)])
+    assert run.main() == 2
+    out = capsys.readouterr().out
+    assert name in out
+    assert word in out
+
+
+def test_runs_of_different_devices_are_warned_of(tmp_path, monkeypatch, capsys):
+    for name, device in (("old", "one CPU"), ("new", "another")):
+        _csv(tmp_path / f"{name}.csv", _row())
+        (tmp_path / f"{name}.json").write_text(json.dumps({"facts": {"device": device}}))
+    monkeypatch.setattr(sys, "argv", ["compare", str(tmp_path / "old.csv"), str(tmp_path / "new.csv")])
+    assert compare.main() == 0
+    assert "different devices: another, one CPU" in capsys.readouterr().out
+
+
+def test_rows_survive_the_file(tmp_path):
+    row = _row(stages="a=1.5;b, c=2", kernels=3, memory_extra_mib=1.25, headline=True)
+    (read,) = compare.read(_csv(tmp_path / "rows.csv", row))
+    assert read == row
+    assert read.stage_ms == {"a": 1.5, "b, c": 2.0}
+
+
+# ---------------------------------------------------------------- figures
+
+
+def test_figures_of_both_directions_and_of_one_value():
+    rows = [_row(error_output=2e-6), _row("slow", 30.0), _row("broken", 3.0, status="wrong result")]
+    case = rows[0].case
+    time, error = ((case, ("m2f_kernels",), field) for field in ("median_ms", "error_output"))
+    scale = Scale("cpu", False)
+
+    def verdict(figure, scale=scale):
+        return figures._judged(figure, figure.target["default"], figures.evaluate(figure, rows, "default"), scale)
+
+    peer = (case, ("slow", "broken"), "median_ms")
+    assert verdict(Figure("", peer, time, {"default": 3.0})) == ["≥ 3.00x", "3.00x", "met"]
+    assert verdict(Figure("", peer, time, {"default": 3.1})) == ["≥ 3.10x", "3.00x", "MISSED"]
+    assert verdict(Figure("", peer, time, {"default": 2.0}, at_most=True))[-1] == "MISSED"
+    assert verdict(Figure("", error, None, {"default": 1e-6}, at_most=True)) == ["≤ 1.0e-06", "2.0e-06", "MISSED"]
+    assert verdict(Figure("", error, None, {"default": 1e-5}, at_most=True))[-1] == "met"
+    assert verdict(Figure("", (case, ("broken",), "median_ms"), time, {"default": 1.0}))[-1] == "not measured"
+    assert verdict(Figure("", peer, time, {"default": 3.1}), Scale("cpu", True))[-1] == "quick shapes: not judged"
+
+
+# ---------------------------------------------------------------- reports
+
+
+def _run(op, date, ratio):
+    """A run of one operator in which every peer of a case takes `ratio` times as long as its first row."""
+    scale, rows = Scale("cpu", False), []
+    for case in benchmarks.load(op).select(scale):
+        for i, one in enumerate(case.implementations):
+            for setting in ("default", "heap retained"):
+                row = Row(op, case.name, one.name, setting, case.direction, "", case.dtype, 2, ours=one.ours)
+                time = 10.0 * (ratio if i else 1)
+                more = {"median_ms": time, "iqr_ms": 1.0, "rounds": 3, "headline": case.headline, "error_output": 0.0}
+                rows.append(replace(row, subject_speedup=time / 10, memory_extra_mib=time, **more))
+    facts = {"device": "a CPU", "date": date, "torch": "2", "load average before": "0.1"}
+    return Run(scale, facts, {"2": {"bandwidth": 1e9}}, rows)
+
+
+def test_a_run_of_one_operator_keeps_the_others_in_the_report(tmp_path):
+    for op, date in (("attention_mask", "Monday"), ("masked_attention", "Tuesday")):
+        report.write(tmp_path, [benchmarks.load(op)], _run(op, date, 100.0))
+    text = (tmp_path / "report.md").read_text()
+    assert "| 9 layers 1024² fp32 | transformers | 1000 (1.00) | 100x |" in text
+    assert "| S=16384 Q=100 open 1.0 fp32 forward | SDPA, boolean mask | 1000 (1.00) | 100x |" in text
+    assert "Monday" in text
+    assert "Tuesday" in text
+    assert "come from several runs" in text
+    assert "**MISSED**" not in text
+    assert "Not measured in this folder: point_loss" in text
+    report.write(tmp_path, [benchmarks.load("attention_mask")], _run("attention_mask", "Wednesday", 1.5))
+    text = (tmp_path / "report.md").read_text()
+    assert "| 9 layers 1024² fp32 | transformers | 15.0 (1.00) | 1.50x |" in text
+    assert "SDPA, boolean mask | 1000" in text
+    assert "Monday" not in text
+    assert "| 9 layers 1024² fp32: faster than transformers | default | ≥ 15.0x | 1.50x | **MISSED** |" in text
+    assert "- 9 layers 1024² fp32: faster than transformers (default): 1.50x, aim ≥ 15.0x" in text.split("## ")[0]
+
+
+def test_the_first_page_answers_what_is_saved(tmp_path):
+    for op in ("point_loss", "end_to_end", "ms_deform_attn"):
+        report.write(tmp_path, [benchmarks.load(op)], _run(op, "Monday", 4.0))
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    titles = [line for line in lines if line.startswith("## ")]
+    assert titles[0].startswith("## The loss of a training step: full masks, K = 12544 points")
+    assert titles[1].startswith("## A whole Mask2Former")
+    assert lines.index(titles[1]) < 40, "not on the first screen"
+    assert "| R50 inference 1024² | 40.0, 4.00x (40.0, 4.00x) | **10.0** (10.0) | 40.0, 4.00x | 10.0 | 0 |" in lines
+    for op in ("point_loss", "end_to_end", "ms_deform_attn"):
+        assert (tmp_path / f"{op}.png").exists()
+        assert (tmp_path / f"{op}.md").exists()
+    assert (tmp_path / "point_loss_curve.png").exists()
+    assert (tmp_path / "end_to_end_sizes.png").exists()
+
+
+INTEGRATIONS = """\
+model,setting,aim,before_ms,after_ms,before_iqr_ms,after_iqr_ms,rounds,difference,largest,replaced,before_mib,after_mib
+"Mask2Former Swin-T, 1024²",default,1.7,4000,2000,40,20,3,1e-05,10,12,900,600
+"Mask2Former Swin-T, 1024²",heap retained,1.7,3000,2000,40,20,3,1e-05,10,12,nan,nan
+"RT-DETR ResNet-50, 640²",default,1.3,300,250,4,2,9,1e-06,1,6,90,60
+"""
+
+
+def test_other_peoples_models_stand_in_the_report(tmp_path):
+    report.write(tmp_path, [benchmarks.load("attention_mask")], _run("attention_mask", "Monday", 100.0))
+    (tmp_path / "integrations.csv").write_text(INTEGRATIONS)
+    text = report.text(tmp_path)
+    first = "| Mask2Former Swin-T, 1024² | 4000, 2.00x (3000, 1.50x) | **2000** (2000) | 900, 1.50x | 600 | 1.0e-06 |"
+    assert first in text
+    assert "| RT-DETR ResNet-50, 640² | 300, 1.20x | **250** | 90.0, 1.50x | 60.0 | 1.0e-06 |" in text
+    lines = [line for line in text.splitlines() if line.startswith("| 6 | integrations |")]
+    assert [line.split(" | ")[2:] for line in lines] == [
+        ["Mask2Former Swin-T, 1024²: faster than before", "default", "≥ 1.70x", "2.00x", "met |"],
+        ["Mask2Former Swin-T, 1024²: less peak memory above weights", "default", "≥ 2.00x", "1.50x", "**MISSED** |"],
+        ["RT-DETR ResNet-50, 640²: faster than before", "default", "≥ 1.30x", "1.20x", "**MISSED** |"],
+    ]
+    assert {row.op for row in compare.read(tmp_path)} == {"attention_mask", "integrations"}
+
+
+def test_committed_reports_are_what_their_folders_say():
+    for folder in {path.parent for path in readme.RESULTS.rglob("*.json")}:
+        same = (folder / "report.md").read_text() == report.text(folder)
+        assert same, f"python -m benchmarks.report {folder.relative_to(ROOT)}"
+
+
+# ---------------------------------------------------------------- measuring
+
+
+def test_peak_memory_in_a_forked_process_and_its_failures(tmp_path):
+    (tmp_path / "memory.json").write_text(json.dumps([["attention_mask", "no such case", "m2f_kernels"]]))
+    environment = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+    done = _python("-m", "benchmarks.worker", "memory", "--quick", "--workspace", tmp_path, **environment)
+    assert done.returncode == 0, done.stderr
+    events = {event["event"]: event for event in map(json.loads, done.stdout.splitlines())}
+    assert events["calibration"]["extra_mib"] == pytest.approx(64, abs=2)
+    assert "no such case" in events["failure"]["text"]
+
+
+def test_whole_models_agree_and_their_stages_are_kept_apart():
+    pytest.importorskip("transformers", reason="the whole model is compared with transformers'")
+    from benchmarks import bench_end_to_end as whole
+
+    scale = Scale("cpu", True)
+    case = next(c for c in whole.cases(scale) if "inference 64²" in c.name)
+    data = whole.data(scale)[case.data]()
+    found = {}
+    for implementation in case.implementations:
+        call = case.bind(implementation, data)
+        for _ in range(3 if implementation.name == whole.OURS else 2):
+            results = call(collect=True)
+        found[implementation.name] = whole._stages[case.name, implementation.name]
+        verdict = whole.check(case, implementation, data, results)
+        assert verdict.right
+        wrong = whole.check(case, implementation, data, [x + 0.01 * x.abs().max() for x in results])
+        assert not wrong.right
+        assert whole.stages(case, implementation).keys() == {"backbone", "pixel decoder", "transformer decoder"}
+    assert {len(taken) for taken in found[whole.OURS].values()} == {3}
+    assert {len(taken) for taken in found[whole.TRANSFORMERS].values()} == {2}
+
+
+@pytest.mark.parametrize("name", ["R50 inference 1024²", "Swin-T training step 512²", "R50 training step 1024² N=2"])
+def test_names_of_whole_models_say_what_they_are(name):
+    from benchmarks import bench_end_to_end as whole
+
+    assert whole._name(*whole.parts(name)) == name
+
+
+def test_kernels_of_a_trace_are_counted():
+    events = [{"cat": "kernel"}, {"cat": "gpu_memcpy"}, {"name": "no category"}, {"cat": "kernel"}]
+    assert launches.kernels(events) == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device is visible")
+def test_kernels_of_a_call_are_counted():
+    x = torch.ones(8, device="cuda")
+    assert launches.count(lambda: (x * 2).add_(1)) == 2
+
+
+# ---------------------------------------------------------------- static reports
+
+
+@pytest.mark.parametrize(
+    ("capability", "warps", "registers", "shared", "blocks"),
+    [
+        (80, 8, 32, 0, 8),  # all 64 warps
+        (80, 4, 255, 0, 2),  # 8192 registers per warp
+        (90, 4, 84, 0, 5),  # 2816 per warp: 23 warps, of which 20 in fours
+        (90, 4, 32, 100 << 10, 2),  # shared memory
+        (90, 1, 16, 0, 32),  # blocks
+        (86, 8, 32, 0, 6),  # 48 warps
+        (90, 16, 255, 0, 0),  # does not fit
+    ],
+)
+def test_occupancy(capability, warps, registers, shared, blocks):
+    assert sass.blocks_per_multiprocessor(capability, warps, registers, shared) == blocks
+    most = sass.MULTIPROCESSORS[capability].warps
+    assert sass.occupancy(capability, warps, registers, shared) == blocks * warps / most
+
+
+CODE = """\
+\tFunction : forward
+        /*0000*/                   LDC R1, c[0x0][0x28] ;      /* 0x0000 */
+        /*0010*/              @!P0 LDG.E.128 R4, [R2] ;        /* 0x0000 */
+        /*0020*/                   LDG.E R4, [R2] ;            /* 0x0000 */
+        /*0030*/                   FFMA R1, R1, R2, R3 ;       /* 0x0000 */
+        /*0040*/                   NOP;                        /* 0x0000 */
+\tFunction : backward
+        /*0000*/                   RED.E.ADD.F32 [R2], R3 ;    /* 0x0000 */
+        /*0010*/                   STL [R1], R3 ;              /* 0x0000 */
+"""
+
+
+def test_instructions_are_counted_by_kind():
+    found = static_cuda.mixes(CODE)
+    assert found["forward"].counts == {"other": 1, "load": 2, "float": 1}
+    assert found["forward"].memory() == "2 (1 of 16 bytes)"
+    assert found["backward"].text() == "2: atomic 50%, local 50%"
+    triton = "Function:k\n--:-:-:-:8\tHGMMA.64x128x16.F32 R4, R2;\n--:-:1:-:1\t@P0 LDGSTS.E.BYPASS.128 [R1], [R2];\n"
+    assert sass.mix(triton).counts == {"matrix": 1, "async copy": 1}
+    with pytest.raises(ValueError, match="no instruction"):
+        sass.mix("nothing")
+
+
+@pytest.mark.parametrize(
+    ("opcode", "kind"),
+    [("IMMA.16816.S8.S8", "matrix"), ("UTCHMMA", "matrix"), ("IMAD.MOV.U32", "integer"), ("ULOP3.LUT", "integer"),
+     ("LDS.128", "shared"), ("ATOMS.ADD", "shared"), ("ATOMG.E.ADD", "atomic"), ("REDUX.SUM", "integer"),
+     ("MUFU.EX2", "special"), ("F2FP.BF16.F32.PACK_AB", "conversion"), ("HFMA2.BF16_V2", "float"),
+     ("BAR.SYNC", "barrier"),
+     ("ST.E", "store"), ("STS", "shared"), ("S2R", "other")],
+)  # fmt: skip
+def test_kinds_of_instructions(opcode, kind):
+    assert sass.kind_of(opcode) == kind
+
+
+# ---------------------------------------------------------------- make gpu
+
+STUB = """\
+#!/usr/bin/env bash
+case "$*" in
+  *device_slug*) echo stub-gpu ;;
+  *get_device_capability*) echo 90 ;;
+  *get_device_name*) echo "Stub GPU" ;;
+  *"-m pytest tests -m not slow"*) echo "3 failed"; exit 1 ;;
+  *"-k graph"*) sleep 20 ;;
+  *) echo "fine: $*" ;;
+esac
+"""
+
+
+def _gpu(tmp_path, stub, **environment):
+    python = tmp_path / "python"
+    python.write_text(stub)
+    python.chmod(0o755)
+    given = {"PYTHON": str(python), "OUTPUT": str(tmp_path / "out")} | environment
+    command = ["bash", "benchmarks/gpu.sh"]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | given)
+
+
+def test_a_gpu_run_goes_on_where_a_part_fails_and_says_so(tmp_path):
+    done = _gpu(tmp_path, STUB, STEPS="resources suite graphs memcheck bench", STEP_SECONDS="1", PATH="/usr/bin:/bin")
+    assert done.returncode == 1
+    assert "failed: suite graphs memcheck" in done.stdout
+    lines = (tmp_path / "out/stub-gpu/run/summary.md").read_text().splitlines()
+    states = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines[4:]}
+    assert states == {
+        "resources": "passed",
+        "suite": "FAILED with 1",
+        "graphs": "FAILED: longer than 1 s",
+        "memcheck": "FAILED: command not found",
+        "bench": "passed",
+    }
+    assert "3 failed" in (tmp_path / "out/stub-gpu/run/suite.log").read_text()
+    assert "--device cuda" in (tmp_path / "out/stub-gpu/run/bench.log").read_text()
+
+
+def test_a_gpu_run_without_a_gpu_is_refused(tmp_path):
+    done = _gpu(tmp_path, "#!/bin/sh\nexit 1\n")
+    assert done.returncode == 2
+    assert "sees no CUDA device" in done.stderr
