@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_LARGEST = sys.float_info.max
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -62,13 +63,10 @@ def check_number(name: str, value: Any) -> float:
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number; got {describe(value)}")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
+    # Comparisons, unlike math.isfinite, are traced where torch.compile makes numbers dynamic; false for a NaN.
+    if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number; got {describe(value)}")
-    return number
+    return value
 
 
 def check_indices(name: str, value: object) -> Tensor:
