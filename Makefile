@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 SOURCES := pyproject.toml tests/requirements.txt setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 CXX_FILES := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: test test-slow fuzz sanitize coverage bench lint format gpu resources clean
+.PHONY: test test-slow fuzz sanitize coverage docs docs-figures bench lint format gpu resources clean
 
 # torch is pinned and goes first: resolved as somebody's dependency it may arrive with gigabytes of CUDA.
 $(STAMP)-venv: pyproject.toml
@@ -31,6 +31,10 @@ $(STAMP)-bench: $(STAMP)-package benchmarks/requirements.txt
 	$(PIP) install $(TORCH) -r benchmarks/requirements.txt
 	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation packaging wheel torch-ms-deform-attn==0.1.1 \
 		|| echo "torch-ms-deform-attn could not be installed; its rows will say so"
+	@touch $@
+
+$(STAMP)-docs: $(STAMP)-package docs/requirements.txt
+	$(PIP) install -r docs/requirements.txt
 	@touch $@
 
 $(STAMP)-lint: $(STAMP)-venv
@@ -55,6 +59,16 @@ sanitize: $(STAMP)-package
 		-DM2F_TORCH_INCLUDE="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include"
 	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
 	PYTHON=$(BIN)/python bash tests/sanitize.sh
+
+# Lines of Python that the fast tests run; fails below 90 %.
+coverage: $(STAMP)-package
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-figures: $(STAMP)-docs
+	$(BIN)/python docs/figures.py
 
 bench: $(STAMP)-bench
 	$(BIN)/python -m benchmarks.run $(ARGS)

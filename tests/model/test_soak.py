@@ -22,8 +22,8 @@ def resident():
 
 @pytest.mark.slow
 def test_memory_stays_flat(tmp_path):
-    """After 100 steps, in which caches and the allocator's heap have grown, 500 more add less than 8 MiB: 16 KiB a step,
-    the size of one image's masks. All sizes of targets occur in the first part."""
+    """After 100 steps, in which caches and the allocator's heap have grown, 500 more add less than 8 MiB: 16 KiB a
+    step, the size of one image's masks. All sizes of targets occur in the first part."""
     torch.manual_seed(0)
     data = Shapes(length=64, size=64)
     recipe = Recipe.shapes(steps=600, batch_size=4, save_every=10**6, evaluate_every=10**6, log_every=100)
