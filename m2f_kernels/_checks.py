@@ -69,11 +69,13 @@ def check_number(name: str, value: Any) -> float:
     return value
 
 
-def check_indices(name: str, value: object) -> Tensor:
-    """Require int64 [M]."""
+def check_indices(name: str, value: object, device: torch.device) -> Tensor:
+    """Require int64 [M], on the host or on `device`."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
         raise TypeError(f"{name}: expected an int64 tensor [M]; got {describe(value)}")
     check_dense(name, value)
+    if value.device.type != "cpu" and value.device != device:
+        raise ValueError(f"{name}: expected it on the CPU or on {device}; got {describe(value)}")
     return value
 
 

@@ -298,8 +298,8 @@ def pair_up(
         raise ValueError(f"matches: expected {n} pairs of index tensors, one per image; got {len(matches)}")
     rows, first_row = [], 0
     for i, (queries, chosen) in enumerate(matches):
-        check_indices(f"matches[{i}]", queries)
-        check_indices(f"matches[{i}]", chosen)
+        check_indices(f"matches[{i}]", queries, first.device)
+        check_indices(f"matches[{i}]", chosen, first.device)
         check_shape(f"matches[{i}]", chosen, "[M] of the targets, like that of the queries,", queries.shape)
         count = targets[i].shape[0]
         if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:

@@ -114,7 +114,7 @@ def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None)
     if len(queries) != n:
         raise ValueError(f"queries: expected {n} tensors, one per image; got {len(queries)}")
     for i, chosen in enumerate(queries):
-        check_indices(f"queries[{i}]", chosen)
+        check_indices(f"queries[{i}]", chosen, device)
         if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < q:
             raise ValueError(f"queries[{i}]: expected indices from 0 to {q - 1}; got {chosen.tolist()}")
     shifted = [chosen + i * q for i, chosen in enumerate(queries)]
