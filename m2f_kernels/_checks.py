@@ -66,7 +66,7 @@ def check_number(name: str, value: Any) -> float:
     # Comparisons, unlike math.isfinite, are traced where torch.compile makes numbers dynamic; false for a NaN.
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number; got {describe(value)}")
-    return value
+    return float(value)
 
 
 def check_indices(name: str, value: object, device: torch.device) -> Tensor:

@@ -100,6 +100,8 @@ def _packed(mask: PackedMask | Tensor, query: Tensor, keys: int) -> PackedMask:
     """The mask, packed, after checking that it belongs to these queries and keys."""
     n, _, q, _ = query.shape
     if isinstance(mask, PackedMask):
+        if isinstance(mask.num_keys, bool) or not isinstance(mask.num_keys, (int, torch.SymInt)):
+            raise TypeError(f"mask: expected a PackedMask of an integer num_keys; got {describe(mask.num_keys)}")
         if mask.num_keys != keys:
             raise ValueError(f"mask: expected S = {keys}, key's; got a PackedMask of num_keys = {mask.num_keys}")
         if not isinstance(mask.bits, Tensor) or not isinstance(mask.row_any, Tensor):
