@@ -10,7 +10,7 @@ STAMP := $(VENV)/.stamp
 SOURCES := pyproject.toml tests/requirements.txt setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
 CXX_FILES := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: test test-slow bench lint format gpu resources clean
+.PHONY: test test-slow fuzz sanitize coverage docs docs-figures bench lint format gpu resources clean
 
 # torch is pinned and goes first: resolved as somebody's dependency it may arrive with gigabytes of CUDA.
 $(STAMP)-venv: pyproject.toml
@@ -33,6 +33,10 @@ $(STAMP)-bench: $(STAMP)-package benchmarks/requirements.txt
 		|| echo "torch-ms-deform-attn could not be installed; its rows will say so"
 	@touch $@
 
+$(STAMP)-docs: $(STAMP)-package docs/requirements.txt
+	$(PIP) install -r docs/requirements.txt
+	@touch $@
+
 $(STAMP)-lint: $(STAMP)-venv
 	$(PIP) install ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	@touch $@
@@ -43,6 +47,28 @@ test: $(STAMP)-package
 # Minutes and gigabytes.
 test-slow: $(STAMP)-package
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# Random arguments of every operator: 500 cases for each of 23 tests (25 in `make test`). Prints cases and failures.
+fuzz: $(STAMP)-package
+	M2F_FUZZ_CASES=500 $(BIN)/python -m pytest tests/fuzz $(ARGS)
+
+# The operators' tests under AddressSanitizer and UndefinedBehaviorSanitizer, in every instruction set.
+sanitize: $(STAMP)-package
+	PATH="$(abspath $(BIN)):$$PATH" cmake -S . -B build/sanitize -G Ninja -DM2F_CUDA=off \
+		-DM2F_SANITIZE=address,undefined,float-cast-overflow \
+		-DM2F_TORCH_INCLUDE="$$($(BIN)/python -c 'import torch; print(torch.__path__[0])')/include"
+	PATH="$(abspath $(BIN)):$$PATH" cmake --build build/sanitize
+	PYTHON=$(BIN)/python bash tests/sanitize.sh
+
+# Lines of Python that the fast tests run; fails below 90 %.
+coverage: $(STAMP)-package
+	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+
+docs: $(STAMP)-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+docs-figures: $(STAMP)-docs
+	$(BIN)/python docs/figures.py
 
 bench: $(STAMP)-bench
 	$(BIN)/python -m benchmarks.run $(ARGS)

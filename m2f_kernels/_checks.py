@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+_LARGEST = sys.float_info.max
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(value: object) -> str:
     if isinstance(value, Tensor):
         dtype = str(value.dtype).removeprefix("torch.")
+        if value.layout != torch.strided:
+            dtype = f"{str(value.layout).removeprefix('torch.')} {dtype}"
         return f"a {dtype} tensor of shape {list(value.shape)} on {value.device}"
     return f"{value!r} ({type(value).__name__})"
+
+
+def check_dense(name: str, value: Tensor) -> None:
+    """Require an ordinary tensor, with strides: not a sparse one."""
+    if value.layout != torch.strided:
+        raise TypeError(f"{name}: expected a dense tensor; got {describe(value)}")
 
 
 def check_floating(name: str, value: object, layout: str) -> Tensor:
@@ -23,6 +34,7 @@ def check_floating(name: str, value: object, layout: str) -> Tensor:
         raise TypeError(f"{name}: expected a tensor {layout}; got {describe(value)}")
     if value.dtype not in FLOATING:
         raise TypeError(f"{name}: expected float64, float32, bfloat16 or float16; got {describe(value)}")
+    check_dense(name, value)
     if value.dim() != layout.count(",") + 1:
         raise ValueError(f"{name}: expected {layout}; got {describe(value)}")
     return value
@@ -43,3 +55,35 @@ def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -
     if value.dtype != other.dtype:
         expected = str(other.dtype).removeprefix("torch.")
         raise TypeError(f"{name}: expected {other_name}'s dtype {expected}; got {describe(value)}")
+
+
+def check_number(name: str, value: Any) -> float:
+    """Require a finite integer or float; a symbolic one passes as it is."""
+    if isinstance(value, (torch.SymInt, torch.SymFloat)):
+        return value  # type: ignore[return-value]
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number; got {describe(value)}")
+    # Comparisons, unlike math.isfinite, are traced where torch.compile makes numbers dynamic; false for a NaN.
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name}: expected a finite number; got {describe(value)}")
+    return float(value)
+
+
+def check_indices(name: str, value: object, device: torch.device) -> Tensor:
+    """Require int64 [M], on the host or on `device`."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64 or value.dim() != 1:
+        raise TypeError(f"{name}: expected an int64 tensor [M]; got {describe(value)}")
+    check_dense(name, value)
+    if value.device.type != "cpu" and value.device != device:
+        raise ValueError(f"{name}: expected it on the CPU or on {device}; got {describe(value)}")
+    return value
+
+
+def check_generator(name: str, value: object, device: torch.device) -> None:
+    """Require a generator of random numbers on `device`, or None."""
+    if value is None:
+        return
+    if not isinstance(value, torch.Generator):
+        raise TypeError(f"{name}: expected a torch.Generator or None; got {describe(value)}")
+    if value.device.type != device.type:
+        raise ValueError(f"{name}: expected one on {device}, where the masks are; got one on {value.device}")

@@ -22,7 +22,8 @@ NAMESPACE = "m2f"
 #: Every schema, fake kernel and autograd formula of this package is registered through it.
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 
-_DIRECTORY = Path(__file__).parent / "lib"
+#: The environment variable names another build of the libraries (`make sanitize`).
+_DIRECTORY = Path(os.environ.get("M2F_LIBRARIES", Path(__file__).parent / "lib"))
 
 
 @dataclass(frozen=True)

@@ -273,13 +273,17 @@ M2F_INLINE void accumulate_rows(const float* weights, const float* rows, int64_t
   if (c < stride) accumulate_vectors<kR, 1>(weights, rows + c, stride, first, last, index, factor, sum + c);
 }
 
-// The same where some row is not finite: only keys whose bit is set, since 0 * NaN is not 0.
+// The same where some row is not finite: only keys whose bit is set, since 0 * NaN is not 0. In the same arithmetic, so
+// that queries that attend to no such key get the same bits as without it.
 inline void accumulate_attended(const float* weights, const uint32_t bits[kWords], const float* rows, int64_t stride,
                                 float factor, float* sum) {
-  for (int64_t c = 0; c < stride; ++c) sum[c] *= factor;
-  for (int k = 0; k < kTile; ++k)
-    if (bits[k / kWord] >> (k % kWord) & 1)
-      for (int64_t c = 0; c < stride; ++c) sum[c] += weights[k] * rows[k * stride + c];
+  for (int64_t c = 0; c < stride; c += kFloatLanes) {
+    FloatVec total = load(sum + c) * factor;
+    for (int k = 0; k < kTile; ++k)
+      if (bits[k / kWord] >> (k % kWord) & 1)
+        total = fused(splat<float>(weights[k]), load(rows + k * stride + c), total);
+    store(sum + c, total);
+  }
 }
 
 }  // namespace

@@ -18,6 +18,8 @@ _NAME = "m2f_cuda_on_host"
 #: Type punning is allowed, as by nvcc.
 _FLAGS = ["-std=c++17", "-O1", "-fPIC", "-shared", "-fvisibility=hidden", "-fno-strict-aliasing", "-Wall", "-Wextra"]
 _FLAGS += ["-Wno-unknown-pragmas", "-DM2F_CUDA_ON_HOST"]
+#: More of them, for `make sanitize`.
+_FLAGS += os.environ.get("M2F_CUDA_ON_HOST_FLAGS", "").split()
 
 
 def _sources() -> list[Path]:

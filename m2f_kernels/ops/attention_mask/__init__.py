@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels import backend
-from m2f_kernels._checks import check_floating, check_same_device, check_same_dtype, check_shape, describe
+from m2f_kernels._checks import check_dense, check_floating, check_same_device, check_same_dtype, check_shape, describe
 from m2f_kernels._dtypes import autocast
 from m2f_kernels._library import LIBRARY, implement_with_triton
 from m2f_kernels.masks import WORD, PackedMask
@@ -122,6 +122,7 @@ def pack_attention_mask(mask: Tensor) -> PackedMask:
         raise TypeError(f"mask: expected bool (True = attend) or floating point logits; got {describe(mask)}")
     if mask.dtype != torch.bool:
         check_floating("mask", mask, "[N, Q, S]" if mask.dim() != 4 else "[N, Q, h, w]")
+    check_dense("mask", mask)
     if mask.dim() not in (3, 4):
         raise ValueError(f"mask: expected [N, Q, S] or [N, Q, h, w]; got {describe(mask)}")
     flat = mask.detach().flatten(2)

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from m2f_kernels import backend
-from m2f_kernels._checks import check_floating, check_same_device, check_same_dtype, check_shape, describe
+from m2f_kernels._checks import (
+    check_dense,
+    check_floating,
+    check_number,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    describe,
+)
 from m2f_kernels._dtypes import accumulation_dtype, autocast
 from m2f_kernels._library import LIBRARY, implement_with_triton
 from m2f_kernels.masks import WORD, PackedMask, unpack
@@ -80,10 +88,7 @@ def masked_attention(
     query, key, value = autocast(query), autocast(key), autocast(value)
     for name, tensor in (("key", key), ("value", value)):
         check_same_dtype(name, tensor, "query", query)
-    if scale is None:
-        scale = d**-0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymFloat)):
-        raise TypeError(f"scale: expected a number; got {describe(scale)}")
+    scale = d**-0.5 if scale is None else check_number("scale", scale)
     packed = _packed(mask, query, s)
     if backend.reference_forced() or query.dtype == torch.float64:
         return reference.masked_attention(query, key, value, packed.to_bool(), scale)[0]
@@ -95,8 +100,14 @@ def _packed(mask: PackedMask | Tensor, query: Tensor, keys: int) -> PackedMask:
     """The mask, packed, after checking that it belongs to these queries and keys."""
     n, _, q, _ = query.shape
     if isinstance(mask, PackedMask):
+        if isinstance(mask.num_keys, bool) or not isinstance(mask.num_keys, (int, torch.SymInt)):
+            raise TypeError(f"mask: expected a PackedMask of an integer num_keys; got {describe(mask.num_keys)}")
         if mask.num_keys != keys:
             raise ValueError(f"mask: expected S = {keys}, key's; got a PackedMask of num_keys = {mask.num_keys}")
+        if not isinstance(mask.bits, Tensor) or not isinstance(mask.row_any, Tensor):
+            raise TypeError(f"mask: expected tensors bits and row_any in a PackedMask; got {describe(mask)}")
+        check_dense("mask.bits", mask.bits)
+        check_dense("mask.row_any", mask.row_any)
         check_shape("mask.bits", mask.bits, "[N, Q, ceil(S/32)]", (n, q, (keys + WORD - 1) // WORD))
         check_shape("mask.row_any", mask.row_any, "[N, Q]", (n, q))
         check_same_device("mask.bits", mask.bits, "query", query)
@@ -112,6 +123,7 @@ def _packed(mask: PackedMask | Tensor, query: Tensor, keys: int) -> PackedMask:
             f"mask: expected a PackedMask or a bool tensor [N, Q, S], True = attend; got {describe(mask)}; "
             "pack_attention_mask takes logits"
         )
+    check_dense("mask", mask)
     check_same_device("mask", mask, "query", query)
     if mask.dim() == 4:
         check_shape("mask", mask, "[N, 1, Q, S]", (n, 1, q, keys))

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from m2f_kernels import backend
-from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
+from m2f_kernels._checks import check_floating, check_number, check_same_device, check_shape, describe
 from m2f_kernels._dtypes import autocast
 from m2f_kernels._library import LIBRARY
 from m2f_kernels.ops._autograd import differentiable_once, reference_gradients, saved_inputs, setup_context
@@ -166,8 +166,7 @@ def ms_deform_attn_from_offsets(
     if reference_points.shape[2] == 1:
         reference_points = reference_points.expand(-1, -1, count, -1)
     check_shape("reference_points", reference_points, "[N, Q, L, 2 or 4]", (n, q, count, reference_points.shape[-1]))
-    if not isinstance(offset_scale, (int, float)):
-        raise TypeError(f"offset_scale: expected a number; got {describe(offset_scale)}")
+    offset_scale = check_number("offset_scale", offset_scale)
     _check_heads(value)
     check_same_device("sampling_offsets", offsets, "value", value)
     check_same_device("attention_logits", logits, "value", value)
@@ -194,9 +193,12 @@ def _flatten_points(
                 f"got {describe(tensor)}"
             )
         return tensor.flatten(3, 4), [tensor.shape[4]] * levels
-    if not isinstance(points_per_level, Iterable):
-        raise TypeError(f"points_per_level: expected {levels} counts, one per level; got {describe(points_per_level)}")
-    points = list(points_per_level)
+    try:
+        points = list(points_per_level)
+    except TypeError:
+        raise TypeError(
+            f"points_per_level: expected {levels} counts, one per level; got {describe(points_per_level)}"
+        ) from None
     if len(points) != levels or any(not isinstance(p, int) or p < 1 for p in points):
         raise ValueError(
             f"points_per_level: expected {levels} counts of at least 1, one per level; got {describe(points_per_level)}"

@@ -16,7 +16,7 @@ import torch
 from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from m2f_kernels._checks import check_same_device, describe
+from m2f_kernels._checks import check_dense, check_same_device, describe
 
 MAX_LEVELS = 16
 
@@ -43,6 +43,7 @@ def _unreadable(tensor: Tensor) -> bool:
 def _check_integers(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
     if tensor.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: expected int64 or int32; got {describe(tensor)}")
+    check_dense(name, tensor)
     if tensor.dim() != ndim or (ndim == 2 and tensor.shape[1] != 2):
         raise ValueError(f"{name}: expected {layout}; got {describe(tensor)}")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels import backend
-from m2f_kernels._checks import check_same_device, check_shape, describe
+from m2f_kernels._checks import check_indices, check_same_device, check_shape, describe
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels._library import LIBRARY, implement_with_triton
 from m2f_kernels.masks import FactoredMasks
@@ -105,7 +105,8 @@ def mask_matching_cost(
     check_same_device("points", points, "mask_logits", first)
     with torch.no_grad():
         pairs = [
-            cost_of_image(_image(mask_logits, i), sample_labels(targets[i], points[i]), points[i]) for i in range(n)
+            cost_of_image(_image(mask_logits, i), sample_labels(targets[i], points[i], first.dtype), points[i])
+            for i in range(n)
         ]
     cross_entropy, dice = [bce for bce, _ in pairs], [dice for _, dice in pairs]
     if isinstance(target_masks, Tensor):
@@ -180,8 +181,10 @@ def _image(masks: Tensor | FactoredMasks, i: int) -> Tensor | FactoredMasks:
     return masks[i : i + 1]
 
 
-def sample_labels(targets: Tensor, points: Tensor) -> Tensor:
-    """Targets [T, H, W] at points [K, 2], in [T, K]."""
+def sample_labels(targets: Tensor, points: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Targets [T, H, W] at points [K, 2], in [T, K]; `dtype` is that of the masks they are compared with."""
+    if dtype == torch.float64:
+        return point_sample_reference.point_sample(targets[None], points[None].double(), exact=True)[0]
     return sample(targets[None], points[None], exact=True)[0]
 
 
@@ -266,7 +269,7 @@ def check_targets(name: str, targets: object, images: int, masks: Tensor) -> lis
     for i, x in enumerate(found):
         check_same_device(f"{name}[{i}]", x, "mask_logits", masks)
         if x.requires_grad:
-            raise ValueError(f"{name}[{i}]: expected targets without a gradient, which does not reach them")
+            raise ValueError(f"{name}[{i}]: expected targets without a gradient; got one that requires it")
     return found
 
 
@@ -289,13 +292,14 @@ def pair_up(
                 )
         masks = select_rows(mask_logits, None)
         return masks, targets, masks.rows
+    if not isinstance(matches, Sequence) or not all(isinstance(x, (tuple, list)) and len(x) == 2 for x in matches):
+        raise TypeError(f"matches: expected {n} pairs of int64 tensors [M], one per image; got {describe(matches)}")
     if len(matches) != n:
         raise ValueError(f"matches: expected {n} pairs of index tensors, one per image; got {len(matches)}")
     rows, first_row = [], 0
     for i, (queries, chosen) in enumerate(matches):
-        for indices in (queries, chosen):
-            if not isinstance(indices, Tensor) or indices.dtype != torch.int64 or indices.dim() != 1:
-                raise TypeError(f"matches[{i}]: expected two int64 tensors [M]; got {describe(indices)}")
+        check_indices(f"matches[{i}]", queries, first.device)
+        check_indices(f"matches[{i}]", chosen, first.device)
         check_shape(f"matches[{i}]", chosen, "[M] of the targets, like that of the queries,", queries.shape)
         count = targets[i].shape[0]
         if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:

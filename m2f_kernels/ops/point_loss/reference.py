@@ -41,7 +41,7 @@ def sampled_targets(targets: Sequence[Tensor], target_rows: Tensor, points: Tens
     for masks in targets:
         here = (target_rows >= first) & (target_rows < first + masks.shape[0])
         found = reference.point_sample(masks[target_rows[here] - first, None], points[here], exact=True)[:, 0]
-        samples = samples.index_put((here,), found)
+        samples = samples.index_put((here,), found.to(samples.dtype))
         first += masks.shape[0]
     return samples
 

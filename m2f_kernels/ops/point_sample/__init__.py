@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels import backend
-from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
+from m2f_kernels._checks import check_dense, check_floating, check_generator, check_same_device, check_shape, describe
 from m2f_kernels._library import LIBRARY, implement_with_triton
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.ops._autograd import differentiable_once, reference_gradients
@@ -64,7 +64,7 @@ def point_sample(input: Tensor | FactoredMasks, points: Tensor) -> Tensor:
             return input.mask_embed @ samples
     check_pixels("input", input, "[N, C, h, w]")
     n = input.shape[0]
-    check_points("points", points, "[N, K, 2]", (n, points.shape[1] if isinstance(points, Tensor) else 0))
+    check_points("points", points, "[N, K, 2]", (n,))
     check_same_device("points", points, "input", input)
     return sample(input, points, exact=False)
 
@@ -126,8 +126,7 @@ def points_of_planes(mask_logits: Tensor, rows: Tensor, seed: Tensor, first_stre
 
 def draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     """int64 [1] on `device`, from `generator`."""
-    if generator is not None and generator.device.type != device.type:
-        raise ValueError(f"generator: expected one on {device}, where the masks are; got one on {generator.device}")
+    check_generator("generator", generator, device)
     return torch.randint(0, 2**63 - 1, (1,), device=device, generator=generator)
 
 
@@ -139,6 +138,7 @@ def check_pixels(name: str, value: object, layout: str) -> Tensor:
     if isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8):
         if value.dim() != layout.count(",") + 1:
             raise ValueError(f"{name}: expected {layout}; got {describe(value)}")
+        check_dense(name, value)
         tensor = value
     elif isinstance(value, Tensor) and not value.dtype.is_floating_point:
         raise TypeError(f"{name}: expected a floating point, bool or uint8 tensor {layout}; got {describe(value)}")
@@ -159,7 +159,9 @@ def check_points(name: str, value: object, layout: str, leading: tuple[int, ...]
     if k < 1:
         raise ValueError(f"{name}: expected at least one point in {layout}; got {describe(points)}")
     if points.requires_grad:
-        raise ValueError(f"{name}: expected points without a gradient, which does not reach them; detach them first")
+        raise ValueError(
+            f"{name}: expected points without a gradient, which does not reach them; got some that require it"
+        )
 
 
 def check_masks(name: str, masks: Tensor | FactoredMasks) -> None:

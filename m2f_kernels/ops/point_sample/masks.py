@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m2f_kernels._checks import describe
+from m2f_kernels._checks import check_indices, describe
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels.masks import FactoredMasks
 
@@ -109,11 +109,12 @@ def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None)
     device = masks.device if isinstance(masks, Tensor) else masks.mask_embed.device
     if queries is None:
         return MaskRows(masks, torch.arange(n * q, device=device), [q] * n)
+    if not isinstance(queries, Sequence):
+        raise TypeError(f"queries: expected {n} int64 tensors [M], one per image; got {describe(queries)}")
     if len(queries) != n:
         raise ValueError(f"queries: expected {n} tensors, one per image; got {len(queries)}")
     for i, chosen in enumerate(queries):
-        if not isinstance(chosen, Tensor) or chosen.dtype != torch.int64 or chosen.dim() != 1:
-            raise TypeError(f"queries[{i}]: expected an int64 tensor [M]; got {describe(chosen)}")
+        check_indices(f"queries[{i}]", chosen, device)
         if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < q:
             raise ValueError(f"queries[{i}]: expected indices from 0 to {q - 1}; got {chosen.tolist()}")
     shifted = [chosen + i * q for i, chosen in enumerate(queries)]

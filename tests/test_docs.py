@@ -1,0 +1,38 @@
+"""The pictures of the documentation can be made, and those that pages show are committed."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_figures_are_made_from_the_operators(tmp_path):
+    pytest.importorskip("matplotlib", reason="the figures need matplotlib: `make docs-figures` installs it")
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    figures.main(tmp_path)
+    made = {p.name for p in tmp_path.glob("*.png")}
+    assert made == {p.name for p in (ROOT / "docs" / "figures").glob("*.png")}
+    assert all(2_000 < p.stat().st_size < 100_000 for p in tmp_path.glob("*.png"))
+
+
+def test_pictures_of_the_pages_exist():
+    shown = [
+        (page, name)
+        for page in (ROOT / "docs").rglob("*.md")
+        for name in re.findall(r"!\[.*?\]\((.*?)\)", page.read_text())
+    ]
+    assert shown
+    for page, name in shown:
+        assert (page.parent / name).exists(), f"{page.name}: {name}"
+
+
+def test_every_page_is_in_the_navigation():
+    """The navigation is written by hand but for docs/integrations, which docs/hooks.py adds."""
+    text = (ROOT / "mkdocs.yml").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f" {page.name}\n" in text, page.name
