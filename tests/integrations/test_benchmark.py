@@ -55,6 +55,11 @@ def test_difference_whatever_the_order_of_queries():
     wrong = scores.clone()
     wrong[0, 2, 1] += 0.25
     assert integrations._permuted_difference([scores], [wrong])[0] > 0.01
+    absent = scores.clone()
+    absent[..., 2] = -torch.inf
+    assert integrations._permuted_difference([absent], [absent])[0] == 0
+    assert integrations._permuted_difference([scores], [absent])[0] == torch.inf
+    assert integrations._permuted_difference([scores], [absent.nan_to_num(neginf=torch.nan)])[0] == torch.inf
     masks = torch.randn(1, 6, 4, 4)
     assert integrations._permuted_difference([masks], [masks.flip(1)])[0] > 0.1
 
