@@ -7,8 +7,8 @@ Batch 1, float32, eager, the same weights, before and after in turns in one proc
 (benchmarks/timing.py: what takes more than two seconds is timed twice). Memory: peak above the weights and what was
 there before the call, of one call each, in another process (benchmarks/memory.py); outputs count. Share: of a whole
 call before, what the forward of the deformable attention modules takes. Where nothing else is replaced, a ratio cannot
-exceed 1 / (1 - share). Difference: of predictions, with the original's choice of queries where a detector chooses; of the
-loss for a training step, whose points are drawn anew.
+exceed 1 / (1 - share). Difference: of predictions, with the original's choice of queries where a detector chooses; of
+the loss for a training step, whose points are drawn anew.
 """
 
 from __future__ import annotations
