@@ -48,15 +48,30 @@ def test_page():
     assert integrations.update(integrations.update(page)) == integrations.update(page)
 
 
-def test_difference_whatever_the_order_of_queries():
-    """Queries that change places do not count, a wrong value does."""
+def test_difference():
     scores = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(1))
-    assert integrations._permuted_difference([scores], [scores[:, torch.randperm(6)]])[0] == 0
     wrong = scores.clone()
     wrong[0, 2, 1] += 0.25
-    assert integrations._permuted_difference([scores], [wrong])[0] > 0.01
-    masks = torch.randn(1, 6, 4, 4)
-    assert integrations._permuted_difference([masks], [masks.flip(1)])[0] > 0.1
+    assert integrations.difference_of([scores], [scores]) == (0, scores.abs().max())
+    assert integrations.difference_of([scores, scores], [scores, wrong])[0] == pytest.approx(0.25)
+    absent = scores.clone()
+    absent[..., 2] = -torch.inf
+    assert integrations.difference_of([absent], [absent])[0] == 0
+    assert integrations.difference_of([scores], [absent])[0] == torch.inf
+    assert integrations.difference_of([scores], [absent.nan_to_num(neginf=torch.nan)])[0] == torch.inf
+
+
+def test_choices_are_made_again_if_they_are_choices():
+    """Scores within rounding of each other may change places; a choice by wrong scores is refused."""
+    scores = torch.tensor([[1.0, 3.0, 3.0001, 2.0]])
+    recorded = []
+    with integrations.choices(recorded):
+        assert torch.topk(scores, 2, dim=1)[1].tolist() == [[2, 1]]
+    with integrations.choices(list(recorded), replay=True):
+        assert torch.topk(torch.tensor([[1.0, 3.0001, 3.0, 2.0]]), 2, dim=1)[1].tolist() == [[2, 1]]
+    with pytest.raises(RuntimeError, match="other queries"), integrations.choices(list(recorded), replay=True):
+        torch.topk(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2, dim=1)
+    assert torch.topk(scores, 1, dim=1)[1].tolist() == [[2]]
 
 
 def test_aims_are_those_of_every_model():
