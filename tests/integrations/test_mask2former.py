@@ -376,20 +376,28 @@ def test_exported(pixels):
 
 # ---------------------------------------------------------------- what takes the original's way
 @pytest.mark.usefixtures("fixed_points")
-def test_dropout_in_training(pixels, generator):
+@pytest.mark.parametrize("only", ["everything", "activations"])
+def test_dropout_in_training(only, pixels, generator):
     """Dropped attention weights are the original's; layers are then skipped at random too, which fails in it, so the
     decoder's layers get the dropout alone."""
     model, accelerated = both("resnet")
     labels = targets((3, 2), [SIZE] * 2, generator)
     for x in (model, accelerated):
         for layer in x.model.transformer_module.decoder.layers:
-            layer.cross_attn.dropout = layer.self_attn.dropout = layer.dropout = 0.1
+            layer.dropout = layer.activation_dropout = 0.1
+            if only == "everything":
+                layer.cross_attn.dropout = layer.self_attn.dropout = 0.1
     before, gradients = train(model, pixel_values=pixels, **labels)
-    after, found = train(accelerated, pixel_values=pixels, **labels)
+    with pytest.warns(RuntimeWarning, match="attention weights or activations are dropped out"):
+        after, found = train(accelerated, pixel_values=pixels, **labels)
     assert_same(before, after)
     assert_same_gradients(gradients, found)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert_same(model(pixels), accelerated(pixels))
+    accelerated.model.transformer_module.decoder.layerdrop = 1.0
+    with pytest.warns(RuntimeWarning, match="skips layers at random"):
+        train(accelerated, pixel_values=pixels, **labels)
 
 
 class Wrapped(torch.nn.Module):

@@ -282,6 +282,12 @@ def test_checkpointed_layers(inputs, texts, generator, monkeypatch):
     assert_same_gradients(gradients, train(accelerated, **given)[1])
 
 
+TRACEABLE = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="OneFormer of transformers 4 takes sizes from tensors: no graph"
+)
+
+
+@TRACEABLE
 def test_compiled(inputs):
     _, accelerated = both("no_auxiliary_loss", use_auxiliary_loss=True, encoder_layers=1)
     seen = set()
@@ -291,6 +297,7 @@ def test_compiled(inputs):
     assert seen == OPERATORS
 
 
+@TRACEABLE
 def test_exported(inputs):
     _, accelerated = both("no_auxiliary_loss", use_auxiliary_loss=True, encoder_layers=1)
     program = torch.export.export(accelerated, tuple(inputs.values()))

@@ -22,6 +22,8 @@ Masks = Tensor | FactoredMasks
 #: What is replaced, for the report.
 ATTENTION = "masked attention from a packed mask, scores never written"
 MASKS = "attention masks from resized features, one product for keys and values of the layers that share a level"
+#: Why a decoder takes the original's way in training.
+DROPPED = "attention weights or activations are dropped out in training"
 LOSSES = "matching and losses from factored masks at sampled points"
 
 
