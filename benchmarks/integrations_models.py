@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-#: Side of the image in a quick run, and in the call that warms a process up before its memory is measured.
-SMALL = 128
+#: Side of the image in a quick run, and in the call that warms a process up before its memory is measured; Grounding
+#: DINO chooses 900 queries among that many positions.
+SMALL = 256
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ def test_figures_are_those_of_the_committed_run():
 
 
 def test_figures_of_the_page_on_transformers():
+    pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
     from benchmarks import integrations
 
     text = integrations.PAGE.read_text()
