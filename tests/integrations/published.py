@@ -78,3 +78,24 @@ class Sizes(TorchDispatchMode):
             if isinstance(x, torch.Tensor) and x.numel() == self.elements:
                 self.count += x.untyped_storage().data_ptr() not in given
         return result
+
+
+#: Operators of the decoder, which a traced model has to contain.
+OPERATORS = {"masked_attention", "ms_deform_attn_from_offsets", "predict_attention_mask", "resize_mask_features"}
+
+
+def operators(graph):
+    """Names of this package's operators in an fx graph."""
+    return {str(n.target).split(".")[1] for n in graph.nodes if str(n.target).startswith("m2f.")}
+
+
+def compile_whole(model, seen):
+    """`model` compiled as one graph; `seen` receives the operators in it."""
+    backend = torch._dynamo.lookup_backend("aot_eager")
+
+    def record(graph_module, inputs):
+        seen.update(operators(graph_module.graph))
+        return backend(graph_module, inputs)
+
+    torch._dynamo.reset()
+    return torch.compile(model, backend=record, fullgraph=True)

@@ -13,7 +13,17 @@ from torch.utils.checkpoint import checkpoint
 import m2f_kernels
 from m2f_kernels.integrations.transformers import mask2former, patch, unpatch
 from m2f_kernels.nn import HungarianMatcher
-from tests.integrations.published import OUTPUT, Sizes, assert_same, assert_same_gradients, targets, train
+from tests.integrations.published import (
+    OPERATORS,
+    OUTPUT,
+    Sizes,
+    assert_same,
+    assert_same_gradients,
+    compile_whole,
+    operators,
+    targets,
+    train,
+)
 from tests.model import peers
 from tests.model.peers import photograph, published
 
@@ -349,30 +359,45 @@ def test_gradient_checkpointing(reentrant, pixels, generator):
 
 def test_compiled(pixels):
     _, accelerated = both("one_layer", encoder_layers=1)
-    torch._dynamo.reset()
-    flags = {"output_auxiliary_logits": True}
+    flags, seen = {"output_auxiliary_logits": True}, set()
     with torch.no_grad():
         expected = accelerated(pixels, **flags)
-        compiled = torch.compile(accelerated, backend="aot_eager", fullgraph=True)
-        assert_same(expected, compiled(pixels, **flags))
+        assert_same(expected, compile_whole(accelerated, seen)(pixels, **flags))
+    assert seen == OPERATORS
+
+
+def test_exported(pixels):
+    _, accelerated = both("one_layer", encoder_layers=1)
+    program = torch.export.export(accelerated, (pixels,))
+    assert operators(program.graph) == OPERATORS
+    with torch.no_grad():
+        assert_same(accelerated(pixels).masks_queries_logits, program.module()(pixels).masks_queries_logits)
 
 
 # ---------------------------------------------------------------- what takes the original's way
 @pytest.mark.usefixtures("fixed_points")
-def test_dropout_in_training(pixels, generator):
+@pytest.mark.parametrize("only", ["everything", "activations"])
+def test_dropout_in_training(only, pixels, generator):
     """Dropped attention weights are the original's; layers are then skipped at random too, which fails in it, so the
     decoder's layers get the dropout alone."""
     model, accelerated = both("resnet")
     labels = targets((3, 2), [SIZE] * 2, generator)
     for x in (model, accelerated):
         for layer in x.model.transformer_module.decoder.layers:
-            layer.cross_attn.dropout = layer.self_attn.dropout = layer.dropout = 0.1
+            layer.dropout = layer.activation_dropout = 0.1
+            if only == "everything":
+                layer.cross_attn.dropout = layer.self_attn.dropout = 0.1
     before, gradients = train(model, pixel_values=pixels, **labels)
-    after, found = train(accelerated, pixel_values=pixels, **labels)
+    with pytest.warns(RuntimeWarning, match="attention weights or activations are dropped out"):
+        after, found = train(accelerated, pixel_values=pixels, **labels)
     assert_same(before, after)
     assert_same_gradients(gradients, found)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
         assert_same(model(pixels), accelerated(pixels))
+    accelerated.model.transformer_module.decoder.layerdrop = 1.0
+    with pytest.warns(RuntimeWarning, match="skips layers at random"):
+        train(accelerated, pixel_values=pixels, **labels)
 
 
 class Wrapped(torch.nn.Module):
@@ -397,6 +422,28 @@ def test_wrapped_projections(pixels):
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
     assert not report.left
     with torch.no_grad():
+        assert_same(model(pixels), accelerated(pixels))
+
+
+@pytest.mark.parametrize("names", [["q_proj", "fc1", "value_proj"], ["out_proj"], ["cross_attn"]], ids="+".join)
+def test_lora(names, pixels):
+    """The real thing; around the attention as a whole it leaves the layers alone."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(3)
+    config = peft.LoraConfig(target_modules=names, init_lora_weights=False, r=4)
+    model = peft.inject_adapter_in_model(config, make("resnet")).eval()
+    accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
+    assert bool(report.left) == (names == ["cross_attn"])
+    with torch.no_grad():
+        assert_same(model(pixels), accelerated(pixels))
+
+
+def test_sharded_projections(pixels):
+    """A shard of a parameter (FSDP2's have `to_local`) is put together by the module's own call."""
+    model, accelerated = both("resnet")
+    weight = accelerated.model.transformer_module.decoder.layers[1].cross_attn.in_proj_weight
+    weight.to_local = None
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="projections are sharded"):
         assert_same(model(pixels), accelerated(pixels))
 
 

@@ -15,7 +15,16 @@ from transformers.models.oneformer import modeling_oneformer as published
 import m2f_kernels
 from m2f_kernels.integrations.transformers import oneformer
 from m2f_kernels.integrations.transformers.oneformer import AuxiliaryPrediction
-from tests.integrations.published import Sizes, assert_same, assert_same_gradients, targets, train
+from tests.integrations.published import (
+    OPERATORS,
+    Sizes,
+    assert_same,
+    assert_same_gradients,
+    compile_whole,
+    operators,
+    targets,
+    train,
+)
 from tests.model import peers
 from tests.model.peers import BACKBONES, STAGES, photograph
 
@@ -273,12 +282,29 @@ def test_checkpointed_layers(inputs, texts, generator, monkeypatch):
     assert_same_gradients(gradients, train(accelerated, **given)[1])
 
 
+TRACEABLE = pytest.mark.skipif(
+    transformers.__version__.startswith("4."), reason="OneFormer of transformers 4 takes sizes from tensors: no graph"
+)
+
+
+@TRACEABLE
 def test_compiled(inputs):
-    _, accelerated = both("no_task_norm", decoder_layers=3, encoder_layers=1, query_dec_layers=1)
-    torch._dynamo.reset()
+    _, accelerated = both("no_auxiliary_loss", use_auxiliary_loss=True, encoder_layers=1)
+    seen = set()
     with torch.no_grad():
         expected = accelerated(**inputs)
-        assert_same(expected, torch.compile(accelerated, backend="eager")(**inputs))
+        assert_same(expected, compile_whole(accelerated, seen)(**inputs))
+    assert seen == OPERATORS
+
+
+@TRACEABLE
+def test_exported(inputs):
+    _, accelerated = both("no_auxiliary_loss", use_auxiliary_loss=True, encoder_layers=1)
+    program = torch.export.export(accelerated, tuple(inputs.values()))
+    assert operators(program.graph) == OPERATORS
+    with torch.no_grad():
+        found = program.module()(*inputs.values())
+        assert_same(accelerated(**inputs).masks_queries_logits, found.masks_queries_logits)
 
 
 # ---------------------------------------------------------------- what takes the original's way

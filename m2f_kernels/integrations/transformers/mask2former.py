@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
+    DROPPED,
     LOSSES,
     MASKS,
     Masks,
@@ -202,11 +203,13 @@ class Decoder:
                 reason = f"its layer is {qualified_name(type(layer))}, which is left alone"
             else:
                 reason = reason or layer_problem(layer)
+            if reason is None and (drops(layer.cross_attn) or (layer.training and layer.dropout > 0)):
+                reason = DROPPED
+        if self.training and self.layerdrop > 0:
+            reason = "with dropout, training skips layers at random"
         if reason is not None:
             warn_unfused(self, reason)  # type: ignore[arg-type]
-            return False
-        # Layers are skipped and attention weights dropped out only in the original's way.
-        return not (self.training and self.layerdrop > 0) and not any(drops(layer.cross_attn) for layer in layers)
+        return reason is None
 
     def _m2f_decode(
         self,

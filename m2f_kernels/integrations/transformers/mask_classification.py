@@ -22,6 +22,8 @@ Masks = Tensor | FactoredMasks
 #: What is replaced, for the report.
 ATTENTION = "masked attention from a packed mask, scores never written"
 MASKS = "attention masks from resized features, one product for keys and values of the layers that share a level"
+#: Why a decoder takes the original's way in training.
+DROPPED = "attention weights or activations are dropped out in training"
 LOSSES = "matching and losses from factored masks at sampled points"
 
 
@@ -42,8 +44,10 @@ def watched(module: nn.Module) -> bool:
 
 def attention_problem(attention: nn.Module) -> str | None:
     """Why an attention module cannot be computed from its weights alone; None where it can."""
-    if type(attention) is not nn.MultiheadAttention:
-        return f"its attention is {qualified_name(type(attention))}, not torch.nn.MultiheadAttention"
+    # By name: torch.export traces with classes derived from it that bear its name.
+    if (name := qualified_name(type(attention))) != qualified_name(nn.MultiheadAttention):
+        return f"its attention is {name}, not torch.nn.MultiheadAttention"
+    assert isinstance(attention, nn.MultiheadAttention)
     weight, channels = attention.in_proj_weight, attention.embed_dim
     if attention.batch_first or attention.bias_k is not None or attention.add_zero_attn:
         return "its attention has batch_first, add_bias_kv or add_zero_attn"

@@ -16,6 +16,7 @@ from torch.utils import _pytree
 from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
+    DROPPED,
     LOSSES,
     MASKS,
     Masks,
@@ -275,10 +276,11 @@ class Decoder:
                 reason = f"its layer is {qualified_name(type(layer))}, which is left alone"
             else:
                 reason = reason or layer_problem(layer)
+            if reason is None and drops(layer.cross_attn.multihead_attn):
+                reason = DROPPED
         if reason is not None:
             warn_unfused(self, reason)  # type: ignore[arg-type]
-            return False
-        return bool(layers) and not any(drops(layer.cross_attn.multihead_attn) for layer in layers)
+        return bool(layers) and reason is None
 
     def _m2f_decode(
         self,
