@@ -160,6 +160,26 @@ def test_sizes_that_vary(tmp_path):
     assert counts["GridSample"] == counts["Resize"] == 1
 
 
+class WindowAttention(nn.Module):
+    """As Swin of transformers does it: PyTorch's attention with learned biases, and the heads merged by a reshape."""
+
+    def __init__(self):
+        super().__init__()
+        self.projection = nn.Linear(32, 32)
+        self.bias = nn.Parameter(torch.randn(1, 2, 49, 49))
+
+    def forward(self, x):
+        heads = self.projection(x).unflatten(2, (2, 16)).transpose(1, 2)
+        out = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=self.bias)
+        return out.transpose(1, 2).contiguous().reshape(*x.shape[:2], -1)
+
+
+def test_attention_of_pytorch(tmp_path):
+    """It is taken apart without gradients: with them it has other strides, and the reshape fails."""
+    assert torch.is_grad_enabled()
+    assert_runs(WindowAttention().eval(), (torch.randn(6, 49, 32),), tmp_path / "m.onnx")
+
+
 def test_packed_masks(tmp_path):
     """Every bit of a word, the sign among them, as the operator packs it."""
 
