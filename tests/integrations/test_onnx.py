@@ -160,24 +160,18 @@ def test_sizes_that_vary(tmp_path):
     assert counts["GridSample"] == counts["Resize"] == 1
 
 
-class WindowAttention(nn.Module):
-    """As Swin of transformers does it: PyTorch's attention with learned biases, and the heads merged by a reshape."""
+def test_backbone_with_attention_of_pytorch(tmp_path):
+    """Swin is taken apart without gradients, as it is traced: with them its attention has other strides, and a
+    reshape behind it fails."""
+    import transformers
 
-    def __init__(self):
-        super().__init__()
-        self.projection = nn.Linear(32, 32)
-        self.bias = nn.Parameter(torch.randn(1, 2, 49, 49))
-
-    def forward(self, x):
-        heads = self.projection(x).unflatten(2, (2, 16)).transpose(1, 2)
-        out = nn.functional.scaled_dot_product_attention(heads, heads, heads, attn_mask=self.bias)
-        return out.transpose(1, 2).contiguous().reshape(*x.shape[:2], -1)
-
-
-def test_attention_of_pytorch(tmp_path):
-    """It is taken apart without gradients: with them it has other strides, and the reshape fails."""
+    sizes = {"embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 7, "image_size": 56}
+    backbone = transformers.SwinBackbone(transformers.SwinConfig(**sizes, out_features=["stage1"]))
+    assert backbone.config._attn_implementation == "sdpa"
+    model = Call(lambda pixels: backbone(pixels).feature_maps)
+    model.module = backbone
     assert torch.is_grad_enabled()
-    assert_runs(WindowAttention().eval(), (torch.randn(6, 49, 32),), tmp_path / "m.onnx")
+    assert_runs(model.eval(), (photograph("coffee", 56, 56),), tmp_path / "m.onnx")
 
 
 def test_packed_masks(tmp_path):
