@@ -83,7 +83,8 @@ def export(
     if not ours <= table.keys():
         names = ", ".join(sorted(str(op) for op in ours - table.keys()))
         raise ValueError(f"model: expected inference only; {names} cannot be written as ONNX")
-    with _known_to_the_exporter(table):
+    # With gradients PyTorch's attention may be taken apart into other strides than it was traced with, and Swin fails.
+    with torch.no_grad(), _known_to_the_exporter(table):
         exported = torch.onnx.export(
             program, (), None if path is None else str(path), dynamo=True, opset_version=opset_version, **options
         )

@@ -160,6 +160,20 @@ def test_sizes_that_vary(tmp_path):
     assert counts["GridSample"] == counts["Resize"] == 1
 
 
+def test_backbone_with_attention_of_pytorch(tmp_path):
+    """Swin is taken apart without gradients, as it is traced: with them its attention has other strides, and a
+    reshape behind it fails."""
+    import transformers
+
+    sizes = {"embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 7, "image_size": 56}
+    backbone = transformers.SwinBackbone(transformers.SwinConfig(**sizes, out_features=["stage1"]))
+    assert backbone.config._attn_implementation == "sdpa"
+    model = Call(lambda pixels: backbone(pixels).feature_maps)
+    model.module = backbone
+    assert torch.is_grad_enabled()
+    assert_runs(model.eval(), (photograph("coffee", 56, 56),), tmp_path / "m.onnx")
+
+
 def test_packed_masks(tmp_path):
     """Every bit of a word, the sign among them, as the operator packs it."""
 
