@@ -5,13 +5,35 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
 from m2f_model.config import Mask2FormerConfig
 
-#: Layers that keep running statistics.
-_BATCH_NORM = (nn.BatchNorm2d, nn.SyncBatchNorm)
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    """Batch norm with constants for statistics and parameters: an affine map; backward does not need its input."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward((weight * (var + eps).rsqrt())[:, None, None])
+        return F.batch_norm(x, mean, var, weight, bias, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (scale,) = ctx.saved_tensors
+        return (grad * scale).to(grad.dtype), None, None, None, None, None
+
+
+class FrozenBatchNorm2d(nn.BatchNorm2d):
+    """Batch norm as a fixed affine map (detectron2's FrozenBatchNorm2d), kept without the activations before it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
 
 
 class Backbone(nn.Module):
@@ -33,10 +55,11 @@ class Backbone(nn.Module):
             raise TypeError(f"backbone: expected a module with four `channels`; got {type(body).__name__}: {channels}")
         self.body = body
         self.channels = list(channels)
-        self.frozen = [m for m in body.modules() if isinstance(m, _BATCH_NORM)] if frozen_batch_norm else []
-        for module in self.frozen:
-            module.requires_grad_(False)
-        self.train(self.training)
+        for module in body.modules() if frozen_batch_norm else ():
+            # Its parameters and statistics stay where they are, under their names.
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.affine and module.track_running_stats:
+                module.__class__ = FrozenBatchNorm2d
+                module.requires_grad_(False)
 
     @classmethod
     def from_config(cls, config: Mask2FormerConfig) -> Backbone:
@@ -46,13 +69,10 @@ class Backbone(nn.Module):
         body = transformers.AutoBackbone.from_config(transformers.AutoConfig.for_model(**config.backbone))
         return cls(body, config.frozen_batch_norm)
 
-    def train(self, mode: bool = True) -> Backbone:
-        super().train(mode)
-        for module in self.frozen:
-            module.eval()
-        return self
-
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Four maps, finest first, of `pixel_values` [N, 3, H, W]."""
+        if pixel_values.device.type == "cpu":
+            # oneDNN's own layout: else every bfloat16 convolution copies its input and output.
+            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         out = self.body(pixel_values)
         return list(getattr(out, "feature_maps", out))

@@ -85,6 +85,9 @@ def build(case: Case, implementation: str) -> nn.Module:
         for name, parameter in theirs.named_parameters():
             if "sampling_offsets" in name or "attention_weights" in name:  # else: every query alike
                 parameter += 0.05 * torch.randn_like(parameter)
+    for module in theirs.modules():  # frozen, as published and as in ours: the same gradients are computed
+        if isinstance(module, nn.BatchNorm2d):
+            module.requires_grad_(False)
     model: nn.Module = theirs
     if implementation == "m2f":
         ours = Mask2Former(config).eval()
@@ -131,6 +134,19 @@ def error(case: Case) -> float:
     case = replace(case, training=False, autocast="none")
     a, b = (call(case, build(case, name))() for name in IMPLEMENTATIONS)
     return max(((x - y).abs().max() / x.abs().max()).item() for x, y in zip(a, b, strict=True))
+
+
+def mask_iou(case: Case, implementation: str = "m2f", model: nn.Module | None = None) -> float:
+    """Mean intersection over union of the masks (logit > 0) under the case's autocast and in float32.
+
+    Random weights put many logits next to zero, where any rounding decides; give a trained `model` for its own figure.
+    """
+    model = build(case, implementation) if model is None else model
+    case = replace(case, training=False)
+    precise, rounded = (call(replace(case, autocast=a), model)()[1] > 0 for a in ("none", case.autocast))
+    union = (precise | rounded).flatten(2).sum(-1)
+    shared = (precise & rounded).flatten(2).sum(-1)
+    return (shared[union > 0] / union[union > 0]).double().mean().item()
 
 
 def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
@@ -228,7 +244,10 @@ def measure(case: Case, rounds: int = 5, memory: bool = True) -> dict[str, Any]:
     if not found < TOLERANCE:
         raise RuntimeError(f"{case}: expected the same predictions up to {TOLERANCE}; they differ by {found:.2g}")
     peaks = {name: peak_memory(case, name) for name in IMPLEMENTATIONS} if memory else {}
-    return {"case": asdict(case), "error": found, "seconds": times(case, rounds), "peak_mib": peaks}
+    row = {"case": asdict(case), "error": found, "seconds": times(case, rounds), "peak_mib": peaks}
+    if case.autocast != "none":
+        row["mask_iou"] = {name: mask_iou(case, name) for name in IMPLEMENTATIONS}
+    return row
 
 
 if __name__ == "__main__":

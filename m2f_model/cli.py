@@ -146,6 +146,9 @@ def bench(
     table.add_row("peak memory, MiB", f"{a['peak']:.0f}", f"{b['peak']:.0f}", _ratio(a, b, "peak"))
     Console().print(table)
     print(f"largest difference of the predictions {row['error']:.1e}; {torch.get_num_threads()} threads")
+    if "mask_iou" in row:
+        overlaps = ", ".join(f"{name} {row['mask_iou'][name]:.3f}" for name in IMPLEMENTATIONS)
+        print(f"intersection over union with float32's masks, random weights: {overlaps}")
     if output is not None:
         write_atomically(output, lambda file: file.write(json.dumps(row, indent=1).encode()))
 
@@ -173,6 +176,7 @@ def train(
     lr: Annotated[float | None, typer.Option(help="learning rate.")] = None,
     size: Annotated[int | None, typer.Option(help="side of the inputs that large-scale jitter makes.")] = None,
     autocast: Annotated[str, typer.Option(help="none, bf16 or fp16.")] = "none",
+    parallel: Annotated[str, typer.Option(help="several processes: ddp, or fsdp (a share of the model each).")] = "ddp",
     activation_checkpointing: Annotated[bool, typer.Option(help="less memory, more time.")] = False,
     seed: int = 0,
     workers: Annotated[int | None, typer.Option(help="processes that prepare data.")] = None,
@@ -183,6 +187,7 @@ def train(
     given = {"steps": steps, "batch_size": batch_size, "lr": lr, "size": size, "workers": workers}
     changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
     changes |= {"autocast": autocast, "activation_checkpointing": activation_checkpointing, "seed": seed}
+    changes["parallel"] = parallel
     try:
         if backend not in BACKENDS:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")

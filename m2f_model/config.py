@@ -42,6 +42,7 @@ DATASETS: dict[str, tuple[int, tuple[int, ...] | None]] = {
     "coco-panoptic": (133, tuple(range(80, 133))),
     "coco-instance": (80, ()),
     "ade20k-panoptic": (150, None),
+    "ade20k-instance": (100, ()),
     "ade20k-semantic": (150, None),
     "cityscapes-panoptic": (19, tuple(range(11))),
     "cityscapes-instance": (8, ()),
@@ -160,7 +161,7 @@ class Mask2FormerConfig:
         if dataset.startswith("cityscapes"):
             size = (1024, 2048)
         elif dataset.startswith("ade20k"):
-            size = (640, 2560) if backbone in ("swin-base", "swin-large") or "panoptic" in dataset else (512, 2048)
+            size = (640, 2560) if backbone in ("swin-base", "swin-large") or "semantic" not in dataset else (512, 2048)
         return cls(**{**fields, "stuff_labels": stuff, "image_size": size, **changes})
 
     @classmethod

@@ -70,6 +70,19 @@ def _conv(in_channels: int, channels: int, size: int, bias: bool = False) -> nn.
     return conv
 
 
+def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1 x 1 convolution whose every plane is contiguous whatever the layout of `x`: as the kernels for masks read it.
+
+    From channels last, one matrix product writes it so; a convolution would keep the layout, and each reader copy it.
+    """
+    if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
+        return conv(x)
+    assert conv.bias is not None
+    columns = x.permute(1, 0, 2, 3).flatten(1)  # [C, N*h*w], a view
+    planes = torch.addmm(conv.bias[:, None], conv.weight.flatten(1), columns)
+    return planes.unflatten(1, (x.shape[0], *x.shape[2:])).transpose(0, 1)
+
+
 class PixelDecoder(nn.Module):
     """From the backbone's four maps to three levels and the mask features.
 
@@ -111,7 +124,7 @@ class PixelDecoder(nn.Module):
         levels = tokens.split([h * w for h, w in sizes], 1)
 
         lateral = self.lateral(features[0])
-        finest = levels[-1].transpose(1, 2).unflatten(2, sizes[-1])
+        finest = levels[-1].unflatten(1, sizes[-1]).permute(0, 3, 1, 2)  # channels last, and seen to be so
         upsampled = F.interpolate(finest, size=lateral.shape[2:], mode="bilinear", align_corners=False)
-        mask_features = self.mask_projection(self.output(lateral + upsampled))
+        mask_features = _pointwise(self.mask_projection, self.output(lateral + upsampled))
         return mask_features, [Level(x, size) for x, size in zip(levels, sizes, strict=True)]

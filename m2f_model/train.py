@@ -17,7 +17,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
@@ -25,6 +24,7 @@ from m2f_model.data import Batches, Dataset, Steps
 from m2f_model.evaluate import evaluate
 from m2f_model.files import write_atomically
 from m2f_model.model import Mask2Former
+from m2f_model.parallel import PARALLEL, gather_state, parallelise, scatter_state, training_loss, whole
 from m2f_model.weights import load_exactly
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -43,6 +43,7 @@ class Recipe:
         size: side of the square inputs that large-scale jitter makes; None for images as they are.
         scales: range of large-scale jitter.
         autocast: "none", "bf16" or "fp16".
+        parallel: what several processes do with the model: "ddp", all have it, or "fsdp", each has a share (FSDP2).
         activation_checkpointing: keep only the inputs of the decoders' layers.
         seed: of everything random.
         log_every, save_every, evaluate_every: steps between; evaluation takes `evaluate_count` images.
@@ -62,6 +63,7 @@ class Recipe:
     size: int | None = 1024
     scales: tuple[float, float] = (0.1, 2.0)
     autocast: str = "none"
+    parallel: str = "ddp"
     activation_checkpointing: bool = False
     seed: int = 0
     log_every: int = 20
@@ -79,6 +81,10 @@ class Recipe:
                 raise ValueError(f"{name}: expected a positive number; got {getattr(self, name)}")
         if self.autocast not in AUTOCAST:
             raise ValueError(f"autocast: expected one of {', '.join(map(repr, AUTOCAST))}; got {self.autocast!r}")
+        if self.parallel not in PARALLEL:
+            raise ValueError(f"parallel: expected one of {', '.join(map(repr, PARALLEL))}; got {self.parallel!r}")
+        if self.parallel == "fsdp" and self.autocast == "fp16":
+            raise ValueError("autocast: expected none or bf16 with parallel='fsdp', whose gradients are not scaled")
         if self.size is not None and (self.size < 32 or self.size % 32):
             raise ValueError(f"size: expected a multiple of 32; got {self.size}")
         if not 0 < self.scales[0] <= self.scales[1]:
@@ -199,13 +205,13 @@ class Trainer:
         self.step = 0
         model.to(self.process.device).train()
         model.set_activation_checkpointing(recipe.activation_checkpointing)
+        self.parallel: nn.Module = model
+        if self.process.world_size > 1:
+            self.parallel = parallelise(model, recipe.parallel, self.process.device)
+        self.sharded = self.process.world_size > 1 and recipe.parallel == "fsdp"
         self.optimizer = build_optimizer(model, recipe)
         self.dtype = AUTOCAST[recipe.autocast]
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=recipe.autocast == "fp16")
-        self.parallel: nn.Module = model
-        if self.process.world_size > 1:
-            # A batch without targets leaves the mask head without gradients.
-            self.parallel = DistributedDataParallel(model, find_unused_parameters=True)
         self.out.mkdir(parents=True, exist_ok=True)
         # Each process draws its own points and drops its own paths.
         torch.manual_seed(recipe.seed * 1000003 + self.process.rank)
@@ -238,8 +244,8 @@ class Trainer:
                 self.save()
         if writer is not None:
             writer.close()
-            if self.step == self.recipe.steps:
-                self.model.save_pretrained(self.out)
+        if self.step == self.recipe.steps:
+            self._save_model()
 
     def update(self, pixels: Tensor, targets: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
         """One step of the optimiser: its losses, and the norm of its gradients before clipping."""
@@ -247,13 +253,14 @@ class Trainer:
         pixels = pixels.to(device, non_blocking=True)
         targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in targets]
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
-            losses = self.parallel(pixels, targets).losses
+            out = self.parallel(pixels, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.recipe.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(sum(losses.values())).backward()
+        losses = out.losses
+        self.scaler.scale(training_loss(losses, out.masks) if self.sharded else sum(losses.values())).backward()
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
@@ -297,9 +304,11 @@ class Trainer:
             writer.add_scalar(f"train/{name}", float(value), self.step)
 
     def _evaluate(self, writer: SummaryWriter | None) -> None:
-        if writer is None or self.validation is None:
+        if self.validation is None or (writer is None and not self.sharded):  # a sharded model needs all processes
             return
         quality = evaluate(self.model, self.validation, self.recipe.evaluate_count)
+        if writer is None:
+            return
         self.log(f"step {self.step}  PQ {quality.pq:.3f}  SQ {quality.sq:.3f}  RQ {quality.rq:.3f}")
         for name, value in quality._asdict().items():
             writer.add_scalar(f"validation/{name}", value, self.step)
@@ -316,28 +325,43 @@ class Trainer:
         random = [_random_state()] * self.process.world_size
         if self.process.world_size > 1:
             dist.all_gather_object(random, random[0])
+        model, optimizer = gather_state(self.model, self.optimizer)
         state = {
             "recipe": asdict(self.recipe),
             "step": self.step,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": model,
+            "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
             "random": random,
         }
         if self.process.rank == 0:
             write_atomically(self.checkpoint, lambda file: torch.save(state, file))
 
+    def _save_model(self) -> None:
+        model = self.model
+        if self.sharded:
+            state, _ = gather_state(model, self.optimizer)
+            if self.process.rank == 0:
+                model = Mask2Former(model.config)
+                load_exactly(model, state, "the trained model")
+        if self.process.rank == 0:
+            model.save_pretrained(self.out)
+
     def load(self) -> None:
         """Go on from the checkpoint, exactly: the sequence of batches is a function of the step."""
-        state = torch.load(self.checkpoint, map_location=self.process.device, weights_only=True)
+        where = "cpu" if self.sharded else self.process.device
+        state = torch.load(self.checkpoint, map_location=where, weights_only=True)
         found, wanted = {**state["recipe"], "processes": len(state["random"])}, asdict(self.recipe)
         wanted["processes"] = self.process.world_size
         different = [k for k in wanted if k not in _FREE and _plain(found.get(k)) != _plain(wanted[k])]
         if different:
             lines = "; ".join(f"{k}: {found.get(k)} there, {wanted[k]} here" for k in different)
             raise ValueError(f"{self.checkpoint}: expected a checkpoint of this recipe; {lines}")
-        load_exactly(self.model, state["model"], str(self.checkpoint))
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.sharded:
+            scatter_state(self.model, self.optimizer, state["model"], state["optimizer"])
+        else:
+            load_exactly(self.model, state["model"], str(self.checkpoint))
+            self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         _set_random_state({k: v.cpu() for k, v in state["random"][self.process.rank].items()})

@@ -24,6 +24,13 @@ def test_both_are_measured(training):
         assert 0 < sum(v for k, v in seconds.items() if k != "total") <= 1.5 * seconds["total"]
 
 
+def test_overlap_of_masks_under_autocast():
+    case = Case("tiny", 96, autocast="bf16")
+    row = measure(case, rounds=1, memory=False)
+    assert all(0.5 < row["mask_iou"][name] < 1 for name in IMPLEMENTATIONS)
+    assert bench.mask_iou(Case("tiny", 96)) == 1
+
+
 def test_memory_is_that_of_the_call(monkeypatch):
     small, large = (peak_memory(Case("tiny", size), "transformers") for size in (64, 512))
     assert large > small + 20

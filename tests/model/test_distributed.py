@@ -11,6 +11,7 @@ import torch.multiprocessing
 
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.data import Shapes
+from m2f_model.parallel import PARALLEL, whole
 from m2f_model.train import Process, Recipe, Trainer
 from tests.model.peers import fix_points, photograph
 
@@ -39,7 +40,7 @@ def gradients_of(trainer, pixels, targets):
     found = {}
 
     def keep(parameters, *_):
-        found.update({k: p.grad.clone() for k, p in trainer.model.named_parameters() if p.grad is not None})
+        found.update({k: whole(p.grad).clone() for k, p in trainer.model.named_parameters() if p.grad is not None})
         return torch.tensor(0.0)
 
     torch.nn.utils.clip_grad_norm_, before = keep, torch.nn.utils.clip_grad_norm_
@@ -47,54 +48,66 @@ def gradients_of(trainer, pixels, targets):
         losses, _ = trainer.update(pixels, targets)
     finally:
         torch.nn.utils.clip_grad_norm_ = before
-    return losses, found, {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    return losses, found, state_of(trainer)
+
+
+def state_of(trainer):
+    return {k: whole(v).clone() for k, v in trainer.model.state_dict().items()}
 
 
 def quiet(_):
     pass
 
 
-def one_step(rank, directory):
+def one_step(rank, directory, parallel):
     fix_points(setattr)
     with Process.joined("cpu") as process:
         # Another seed in the other process: the model of the first one is what counts.
-        trainer = Trainer(model_of(rank), Shapes(8), RECIPE, directory / "run", process=process, log=quiet)
+        trainer = Trainer(model_of(rank), Shapes(8), recipe_of(parallel), directory / "run", process=process, log=quiet)
         pixels, targets = batch()
         part = slice(rank, rank + 1)
         torch.save(gradients_of(trainer, pixels[part], targets[part]), directory / f"step{rank}.pt")
 
 
-def whole_and_parts(rank, directory):
+def whole_and_parts(rank, directory, parallel):
     """Four steps at once, and two and two with new processes' state between."""
     with Process.joined("cpu") as process:
         states = []
         for name, stops in (("whole", [4]), ("parts", [2, 4])):
             for stop in stops:
                 torch.manual_seed(100 * rank)
-                trainer = Trainer(model_of(0), Shapes(8, size=64), RECIPE, directory / name, process=process, log=quiet)
+                data, recipe = Shapes(8, size=64), recipe_of(parallel)
+                trainer = Trainer(
+                    model_of(0), data, recipe, directory / name, process=process, validation=data, log=quiet
+                )
                 trainer.run(stop)
-            states.append(trainer.model.state_dict())
+            states.append(state_of(trainer))
         torch.save(states, directory / f"states{rank}.pt")
 
 
-def _start(rank, function, port, directory, root):
+def recipe_of(parallel):
+    return dataclasses.replace(RECIPE, parallel=parallel)
+
+
+def _start(rank, function, port, directory, root, parallel):
     sys.path.insert(0, root)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
-    function(rank, directory)
+    function(rank, directory, parallel)
 
 
-def in_two_processes(function, directory):
+def in_two_processes(function, directory, parallel):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (function, port, directory, os.getcwd()), nprocs=2)
+    torch.multiprocessing.spawn(_start, (function, port, directory, os.getcwd(), parallel), nprocs=2)
 
 
+@pytest.mark.parametrize("parallel", PARALLEL)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-def test_loss_and_gradients_are_those_of_one_process(tmp_path, monkeypatch):
-    in_two_processes(one_step, tmp_path)
+def test_loss_and_gradients_are_those_of_one_process(tmp_path, monkeypatch, parallel):
+    in_two_processes(one_step, tmp_path, parallel)
     parts = [torch.load(tmp_path / f"step{rank}.pt") for rank in range(2)]
     fix_points(monkeypatch.setattr)
     alone = Trainer(model_of(0), Shapes(8), RECIPE, tmp_path / "alone", log=quiet)
@@ -111,10 +124,13 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path, monkeypatch):
     assert all(torch.equal(v, parts[1][2][k]) for k, v in parts[0][2].items())
 
 
-def test_two_processes_go_on_exactly(tmp_path):
-    in_two_processes(whole_and_parts, tmp_path)
-    (whole, resumed), (other, _) = (torch.load(tmp_path / f"states{rank}.pt") for rank in range(2))
-    assert [k for k in whole if not torch.equal(whole[k], resumed[k])] == []
-    assert [k for k in whole if not torch.equal(whole[k], other[k])] == []
+@pytest.mark.parametrize("parallel", PARALLEL)
+def test_two_processes_go_on_exactly(tmp_path, parallel):
+    in_two_processes(whole_and_parts, tmp_path, parallel)
+    (whole_state, resumed), (other, _) = (torch.load(tmp_path / f"states{rank}.pt") for rank in range(2))
+    assert [k for k in whole_state if not torch.equal(whole_state[k], resumed[k])] == []
+    assert [k for k in whole_state if not torch.equal(whole_state[k], other[k])] == []
+    saved = Mask2Former.from_pretrained(tmp_path / "whole").state_dict()
+    assert [k for k in whole_state if not torch.equal(whole_state[k], saved[k])] == []
     with pytest.raises(ValueError, match="processes: 2 there, 1 here"):
-        Trainer(model_of(0), Shapes(8), dataclasses.replace(RECIPE), tmp_path / "whole", log=quiet)
+        Trainer(model_of(0), Shapes(8), recipe_of(parallel), tmp_path / "whole", log=quiet)

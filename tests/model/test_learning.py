@@ -81,16 +81,17 @@ def test_shapes(tmp_path):
 
 
 def test_backends_learn_alike(tmp_path):
-    """The first losses on the kernels are those on the reference; later rounding makes them part."""
+    """The first losses on the kernels are those on the reference; then Adam, which moves a weight by as much for a
+    gradient that is rounding as for any other, makes them part. The whole curves: benchmarks/learning.py."""
     curves = []
     for backend in ("auto", "reference"):
         losses = []
         with m2f_kernels.use_backend(backend):
             torch.manual_seed(0)
-            recipe = Recipe.shapes(steps=6, batch_size=2, evaluate_every=6)
+            recipe = Recipe.shapes(steps=4, batch_size=2, evaluate_every=4)
             run = Trainer(Mask2Former(Mask2FormerConfig.tiny(5)), Shapes(), recipe, tmp_path / backend, log=print)
-            for pixels, targets in run._batches(6):
+            for pixels, targets in run._batches(4):
                 losses.append(sum(run.update(pixels, targets)[0].values()).item())
         curves.append(losses)
-    assert len(set(curves[0])) == 6
+    assert len(set(curves[0])) == 4
     assert curves[0] == pytest.approx(curves[1], rel=2e-3)

@@ -1,0 +1,59 @@
+"""One model on several processes: whole on each of them (DDP), or each with its share of every parameter (FSDP2)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+if TYPE_CHECKING:
+    from m2f_model.model import Mask2Former
+
+PARALLEL = ("ddp", "fsdp")
+State = dict[str, Any]
+
+
+def parallelise(model: Mask2Former, kind: str, device: torch.device) -> nn.Module:
+    """The module to call in training, on all processes with the first one's weights. "fsdp" changes `model` itself."""
+    if kind == "ddp":
+        # A batch without targets leaves the mask head without gradients.
+        return DistributedDataParallel(model, find_unused_parameters=True)
+    for tensor in model.state_dict().values():
+        dist.broadcast(tensor, 0)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # What is gathered and freed together. The transformer decoder projects all layers' keys at once: it is one unit.
+    for part in (*model.pixel_decoder.layers, model.backbone):
+        fully_shard(part, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def training_loss(losses: dict[str, Tensor], masks: tuple[Tensor, Tensor]) -> Tensor:
+    """The sum. `masks` get a gradient even where no image has a target: sharded, all processes must have every one."""
+    nothing = 0.0 * (masks[0].sum() + masks[1].sum())
+    return sum(losses.values(), start=nothing)
+
+
+def whole(value: Tensor) -> Tensor:
+    """A tensor that may be spread over the processes; all of them must call this."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
+    """State of both for a checkpoint; of a sharded model all processes must ask, and the first one gets it."""
+    if not isinstance(model, FSDPModule):
+        return model.state_dict(), optimizer.state_dict()
+    return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def scatter_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, optimizer_state: State) -> None:
+    """Take both from a checkpoint that a sharded model wrote, and all processes have read."""
+    options = StateDictOptions(full_state_dict=True)
+    set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state, options=options)
