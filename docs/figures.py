@@ -52,7 +52,7 @@ def ms_deform_attn() -> Figure:
     start = 0
     for level, (panel, (h, w)) in enumerate(zip(axes, sizes, strict=True)):
         pixels = weights[0, start : start + h * w, 0, 0].view(h, w)
-        panel.imshow(pixels, cmap="Greys", vmin=0, vmax=float(weights.max()), extent=(0, 1, 1, 0))
+        panel.imshow(pixels.numpy(), cmap="Greys", vmin=0, vmax=float(weights.max()), extent=(0, 1, 1, 0))
         for i in range(1, h):
             panel.axhline(i / h, color=SOFT, lw=0.3)
             panel.axvline(i / w, color=SOFT, lw=0.3)
@@ -74,9 +74,9 @@ def attention_mask() -> Figure:
     logits = [torch.einsum("c,chw->hw", embed[0, 0], x[0]) for x in (features, level)]
     figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
     for panel, x, title in zip(axes, logits, ("logits, 64 x 64: never made", "at the level, 16 x 16"), strict=False):
-        panel.imshow(x, cmap="RdBu_r", vmin=-6, vmax=6)
+        panel.imshow(x.numpy(), cmap="RdBu_r", vmin=-6, vmax=6)
         frame(panel, title)
-    axes[2].imshow(mask.to_bool().view(16, 16), cmap="Greys", vmin=0, vmax=1.4)
+    axes[2].imshow(mask.to_bool().view(16, 16).numpy(), cmap="Greys", vmin=0, vmax=1.4)
     for word in range(1, 8):
         axes[2].axhline(2 * word - 0.5, color=ACCENT, lw=1)
     frame(axes[2], f"mask: {mask.bits.shape[-1]} words of 32 keys")
@@ -106,9 +106,9 @@ def masked_attention() -> Figure:
         (axes[0], weights(torch.ones_like(attend)), "weights without a mask"),
         (axes[1], weights(attend), "inside the query's mask"),
     ):
-        panel.imshow(x, cmap="viridis", vmin=0, vmax=top)
+        panel.imshow(x.numpy(), cmap="viridis", vmin=0, vmax=top)
         frame(panel, title)
-    axes[2].imshow(tiles.float() + attend.view(size, size), cmap="Greys", vmin=0, vmax=2.6)
+    axes[2].imshow((tiles.float() + attend.view(size, size)).numpy(), cmap="Greys", vmin=0, vmax=2.6)
     frame(axes[2], f"tiles of 64 keys visited: {int(tiles.sum()) // 64} of {size * size // 64}")
     return figure
 

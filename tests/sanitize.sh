@@ -7,7 +7,12 @@ cd "$(dirname "$0")/.."
 library=$PWD/build/sanitize/lib/libm2f_cpu.so
 grep -q __asan_report "$library" || { echo "$library is not instrumented"; exit 1; }
 export M2F_LIBRARIES=${library%/*}
-export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+# Reports go to files: the process ends before pytest would show what it captured.
+report=$PWD/build/sanitize/report
+rm -f "$report".*
+trap 'cat "$report".* 2>/dev/null || true' EXIT
+export ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0:log_path=$report
+export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1:log_path=$report
 runtime="$("${CXX:-g++}" -print-file-name=libasan.so) $("${CXX:-g++}" -print-file-name=libubsan.so)"
 
 run() {

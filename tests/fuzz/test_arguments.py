@@ -70,7 +70,7 @@ def change_tensor(x: Tensor, how: str, draw: Any) -> Any:
     if how == "meta":
         return x.to("meta")
     if how == "sparse":
-        return x.detach().to_sparse()
+        return x if x.dtype == torch.float8_e4m3fn else x.detach().to_sparse()
     if how == "gradient":
         return x.detach().clone().requires_grad_() if x.is_floating_point() else x
     if how == "scalar":

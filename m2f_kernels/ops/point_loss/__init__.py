@@ -199,7 +199,7 @@ def cost_of_image(masks: Tensor | FactoredMasks, labels: Tensor, points: Tensor)
 def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The same from embeddings [Q, C] and features [C, K] sampled at the points; a block of queries at a time."""
     dtype = accumulation_dtype(embed.dtype)
-    embed = embed.to(dtype)
+    embed, samples = embed.to(dtype), samples.to(dtype)  # float64 points make the reference's samples float64
     k = samples.shape[1]
     parts = -(-embed.shape[0] * k * dtype.itemsize // _BLOCK_BYTES)
     blocks = embed.tensor_split(max(1, parts))
@@ -306,7 +306,7 @@ def pair_up(
             raise ValueError(f"matches[{i}]: expected targets from 0 to {count - 1}; got {chosen.tolist()}")
         rows.append(chosen + first_row)
         first_row += count
-    masks = select_rows(mask_logits, [queries for queries, _ in matches])
+    masks = select_rows(mask_logits, [queries for queries, _ in matches], "matches")
     target_rows = torch.cat(rows) if rows else masks.rows
     return masks, targets, target_rows.to(masks.device, non_blocking=True)
 

@@ -61,7 +61,8 @@ def point_sample(input: Tensor | FactoredMasks, points: Tensor) -> Tensor:
         check_masks("input", input)
         samples = point_sample(input.mask_features, points)
         with torch.autocast(samples.device.type, enabled=False):
-            return input.mask_embed @ samples
+            dtype = torch.promote_types(input.mask_embed.dtype, samples.dtype)
+            return input.mask_embed.to(dtype) @ samples.to(dtype)
     check_pixels("input", input, "[N, C, h, w]")
     n = input.shape[0]
     check_points("points", points, "[N, K, 2]", (n,))
@@ -177,6 +178,11 @@ def check_masks(name: str, masks: Tensor | FactoredMasks) -> None:
     n, _, c = embed.shape
     check_shape(f"{name}.mask_features", features, "[N, C, h, w]", (n, c, *features.shape[2:]))
     check_same_device(f"{name}.mask_features", features, f"{name}.mask_embed", embed)
+    if (embed.dtype == torch.float64) != (features.dtype == torch.float64):
+        raise TypeError(
+            f"{name}.mask_features: expected float64 for both factors or for none; got {describe(embed)} "
+            f"and {describe(features)}"
+        )
 
 
 def point_counts(num_points: int, oversample_ratio: float, importance_sample_ratio: float) -> tuple[int, int, int]:

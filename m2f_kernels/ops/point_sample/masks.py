@@ -103,20 +103,22 @@ def product_chunks(
         yield Chunk(image, first, embed[first:last], logits.view(-1, h, w))
 
 
-def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None) -> MaskRows:
-    """The masks that `queries` names for each image; all of them for None. [M, h, w] counts as one image."""
+def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None, name: str = "queries") -> MaskRows:
+    """The masks that `queries` names for each image; all of them for None. [M, h, w] counts as one image.
+
+    `name` is the argument that the queries came in."""
     n, q = (1, masks.shape[0]) if isinstance(masks, Tensor) and masks.dim() == 3 else masks.shape[:2]
     device = masks.device if isinstance(masks, Tensor) else masks.mask_embed.device
     if queries is None:
         return MaskRows(masks, torch.arange(n * q, device=device), [q] * n)
     if not isinstance(queries, Sequence):
-        raise TypeError(f"queries: expected {n} int64 tensors [M], one per image; got {describe(queries)}")
+        raise TypeError(f"{name}: expected {n} int64 tensors [M], one per image; got {describe(queries)}")
     if len(queries) != n:
-        raise ValueError(f"queries: expected {n} tensors, one per image; got {len(queries)}")
+        raise ValueError(f"{name}: expected {n} tensors, one per image; got {len(queries)}")
     for i, chosen in enumerate(queries):
-        check_indices(f"queries[{i}]", chosen, device)
+        check_indices(f"{name}[{i}]", chosen, device)
         if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < q:
-            raise ValueError(f"queries[{i}]: expected indices from 0 to {q - 1}; got {chosen.tolist()}")
+            raise ValueError(f"{name}[{i}]: expected queries from 0 to {q - 1}; got {chosen.tolist()}")
     shifted = [chosen + i * q for i, chosen in enumerate(queries)]
     rows = torch.cat(shifted) if shifted else torch.zeros(0, dtype=torch.int64)
     return MaskRows(masks, rows.to(device, non_blocking=True), [chosen.shape[0] for chosen in queries])
