@@ -87,8 +87,8 @@ def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, device
     if compiled:  # hooks would break its graph
         watched.model.compile()
         return watched
-    for part, path in bench._STAGES[base].items():
-        bench._watch(watched.model.get_submodule(path), watched.seconds.setdefault(part, []), device)
+    for part, path in bench.STAGES[base].items():
+        bench.watch(watched.model.get_submodule(path), watched.seconds.setdefault(part, []), device)
     return watched
 
 
@@ -123,7 +123,7 @@ def stages(case: Case, implementation: Implementation) -> dict[str, float]:
 
 def peak(case: Case, implementation: Implementation) -> float:
     """Peak MiB above weights and, in training, gradients; in a process that has only just been started."""
-    return bench._measure(_spec(case.name, implementation.name, "cpu"), _base(implementation.name))
+    return bench.measure_peak(_spec(case.name, implementation.name, "cpu"), _base(implementation.name))
 
 
 # ---------------------------------------------------------------- cases

@@ -233,7 +233,7 @@ def draw_sizes(directory: Path, rows: Sequence[Row]) -> list[str]:
 
 # ---------------------------------------------------------------- stages
 
-_STAGES = ("#30638e", "#8fb8de", "#d1495b", "#e0a458", "#cfcfcf")
+STAGES = ("#30638e", "#8fb8de", "#d1495b", "#e0a458", "#cfcfcf")
 
 
 def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
@@ -243,7 +243,7 @@ def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
         return []
     plt = _pyplot()
     stages = list(dict.fromkeys(stage for row in shown for stage in row.stage_ms))
-    colours = dict(zip([*stages, _REST], _STAGES, strict=False))
+    colours = dict(zip([*stages, _REST], STAGES, strict=False))
     figure, axis = plt.subplots(figsize=(9, 1.4 + 0.42 * len(shown)), layout="constrained")
     position, ticks, labels, longest = 0.0, [], [], max(row.median_ms or 0.0 for row in shown)
     for case in dict.fromkeys(row.case for row in shown):

@@ -32,7 +32,7 @@ IMPLEMENTATIONS = ("transformers", "m2f")
 #: Largest error of the last prediction, relative to its largest value, above which a case has no times.
 TOLERANCE = 1e-3
 #: What the parts are called in either model.
-_STAGES = {
+STAGES = {
     "m2f": {
         "backbone": "backbone",
         "pixel decoder": "pixel_decoder",
@@ -156,8 +156,8 @@ def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     for name in IMPLEMENTATIONS:
         model = build(case, name)
         runs[name] = call(case, model)
-        for stage, path in _STAGES[name].items():
-            _watch(model.get_submodule(path), samples[name][stage], case.device)
+        for stage, path in STAGES[name].items():
+            watch(model.get_submodule(path), samples[name][stage], case.device)
     for turn in range(-1, rounds):  # the first turn warms up
         for name in IMPLEMENTATIONS:
             start = _now(case.device)
@@ -183,7 +183,7 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def _watch(module: nn.Module, found: list[float], device: str) -> None:
+def watch(module: nn.Module, found: list[float], device: str) -> None:
     """Append the seconds of every forward pass of `module`."""
     starts: list[float] = []
     module.register_forward_pre_hook(lambda *_: starts.append(_now(device)))
@@ -209,7 +209,7 @@ def peak_memory(case: Case, implementation: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def _measure(case: Case, implementation: str) -> float:
+def measure_peak(case: Case, implementation: str) -> float:
     model = build(case, implementation)
     call(replace(case, size=64), model)()  # loads code, starts threads, makes gradients
     run = call(case, model)
@@ -252,4 +252,4 @@ def measure(case: Case, rounds: int = 5, memory: bool = True) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(int(sys.argv[3]))
-    print(_measure(Case(**json.loads(sys.argv[1])), sys.argv[2]))
+    print(measure_peak(Case(**json.loads(sys.argv[1])), sys.argv[2]))
