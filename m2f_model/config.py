@@ -8,16 +8,16 @@ from typing import Any
 
 import transformers
 
-STAGES = ["stage1", "stage2", "stage3", "stage4"]
+_STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
 
 def _resnet(depths: list[int]) -> dict[str, Any]:
-    return {"model_type": "resnet", "depths": depths, "layer_type": "bottleneck", "out_features": STAGES}
+    return {"model_type": "resnet", "depths": depths, "layer_type": "bottleneck", "out_features": _STAGES}
 
 
 def _swin(embed_dim: int, depths: list[int], num_heads: list[int], window_size: int) -> dict[str, Any]:
     sizes = {"embed_dim": embed_dim, "depths": depths, "num_heads": num_heads, "window_size": window_size}
-    return {"model_type": "swin", **sizes, "drop_path_rate": 0.3, "out_features": STAGES}
+    return {"model_type": "swin", **sizes, "drop_path_rate": 0.3, "out_features": _STAGES}
 
 
 #: The paper's backbones, as `transformers` describes them. Swin-B and Swin-L: pre-trained at 384² with windows of 12.
