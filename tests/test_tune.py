@@ -118,3 +118,29 @@ def test_the_default_must_run():
 
     with pytest.raises(RuntimeError, match=r"k, x: the default \{'i': 0\} does not run"):
         tune.fastest(tune.Problem("k", "x", [{"i": 0}, {"i": 1}], run), lambda _: 0.0, lambda _: None)
+
+
+def test_problems_are_calls_of_the_operators(monkeypatch):
+    """Everything that the tuner would measure on a GPU runs, small and on a CPU; each has a line of its own."""
+    monkeypatch.setattr(tune, "KEYS", 96)
+    monkeypatch.setattr(tune, "CHANNELS", 8)
+    monkeypatch.setattr(tune, "HEADS", 1)
+    seen = set()
+    for problem in tune.problems(90, torch.device("cpu")):
+        result = problem.run()
+        outputs = result if isinstance(result, tuple) else (result,)
+        assert tune.agree(outputs, problem.run())
+        assert problem.candidates
+        assert len({tuple(sorted(c)) for c in problem.candidates}) == 1
+        assert (problem.kernel, problem.key) not in seen
+        seen.add((problem.kernel, problem.key))
+    assert {kernel for kernel, _ in seen} == {mask_configs.PREDICT, configs.FORWARD, configs.BACKWARD}
+
+
+def test_different_results_do_not_agree():
+    a = torch.randn(5, 7)
+    bits = torch.zeros(4, dtype=torch.int32)
+    assert tune.agree((a, bits), (a * (1 + 1e-7), bits))
+    assert not tune.agree((a,), (a * 1.1,))
+    assert not tune.agree((torch.full_like(a, torch.nan),), (a,))
+    assert not tune.agree((bits,), (bits + 1,))
