@@ -32,6 +32,8 @@ OURS = "m2f_kernels"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DIFFERENTIABLE = ("query", "key", "value")
 OPEN, BLOBS, RANDOM = "open", "blobs", "random"
+#: Masks that a trained model predicts: as dense as they are, whatever the name's density.
+LEARNED = "learned"
 #: The data of the one case that has the projections too.
 MODULE = "module"
 #: The data of the one case, on a GPU, that predicts the mask too, and the implementation that is compared there.
@@ -108,6 +110,8 @@ def _data(scale: Scale, keys: int, queries: int, kind: str, density: float, dtyp
         attend = inputs.blob_masks((side, side), n, queries, density)
     elif kind == RANDOM:
         attend = inputs.random_masks(keys, n, queries, density)
+    elif kind == LEARNED:
+        attend = inputs.learned_masks((side, side), n, queries)
     else:
         attend = torch.ones(n, queries, keys, dtype=torch.bool)
     tensors["attend"] = attend
@@ -233,6 +237,7 @@ def cases(scale: Scale) -> list[Case]:
         for keys in sizes
         for kind, density in masks
     ]  # fmt: skip
+    found.append(case(large, 100, LEARNED, 1.0, main, headline=True))
     if not scale.quick:
         found += [case(keys, 200, BLOBS, 0.3, main, full=True) for keys in sizes]
     batch = 2 if cuda else 1

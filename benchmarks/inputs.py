@@ -7,6 +7,7 @@ configuration with seeded random weights, followed by the 1x1 projection and gro
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +16,8 @@ from torch import Tensor
 from benchmarks.cases import Levels
 
 SEED = 0
+#: The tiny model trained on synthetic shapes.
+SHAPES_MODEL = Path(__file__).parent / "models" / "shapes"
 #: The photographs that masks are cut from.
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket")
 #: Weight of the squared distance, in sides of the image, against the squared difference of colours of unit variance.
@@ -160,6 +163,26 @@ def blob_masks(size: tuple[int, int], batch: int, queries: int, density: float) 
         distance = (description - anchor).square().sum(0)
         row[distance.topk(max(1, round(density * h * w)), largest=False).indices] = True
     return attend.view(batch, queries, h * w)
+
+
+@torch.no_grad()
+def learned_masks(size: tuple[int, int], batch: int, queries: int) -> Tensor:
+    """Masks that a trained model attends with: bool [batch, queries, h*w].
+
+    Those of the last decoder layer of the tiny model in models/shapes (`python -m benchmarks.learning` makes it), on as
+    many images of synthetic shapes as it takes. A mask without a pixel attends everywhere, as in the decoder.
+    """
+    from m2f_model import Mask2Former
+    from m2f_model.data import Shapes, collate
+
+    model = Mask2Former.from_pretrained(SHAPES_MODEL)
+    images = -(-batch * queries // model.config.num_queries)
+    pixels, _ = collate([Shapes(images, seed=2)[i] for i in range(images)])
+    logits = model(pixels).auxiliary[-1].masks.logits()
+    resized = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+    attend = resized.flatten(2).flatten(0, 1)[: batch * queries] >= 0
+    attend |= ~attend.any(-1, keepdim=True)
+    return attend.view(batch, queries, -1)
 
 
 def random_masks(keys: int, batch: int, queries: int, density: float) -> Tensor:

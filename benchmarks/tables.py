@@ -126,6 +126,7 @@ def masked_attention(rows: Sequence[Row]) -> str:
         f"{where} blobs 0.3 fp32 forward": "forward, regions of 0.3 of the image",
         f"{where} blobs 0.05 fp32 forward": "forward, regions of 0.05",
         f"{where} random 0.05 fp32 forward": "forward, random keys, 0.05",
+        f"{where} learned 1.0 fp32 forward": "forward, masks of a trained model",
         f"{where} blobs 0.3 fp32 forward+backward": "forward + backward, regions of 0.3",
     }
     lines += times(rows, cases, columns)
