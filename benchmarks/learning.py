@@ -135,7 +135,7 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=Recipe.shapes().steps)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--evaluate-every", type=int, default=500)
     parser.add_argument("--images", type=int, default=200, help="to measure panoptic quality on")
     parser.add_argument("--out", type=Path, default=None)
