@@ -9,6 +9,7 @@ import torch
 from scipy import ndimage
 
 import m2f_kernels
+from benchmarks.inputs import SHAPES_MODEL
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.data import Shapes, collate
 from m2f_model.evaluate import evaluate
@@ -78,6 +79,23 @@ def test_shapes(tmp_path):
     print(quality)
     assert quality.pq >= 0.8
     assert (tmp_path / "model.safetensors").stat().st_size < 10e6
+
+
+def test_trained_masks_in_bfloat16():
+    """Masks of the trained model under autocast are those of float32, but for pixels at their edges."""
+    model = Mask2Former.from_pretrained(SHAPES_MODEL)
+    data = Shapes(length=20, seed=1)
+    pixels, _ = collate([data[i] for i in range(20)])
+    with torch.no_grad():
+        precise = model(pixels)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model(pixels)
+    found = precise.class_logits.softmax(-1)[..., :-1].amax(-1) > 0.5  # queries that are a segment
+    a, b = (out.masks.logits()[found] > 0 for out in (precise, rounded))
+    ious = (a & b).flatten(1).sum(1) / (a | b).flatten(1).sum(1).clamp(min=1)
+    print(f"{len(ious)} masks, mean intersection over union {ious.mean():.4f}, smallest {ious.min():.3f}")
+    assert len(ious) > 60
+    assert ious.mean() >= 0.98
 
 
 def test_backends_learn_alike(tmp_path):
