@@ -242,7 +242,7 @@ def cases(scale: Scale) -> list[Case]:
         for count in counts
     ]
     curve = CURVE[:1] if scale.quick else CURVE
-    found += [_curve_case(large, counts[1], k, k == CURVE[1]) for k in curve if k != POINTS]  # K = 12544 is above
+    found += [_curve_case(large, counts[1], k, k == CURVE[-1]) for k in curve if k != POINTS]  # K = 12544 is above
     name = f"{MATCHING} {large}² T={counts[1]}"
     found.append(
         Case(
