@@ -34,7 +34,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("scale", "op", "case", "implementation"), chosen, ids=ids)
 
 
-def test_operator(benchmark, scale, op, case, implementation):  # type: ignore[no-untyped-def]
+def test_operator(benchmark, scale, op, case, implementation):
     reason = implementation.unavailable()
     if reason is not None:
         pytest.skip(f"{implementation.name}: {reason}")

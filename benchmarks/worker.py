@@ -205,7 +205,7 @@ def measure_memory(scale: Scale, workspace: Path) -> None:
             sender.close()
             running[process.sentinel] = job, process, receiver
         for sentinel in connection.wait(list(running)):
-            job, process, receiver = running.pop(int(sentinel))  # type: ignore[call-overload]
+            job, process, receiver = running.pop(int(sentinel))
             process.join()
             try:
                 result = receiver.recv()

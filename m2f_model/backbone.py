@@ -17,8 +17,11 @@ class _FrozenBatchNorm(torch.autograd.Function):
     """Batch norm with constants for statistics and parameters: an affine map; backward does not need its input."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        ctx.save_for_backward((weight * (var + eps).rsqrt())[:, None, None])
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        scale = (var + eps).rsqrt()
+        ctx.save_for_backward((scale if weight is None else weight * scale)[:, None, None])
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
@@ -56,8 +59,8 @@ class Backbone(nn.Module):
         self.body = body
         self.channels = list(channels)
         for module in body.modules() if frozen_batch_norm else ():
-            # Its parameters and statistics stay where they are, under their names.
-            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.affine and module.track_running_stats:
+            # Parameters and statistics stay where they are, under their names. Without statistics nothing is to freeze.
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.track_running_stats:
                 module.__class__ = FrozenBatchNorm2d
                 module.requires_grad_(False)
 

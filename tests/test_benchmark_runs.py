@@ -446,3 +446,33 @@ def test_a_gpu_run_without_a_gpu_is_refused(tmp_path):
     done = _gpu(tmp_path, "#!/bin/sh\nexit 1\n")
     assert done.returncode == 2
     assert "sees no CUDA device" in done.stderr
+
+
+def test_learning_writes_what_it_measured(tmp_path, monkeypatch):
+    """The whole command for two steps: both backends start from the same loss."""
+    from benchmarks import learning
+
+    monkeypatch.setattr(learning, "WINDOW", 1)
+    arguments = ["learning", "--steps", "2", "--evaluate-every", "2", "--images", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr("sys.argv", [*arguments, "--model", str(tmp_path / "model")])
+    learning.main()
+    rows = (tmp_path / "learning.csv").read_text().splitlines()
+    assert len(rows) == 3
+    _, ours, _, reference, _ = map(float, rows[1].split(","))
+    assert ours == pytest.approx(reference, rel=1e-5)
+    assert ours > 10
+    assert "| kernels |" in (tmp_path / "learning.md").read_text()
+    assert (tmp_path / "learning.png").stat().st_size > 1000
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+def test_learned_masks_are_those_of_a_trained_model():
+    """Some queries see a region, others nothing and therefore everything; none sees nothing."""
+    from benchmarks import inputs
+
+    attend = inputs.learned_masks((32, 32), 1, 40)
+    share = attend.float().mean(-1)[0]
+    assert attend.shape == (1, 40, 1024)
+    assert (share > 0).all()
+    assert 0.2 < (share == 1).float().mean() < 0.9
+    assert (share < 0.5).sum() >= 5

@@ -23,8 +23,7 @@ _before: ModuleType | None = None
 
 def _module() -> ModuleType:
     module = ModuleType(NAME, f"The extension module {NAME}, provided by m2f_kernels.")
-    module.ms_deform_attn_forward = _extension.forward  # type: ignore[attr-defined]
-    module.ms_deform_attn_backward = _extension.backward  # type: ignore[attr-defined]
+    vars(module).update(ms_deform_attn_forward=_extension.forward, ms_deform_attn_backward=_extension.backward)
     return module
 
 

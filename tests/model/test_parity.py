@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import m2f_kernels
-from m2f_model import Mask2Former
+from m2f_model import Mask2Former, bench, transformer_decoder
 from tests.model.peers import CONFIGS, photograph, their_model
 
 PHOTOGRAPHS = [("astronaut", 96, 160), ("chelsea", 150, 101), ("coffee", 64, 64)]
@@ -61,3 +61,35 @@ def test_batches(tmp_path):
     pixels = torch.cat([photograph("astronaut", 96, 130), photograph("coffee", 96, 130)])
     mine, published = predictions_of(ours.double(), theirs.double(), pixels.double())
     assert_same(mine, published, 1e-8)
+
+
+@pytest.mark.slow
+def test_bits_of_attention_masks_at_1024(monkeypatch):
+    """R50 at 1024²: what parts the predictions in float32 is a few bits of all nine attention masks.
+
+    How many depends on the number of threads, and each that flips moves the logits of later layers.
+    """
+    case = bench.Case("r50", 1024)
+    theirs, ours = (bench.build(case, name) for name in bench.IMPLEMENTATIONS)
+    published, mine = [], []
+    for layer in theirs.model.transformer_module.decoder.layers:
+        layer.register_forward_pre_hook(
+            lambda _, __, kwargs: published.append(~kwargs["encoder_attention_mask"]), with_kwargs=True
+        )
+
+    def keep(*arguments):
+        mine.append(m2f_kernels.predict_attention_mask(*arguments))
+        return mine[-1]
+
+    monkeypatch.setattr(transformer_decoder, "predict_attention_mask", keep)
+    bench.call(case, theirs)()
+    bench.call(case, ours)()
+    different = total = 0
+    for blocked, packed in zip(published, mine, strict=True):
+        attend = blocked.view(1, 8, 100, -1)[:, 0]
+        bits = (packed.bits.long()[..., None] >> torch.arange(32) & 1).flatten(2)[..., : attend.shape[-1]].bool()
+        bits |= ~bits.any(-1, keepdim=True)  # a row without a pixel attends everywhere
+        different, total = different + int((bits != attend).sum()), total + attend.numel()
+    print(f"{different} of {total} bits differ")
+    assert len(mine) == 9
+    assert different <= 1e-5 * total

@@ -15,12 +15,18 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pickle import PicklingError
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
 #: Modules beside this one, each with a `REPLACEMENTS`.
 FAMILIES = ("deformable", "mask2former", "oneformer")
+
+if TYPE_CHECKING:
+    Mixin = nn.Module
+else:
+    #: What mixins derive from: nothing. The original class comes after them, and is a module, as mypy is told.
+    Mixin = object
 
 
 @dataclass(frozen=True)

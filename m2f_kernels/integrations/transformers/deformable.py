@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_kernels.integrations.transformers._swap import Replacement, plan, qualified_name
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, plan, qualified_name
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
 from m2f_kernels.ops.ms_deform_attn.levels import MAX_LEVELS
 
@@ -35,7 +35,7 @@ _PARAMETERS = {
 }
 
 
-class _Attention:
+class _Attention(Mixin):
     """`forward` of an attention module: value is projected from the encoder's states, or is those states."""
 
     #: Whether the family's layers use the weights without asking for them.
@@ -52,7 +52,7 @@ class _Attention:
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if args or not self._m2f_fusable(kwargs):
-            return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, *args, **kwargs)
         position = kwargs.get("position_embeddings")
         if position is not None:
             hidden_states = hidden_states + position
@@ -70,7 +70,7 @@ class _Attention:
             offset_scale=self._m2f_offset_scale(),
         )
         # The weights are no by-product of the kernel; only those who look get them.
-        hooks = self._forward_hooks  # type: ignore[attr-defined]
+        hooks = self._forward_hooks
         watched = self._m2f_always_weights or kwargs.get("output_attentions") or hooks
         return self._m2f_project(out), self._m2f_weights(logits) if watched else None
 
@@ -184,7 +184,7 @@ class UnprojectedAttention(_ScaledAttention):
         return self.num_points_list
 
 
-class Core:
+class Core(Mixin):
     """`MultiScaleDeformableAttention`, for modules around it that are not known here."""
 
     def forward(

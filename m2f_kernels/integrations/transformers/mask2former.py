@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
     DROPPED,
@@ -66,7 +66,7 @@ class Mask2FormerPixelDecoder(PixelDecoder):
         )
 
 
-class DecoderLayer:
+class DecoderLayer(Mixin):
     """`forward` of a decoder layer: masked attention from a packed mask and projected keys and values."""
 
     # Attributes of the original class.
@@ -94,7 +94,7 @@ class DecoderLayer:
         value: Tensor | None = None,
     ) -> tuple[Any, ...]:
         if key is None or value is None:
-            found: tuple[Any, ...] = super().forward(  # type: ignore[misc]
+            found: tuple[Any, ...] = super().forward(
                 hidden_states,
                 level_index,
                 attention_mask,
@@ -132,7 +132,7 @@ class DecoderLayer:
         return (x,)
 
 
-class Decoder:
+class Decoder(Mixin):
     """`forward` of the transformer decoder: one resizing of mask features, one projection per level."""
 
     # Attributes of the original class.
@@ -160,7 +160,7 @@ class Decoder:
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if inputs_embeds is None or pixel_embeddings is None or output_attentions or not self._m2f_fusable():
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 inputs_embeds,
                 multi_stage_positional_embeddings,
                 pixel_embeddings,
@@ -208,7 +208,7 @@ class Decoder:
         if self.training and self.layerdrop > 0:
             reason = "with dropout, training skips layers at random"
         if reason is not None:
-            warn_unfused(self, reason)  # type: ignore[arg-type]
+            warn_unfused(self, reason)
         return reason is None
 
     def _m2f_decode(
@@ -238,7 +238,7 @@ class Decoder:
         return hidden, intermediate, embeds
 
 
-class TransformerModule:
+class TransformerModule(Mixin):
     """`forward` of the module around the decoder, which hands `factored` on."""
 
     # Attributes of the original class.
@@ -260,9 +260,7 @@ class TransformerModule:
         factored: bool = False,
     ) -> Any:
         if not factored or not isinstance(self.decoder, Decoder):
-            return super().forward(  # type: ignore[misc]
-                multi_scale_features, mask_features, output_hidden_states, output_attentions
-            )
+            return super().forward(multi_scale_features, mask_features, output_hidden_states, output_attentions)
         features, positions = [], []
         for i, x in enumerate(multi_scale_features[: self.num_feature_levels]):
             position = self.position_embedder(x.shape, x.device, x.dtype, None)
@@ -284,7 +282,7 @@ class TransformerModule:
         )
 
 
-class Model:
+class Model(Mixin):
     """`forward` of `Mask2FormerModel`: with `factored`, masks_queries_logits may hold :class:`FactoredMasks`."""
 
     # Attributes of the original class.
@@ -304,7 +302,7 @@ class Model:
         **kwargs: Any,
     ) -> Any:
         if not factored or not isinstance(self.transformer_module, TransformerModule):
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 pixel_values=pixel_values,
                 pixel_mask=pixel_mask,
                 output_hidden_states=output_hidden_states,
@@ -337,7 +335,7 @@ class Model:
         )
 
 
-class Criterion:
+class Criterion(Mixin):
     """`forward` of the loss: masks may be factored, and may be of any floating dtype."""
 
     # Attributes of the original class.
@@ -353,8 +351,8 @@ class Criterion:
     ) -> dict[str, Tensor]:
         auxiliary = list(auxiliary_predictions or ())
         if reason := matcher_problem(self, _MATCHER):
-            warn_unfused(self, reason)  # type: ignore[arg-type]
-            unfused: dict[str, Tensor] = super().forward(  # type: ignore[misc]
+            warn_unfused(self, reason)
+            unfused: dict[str, Tensor] = super().forward(
                 logits_of(masks_queries_logits),
                 class_queries_logits,
                 mask_labels,
@@ -370,7 +368,7 @@ class Criterion:
         return last
 
 
-class ForUniversalSegmentation:
+class ForUniversalSegmentation(Mixin):
     """`forward` of the model with heads: logits of the last output alone, unless the auxiliary ones are asked for."""
 
     # Attributes of the original class.
@@ -400,7 +398,7 @@ class ForUniversalSegmentation:
         # Without either of the two the original finds no intermediate states and fails.
         states_exist = hidden or config.use_auxiliary_loss
         if attentions or not states_exist or not isinstance(self.model, Model):
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 pixel_values=pixel_values,
                 mask_labels=mask_labels,
                 class_labels=class_labels,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from m2f_kernels.integrations.transformers._swap import Replacement, qualified_name
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
     DROPPED,
@@ -141,7 +141,7 @@ class OneFormerPixelDecoder(PixelDecoder):
         )
 
 
-class CrossAttentionLayer:
+class CrossAttentionLayer(Mixin):
     """`forward` of the masked cross-attention with residual and norm."""
 
     # Attributes of the original class.
@@ -162,9 +162,7 @@ class CrossAttentionLayer:
         value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         if key is None or value is None:
-            return super().forward(  # type: ignore[misc]
-                output, memory, memory_mask, memory_key_padding_mask, pos, query_pos
-            )
+            return super().forward(output, memory, memory_mask, memory_key_padding_mask, pos, query_pos)
         assert isinstance(memory_mask, tuple)
         query = self.norm(output) if self.normalize_before else output
         if query_pos is not None:
@@ -173,7 +171,7 @@ class CrossAttentionLayer:
         return output if self.normalize_before else self.norm(output), None
 
 
-class DecoderLayer:
+class DecoderLayer(Mixin):
     """`forward` of a decoder layer: masked attention from a packed mask and projected keys and values."""
 
     # Attributes of the original class.
@@ -194,7 +192,7 @@ class DecoderLayer:
         value: Tensor | None = None,
     ) -> tuple[Any, ...]:
         if key is None:
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 index,
                 output,
                 multi_stage_features,
@@ -208,7 +206,7 @@ class DecoderLayer:
         return (self.ffn(output),)
 
 
-class Decoder:
+class Decoder(Mixin):
     """`forward` of the transformer decoder: one resizing of mask features, one projection per level."""
 
     # Attributes of the original class.
@@ -234,7 +232,7 @@ class Decoder:
         output_attentions: bool | None = None,
     ) -> Any:
         if output_attentions or not self._m2f_fusable():
-            return super().forward(  # type: ignore[misc]
+            return super().forward(
                 task_token,
                 multi_stage_features,
                 multi_stage_positional_embeddings,
@@ -279,7 +277,7 @@ class Decoder:
             if reason is None and drops(layer.cross_attn.multihead_attn):
                 reason = DROPPED
         if reason is not None:
-            warn_unfused(self, reason)  # type: ignore[arg-type]
+            warn_unfused(self, reason)
         return bool(layers) and reason is None
 
     def _m2f_decode(
@@ -319,7 +317,7 @@ class Decoder:
         return tuple(AuxiliaryPrediction.factored(c, f) for c, f in pairs)
 
 
-class QueryLayer:
+class QueryLayer(Mixin):
     """`forward` of a layer that makes the queries from the pixels at stride 4, without its attention weights."""
 
     # Attributes of the original class.
@@ -382,7 +380,7 @@ class QueryLayer:
         return output
 
 
-class Criterion:
+class Criterion(Mixin):
     """`forward` of the loss: masks may be factored, and may be of any floating dtype."""
 
     # Attributes of the original class.
@@ -401,8 +399,8 @@ class Criterion:
         calculate_contrastive_loss: bool = True,
     ) -> dict[str, Tensor]:
         if reason := matcher_problem(self, _MATCHER):
-            warn_unfused(self, reason)  # type: ignore[arg-type]
-            return super().forward(  # type: ignore[misc]
+            warn_unfused(self, reason)
+            return super().forward(
                 masks_queries_logits,
                 class_queries_logits,
                 contrastive_queries_logits,

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f_kernels.integrations.transformers._swap import Mixin
 from m2f_kernels.integrations.transformers.mask_classification import watched
 
 #: Pixels whose FFN activations exist at a time without gradients: few enough that they stay in the cache.
@@ -22,23 +23,23 @@ ENCODER_LAYER = "encoder layer with fewer copies"
 PIXEL_DECODER = "no masks of padding that is not there, feature maps in one layout"
 
 
-class PositionEmbedding:
+class PositionEmbedding(Mixin):
     """`forward` of the sine embedding: a row's half depends on the row alone and a column's on the column alone."""
 
     def forward(self, shape: torch.Size, device: Any, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
-            return super().forward(shape, device, dtype, mask)  # type: ignore[misc]
+            return super().forward(shape, device, dtype, mask)
         n, c, h, w = shape
         # The original, for one column and for one row: the same numbers, h + w of them and not h * w.
-        rows = super().forward(torch.Size((1, c, h, 1)), device, dtype)  # type: ignore[misc]
-        columns = super().forward(torch.Size((1, c, 1, w)), device, dtype)  # type: ignore[misc]
+        rows = super().forward(torch.Size((1, c, h, 1)), device, dtype)
+        columns = super().forward(torch.Size((1, c, 1, w)), device, dtype)
         half = rows.shape[1] // 2
         parts = [rows[:, :half].expand(n, -1, h, w), columns[:, half:].expand(n, -1, h, w)]
         # In memory [N, h, w, C], as the original's.
         return torch.cat([part.permute(0, 2, 3, 1) for part in parts], 3).permute(0, 3, 1, 2)
 
 
-class EncoderLayer:
+class EncoderLayer(Mixin):
     """`forward` of a layer of the pixel decoder's encoder, with fewer copies of its largest tensors."""
 
     # Attributes of the original classes.
@@ -55,9 +56,9 @@ class EncoderLayer:
         self, hidden_states: Tensor, attention_mask: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, ...]:
         if args or self.activation_fn is not F.relu:
-            return super().forward(hidden_states, attention_mask, *args, **kwargs)  # type: ignore[misc]
+            return super().forward(hidden_states, attention_mask, *args, **kwargs)
         # OneFormer drops out where its configuration says that it is trained, whatever mode the module is in.
-        training = bool(getattr(self, "is_training", self.training))  # type: ignore[attr-defined]
+        training = bool(getattr(self, "is_training", self.training))
         attended, weights = self.self_attn(
             hidden_states=hidden_states,
             attention_mask=attention_mask,
@@ -87,7 +88,7 @@ class EncoderLayer:
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(x.shape)
 
 
-class PixelDecoder:
+class PixelDecoder(Mixin):
     """`forward` of the pixel decoder around the encoder. Its images have no padding, so it makes no masks of it."""
 
     # Attributes of the original classes.
@@ -109,9 +110,7 @@ class PixelDecoder:
         return_dict: bool | None = None,
     ) -> Any:
         if encoder_outputs is not None:
-            return super().forward(  # type: ignore[misc]
-                features, encoder_outputs, output_attentions, output_hidden_states, return_dict
-            )
+            return super().forward(features, encoder_outputs, output_attentions, output_hidden_states, return_dict)
         if output_attentions is None:
             output_attentions = self.config.output_attentions
         if output_hidden_states is None:
