@@ -75,7 +75,8 @@ class Backbone(nn.Module):
     def forward(self, pixel_values: Tensor) -> list[Tensor]:
         """Four maps, finest first, of `pixel_values` [N, 3, H, W]."""
         if pixel_values.device.type == "cpu":
-            # oneDNN's own layout: else every bfloat16 convolution copies its input and output.
-            pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+            # oneDNN's own layout: else every bfloat16 convolution copies its input and output. A clone, since one image
+            # that was [H, W, 3] counts as contiguous already, but convolutions do not see it by its strides.
+            pixel_values = pixel_values.clone(memory_format=torch.channels_last)
         out = self.body(pixel_values)
         return list(getattr(out, "feature_maps", out))

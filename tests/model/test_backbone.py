@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from m2f_model import Mask2FormerConfig
 from m2f_model.backbone import Backbone, FrozenBatchNorm2d
+from m2f_model.pixel_decoder import _pointwise
+from tests.model.peers import photograph
 
 
 class OneNorm(nn.Module):
@@ -64,3 +67,35 @@ def test_without_statistics_nothing_is_frozen():
     norm = Backbone(OneNorm(nn.BatchNorm2d(6, track_running_stats=False))).body.norm
     assert type(norm) is nn.BatchNorm2d
     assert norm.weight.requires_grad
+
+
+@pytest.mark.parametrize("given", ["planes", "channels last", "image read as [H, W, 3]"])
+@torch.no_grad()
+def test_channels_last_on_cpu(given):
+    pixels = photograph("coffee", 64, 96)
+    assert pixels.stride(1) == 1  # as it was read
+    if given != "image read as [H, W, 3]":
+        layout = torch.contiguous_format if given == "planes" else torch.channels_last
+        pixels = pixels.clone(memory_format=layout)
+    for features in Backbone.from_config(Mask2FormerConfig.tiny(5)).eval()(pixels):
+        _, c, h, w = features.shape
+        assert features.stride() == (c * h * w, 1, w * c, c)
+
+
+@pytest.mark.parametrize("n", [1, 2])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_pointwise_is_the_convolution_in_planes(n, layout):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(5, 4, 1).double()
+    x = torch.randn(n, 5, 3, 7, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    found, expected = _pointwise(conv, x), conv(x)
+    assert found.stride()[2:] == (7, 1)
+    torch.testing.assert_close(found, expected)
+    weights = torch.randn_like(expected)
+    leaves = (x, conv.weight, conv.bias)
+    for a, b in zip(
+        torch.autograd.grad((found * weights).sum(), leaves),
+        torch.autograd.grad((expected * weights).sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
