@@ -177,7 +177,7 @@ def _in_process(scale: Scale, workspace: Path, job: Job | None, sender: Any) -> 
     """What a measuring process does: send (extra, total) MiB, or why there are none."""
     try:
         sender.send((memory.calibration(), None) if job is None else _peak(scale, workspace, *job))
-    except Exception as error:
+    except Exception as error:  # as above: the row says how
         sender.send(_failure(error))
 
 

@@ -82,7 +82,7 @@ def test_threads(work: Callable[[], list[Tensor]], inner: int, set_threads: Call
             for _ in range(5):
                 if not _same(work(), expected):
                     problems.append("the bits differ")
-        except Exception as error:
+        except Exception as error:  # a thread's own would be lost: the test fails with it
             problems.append(repr(error))
 
     threads = [threading.Thread(target=call) for _ in range(THREADS)]

@@ -428,7 +428,7 @@ def test_wrapped_projections(pixels):
 @pytest.mark.parametrize("names", [["q_proj", "fc1", "value_proj"], ["out_proj"], ["cross_attn"]], ids="+".join)
 def test_lora(names, pixels):
     """The real thing; around the attention as a whole it leaves the layers alone."""
-    peft = pytest.importorskip("peft")
+    peft = pytest.importorskip("peft", reason="peft is not installed: pip install peft")
     torch.manual_seed(3)
     config = peft.LoraConfig(target_modules=names, init_lora_weights=False, r=4)
     model = peft.inject_adapter_in_model(config, make("resnet")).eval()

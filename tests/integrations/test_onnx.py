@@ -272,9 +272,6 @@ def test_mask2former_of_any_size(tmp_path):
 
 def test_accelerated_model_of_transformers(tmp_path):
     """Deformable DETR with the modules that `accelerate` puts in."""
-    integrations = pytest.importorskip(
-        "m2f_kernels.integrations.transformers", reason="the integration of transformers is not in this tree"
-    )
     import transformers
 
     class Detector(nn.Module):
@@ -305,7 +302,7 @@ def test_accelerated_model_of_transformers(tmp_path):
     pixels = torch.rand(1, 3, 96, 64)
     with torch.no_grad():
         expected = model(pixels)
-    integrations.accelerate(model.model)
+    m2f_kernels.accelerate(model.model)
     assert_runs(model, (pixels,), tmp_path / "m.onnx")
     for found, truth in zip(run(tmp_path / "m.onnx", pixels), expected, strict=True):
         torch.testing.assert_close(found, truth, rtol=1e-4, atol=1e-4)
