@@ -255,9 +255,20 @@ def figures(scale: Scale) -> list[Figure]:
 
 
 def draw(directory: Path, rows: Sequence[Row]) -> list[str]:
+    """Inference over the side of the image, for the backbone that was run at most sizes, and the stages of a call."""
     from benchmarks import plot
 
-    return [*plot.draw_sizes(directory, rows), *plot.draw_stages(directory, rows)]
+    curves: dict[str, list[Row]] = {}
+    for row in rows:
+        backbone, what, _, batch = parts(row.case)
+        if what == INFERENCE and batch == 1 and row.implementation in (OURS, TRANSFORMERS):
+            curves.setdefault(backbone, []).append(row)
+    curve = max(curves.values(), key=lambda one: len({row.case for row in one}), default=[])
+    title = f"{curve[0].case.split(' ')[0]} {INFERENCE}, one image" if curve else ""
+    return [
+        *plot.draw_sizes(directory, curve, lambda row: parts(row.case)[2], title),
+        *plot.draw_stages(directory, rows),
+    ]
 
 
 BENCHMARK = Benchmark(

@@ -206,25 +206,22 @@ def _extra(row: Row) -> float | None:
     return row.memory_extra_mib
 
 
-def draw_sizes(directory: Path, rows: Sequence[Row]) -> list[str]:
-    """Time of inference over the side of the image, for the backbone that was run at most sizes."""
-    from benchmarks.bench_end_to_end import INFERENCE, OURS, TRANSFORMERS, parts
+def draw_sizes(directory: Path, rows: Sequence[Row], side: Callable[[Row], int], title: str) -> list[str]:
+    """Time over the side of the image.
 
-    plain = [r for r in rows if r.implementation in (OURS, TRANSFORMERS) and parts(r.case)[1] == INFERENCE]
-    sizes: dict[str, set[int]] = {}
-    for row in plain:
-        sizes.setdefault(parts(row.case)[0], set()).add(parts(row.case)[2])
-    if not plain or len(max(sizes.values(), key=len)) < 2:
+    Args:
+        rows: the cases of one curve, all sizes and implementations.
+        side: of a row's image, in pixels.
+    """
+    sides = sorted({side(row) for row in rows})
+    if len(sides) < 2:
         return []
-    backbone = max(sizes, key=lambda name: len(sizes[name]))
-    chosen = [row for row in plain if parts(row.case)[0] == backbone]
     plt = _pyplot()
     figure, axis = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
-    lines = _lines(chosen, lambda row: parts(row.case)[2], _milliseconds)
-    _curve(axis, lines, _colours(chosen), "ms")
-    axis.set_xticks(sorted(sizes[backbone]))
+    _curve(axis, _lines(rows, side, _milliseconds), _colours(rows), "ms")
+    axis.set_xticks(sides)
     axis.set_xlabel("side of the image, pixels")
-    axis.set_title(f"{chosen[0].case.split(' ')[0]} {INFERENCE}, one image")
+    axis.set_title(title)
     axis.legend()
     figure.savefig(directory / "end_to_end_sizes.png", dpi=130)
     plt.close(figure)
