@@ -107,9 +107,16 @@ def _tensors(size: int, count: int) -> Tensors:
     }
 
 
-def _loss_data(size: int, count: int) -> Data:
+def _batch(tensors: Tensors) -> Tensors:
+    """Two images: the given one and its mirror image, with the same predictions."""
+    mirrored = {name: tensors[name].flip(-1) for name in ("mask_features", "targets")}
+    images = {"mask_embed": 1, "class_logits": 1}
+    return {name: torch.cat([x, mirrored.get(name, x)], images.get(name, 0)) for name, x in tensors.items()}
+
+
+def _loss_data(size: int, count: int, images: int) -> Data:
     """The truth is the mean of several draws of `transformers`' loss and gradients."""
-    tensors = _tensors(size, count)
+    tensors = _tensors(size, count) if images == 1 else _batch(_tensors(size, count))
     differentiable = ("mask_features", "mask_embed", "class_logits")
     truth: Tensors = {}
     for _ in range(DRAWS):
@@ -144,9 +151,9 @@ def _sample_data(size: int) -> Data:
 def data(scale: Scale) -> dict[str, Callable[[], Data]]:
     found: dict[str, Callable[[], Data]] = {}
     for case in cases(scale):
-        what, size, count, _ = _parts(case.data)
+        what, size, count, _, images = _parts(case.data)
         if what == LOSS:
-            found[case.data] = partial(_loss_data, size, count)
+            found[case.data] = partial(_loss_data, size, count, images)
         elif what == MATCHING:
             found[case.data] = partial(_matching_data, size, count)
         else:
@@ -188,11 +195,12 @@ def check(case: Case, implementation: Implementation, data: Data, results: Seque
 # ---------------------------------------------------------------- cases
 
 
-def _parts(name: str) -> tuple[str, int, int, int]:
-    """What is measured, the image's size, the number of targets and of points."""
+def _parts(name: str) -> tuple[str, int, int, int, int]:
+    """What is measured, the image's size, the number of targets, of points and of images."""
     what, rest = next((w, name[len(w) + 1 :]) for w in (LOSS, MATCHING, SAMPLE) if name.startswith(w))
     words = dict(word.split("=") for word in rest.split()[1:] if "=" in word)
-    return what, int(rest.split("²")[0]), int(words.get("T", 0)), int(words.get("K", POINTS))
+    count, num_points, images = (int(words.get(*default)) for default in (("T", 0), ("K", POINTS), ("N", 1)))
+    return what, int(rest.split("²")[0]), count, num_points, images
 
 
 def _sizes(scale: Scale) -> tuple[int, int]:
@@ -208,16 +216,16 @@ def _implementation(name: str, call: Callable[[dict[str, Any]], Any], **options:
     return Implementation(name, call, as_given, ours=ours, counts_writes=False, **options)
 
 
-def _loss_case(size: int, count: int, headline: bool) -> Case:
+def _loss_case(size: int, count: int, headline: bool, images: int = 1) -> Case:
     """Everybody at K = 12544."""
     found = [
         _implementation(OURS, _loss(POINTS, False)),
         _implementation(FRESH, _loss(POINTS, True)),
         _implementation(TRANSFORMERS, peers_points.points_loss(POINTS)),
         _implementation(STRIDE_4, peers_points.full_loss(True)),
-        _implementation(FULL, peers_points.full_loss(False), unavailable=peers_points.needs_gib(size, count)),
+        _implementation(FULL, peers_points.full_loss(False), unavailable=peers_points.needs_gib(size, images * count)),
     ]
-    name = f"{LOSS} {size}² T={count}"
+    name = f"{LOSS} {size}²{f' N={images}' if images > 1 else ''} T={count}"
     # At the small size one case tells enough about memory.
     memory = headline or size >= 1024
     return Case(name, name, "forward+backward", found, memory=memory, headline=headline, full=not headline)
@@ -241,6 +249,8 @@ def cases(scale: Scale) -> list[Case]:
         for size in (large, small)
         for count in counts
     ]
+    if scale.device == "cuda":
+        found.append(_loss_case(large, counts[1] * 2 // 3, headline=True, images=2))
     curve = CURVE[:1] if scale.quick else CURVE
     found += [_curve_case(large, counts[1], k, k == CURVE[-1]) for k in curve if k != POINTS]  # K = 12544 is above
     name = f"{MATCHING} {large}² T={counts[1]}"
@@ -272,16 +282,16 @@ def work(case: Case, data: Data) -> Work:
     """Every input read once and gradients written once; the products that need the matched masks: logits once, and the
     gradients of both factors; and the sampled features with every query."""
     read = bytes_of(x for name, x in data.inputs.items() if name != "mask_logits")
-    what, _, count, num_points = _parts(case.name)
+    what, _, count, num_points, images = _parts(case.name)
     if what == SAMPLE:
         features = bytes_of([data.inputs["mask_features"]])
         samples = CHANNELS * POINTS * 4
         return Work(features + samples if not case.backward else 2 * (features + samples))
     pixels = data.inputs["mask_features"].shape[2:].numel()
-    flops = 2 * OUTPUTS * QUERIES * CHANNELS * num_points
+    flops = 2 * OUTPUTS * images * QUERIES * CHANNELS * num_points
     if case.backward:
         read += bytes_of(data.inputs[name] for name in data.differentiable)
-        flops += 3 * 2 * OUTPUTS * count * CHANNELS * pixels
+        flops += 3 * 2 * OUTPUTS * images * count * CHANNELS * pixels
     return Work(read, flops=flops)
 
 
@@ -293,16 +303,17 @@ def figures(scale: Scale) -> list[Figure]:
     few, some = (3, 10) if scale.quick else (10, 30)
     settings = ("cuda",) if scale.device == "cuda" else ("default", "heap retained")
 
-    def ratio(case: str, field: str, above: str, below: str, target: float | None, label: str) -> Figure:
+    def ratio(
+        case: str, field: str, above: str, below: str, cpu: float | None, label: str, gpu: float | None = None
+    ) -> Figure:
         where = settings[:1] if field.startswith("memory") else settings
-        return Figure(
-            f"{case}: {label}", (case, (above,), field), (case, (below,), field), dict.fromkeys(where, target)
-        )
+        target = dict.fromkeys(where, gpu if scale.device == "cuda" else cpu)
+        return Figure(f"{case}: {label}", (case, (above,), field), (case, (below,), field), target)
 
     at_large, at_small = f"{LOSS} {large}² T={some}", f"{LOSS} {small}² T={few}"
     memory, time = "memory_extra_mib", "median_ms"
     matching, sample = f"{MATCHING} {large}² T={some}", f"{SAMPLE} {large}² C={CHANNELS}"
-    return [
+    found = [
         ratio(at_large, memory, FULL, TRANSFORMERS, None, "peak memory of full masks over points, both published"),
         ratio(at_large, memory, STRIDE_4, TRANSFORMERS, None, "peak memory of masks at stride 4 over points"),
         ratio(at_large, memory, TRANSFORMERS, OURS, 7.0, "less peak memory than transformers' points"),
@@ -315,6 +326,13 @@ def figures(scale: Scale) -> list[Figure]:
         ratio(f"{sample} forward", time, "grid_sample", OURS, 3.0, "faster than grid_sample"),
         ratio(f"{sample} forward+backward", time, "grid_sample", OURS, None, "faster than grid_sample"),
     ]
+    if scale.device == "cuda":
+        batch = f"{LOSS} {large}² N=2 T={some * 2 // 3}"
+        found += [
+            ratio(batch, time, TRANSFORMERS, OURS, None, "faster than transformers' points", 8.0),
+            ratio(batch, memory, TRANSFORMERS, OURS, None, "less peak memory than transformers' points", 8.0),
+        ]
+    return found
 
 
 def draw_curve(directory: Path, rows: Sequence[Row]) -> list[str]:
@@ -328,16 +346,16 @@ BENCHMARK = Benchmark(
     op="point_loss",
     title="Loss with full masks, with points as published, and with this package",
     description=(
-        "The loss part of a training step, forward and backward, matching included: one photograph, ten predictions of "
-        "Q = 100 queries, C = 256, K = 12544 points, T targets cut out of photographs. Every implementation starts "
-        "from mask embeddings and mask features and ends with their gradients. *Full masks* upsamples predictions to "
-        "the ground truth and takes cross-entropy and dice over every pixel, which is what the published comparison "
-        "means by it; *at stride 4* shrinks the ground truth instead. Published, for a whole training step of an R50 "
-        "model: 18 GB against 6 GB per image (Cheng et al. 2022); the rows here are of the loss part "
-        "alone. *Fresh points* draws points for each output, as published; by default the outputs of an image share "
-        "them while matching. Error: losses and gradients at random points against the mean of three draws of "
-        "`transformers`, so it is the noise of sampling; of full masks, the difference between the two quantities. "
-        "With the same points, tests hold this package to 1e-5 (losses) and 1e-4 (gradients)."
+        "The loss part of a training step, forward and backward, matching included: one photograph, on a GPU also "
+        "two, ten predictions of Q = 100 queries, C = 256, K = 12544 points, T targets cut out of photographs. Every "
+        "implementation starts from mask embeddings and mask features and ends with their gradients. *Full masks* "
+        "upsamples predictions to the ground truth and takes cross-entropy and dice over every pixel, which is what "
+        "the published comparison means by it; *at stride 4* shrinks the ground truth instead. Published, for a whole "
+        "training step of an R50 model: 18 GB against 6 GB per image (Cheng et al. 2022); the rows here are of the "
+        "loss part alone. *Fresh points* draws points for each output, as published; by default the outputs of an "
+        "image share them while matching. Error: losses and gradients at random points against the mean of three "
+        "draws of `transformers`, so it is the noise of sampling; of full masks, the difference between the two "
+        "quantities. With the same points, tests hold this package to 1e-5 (losses) and 1e-4 (gradients)."
     ),
     cases=cases,
     data=data,

@@ -298,6 +298,16 @@ def test_growing_scores_are_rescaled(implementation):
         assert_matches(case.to(implementation))
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-3])
+def test_gradients_of_nearly_uniform_attention(implementation, size):
+    """Gradients of scores are then small differences of large numbers: the values share a mean that cancels."""
+    case = make_case(s=4096, density=1.0)
+    case.tensors["query"] = case.tensors["query"] * size
+    case.tensors["key"] = case.tensors["key"] * size
+    case.tensors["value"] = case.tensors["value"] + 3
+    assert_matches(case.to(implementation))
+
+
 def test_all_attended_scores_are_minus_infinity(implementation):
     """NaN, as in SDPA, and only in that row."""
     case = make_case(scale=1.0).to(implementation)
