@@ -1,6 +1,7 @@
 """README says what the committed results say, and its code runs."""
 
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,17 @@ ROOT = Path(__file__).parents[1]
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if "```python" in p.read_text()]
 
 
+def skip_if_results_are_new():
+    """After somebody's `make bench` on a machine of the same name the tables lag behind until they are committed."""
+    command = ["git", "status", "--porcelain", "benchmarks/results"]
+    git = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    if git.returncode == 0 and git.stdout:
+        pytest.skip("benchmarks/results has uncommitted results; `python -m benchmarks.readme` puts them into README")
+
+
 def test_figures_are_those_of_the_committed_run():
     pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
+    skip_if_results_are_new()
     from benchmarks import readme
 
     text = (ROOT / "README.md").read_text()
@@ -19,6 +29,7 @@ def test_figures_are_those_of_the_committed_run():
 
 def test_figures_of_the_page_on_transformers():
     pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
+    skip_if_results_are_new()
     from benchmarks import integrations
 
     text = integrations.PAGE.read_text()
