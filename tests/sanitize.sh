@@ -19,7 +19,8 @@ run() {
   LD_PRELOAD="$runtime" "${PYTHON:-python3}" -m pytest -q -p no:cacheprovider -r fE "$@"
 }
 
-run tests/ops tests/nn tests/test_threads_and_forks.py
+# Without the one test of a whole process's peak memory: what AddressSanitizer keeps of freed memory counts in it.
+run tests/ops tests/nn tests/test_threads_and_forks.py -k "not three_hundred_targets"
 for capability in baseline avx2 avx512; do
   echo "fuzzing the $capability kernels"
   M2F_CPU_CAPABILITY=$capability run tests/fuzz --ignore=tests/fuzz/test_cuda_on_host.py
