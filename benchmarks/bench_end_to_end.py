@@ -27,6 +27,9 @@ LOW_PRECISION = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED)
 INFERENCE, TRAINING = "inference", "training step"
 TITLES = {"tiny": "tiny", "r50": "R50", "swin-t": "Swin-T"}
 TARGETS = 10
+#: On a GPU convolutions of the two models round differently, and a few logits next to zero change their sign: a bit of
+#: an attention mask of random weights changes predictions by some percent. Tests hold the operators to more.
+GPU_TOLERANCE = 0.1
 #: Of the masks of the last prediction, least mean intersection over union of bf16 with float32 for a row to have a
 #: time. Random weights put many logits next to zero, where any rounding decides: it only tells masks from noise.
 LEAST_IOU = 0.5
@@ -154,7 +157,8 @@ def check(case: Case, implementation: Implementation, data: Data, results: Seque
     errors = []
     for found, truth in zip(results, data.truth.values(), strict=False):  # training gives no mask logits here
         errors.append(((found.to(truth.device) - truth).abs().max() / truth.abs().max()).item())
-    return Verdict(max(errors) < bench.TOLERANCE, max(errors))
+    tolerance = bench.TOLERANCE if data.truth["masks"].device.type == "cpu" else GPU_TOLERANCE
+    return Verdict(max(errors) < tolerance, max(errors))
 
 
 def cases(scale: Scale) -> list[Case]:

@@ -25,7 +25,7 @@ from benchmarks.cases import (
     check_relative_l2,
 )
 from benchmarks.memory import bytes_of
-from benchmarks.peers_attention import EAGER, FLEX, FLEX_REBUILT, HEADS, MULTIHEAD, SDPA, as_given
+from benchmarks.peers_attention import EAGER, FLEX, FLEX_REBUILT, HEADS, MULTIHEAD, SDPA
 
 CHANNELS = 256
 OURS = "m2f_kernels"
@@ -36,8 +36,6 @@ OPEN, BLOBS, RANDOM = "open", "blobs", "random"
 LEARNED = "learned"
 #: The data of the one case that has the projections too.
 MODULE = "module"
-#: The data of the one case, on a GPU, that predicts the mask too, and the implementation that is compared there.
-PREDICTED, ONE_KERNEL = "predicted", "m2f_kernels, one kernel"
 
 
 # ---------------------------------------------------------------- this package
@@ -62,19 +60,6 @@ def _module_inputs(inputs_: Tensors, levels: Levels) -> dict[str, Any]:
 def _module(a: dict[str, Any]) -> Tensor:
     output: Tensor = a["module"](a["query"], a["pixels"], a["mask"], key_pos=a["key_pos"])
     return output
-
-
-def _predict_and_attend(a: dict[str, Any]) -> Tensor:
-    mask = m2f_kernels.predict_attention_mask(a["mask_embed"], a["level_features"])
-    return m2f_kernels.masked_attention(a["query"], a["key"], a["value"], mask)
-
-
-def _one_kernel(a: dict[str, Any]) -> Tensor:
-    from m2f_kernels.ops.masked_attention.triton_one_kernel import predicted_masked_attention
-
-    tensors = (a[name] for name in (*DIFFERENTIABLE, "mask_embed", "level_features"))
-    output, _ = predicted_masked_attention(*tensors, a["query"].shape[-1] ** -0.5)
-    return output.transpose(1, 2)
 
 
 # ---------------------------------------------------------------- data
@@ -145,24 +130,11 @@ def _module_data(scale: Scale, dtype: str) -> Data:
     return Data(tensors, {"output": truth.float().cpu()}, [(side, side)])
 
 
-def _predicted_data(scale: Scale, dtype: str) -> Data:
-    """The mask as embeddings and features whose product it is: channel q holds +1 or -1 for query q."""
-    large = _data(scale, _large(scale), 100, BLOBS, 0.3, dtype, 1, False)
-    attend = large.inputs["attend"]
-    features = torch.zeros(1, CHANNELS, attend.shape[2])
-    features[:, : attend.shape[1]] = 2 * attend.float() - 1
-    embed = torch.eye(CHANNELS)[None, : attend.shape[1]]
-    more = {"mask_embed": embed.to(DTYPES[dtype]), "level_features": features.to(DTYPES[dtype])}
-    return replace(large, inputs=large.inputs | more)
-
-
 def data(scale: Scale) -> dict[str, Callable[[], Data]]:
     found: dict[str, Callable[[], Data]] = {}
     for case in sorted(cases(scale), key=lambda c: c.backward):  # with backward last: its truth serves both
         if case.data == MODULE:
             found[case.data] = partial(_module_data, scale, case.dtype)
-        elif case.data == PREDICTED:
-            found[case.data] = partial(_predicted_data, scale, case.dtype)
         else:
             found[case.data] = partial(_data, scale, *_parts(case.data), case.backward)
     return found
@@ -177,9 +149,6 @@ def shrink(data: Data) -> Data:
         return replace(data, inputs=few)
     few = {name: data.inputs[name][:, :, : 4 if name == "query" else 64] for name in DIFFERENTIABLE}
     few["attend"] = data.inputs["attend"][:, :4, :64] | torch.ones(64, dtype=torch.bool)
-    if "mask_embed" in data.inputs:
-        few["mask_embed"] = data.inputs["mask_embed"][:, :4]
-        few["level_features"] = data.inputs["level_features"][:, :, :64]
     return replace(data, inputs=few, grad_outputs=(data.grad_outputs[0][:, :, :4],))
 
 
@@ -250,13 +219,6 @@ def cases(scale: Scale) -> list[Case]:
     module = [Implementation(OURS, _module, _module_inputs, ours=True), *peers_attention.module_peers()]
     name = f"module with projections S={large} Q=100 {BLOBS} 0.3 {main} forward"
     found.append(Case(name, MODULE, "forward", module, BLOBS, main, memory=True, full=True))
-    if cuda:
-        both = [
-            Implementation(OURS, _predict_and_attend, as_given, ours=True),
-            Implementation(ONE_KERNEL, _one_kernel, as_given, ours=True),
-        ]
-        name = f"prediction of the mask and attention S={large} Q=100 {BLOBS} 0.3 {main} forward"
-        found.append(Case(name, PREDICTED, "forward", both, BLOBS, main))
     if not cuda and not scale.quick:
         whole = case(large, 100, BLOBS, 0.3)
         found.append(replace(whole, name=f"{whole.name} 1 thread", threads=1, full=True))
@@ -279,10 +241,6 @@ def work(case: Case, data: Data) -> Work:
         read = bytes_of(t for t in data.inputs.values() if t.is_floating_point())
         return Work(read + output, flops=projections + 2 * product, flop_dtype=dtype)
     tensors = bytes_of(data.inputs[name] for name in DIFFERENTIABLE)
-    if case.data == PREDICTED:
-        factors = [data.inputs["mask_embed"], data.inputs["level_features"]]
-        flops = 2 * product + 2 * CHANNELS * n * queries * keys
-        return Work(tensors + bytes_of(factors) + output, flops=flops, flop_dtype=dtype)
     read = tensors + n * queries * (4 * ((keys + 31) // 32) + 1)
     if not case.backward:
         return Work(read + output, flops=2 * product, flop_dtype=dtype)

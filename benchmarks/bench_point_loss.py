@@ -114,17 +114,18 @@ def _batch(tensors: Tensors) -> Tensors:
     return {name: torch.cat([x, mirrored.get(name, x)], images.get(name, 0)) for name, x in tensors.items()}
 
 
-def _loss_data(size: int, count: int, images: int) -> Data:
+def _loss_data(scale: Scale, size: int, count: int, images: int) -> Data:
     """The truth is the mean of several draws of `transformers`' loss and gradients."""
     tensors = _tensors(size, count) if images == 1 else _batch(_tensors(size, count))
+    there = {name: tensor.to(scale.device) for name, tensor in tensors.items()}
     differentiable = ("mask_features", "mask_embed", "class_logits")
     truth: Tensors = {}
     for _ in range(DRAWS):
-        leaves = {name: tensors[name].detach().requires_grad_() for name in differentiable}
-        loss = peers_points.points_loss(POINTS)(tensors | leaves)
+        leaves = {name: there[name].detach().requires_grad_() for name in differentiable}
+        loss = peers_points.points_loss(POINTS)(there | leaves)
         found = dict(zip(differentiable, torch.autograd.grad(loss, list(leaves.values())), strict=True))
         for name, x in {"loss": loss.detach(), **found}.items():
-            truth[name] = truth.get(name, torch.zeros(())) + x / DRAWS
+            truth[name] = truth.get(name, torch.zeros(())) + x.cpu() / DRAWS
     return Data(tensors, truth, [], ("loss",), (torch.ones(()),), differentiable)
 
 
@@ -153,7 +154,7 @@ def data(scale: Scale) -> dict[str, Callable[[], Data]]:
     for case in cases(scale):
         what, size, count, _, images = _parts(case.data)
         if what == LOSS:
-            found[case.data] = partial(_loss_data, size, count, images)
+            found[case.data] = partial(_loss_data, scale, size, count, images)
         elif what == MATCHING:
             found[case.data] = partial(_matching_data, size, count)
         else:

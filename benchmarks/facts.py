@@ -74,9 +74,10 @@ def device_slug(device: str) -> str:
 
 
 def _commit() -> str:
+    """The checkout's commit; of a copy without its history, what the environment variable M2F_COMMIT says."""
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if not commit:
-        return "not a git checkout"
+        return os.environ.get("M2F_COMMIT", "not a git checkout")
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
     return commit + (" + uncommitted changes" if changed else "")
 
@@ -100,6 +101,7 @@ def gather(device: str, ops: list[str]) -> dict[str, str]:
     if device == "cuda":
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         facts["cuda"] = str(torch.version.cuda)
+        facts["float32"] = "without TF32, in matrix products (PyTorch's default) and in convolutions"
     else:
         for name, variables in CPU_SETTINGS.items():
             stated = ", ".join(f"{k}={v}" for k, v in variables.items())

@@ -10,8 +10,10 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-"build info resources triton_resources suite graphs memcheck racecheck bench bench_full"}
+STEPS=${STEPS:-"build info kernels resources triton_resources suite graphs memcheck racecheck bench bench_full"}
 STEP_SECONDS=${STEP_SECONDS:-3600}
+# Processes of the suite, where pytest-xdist is installed. An illegal access spoils the tests after it in its process only.
+WORKERS=${WORKERS:-8}
 export M2F_CUDA=on PYTHONPATH=. PYTHONUNBUFFERED=1
 
 gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name())') || {
@@ -23,15 +25,20 @@ slug=$("$PYTHON" -c 'from benchmarks import facts; print(facts.device_slug("cuda
   exit 2
 }
 export ARCH=$("$PYTHON" -c 'import torch; print("%d%d" % torch.cuda.get_device_capability())')
-export OUTPUT=${OUTPUT:-benchmarks/results}
+export slug WORKERS OUTPUT=${OUTPUT:-benchmarks/results}
 export LOGS=$OUTPUT/$slug/run
 mkdir -p "$LOGS"
 
 step_build() { M2F_CUDA_ARCHS=${M2F_CUDA_ARCHS:-$ARCH} "$PYTHON" setup.py -q build_ext --inplace && cat build/temp.*/cmake/build.log; }
-step_info() { "$PYTHON" -m m2f_kernels.info && nvidia-smi && git rev-parse HEAD; }
+step_info() { "$PYTHON" -m m2f_kernels.info && nvidia-smi && { git rev-parse HEAD || echo "${M2F_COMMIT:-no git checkout}"; }; }
+step_kernels() { "$PYTHON" -m benchmarks.kernels --output "$OUTPUT/$slug/kernels.md"; }
 step_resources() { "$PYTHON" -m benchmarks.static_cuda --archs "$ARCH" --check --output "$LOGS/cuda_resources.md"; }
 step_triton_resources() { "$PYTHON" -m benchmarks.static --archs "$ARCH" --check --output "$LOGS/triton_resources.md"; }
-step_suite() { "$PYTHON" -m pytest tests -m "not slow" -q --durations=10; }
+step_suite() {
+  local parallel=""
+  "$PYTHON" -c "import xdist" 2>/dev/null && parallel="-n $WORKERS"
+  "$PYTHON" -m pytest tests -m "not slow" -q --durations=10 $parallel
+}
 step_graphs() { "$PYTHON" -m pytest tests -m "cuda and not slow" -k "graph" -q -rs; }
 sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }
 step_memcheck() { sanitizer memcheck; }

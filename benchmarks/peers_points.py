@@ -22,13 +22,13 @@ def _published() -> Any:
     return modeling_mask2former
 
 
-def published_loss(num_points: int) -> Any:
-    """`Mask2FormerLoss` with the published options."""
+def published_loss(num_points: int, device: torch.device) -> Any:
+    """`Mask2FormerLoss` with the published options, its class weights on `device`."""
     config = SimpleNamespace(
         num_labels=NUM_LABELS, no_object_weight=0.1, train_num_points=num_points, oversample_ratio=3.0,
         importance_sample_ratio=0.75, class_weight=COST_CLASS, dice_weight=COST_DICE, mask_weight=COST_MASK,
     )  # fmt: skip
-    return _published().Mask2FormerLoss(config, {})
+    return _published().Mask2FormerLoss(config, {}).to(device)
 
 
 def weighted(losses: dict[str, Tensor]) -> Tensor:
@@ -52,7 +52,8 @@ def points_loss(num_points: int) -> Callable[[dict[str, Any]], Tensor]:
             for m, c in zip(masks[:-1], classes[:-1], strict=True)
         ]
         targets, labels = [t.float() for t in a["targets"]], list(a["labels"])
-        return weighted(published_loss(num_points)(masks[-1], classes[-1], targets, labels, auxiliary))
+        criterion = published_loss(num_points, a["labels"].device)
+        return weighted(criterion(masks[-1], classes[-1], targets, labels, auxiliary))
 
     return call
 
@@ -61,7 +62,7 @@ def full_loss(stride_4: bool) -> Callable[[dict[str, Any]], Tensor]:
     """The same with every pixel: predictions upsampled to the targets' size, or targets shrunk to the predictions'."""
 
     def call(a: dict[str, Any]) -> Tensor:
-        published, criterion = _published(), published_loss(1)
+        published, criterion = _published(), published_loss(1, a["labels"].device)
         from scipy.optimize import linear_sum_assignment
 
         targets = [t.float() for t in a["targets"]]
@@ -101,7 +102,7 @@ def matching(num_points: int, from_logits: bool) -> Callable[[dict[str, Any]], A
     """`transformers`' matcher for every output, from mask logits that exist already or from their factors."""
 
     def call(a: dict[str, Any]) -> list[Tensor]:
-        matcher = published_loss(num_points).matcher
+        matcher = published_loss(num_points, a["labels"].device).matcher
         masks = a["mask_logits"] if from_logits else logits_of(a)
         targets, labels = [t.float() for t in a["targets"]], list(a["labels"])
         found = [matcher(m, c, targets, labels) for m, c in zip(masks, a["class_logits"], strict=True)]

@@ -36,8 +36,10 @@ ROOT = Path(__file__).parent
 class Runner:
     """Starts workers, follows their events and gathers what they measured."""
 
-    def __init__(self, scale: Scale, ops: list[str], case: str, workspace: Path, console: Console) -> None:
-        self.scale, self.case, self.workspace, self.console = scale, case, workspace, console
+    def __init__(
+        self, scale: Scale, ops: list[str], case: str, skip: list[str], workspace: Path, console: Console
+    ) -> None:
+        self.scale, self.case, self.skip, self.workspace, self.console = scale, case, skip, workspace, console
         self.benchmarks: list[Benchmark] = [benchmarks.load(op) for op in ops]
         self.rows: list[Row] = []
         self.facts: dict[str, str] = {}
@@ -49,6 +51,7 @@ class Runner:
     def _worker(self, task: str, environment: dict[str, str], *arguments: str) -> Iterator[dict[str, Any]]:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker", task, "--device", self.scale.device]
         flags = [f"--{name}" for name in ("quick", "full") if getattr(self.scale, name)]
+        flags += [part for text in self.skip for part in ("--skip", text)]
         command += ["--workspace", str(self.workspace), *flags, *arguments]
         errors = self.workspace / "stderr.txt"
         with errors.open("w") as stderr:
@@ -150,6 +153,11 @@ def _arguments() -> argparse.Namespace:
     size.add_argument("--quick", action="store_true", help="small shapes and few rounds, to see that all runs")
     size.add_argument("--full", action="store_true", help="all shapes and dtypes: half an hour on 2 cores")
     parser.add_argument("--case", default="", help="only cases whose name contains this; written to <device>-partial")
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="TEXT",
+        help="leave out implementations whose name contains this, for example peers that take minutes to compile; "
+        "their rows say so; repeatable",
+    )  # fmt: skip
     parser.add_argument("--output", type=Path, default=ROOT / "results", help="default: benchmarks/results")
     parser.add_argument(
         "--compare", type=Path, metavar="OLD.csv", help="name regressions against an earlier run's CSV or folder"
@@ -185,7 +193,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="m2f-bench-") as workspace:
         ops = arguments.op or list(benchmarks.REGISTRY)
         scale = Scale(device, arguments.quick, arguments.full)
-        runner = Runner(scale, ops, arguments.case, Path(workspace), console)
+        runner = Runner(scale, ops, arguments.case, arguments.skip, Path(workspace), console)
         with Progress(*columns, console=console, transient=True) as progress:
             runner.run(progress)
     run = runner.result()

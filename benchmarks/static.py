@@ -118,17 +118,6 @@ CASES += [
 ]
 
 
-def one_kernel_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
-    """The attention's inputs with what the mask is predicted from, 256 channels, in place of the mask."""
-    query, key, value, _, _ = attention_inputs(dtype, d)
-    return query, key, value, meta(1, 100, 256, dtype=dtype), meta(1, 256, 16384, dtype=dtype), d**-0.5
-
-
-CASES.append(
-    Case(f"{_ATTENTION}_one_kernel", "predicted_masked_attention", one_kernel_inputs, (32, 16, 64, 128)),
-)
-
-
 def matched(dtype: torch.dtype) -> tuple[Any, ...]:
     """A chunk of 100 matched masks at stride 4 of a 1024 x 1024 image, and K = 12544 points of each."""
     indices = meta(100, dtype=torch.int64)
@@ -164,6 +153,15 @@ CASES += [
         _SAMPLE,
         "point_sample_backward",
         lambda dtype, _: (meta(1, 256, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
+    ),
+    # Sizes of 1 are constants to the compiler.
+    *(
+        Case(
+            _SAMPLE,
+            "point_sample",
+            lambda dtype, _, h=h, w=w: (meta(1, 5, h, w, dtype=dtype), meta(1, 70, 2, dtype=torch.float32), True),
+        )
+        for h, w in ((1, 1), (1, 9), (9, 1))
     ),
     Case(
         _SAMPLE,

@@ -67,7 +67,7 @@ def _row(benchmark: Benchmark, case: Case, implementation: Implementation, setti
 
 
 def _measure_case(
-    benchmark: Benchmark, case: Case, data: Data, setting: str, scale: Scale, rates: floors.Floors
+    benchmark: Benchmark, case: Case, data: Data, setting: str, scale: Scale, rates: floors.Floors, skip: list[str]
 ) -> list[Row]:
     rows, runs, timed, checked_ms = [], [], [], []
     first = setting == next(iter(facts.settings(scale.device)))
@@ -76,7 +76,8 @@ def _measure_case(
             continue
         row = _row(benchmark, case, implementation, setting)
         rows.append(row)
-        reason = implementation.unavailable()
+        reason = next((f"left out (--skip {text})" for text in skip if text in implementation.name), None)
+        reason = reason or implementation.unavailable()
         if reason is not None:
             row.status = reason
             continue
@@ -127,7 +128,9 @@ def _measure_case(
     return rows
 
 
-def time_cases(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace: Path, setting: str) -> None:
+def time_cases(
+    benchmark: Benchmark, scale: Scale, cases: list[Case], workspace: Path, setting: str, skip: list[str]
+) -> None:
     """Check and time every case under this process's allocator setting."""
     if not scale.full and setting != next(iter(facts.settings(scale.device))):
         cases = [case for case in cases if not case.one_setting]
@@ -143,7 +146,7 @@ def time_cases(benchmark: Benchmark, scale: Scale, cases: list[Case], workspace:
             loaded = case.data, _load(workspace, case.data, scale.device)
         torch.set_num_threads(case.threads or all_threads)
         rate = rates[str(case.threads or all_threads)]
-        for row in _measure_case(benchmark, case, loaded[1], setting, scale, rate):
+        for row in _measure_case(benchmark, case, loaded[1], setting, scale, rate, skip):
             emit("row", row=asdict(row))
     torch.set_num_threads(all_threads)
 
@@ -233,11 +236,14 @@ def main() -> None:
     parser.add_argument("--workspace", type=Path, required=True)
     parser.add_argument("--setting", default="")
     parser.add_argument("--case", default="", help="only cases whose name contains this")
+    parser.add_argument("--skip", action="append", default=[], help="leave out implementations that contain this")
     arguments = parser.parse_args()
 
     global _OUT
     _OUT, sys.stdout = sys.stdout, sys.stderr  # whatever a peer prints must not enter the protocol
     scale = Scale(arguments.device, arguments.quick, arguments.full)
+    # float32 is float32 for everybody, in cuDNN's convolutions too, which default to TF32.
+    torch.backends.cudnn.allow_tf32 = False
     if arguments.task == "memory":
         measure_memory(scale, arguments.workspace)
         return
@@ -251,7 +257,7 @@ def main() -> None:
         if arguments.task == "prepare":
             prepare(benchmark, scale, cases, arguments.workspace)
         else:
-            time_cases(benchmark, scale, cases, arguments.workspace, arguments.setting)
+            time_cases(benchmark, scale, cases, arguments.workspace, arguments.setting, arguments.skip)
 
 
 if __name__ == "__main__":

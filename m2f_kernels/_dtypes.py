@@ -14,7 +14,8 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast(tensor: Tensor) -> Tensor:
     """`tensor` in autocast's dtype where autocast is on; float64 stays, as in PyTorch's own autocast rules."""
     device = tensor.device.type
-    available = torch.amp.is_autocast_available(device)
-    if available and tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
+    # The meta device has no autocast, and asking raises. torch.amp.is_autocast_available would tell, but
+    # torch.compile of PyTorch 2.11 does not trace it.
+    if device != "meta" and tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor

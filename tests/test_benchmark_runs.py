@@ -33,6 +33,35 @@ def _python(*arguments, **environment):
     )
 
 
+# ---------------------------------------------------------------- commands
+
+
+def test_implementations_can_be_left_out(tmp_path):
+    """Their rows say so, and are not measured."""
+    run = ("-m", "benchmarks.run", "--device", "cpu", "--quick", "--op", "attention_mask", "--case", "256")
+    done = _python(*run, "--skip", "transformers", "--output", tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (table,) = tmp_path.glob("cpu-*/attention_mask.csv")
+    rows = compare.read(table)
+    for row in rows:
+        left_out = "transformers" in row.implementation
+        assert row.status == ("left out (--skip transformers)" if left_out else "ok")
+        assert (row.median_ms is None) == left_out
+    assert {row.implementation for row in rows} >= {"m2f_kernels", "transformers", "PyTorch, strided slices"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the small sizes are the CPU's")
+def test_kernels_alone(tmp_path):
+    parts = ("--part", "masks", "--part", "points")
+    done = _python("-m", "benchmarks.kernels", *parts, "--output", tmp_path / "k" / "x.md")
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "k" / "x.md").read_text()
+    for name in ("resize_mask_features", "predict_attention_mask", "point_sample backward", "uncertain_points"):
+        (line,) = [line for line in written.splitlines() if line.startswith(f"| {name}")]
+        assert all(float(cell) > 0 for cell in line.split("|")[2:4])
+    assert "- torch: " in written
+
+
 # ---------------------------------------------------------------- timing
 
 

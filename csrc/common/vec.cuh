@@ -122,6 +122,18 @@ struct Vector<T, 8> : Raw16 {
   }
 };
 
+template <typename T>
+struct Vector<T, 4> {
+  using A = float;
+  using Raw = uint2;
+  static __device__ __forceinline__ uint2 zero() { return make_uint2(0, 0); }
+  static __device__ __forceinline__ uint2 load(const void* p) { return __ldg(static_cast<const uint2*>(p)); }
+  static __device__ __forceinline__ void unpack(uint2 raw, float (&out)[4]) {
+    Pair16<T>::unpack(raw.x, out[0], out[1]);
+    Pair16<T>::unpack(raw.y, out[2], out[3]);
+  }
+};
+
 // address[i] += x[i], atomically. 16-byte reductions where the architecture has them; address is then 16-byte aligned.
 template <typename A, int kCount>
 __device__ __forceinline__ void atomic_add(A* address, const A (&x)[kCount]) {

@@ -10,11 +10,12 @@
 //   arithmetic           0.53 G fused multiply-adds = 16 us at 67 TFLOP/s; unpacking bf16 takes as many instructions
 //                        again, so issue slots weigh more: 102 per warp and sample (counted in sm_90's code), 53 M in
 //                        all, over 132 SMs * 4 * 1.755 GHz = 57 us
-// Those rates are data-sheet figures; nothing here was timed yet.
+// Those rates are data-sheet figures. An H100 took 134 us with local offsets and 152 us with random ones.
 //
 // Lanes. A group of 2^k lanes serves one (query, head); each lane holds 16 bytes of the channels, so that a bf16
 // head of 32 takes 4 lanes and a warp serves 8 queries, an fp32 head 8 lanes and 4 queries. A corner is one 64-byte
-// (128-byte) segment: full sectors. Where D, strides or alignment forbid 16 bytes, a lane holds one element.
+// (128-byte) segment: full sectors. Backward a lane holds 4 channels in either dtype. Where D, strides or alignment
+// forbid vectors, a lane holds one element.
 //
 // Preparing samples. Lane i of a group reads sample i of a round, turns it into four positions and four weights
 // (32 bytes) and puts them in shared memory; then all lanes walk the round's samples, reading them back with two
@@ -433,39 +434,46 @@ inline Geometry choose_geometry(DeformAttnArgs& args, int vec, bool backward, bo
           dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared)};
 }
 
-// Whether 16-byte accesses fit everything that a lane accesses as vectors.
-inline bool allows_vectors(const DeformAttnArgs& args) {
-  const int vec = 16 / element_size(args.dtype);
-  bool fits = args.channels % vec == 0 && divides(args.value, 16);
+// Whether accesses of `vec` channels fit everything that a lane accesses as vectors.
+inline bool allows_vectors(const DeformAttnArgs& args, int vec) {
+  const int bytes = vec * element_size(args.dtype);
+  bool fits = args.channels % vec == 0 && divides(args.value, bytes);
   for (const int64_t stride : {args.value_n, args.value_s, args.value_h}) fits = fits && stride % vec == 0;
   if (args.grad_output != nullptr) {
-    fits = fits && divides(args.grad_output, 16) && args.grad_output_n % vec == 0 && args.grad_output_q % vec == 0;
+    fits = fits && divides(args.grad_output, bytes) && args.grad_output_n % vec == 0 && args.grad_output_q % vec == 0;
   } else {
-    fits = fits && divides(args.output, 16);
+    fits = fits && divides(args.output, bytes);
   }
   return fits;
 }
 
 template <typename T, int kVec>
-void launch_kernel(DeformAttnArgs& args, bool from_offsets, const DeviceTraits& device, cudaStream_t stream) {
-  const bool backward = args.grad_output != nullptr;
-  const Geometry geometry = choose_geometry(args, kVec, backward, from_offsets, device);
-  const auto kernel = backward ? (from_offsets ? ms_deform_attn_backward_kernel<T, kVec, true>
-                                               : ms_deform_attn_backward_kernel<T, kVec, false>)
-                               : (from_offsets ? ms_deform_attn_forward_kernel<T, kVec, true>
-                                               : ms_deform_attn_forward_kernel<T, kVec, false>);
-  launch(kernel, geometry.grid, geometry.block, geometry.shared_bytes, stream, args);
+void launch_forward(DeformAttnArgs& args, bool from_offsets, const DeviceTraits& device, cudaStream_t stream) {
+  const Geometry geometry = choose_geometry(args, kVec, false, from_offsets, device);
+  launch(from_offsets ? ms_deform_attn_forward_kernel<T, kVec, true> : ms_deform_attn_forward_kernel<T, kVec, false>,
+         geometry.grid, geometry.block, geometry.shared_bytes, stream, args);
 }
 
 template <typename T, int kVec>
+void launch_backward(DeformAttnArgs& args, bool from_offsets, const DeviceTraits& device, cudaStream_t stream) {
+  const Geometry geometry = choose_geometry(args, kVec, true, from_offsets, device);
+  launch(from_offsets ? ms_deform_attn_backward_kernel<T, kVec, true> : ms_deform_attn_backward_kernel<T, kVec, false>,
+         geometry.grid, geometry.block, geometry.shared_bytes, stream, args);
+}
+
+// 16 bytes a lane: 16 / sizeof(T) channels of value forward. Backward 4 channels whatever the dtype, 16 bytes of the
+// fp32 sums: with 8, the two reductions of a lane each touch every other 16 bytes, and took twice as long (H100).
+template <typename T>
 void launch_widest(DeformAttnArgs& args, const DeviceTraits& device, bool from_offsets, cudaStream_t stream) {
+  if (args.grad_output == nullptr) {
+    constexpr int kVec = 16 / sizeof(T);
+    return allows_vectors(args, kVec) ? launch_forward<T, kVec>(args, from_offsets, device, stream)
+                                      : launch_forward<T, 1>(args, from_offsets, device, stream);
+  }
   // Scalar reductions want consecutive lanes on consecutive channels.
   const bool scalar_reductions = args.grad_value != nullptr && device.architecture < 90;
-  if (allows_vectors(args) && !scalar_reductions) {
-    launch_kernel<T, kVec>(args, from_offsets, device, stream);
-  } else {
-    launch_kernel<T, 1>(args, from_offsets, device, stream);
-  }
+  return allows_vectors(args, 4) && !scalar_reductions ? launch_backward<T, 4>(args, from_offsets, device, stream)
+                                                       : launch_backward<T, 1>(args, from_offsets, device, stream);
 }
 
 // Rows of value further apart than this do not fit the kernels' 32-bit stride; such a value has to be copied first.
@@ -475,10 +483,12 @@ constexpr int64_t kMaxRowBytes = 0xffffffff;
 inline void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& device, cudaStream_t stream) {
   const bool from_offsets = args.reference.data != nullptr;
   switch (args.dtype) {
-    case DType::kFloat64: return launch_kernel<double, 1>(args, from_offsets, device, stream);
-    case DType::kFloat32: return launch_widest<float, 4>(args, device, from_offsets, stream);
-    case DType::kBFloat16: return launch_widest<__nv_bfloat16, 8>(args, device, from_offsets, stream);
-    case DType::kFloat16: return launch_widest<__half, 8>(args, device, from_offsets, stream);
+    case DType::kFloat64:
+      return args.grad_output == nullptr ? launch_forward<double, 1>(args, from_offsets, device, stream)
+                                         : launch_backward<double, 1>(args, from_offsets, device, stream);
+    case DType::kFloat32: return launch_widest<float>(args, device, from_offsets, stream);
+    case DType::kBFloat16: return launch_widest<__nv_bfloat16>(args, device, from_offsets, stream);
+    case DType::kFloat16: return launch_widest<__half>(args, device, from_offsets, stream);
   }
 }
 

@@ -32,6 +32,9 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 
+struct alignas(8) uint2 {
+  unsigned int x, y;
+};
 struct uint4 {
   unsigned int x, y, z, w;
 };
@@ -47,6 +50,7 @@ struct dim3 {
 };
 using cudaStream_t = void*;
 
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }

@@ -227,10 +227,16 @@ def test_blocked_keys_contribute_nothing(implementation, name, bad, dtype):
     assert_matches(case, expected)
 
 
+def assert_untouched(actual, clean, rows):
+    """Bit for bit on CPU. The Triton kernels add up a whole block of rows again, key by key: another rounding."""
+    actual, clean = actual[:, :, rows], clean[:, :, rows]
+    assert torch.equal(actual, clean) if actual.device.type == "cpu" else relative_error(actual, clean) < 1e-6
+
+
 @pytest.mark.parametrize("bad", NON_FINITE)
 @pytest.mark.parametrize("name", ["key", "value"])
 def test_keys_attended_by_some(implementation, name, bad):
-    """Rows that attend to a bad key are as in SDPA; the others are untouched."""
+    """Rows that attend to a bad key are as in SDPA; the others have their values."""
     case = make_case(q=9, s=150).to(implementation)
     case.attend[:, :, 40] = False
     case.attend[:, :, 0] = True
@@ -240,12 +246,11 @@ def test_keys_attended_by_some(implementation, name, bad):
     case.tensors[name][:, :, 40, 1] = bad
     actual = case.call(*case.tensors.values())
     expected = F.scaled_dot_product_attention(
-        *(x.double() for x in case.tensors.values()), case.attend[:, None], scale=32**-0.5
-    )
+        *(x.cpu().double() for x in case.tensors.values()), case.attend[:, None].cpu(), scale=32**-0.5
+    ).to(actual.device)
     assert torch.equal(actual.isnan()[:, :, 3], expected.isnan()[:, :, 3])
     assert torch.equal(actual.isinf()[:, :, 3], expected.isinf()[:, :, 3])
-    others = [i for i in range(9) if i != 3]
-    assert torch.equal(actual[:, :, others], clean[:, :, others])
+    assert_untouched(actual, clean, [i for i in range(9) if i != 3])
 
 
 def test_bad_key_attended_by_some_leaves_other_gradients(implementation):
@@ -270,9 +275,8 @@ def test_bad_query_stays_in_its_row(implementation, bad):
     case.tensors["query"] = case.tensors["query"].clone()
     case.tensors["query"][:, :, 2] = bad
     actual = case.call(*case.tensors.values())
-    others = [i for i in range(7) if i != 2]
     assert actual[:, :, 2].isnan().all()
-    assert torch.equal(actual[:, :, others], clean[:, :, others])
+    assert_untouched(actual, clean, [i for i in range(7) if i != 2])
 
 
 @pytest.mark.parametrize("size", [30.0, 1e3, 1e15])

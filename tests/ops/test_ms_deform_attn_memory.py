@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import m2f_kernels
-from tests.numerics import relative_error
+from tests.numerics import relative_error, rounding
 from tests.ops.ms_deform_attn_cases import MODES, assert_matches, make_case, truth, value_and_gradients
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
@@ -133,7 +133,11 @@ def test_bad_values_elsewhere_do_not_leak(implementation, d, dtype, bad, path):
     assert untouched.any()
     case.tensors["value"] = case.value.masked_fill(untouched, bad)
     for name, x in value_and_gradients(case.call, case.tensors, case.grad_output).items():
-        assert torch.equal(x, clean[name]), name
+        if name == "value" and implementation.type == "cuda":  # summed in any order
+            assert torch.equal(x == 0, clean[name] == 0)
+            assert relative_error(x, clean[name]) < (1e-6 if dtype in (F32, F64) else 2 * rounding(dtype))
+        else:
+            assert torch.equal(x, clean[name]), name
 
 
 def test_bad_weight_of_a_sample_outside(implementation):

@@ -260,6 +260,13 @@ def _combine_kernel(
     tl.store(logsumexp + row, (top + tl.log2(total)) * _LN2)
 
 
+def _loads_vectors(*tensors: Tensor) -> bool:
+    """Whether Triton takes every row to begin at a multiple of 16 bytes: it looks at addresses and at strides, of axes
+    with one element too, which have to be multiples of 16."""
+    address = (x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr() for x in tensors)
+    return all(a % 16 == 0 for a in address) and all(s % 16 == 0 for x in tensors for s in x.stride()[:3])
+
+
 def masked_attention(
     query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -281,6 +288,9 @@ def masked_attention(
     splits = triton.cdiv(tiles, owned)
     direct = splits == 1
     block_d = configs.padded(d)
+    # Triton 3.6 on an H100 gave wrong numbers, and accesses outside shared memory, for half-precision keys in the rows
+    # that it could not load as vectors. Queries in the rows were right.
+    keys_first = bool(config["KEYS_FIRST"]) and (query.element_size() == 4 or _loads_vectors(query, key, value))
     sums = statistics = output
     if not direct:
         sums = query.new_empty(splits, n, heads, q, d, dtype=torch.float32)
@@ -291,7 +301,7 @@ def masked_attention(
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         q, s, bits.shape[2], query_blocks, scale * math.log2(math.e),
         D=d, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k, TILES=owned,
-        KEYS_FIRST=bool(config["KEYS_FIRST"]), DIRECT=direct,
+        KEYS_FIRST=keys_first, DIRECT=direct,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     if not direct:

@@ -33,7 +33,7 @@ def dense_planes(tensor: Tensor) -> Tensor:
 @triton.jit
 def axis(coordinate, size):
     """Pixel below a normalised coordinate, the fraction above it, and whether it contributes anything."""
-    length = size.to(tl.float32)
+    length = tl.cast(size, tl.float32)  # a size of 1 is a constant, which has no methods
     scaled = coordinate * length
     lost = tl.fma(coordinate, length, -scaled)  # what rounding took from the product
     x = scaled - 0.5
@@ -275,9 +275,11 @@ def uncertain_points(
             _candidates_kernel, (m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed, keys,
             first_stream, candidates, height, width, BLOCK=512, num_warps=4,
         )  # fmt: skip
+        # A histogram costs its 2048 bins whatever it counts: few large blocks.
+        block = min(max(triton.next_power_of_2(candidates), 1024), 4096)
         launch(
             _keep_kernel, (m,), keys, seed, points, first_stream, candidates, keep, keep + fresh,
-            BLOCK=1024, num_warps=8,
+            BLOCK=block, num_warps=block // 256,
         )  # fmt: skip
     if fresh:
         launch(

@@ -1,0 +1,134 @@
+"""Each operator alone on this GPU, in under a minute: microseconds of forward and backward for a 1024 x 1024 image.
+
+    python -m benchmarks.kernels
+    python -m benchmarks.kernels --output benchmarks/results/<device>/kernels.md
+
+A first look, and what to run after a change of a kernel: no peers, no reference, no memory, no floors, which
+`python -m benchmarks.run` has. Timed like there: the L2 cache overwritten before every call, launches queued before the
+clock starts. On CPU the same at a small size, to see that it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import m2f_kernels
+from benchmarks import facts, inputs, timing
+
+HEADS, CHANNELS, POINTS, QUERIES = 8, 256, 12544, 100
+_ROUNDS = 20
+#: What is timed, and a call of it.
+Call = tuple[str, Callable[[], object]]
+
+
+def _backward(name: str, output: Tensor, leaves: list[Tensor]) -> Call:
+    gradient = torch.randn_like(output)
+    return f"{name} backward", lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+
+
+def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
+    """An encoder of two images: samples around each position, and all over the image."""
+    maps = inputs.projected_levels(size, size, CHANNELS)[::-1]
+    value, levels = inputs.flatten_levels(maps, HEADS, 2)
+    queries = value.shape[1]
+    logits = inputs.attention_logits(2, queries, HEADS, 3, 4)
+    reference = inputs.reference_grid(levels, 2)
+    for where in ("local", "random"):
+        locations = (
+            inputs.local_locations(levels, 2, HEADS, 4)
+            if where == "local"
+            else inputs.random_locations(levels, 2, queries, HEADS, 4)
+        )
+        weights = logits.flatten(3).softmax(-1).view_as(logits)
+        name = f"ms_deform_attn, {where}"
+        leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), locations, weights)]
+        yield (
+            name,
+            lambda v=leaves: m2f_kernels.ms_deform_attn(v[0].detach(), levels, None, v[1].detach(), v[2].detach()),
+        )
+        yield _backward(name, m2f_kernels.ms_deform_attn(leaves[0], levels, None, *leaves[1:]), leaves)
+    name, offsets = "ms_deform_attn_from_offsets", inputs.offsets_of(locations, reference, levels)
+    leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), offsets.to(dtype), logits.to(dtype))]
+    operator, reference = m2f_kernels.ms_deform_attn_from_offsets, reference.to(device)
+    yield name, lambda: operator(leaves[0].detach(), levels, reference, leaves[1].detach(), leaves[2].detach())
+    yield _backward(name, operator(leaves[0], levels, reference, *leaves[1:]), leaves)
+
+
+def _masks(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
+    features = torch.randn(1, CHANNELS, size // 4, size // 4, device=device).to(dtype)
+    embed = torch.randn(1, QUERIES, CHANNELS, device=device).to(dtype)
+    levels = [(size // stride, size // stride) for stride in (32, 16, 8)]
+    yield "resize_mask_features", lambda: m2f_kernels.resize_mask_features(features, levels)
+    finest = m2f_kernels.resize_mask_features(features, levels)[-1]
+    yield "predict_attention_mask, stride 8", lambda: m2f_kernels.predict_attention_mask(embed, finest)
+
+
+def _attention(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
+    side, generator = size // 8, inputs.generator(8)
+    for batch, density in ((1, 0.3), (1, 0.05), (2, 0.3)):
+        query, key, value = (
+            torch.randn(batch, rows, CHANNELS, generator=generator).to(device, dtype).unflatten(-1, (HEADS, -1))
+            .transpose(1, 2).requires_grad_()
+            for rows in (QUERIES, side * side, side * side)
+        )  # fmt: skip
+        leaves = [query, key, value]
+        attend = inputs.blob_masks((side, side), batch, QUERIES, density).to(device)
+        mask, boolean = m2f_kernels.pack_attention_mask(attend), attend[:, None]
+        case = f"N={batch}, {density:.0%} attended"
+        for name, call in (
+            ("masked_attention", lambda *x, m=mask: m2f_kernels.masked_attention(*x, m)),
+            ("PyTorch's SDPA", lambda *x, m=boolean: F.scaled_dot_product_attention(*x, attn_mask=m)),
+        ):
+            yield f"{name}, {case}", lambda c=call, x=leaves: c(*(t.detach() for t in x))
+            yield _backward(f"{name}, {case}", call(*leaves), leaves)
+
+
+def _points(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
+    features = torch.randn(1, CHANNELS, size // 4, size // 4, device=device).to(dtype).requires_grad_()
+    points = torch.rand(1, POINTS, 2, device=device)
+    yield "point_sample", lambda: m2f_kernels.point_sample(features.detach(), points)
+    yield _backward("point_sample", m2f_kernels.point_sample(features, points), [features])
+    logits = torch.randn(1, 100, size // 4, size // 4, device=device)
+    yield "uncertain_points, 100 masks", lambda: m2f_kernels.uncertain_points(logits, POINTS)
+
+
+PARTS = {"deformable": _deformable, "masks": _masks, "attention": _attention, "points": _points}
+
+
+def microseconds(run: Callable[[], object], device: str) -> float:
+    """Median of interleaved rounds."""
+    return timing.interleaved([run], device, 0.0, _ROUNDS if device == "cuda" else 3)[0].median_ms * 1e3
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=list(PARTS), help="repeatable; default: all")
+    parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    lines = ["| operator | bfloat16, µs | float32, µs |", "|---|---:|---:|"]
+    print("\n".join(lines))
+    for part in options.part or PARTS:
+        columns = [
+            list(PARTS[part](device, 1024 if device == "cuda" else 128, d)) for d in (torch.bfloat16, torch.float32)
+        ]
+        for (name, low), (_, single) in zip(*columns, strict=True):
+            lines.append(f"| {name} | {microseconds(low, device):.1f} | {microseconds(single, device):.1f} |")
+            print(lines[-1], flush=True)
+    if options.output is not None:
+        stated = "\n".join(f"- {name}: {value}" for name, value in facts.gather(device, []).items())
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        options.output.write_text(
+            f"# Kernels alone\n\n`python -m benchmarks.kernels`\n\n{stated}\n\n" + "\n".join(lines) + "\n"
+        )
+
+
+if __name__ == "__main__":
+    main()
