@@ -288,8 +288,8 @@ def masked_attention(
     splits = triton.cdiv(tiles, owned)
     direct = splits == 1
     block_d = configs.padded(d)
-    # Triton 3.6 on an H100 gave wrong numbers, and accesses outside shared memory, for half-precision keys in the rows
-    # that it could not load as vectors. Queries in the rows were right.
+    # What Triton 3.6's assembler (ptxas 12.8) makes of half-precision keys in the rows that cannot be loaded as vectors
+    # gave wrong numbers on an H100: see docs/triton.md. Queries in the rows were right.
     keys_first = bool(config["KEYS_FIRST"]) and (query.element_size() == 4 or _loads_vectors(query, key, value))
     sums = statistics = output
     if not direct:
