@@ -14,6 +14,7 @@ import torch
 import m2f_kernels
 from benchmarks import peers
 from m2f_kernels import backend
+from m2f_kernels.info import cpu_name
 
 #: Allocator settings on CPU: environment of a fresh process. Large PyTorch temporaries cost page faults under glibc's
 #: defaults; with the heap retained and huge pages they do not. Every CPU ratio is shown under both.
@@ -50,16 +51,6 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
-
-
-def cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def device_name(device: str) -> str:

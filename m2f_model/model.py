@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from m2f_kernels import FactoredMasks
+from m2f_kernels._checks import describe
 from m2f_model.backbone import Backbone
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.criterion import Targets, build_criterion, losses_of
@@ -66,7 +66,7 @@ class Mask2Former(nn.Module):
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.
         """
-        got = _describe(pixel_values)
+        got = describe(pixel_values)
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():
             raise TypeError(f"pixel_values: expected a floating point tensor [N, 3, H, W]; got {got}")
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3 or 0 in pixel_values.shape:
@@ -123,9 +123,3 @@ class Mask2Former(nn.Module):
         for module in self.modules():
             if isinstance(module, CheckpointedLayer):
                 module.activation_checkpointing = on
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)}"
-    return f"{value!r} ({type(value).__name__})"

@@ -50,9 +50,16 @@ def _points() -> list[Tensor]:
     uniform = torch.rand(1, 300, 2, generator=g)
     costs = m2f_kernels.mask_matching_cost(masks, targets, uniform)
     points = m2f_kernels.uncertain_points(masks, 200, generator=g)
-    bce, dice = m2f_kernels.point_mask_loss(masks, targets, points)
+    cross_entropy, dice = m2f_kernels.point_mask_loss(masks, targets, points)
     samples = m2f_kernels.point_sample(features, uniform)
-    return [*costs[0], points, bce, dice, samples, *torch.autograd.grad((bce + dice).sum(), (embed, features))]
+    return [
+        *costs[0],
+        points,
+        cross_entropy,
+        dice,
+        samples,
+        *torch.autograd.grad((cross_entropy + dice).sum(), (embed, features)),
+    ]
 
 
 WORK = {"deformable attention": _deformable, "masked attention": _attention, "points": _points}

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from m2f_kernels._checks import describe
+from m2f_kernels._checks import check_number, describe
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.nn.predictions import Batch, Predictions, Targets, read_batch
-from m2f_kernels.ops.point_loss import cost_of_sampled_features, cost_of_samples, sample_labels
-from m2f_kernels.ops.point_sample import point_counts, sample
+from m2f_kernels.ops.point_loss import cost_of_image, sample_labels
+from m2f_kernels.ops.point_sample import point_counts
 
 #: For each decoder output, for each image: queries and their targets, int64 [M_i] on the CPU.
 Indices = list[list[tuple[Tensor, Tensor]]]
@@ -22,9 +22,9 @@ NON_FINITE = ("replace", "raise")
 class HungarianMatcher(nn.Module):
     """Gives each target the query that fits it best (Cheng et al. 2022, section 3.3; DETR, Carion et al. 2020).
 
-    Cost: `cost_class * -softmax(class_logits)[label] + cost_mask * bce + cost_dice * dice`, masks compared at uniform
-    points. Features of factored masks are sampled once per image, all outputs that share them are multiplied together,
-    and all costs travel to the host in one transfer.
+    Cost: `cost_class * -softmax(class_logits)[label] + cost_mask * cross_entropy + cost_dice * dice`, masks compared
+    at uniform points. Features of factored masks are sampled once per image, all outputs that share them are
+    multiplied together, and all costs travel to the host in one transfer.
 
     Args:
         cost_class, cost_mask, cost_dice: weights of the three costs.
@@ -57,9 +57,9 @@ class HungarianMatcher(nn.Module):
             raise ValueError("cost_class, cost_mask, cost_dice: expected at least one of them not to be 0")
         if non_finite not in NON_FINITE:
             raise ValueError(f"non_finite: expected one of {', '.join(map(repr, NON_FINITE))}; got {non_finite!r}")
-        self.cost_class = cost_class
-        self.cost_mask = cost_mask
-        self.cost_dice = cost_dice
+        self.cost_class = check_number("cost_class", cost_class)
+        self.cost_mask = check_number("cost_mask", cost_mask)
+        self.cost_dice = check_number("cost_dice", cost_dice)
         self.num_points = num_points
         self.fresh_points = fresh_points
         self.non_finite = non_finite
@@ -106,15 +106,15 @@ class HungarianMatcher(nn.Module):
         for group in batch.groups:
             masks = group.masks
             if shared is not None and shared_labels is not None:
-                costs = [_mask_costs(masks, image, shared, shared_labels)]
+                costs = [cost_of_image(masks, image, shared, shared_labels)]
             else:
                 costs = []
                 for part in range(len(group.outputs)):
                     points = self._points(batch.device)
                     rows = slice(part * q, (part + 1) * q)
                     own = masks.select(rows) if isinstance(masks, FactoredMasks) else masks
-                    costs.append(_mask_costs(own, image, points, sample_labels(batch.masks[image], points)))
-            both = torch.cat([self.cost_mask * bce + self.cost_dice * dice for bce, dice in costs])
+                    costs.append(cost_of_image(own, image, points, sample_labels(batch.masks[image], points)))
+            both = torch.cat([self.cost_mask * cross_entropy + self.cost_dice * dice for cross_entropy, dice in costs])
             for output, part_cost in zip(group.outputs, both.split(q), strict=True):
                 cost[output] += part_cost
         return cost
@@ -160,14 +160,6 @@ class HungarianMatcher(nn.Module):
             f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}, "
             f"num_points={self.num_points}, fresh_points={self.fresh_points}, non_finite={self.non_finite!r}"
         )
-
-
-def _mask_costs(masks: Tensor | FactoredMasks, image: int, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Both costs [Q, T] of one image."""
-    if isinstance(masks, FactoredMasks):
-        samples = sample(masks.mask_features[image : image + 1], points[None], exact=True)[0]
-        return cost_of_sampled_features(masks.mask_embed[image], samples, labels)
-    return cost_of_samples(sample(masks[image : image + 1], points[None], exact=True)[0], labels)
 
 
 def check_labels(labels: Sequence[int], image: int, num_labels: int) -> None:

@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f_kernels._checks import check_number
 from m2f_kernels.nn.hungarian_matcher import HungarianMatcher, Indices
 from m2f_kernels.nn.predictions import Batch, Group, Predictions, Targets, read_batch
 from m2f_kernels.ops.point_loss import uncertain_point_mask_loss
@@ -62,9 +63,9 @@ class PointMaskCriterion(nn.Module):
         self.num_points = num_points
         self.oversample_ratio = oversample_ratio
         self.importance_sample_ratio = importance_sample_ratio
-        self.class_weight = class_weight
-        self.mask_weight = mask_weight
-        self.dice_weight = dice_weight
+        self.class_weight = check_number("class_weight", class_weight)
+        self.mask_weight = check_number("mask_weight", mask_weight)
+        self.dice_weight = check_number("dice_weight", dice_weight)
         self.matcher = HungarianMatcher(
             cost_class,
             cost_mask,
@@ -75,7 +76,7 @@ class PointMaskCriterion(nn.Module):
             generator=generator,
         )
         weights = torch.ones(num_labels + 1)
-        weights[-1] = no_object_weight
+        weights[-1] = check_number("no_object_weight", no_object_weight)
         self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, predictions: Predictions, targets: Targets) -> dict[str, Tensor]:
@@ -131,8 +132,8 @@ class PointMaskCriterion(nn.Module):
         masks: list[Tensor] = [batch.class_logits.new_empty(0)] * outputs
         dice = list(masks)
         for group in batch.groups:
-            for output, bce_sum, dice_sum in self._group_losses(batch, group, indices):
-                masks[output], dice[output] = bce_sum, dice_sum
+            for output, cross_entropy_sum, dice_sum in self._group_losses(batch, group, indices):
+                masks[output], dice[output] = cross_entropy_sum, dice_sum
         return masks, dice
 
     def _group_losses(self, batch: Batch, group: Group, indices: Indices) -> list[tuple[int, Tensor, Tensor]]:
@@ -144,7 +145,7 @@ class PointMaskCriterion(nn.Module):
             )
             for image in range(len(batch.labels))
         ]
-        bce, dice = uncertain_point_mask_loss(
+        cross_entropy, dice = uncertain_point_mask_loss(
             group.masks,
             batch.masks,
             pairs,
@@ -155,7 +156,7 @@ class PointMaskCriterion(nn.Module):
         )
         counts = [len(queries) for queries, _ in pairs]
         sums = []
-        for losses in (bce, dice):
+        for losses in (cross_entropy, dice):
             # Masks lie in order of images, then of outputs.
             per_image = [x.view(size, -1).sum(1) for x in losses.split(counts)]
             # Of an empty batch too the sums are connected to the predictions.

@@ -89,11 +89,11 @@ def test_point_mask_loss_gradient():
     x, points = planes(GRADIENT_SIDE, BF16)
     target = torch.zeros(1, GRADIENT_SIDE, GRADIENT_SIDE, dtype=torch.bool)
     matches = [(torch.tensor([2]), torch.tensor([0]))]
-    bce, dice = m2f_kernels.point_mask_loss(x.requires_grad_(), [target], points, matches=matches)
-    (grad,) = torch.autograd.grad((bce + dice).sum(), x)
+    cross_entropy, dice = m2f_kernels.point_mask_loss(x.requires_grad_(), [target], points, matches=matches)
+    (grad,) = torch.autograd.grad((cross_entropy + dice).sum(), x)
     end = x[:, -1:, -16:].detach().double().requires_grad_()
-    bce, dice = m2f_kernels.point_mask_loss(end, [target[:, -16:]], at_the_end(points, GRADIENT_SIDE))
-    (expected,) = torch.autograd.grad((bce + dice).sum(), end)
+    cross_entropy, dice = m2f_kernels.point_mask_loss(end, [target[:, -16:]], at_the_end(points, GRADIENT_SIDE))
+    (expected,) = torch.autograd.grad((cross_entropy + dice).sum(), end)
     close(grad[:, -1:, -16:], expected)
     assert bool((grad[:, :, :-16] == 0).all())
 

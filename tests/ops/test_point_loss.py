@@ -57,13 +57,13 @@ def test_cost(implementation, generator, dtype, factored):
     targets = [torch.rand(t, h, 9, generator=generator) > 0.5 for t, h in ((4, 20), (0, 8), (2, 31))]
     points = torch.rand(3, 200, 2, generator=generator)
     given = FactoredMasks(*(x.to(implementation) for x in masks)) if factored else exact.to(dtype).to(implementation)
-    bce, dice = m2f_kernels.mask_matching_cost(
+    cross_entropy, dice = m2f_kernels.mask_matching_cost(
         given, [t.to(implementation) for t in targets], points.to(implementation)
     )
     for i, target in enumerate(targets):
         x = sampling.point_sample(exact[i : i + 1], points[i : i + 1].double())[0]
         t = sampling.point_sample(target[None].double(), points[i : i + 1].double())[0]
-        for a, b in zip((bce[i], dice[i]), reference.mask_matching_cost(x, t), strict=True):
+        for a, b in zip((cross_entropy[i], dice[i]), reference.mask_matching_cost(x, t), strict=True):
             assert a.dtype == (F64 if dtype == F64 else F32)
             assert relative_error(a, b) < FORWARD[F32]
 
@@ -101,11 +101,11 @@ class Case:
         """Both losses, and the gradients of the inputs for random weights of the losses."""
         inputs = [x.detach().to(device).requires_grad_() for x in self.inputs]
         masks = FactoredMasks(*inputs) if len(inputs) == 2 else inputs[0]
-        bce, dice = m2f_kernels.point_mask_loss(
+        cross_entropy, dice = m2f_kernels.point_mask_loss(
             masks, [t.to(device) for t in self.targets], self.points.to(device), matches=self.matches
         )
         weights = self.weights.to(device)
-        return bce, dice, *torch.autograd.grad((weights[0] * bce + weights[1] * dice).sum(), inputs)
+        return cross_entropy, dice, *torch.autograd.grad((weights[0] * cross_entropy + weights[1] * dice).sum(), inputs)
 
     def truth(self):
         inputs = [x.detach().double().requires_grad_() for x in self.inputs]
@@ -113,9 +113,9 @@ class Case:
         rows = torch.cat([queries + 6 * i for i, (queries, _) in enumerate(self.matches)])
         target_rows = torch.cat([chosen + 3 * i for i, (_, chosen) in enumerate(self.matches)])
         targets = [t.double() for t in self.targets]
-        bce, dice, *_ = reference.point_mask_loss(logits, rows, targets, target_rows, self.points.double())
+        cross_entropy, dice, *_ = reference.point_mask_loss(logits, rows, targets, target_rows, self.points.double())
         weights = self.weights.double()
-        return bce, dice, *torch.autograd.grad((weights[0] * bce + weights[1] * dice).sum(), inputs)
+        return cross_entropy, dice, *torch.autograd.grad((weights[0] * cross_entropy + weights[1] * dice).sum(), inputs)
 
     def check(self, device="cpu"):
         for i, (a, b) in enumerate(zip(self.run(device), self.truth(), strict=True)):
@@ -163,9 +163,9 @@ def test_masks_without_an_image_axis(generator):
     logits = torch.randn(5, 9, 7, generator=generator, requires_grad=True)
     targets = torch.rand(5, 18, 14, generator=generator) > 0.5
     points = torch.rand(5, 40, 2, generator=generator)
-    bce, dice = m2f_kernels.point_mask_loss(logits, targets, points)
+    cross_entropy, dice = m2f_kernels.point_mask_loss(logits, targets, points)
     expected = m2f_kernels.point_mask_loss(logits[None], [targets], points)
-    assert torch.equal(bce, expected[0])
+    assert torch.equal(cross_entropy, expected[0])
     assert torch.equal(dice, expected[1])
 
 
@@ -191,9 +191,9 @@ def test_nothing_matched(generator, factored):
     inputs = [x.detach().requires_grad_() for x in case.inputs]
     masks = FactoredMasks(*inputs) if factored else inputs[0]
     empty = (torch.zeros(0, dtype=torch.int64),) * 2
-    bce, dice = m2f_kernels.point_mask_loss(masks, case.targets, case.points[:0], matches=[empty, empty])
-    assert bce.shape == dice.shape == (0,)
-    for grad in torch.autograd.grad(bce.sum() + dice.sum(), inputs):
+    cross_entropy, dice = m2f_kernels.point_mask_loss(masks, case.targets, case.points[:0], matches=[empty, empty])
+    assert cross_entropy.shape == dice.shape == (0,)
+    for grad in torch.autograd.grad(cross_entropy.sum() + dice.sum(), inputs):
         assert torch.count_nonzero(grad) == 0
 
 
@@ -211,8 +211,10 @@ def test_gradcheck(generator, factored):
 def test_second_derivative_is_refused(generator):
     case = Case(generator)
     inputs = [x.requires_grad_() for x in case.inputs]
-    bce, _ = m2f_kernels.point_mask_loss(FactoredMasks(*inputs), case.targets, case.points, matches=case.matches)
-    (grad,) = torch.autograd.grad(bce.square().sum(), inputs[:1], create_graph=True)
+    cross_entropy, _ = m2f_kernels.point_mask_loss(
+        FactoredMasks(*inputs), case.targets, case.points, matches=case.matches
+    )
+    (grad,) = torch.autograd.grad(cross_entropy.square().sum(), inputs[:1], create_graph=True)
     with pytest.raises(RuntimeError, match="differentiable once"):
         grad.sum().backward()
 
@@ -245,8 +247,8 @@ def test_full_logits_never_exist(generator, small_chunks):
     targets = torch.rand(1, 40, 16, 16, generator=generator) > 0.5
     points = torch.rand(40, 20, 2, generator=generator)
     with Largest():
-        bce, dice = m2f_kernels.point_mask_loss(FactoredMasks(embed, features), targets, points)
-        (bce + dice).sum().backward()
+        cross_entropy, dice = m2f_kernels.point_mask_loss(FactoredMasks(embed, features), targets, points)
+        (cross_entropy + dice).sum().backward()
     assert 0 < largest < 40 * 16 * 16 * 4 / 2
 
 

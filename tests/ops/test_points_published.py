@@ -45,17 +45,17 @@ def sample(masks, points):
 def test_matching_cost(masks, generator, dtype):
     points = torch.rand(N, K, 2, generator=generator)
     targets = make_targets(generator, dtype)
-    bce, dice = m2f_kernels.mask_matching_cost(masks, targets, points)
+    cross_entropy, dice = m2f_kernels.mask_matching_cost(masks, targets, points)
     logits, _ = double_logits(list(masks) if isinstance(masks, FactoredMasks) else [masks])
     for i in range(N):
         x, t = sample(logits[i], points[i].double()), sample(targets[i], points[i].double())
-        assert bce[i].dtype == dice[i].dtype == F32
-        assert relative_error(bce[i], published.pair_wise_sigmoid_cross_entropy_loss(x, t)) < FORWARD[F32]
+        assert cross_entropy[i].dtype == dice[i].dtype == F32
+        assert relative_error(cross_entropy[i], published.pair_wise_sigmoid_cross_entropy_loss(x, t)) < FORWARD[F32]
         assert relative_error(dice[i], published.pair_wise_dice_loss(x, t)) < FORWARD[F32]
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("weights", [(5.0, 5.0), (1.0, 0.0), (0.0, 1.0)], ids=["both", "bce", "dice"])
+@pytest.mark.parametrize("weights", [(5.0, 5.0), (1.0, 0.0), (0.0, 1.0)], ids=["both", "cross_entropy", "dice"])
 def test_point_loss(masks, generator, dtype, weights):
     """Losses and, through logits or through embeddings and features, gradients; also of each loss alone."""
     targets = make_targets(generator, dtype)
@@ -65,15 +65,15 @@ def test_point_loss(masks, generator, dtype, weights):
     ]
     points = torch.rand(7, K, 2, generator=generator)
     inputs = leaves(masks)
-    bce, dice = m2f_kernels.point_mask_loss(masks, targets, points, matches=matches)
-    actual = torch.autograd.grad((weights[0] * bce + weights[1] * dice).sum() / 7, inputs)
+    cross_entropy, dice = m2f_kernels.point_mask_loss(masks, targets, points, matches=matches)
+    actual = torch.autograd.grad((weights[0] * cross_entropy + weights[1] * dice).sum() / 7, inputs)
 
     logits, exact_inputs = double_logits(inputs)
     x = torch.cat([sample(logits[i][matches[i][0]], p.double()) for i, p in enumerate(points.split([3, 4]))])
     t = torch.cat([sample(targets[i][matches[i][1]], p.double()) for i, p in enumerate(points.split([3, 4]))])
     expected_bce = published.sigmoid_cross_entropy_loss(x, t, 7)
     expected_dice = published.dice_loss(x, t, 7)
-    assert relative_error(bce.sum() / 7, expected_bce) < FORWARD[F32]
+    assert relative_error(cross_entropy.sum() / 7, expected_bce) < FORWARD[F32]
     assert relative_error(dice.sum() / 7, expected_dice) < FORWARD[F32]
     expected = torch.autograd.grad(weights[0] * expected_bce + weights[1] * expected_dice, exact_inputs)
     for a, b in zip(actual, expected, strict=True):

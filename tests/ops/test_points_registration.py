@@ -72,9 +72,9 @@ def call(embed, features, points, own, targets):
     masks = FactoredMasks(embed, features)
     samples = m2f_kernels.point_sample(masks, points)
     cost = m2f_kernels.mask_matching_cost(masks, targets, points)
-    bce, dice = m2f_kernels.point_mask_loss(masks, targets, own)
+    cross_entropy, dice = m2f_kernels.point_mask_loss(masks, targets, own)
     planes = m2f_kernels.point_mask_loss(masks.logits(), targets, own)
-    return samples.sum() + bce.sum() + dice.sum() + planes[0].sum(), cost
+    return samples.sum() + cross_entropy.sum() + dice.sum() + planes[0].sum(), cost
 
 
 def inputs(generator, q=4, k=20):

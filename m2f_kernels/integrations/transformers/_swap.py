@@ -147,6 +147,13 @@ def qualified_name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
+def watched(module: nn.Module) -> bool:
+    """Whether someone would miss that a module is not called."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
 class Plan(NamedTuple):
     """What is known about a module: its replacement, why it is left alone, whether it is accelerated already."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, plan, qualified_name
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, plan, qualified_name, watched
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
 from m2f_kernels.ops.ms_deform_attn.levels import MAX_LEVELS
 
@@ -80,7 +80,7 @@ class _Attention(Mixin):
         if states is None or points is None or _shapes(kwargs) is None:
             return False
         core = getattr(self, "attn", None)
-        return points.shape[-1] in (2, 4) and not (core is not None and _watched(core))
+        return points.shape[-1] in (2, 4) and not (core is not None and watched(core))
 
     def _m2f_value(self, states: Tensor, mask: Tensor | None) -> Tensor:
         """[N, S, H, D] of the encoder's states [N, S, C], zero at padding."""
@@ -205,13 +205,6 @@ def _shapes(kwargs: dict[str, Any]) -> Any:
     """(h, w) per level: integers where the family passes them, else the tensor."""
     shapes = kwargs.get("spatial_shapes_list")
     return kwargs.get("spatial_shapes") if shapes is None else shapes
-
-
-def _watched(module: nn.Module) -> bool:
-    """Whether someone would miss that a module is not called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 # ---------------------------------------------------------------- what is left alone

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, qualified_name
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, qualified_name, watched
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
     DROPPED,
@@ -28,7 +28,6 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     project_levels,
     subclass_problem,
     warn_unfused,
-    watched,
 )
 from m2f_kernels.integrations.transformers.pixel_decoder import (
     ENCODER_LAYER,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_kernels.integrations.transformers._swap import plan, qualified_name
+from m2f_kernels.integrations.transformers._swap import plan, qualified_name, watched
 from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion
 from m2f_kernels.nn.predictions import Targets, read_batch
@@ -33,13 +33,6 @@ def logits_of(masks: Masks) -> Tensor:
 
 
 # ---------------------------------------------------------------- cross-attention with weights of nn.MultiheadAttention
-
-
-def watched(module: nn.Module) -> bool:
-    """Whether someone would miss that a module is not called."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def attention_problem(attention: nn.Module) -> str | None:

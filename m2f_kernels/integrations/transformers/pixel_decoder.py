@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_kernels.integrations.transformers._swap import Mixin
-from m2f_kernels.integrations.transformers.mask_classification import watched
+from m2f_kernels.integrations.transformers._swap import Mixin, watched
 
 #: Pixels whose FFN activations exist at a time without gradients: few enough that they stay in the cache.
 _FFN_ROWS = 1024

@@ -373,10 +373,8 @@ def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     needs_value, needs_reference, needs_sampling = needs[0], needs[4], needs[5] or needs[6]
     use_reference = needs_value and _deterministic_needs_reference(inputs[0])
     op: Any = _from_offsets_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_from_offsets_backward
-    gradients = op(grad_output, *inputs, needs_value, needs_reference, needs_sampling)
-    grad_value, grad_reference, grad_offsets, grad_logits = differentiable_once(
-        _TITLE, gradients, [grad_output, *inputs]
-    )
+    found = op(grad_output, *inputs, needs_value, needs_reference, needs_sampling)
+    grad_value, grad_reference, grad_offsets, grad_logits = differentiable_once(_TITLE, found, [grad_output, *inputs])
     return (
         grad_value if needs_value else None,
         *(None, None, None),

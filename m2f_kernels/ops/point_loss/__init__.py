@@ -25,7 +25,7 @@ from m2f_kernels.ops.point_sample import (
     sample,
 )
 from m2f_kernels.ops.point_sample import reference as point_sample_reference
-from m2f_kernels.ops.point_sample.masks import MaskRows, select_rows
+from m2f_kernels.ops.point_sample.masks import MaskRows, multiply, select_rows
 
 __all__ = ["Matches", "mask_matching_cost", "point_mask_loss"]
 
@@ -89,7 +89,7 @@ def mask_matching_cost(
         points: [N, K, 2], (x, y) in [0, 1], shared by all queries and targets of an image. float64 or float32.
 
     Returns:
-        `(cost_bce, cost_dice)`, each [N, Q, T]; for a list of targets each a list of [Q, T_i]. float32 (float64 for
+        `(cross_entropy, dice)`, each [N, Q, T]; for a list of targets each a list of [Q, T_i]. float32 (float64 for
         float64 masks).
 
     Raises:
@@ -105,10 +105,10 @@ def mask_matching_cost(
     check_same_device("points", points, "mask_logits", first)
     with torch.no_grad():
         pairs = [
-            cost_of_image(_image(mask_logits, i), sample_labels(targets[i], points[i], first.dtype), points[i])
+            cost_of_image(mask_logits, i, points[i], sample_labels(targets[i], points[i], first.dtype))
             for i in range(n)
         ]
-    cross_entropy, dice = [bce for bce, _ in pairs], [dice for _, dice in pairs]
+    cross_entropy, dice = [cross_entropy for cross_entropy, _ in pairs], [dice for _, dice in pairs]
     if isinstance(target_masks, Tensor):
         empty = first.new_zeros(0, *first.shape[1:2], target_masks.shape[1], dtype=accumulation_dtype(first.dtype))
         return (torch.stack(cross_entropy), torch.stack(dice)) if n else (empty, empty)
@@ -136,7 +136,7 @@ def point_mask_loss(
         matches: for each image the queries and their targets, int64 [M_i] both; None gives query j to target j.
 
     Returns:
-        `(bce, dice)`, each [M]: the mean over points, and `1 - (2 sum(s t) + 1) / (sum(s) + sum(t) + 1)` with
+        `(cross_entropy, dice)`, each [M]: the mean over points, and `1 - (2 sum(s t) + 1) / (sum(s) + sum(t) + 1)` with
         s = sigmoid. float32 (float64 for float64 masks). Differentiable once in the masks; bitwise deterministic.
 
     Raises:
@@ -175,12 +175,6 @@ def uncertain_point_mask_loss(
 # ---------------------------------------------------------------- parts, without checks
 
 
-def _image(masks: Tensor | FactoredMasks, i: int) -> Tensor | FactoredMasks:
-    if isinstance(masks, FactoredMasks):
-        return FactoredMasks(masks.mask_embed[i : i + 1], masks.mask_features[i : i + 1])
-    return masks[i : i + 1]
-
-
 def sample_labels(targets: Tensor, points: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Targets [T, H, W] at points [K, 2], in [T, K]; `dtype` is that of the masks they are compared with."""
     if dtype == torch.float64:
@@ -188,12 +182,12 @@ def sample_labels(targets: Tensor, points: Tensor, dtype: torch.dtype = torch.fl
     return sample(targets[None], points[None], exact=True)[0]
 
 
-def cost_of_image(masks: Tensor | FactoredMasks, labels: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Both costs [Q, T] of one image's masks (with N = 1) and labels [T, K] sampled at the same points [K, 2]."""
+def cost_of_image(masks: Tensor | FactoredMasks, image: int, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Both costs [Q, T] of one image's masks and of labels [T, K], sampled at the same points [K, 2]."""
     if isinstance(masks, Tensor):
-        return cost_of_samples(sample(masks, points[None], exact=True)[0], labels)
-    samples = sample(masks.mask_features, points[None], exact=True)[0]
-    return cost_of_sampled_features(masks.mask_embed[0], samples, labels)
+        return cost_of_samples(sample(masks[image : image + 1], points[None], exact=True)[0], labels)
+    samples = sample(masks.mask_features[image : image + 1], points[None], exact=True)[0]
+    return cost_of_sampled_features(masks.mask_embed[image], samples, labels)
 
 
 def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,8 +198,8 @@ def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> 
     parts = -(-embed.shape[0] * k * dtype.itemsize // _BLOCK_BYTES)
     blocks = embed.tensor_split(max(1, parts))
     buffer = embed.new_empty(blocks[0].shape[0], k)
-    pairs = [cost_of_samples(factored.multiply(rows, samples, out=buffer[: rows.shape[0]]), labels) for rows in blocks]
-    return torch.cat([bce for bce, _ in pairs]), torch.cat([dice for _, dice in pairs])
+    pairs = [cost_of_samples(multiply(rows, samples, out=buffer[: rows.shape[0]]), labels) for rows in blocks]
+    return torch.cat([cross_entropy for cross_entropy, _ in pairs]), torch.cat([dice for _, dice in pairs])
 
 
 def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype
-from m2f_kernels.ops.point_sample.masks import chunk_bounds, exact, mask_bytes, multiply, product_chunks
-
-__all__ = ["backward", "forward", "multiply"]
+from m2f_kernels.ops.point_sample.masks import chunk_bounds, exact, mask_bytes, product_chunks
 
 
 @torch.no_grad()
