@@ -1,4 +1,4 @@
-// Masked cross-attention on CPU, forward; compiled once per instruction set (backward: cpu_backward.cpp).
+// Masked cross-attention on CPU, forward; compiled once per instruction set (backward: cpu_backward.h).
 //
 // A task is a range of an image's keys and a group of heads. Tiles of 64 keys are walked; for each, the queries that
 // have bits in it are listed, once for all heads, and only they are touched: the mask saves work at the grain of one

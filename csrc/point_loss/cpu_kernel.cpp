@@ -218,8 +218,8 @@ void loss(const PointLossArgs& args, int64_t first, int64_t last) {
   }
 }
 
-// d cross_entropy / dx = (s - t) / K;  d dice / dx = s (1 - s) (N / D - 2 t) / D with N = 2 sum(s t) + 1, D = sum(s) + sum(t)
-// + 1.
+// d cross_entropy / dx = (s - t) / K
+// d dice / dx = s (1 - s) (N / D - 2 t) / D, with N = 2 sum(s t) + 1 and D = sum(s) + sum(t) + 1
 void scatter_mask(const PointLossBackwardArgs& args, int64_t m, float* plane) {
   const float* points = args.points + m * args.k * 2;
   const float* probability = args.probability + m * args.k;
