@@ -9,10 +9,7 @@
 
 #include "common/simd.h"
 #include "common/simd_bits.h"
-
-#if !defined(M2F_VARIANT)
-#error "compile this file through CMake, which defines M2F_VARIANT"
-#endif
+#include "common/variant.h"
 
 namespace m2f {
 namespace {
@@ -277,10 +274,7 @@ void pack(const PackArgs& args, int64_t first, int64_t last) {
 
 }  // namespace
 
-#define M2F_CONCATENATE_(a, b) a##b
-#define M2F_CONCATENATE(a, b) M2F_CONCATENATE_(a, b)
-
-const AttentionMaskKernels& M2F_CONCATENATE(attention_mask_kernels_, M2F_VARIANT)() {
+const AttentionMaskKernels& M2F_FOR_VARIANT(attention_mask_kernels)() {
   static const AttentionMaskKernels kernels = {resize, packed_embed, pack_embed, predict_scratch, predict, pack};
   return kernels;
 }

@@ -11,12 +11,9 @@
 
 #include "masked_attention/cpu_kernel.h"
 
+#include "common/variant.h"
 #include "masked_attention/cpu_backward.h"
 #include "masked_attention/cpu_tiles.h"
-
-#if !defined(M2F_VARIANT)
-#error "compile this file through CMake, which defines M2F_VARIANT"
-#endif
 
 namespace m2f {
 namespace {
@@ -216,10 +213,7 @@ void combine_forward(const MaskedAttentionArgs& args, int64_t first, int64_t las
 
 }  // namespace
 
-#define M2F_CONCATENATE_(a, b) a##b
-#define M2F_CONCATENATE(a, b) M2F_CONCATENATE_(a, b)
-
-const MaskedAttentionKernels& M2F_CONCATENATE(masked_attention_kernels_, M2F_VARIANT)() {
+const MaskedAttentionKernels& M2F_FOR_VARIANT(masked_attention_kernels)() {
   static const MaskedAttentionKernels kernels = {forward_scratch, forward,         backward_scratch, backward,
                                                  forward_partial, combine_forward, backward_partial, combine_backward};
   return kernels;

@@ -18,11 +18,8 @@
 #include "ms_deform_attn/cpu_kernel.h"
 
 #include "common/simd.h"
+#include "common/variant.h"
 #include "ms_deform_attn/cpu_samples.h"
-
-#if !defined(M2F_VARIANT)
-#error "compile this file through CMake, which defines M2F_VARIANT"
-#endif
 
 namespace m2f {
 namespace {
@@ -490,10 +487,7 @@ void combine_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_
 
 }  // namespace
 
-#define M2F_CONCATENATE_(a, b) a##b
-#define M2F_CONCATENATE(a, b) M2F_CONCATENATE_(a, b)
-
-const MSDeformAttnKernels& M2F_CONCATENATE(ms_deform_attn_kernels_, M2F_VARIANT)() {
+const MSDeformAttnKernels& M2F_FOR_VARIANT(ms_deform_attn_kernels)() {
   static const MSDeformAttnKernels kernels = {kVectorBytes, forward_scratch, forward_any, backward_scratch,
                                               backward_any, grad_panel,      combine_any};
   return kernels;

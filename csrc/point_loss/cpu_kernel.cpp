@@ -11,10 +11,7 @@
 #include "point_loss/cpu_kernel.h"
 
 #include "common/bilinear_simd.h"
-
-#if !defined(M2F_VARIANT)
-#error "compile this file through CMake, which defines M2F_VARIANT"
-#endif
+#include "common/variant.h"
 
 namespace m2f {
 namespace {
@@ -265,10 +262,7 @@ void loss_backward(const PointLossBackwardArgs& args, int64_t first, int64_t las
 
 }  // namespace
 
-#define M2F_CONCATENATE_(a, b) a##b
-#define M2F_CONCATENATE(a, b) M2F_CONCATENATE_(a, b)
-
-const PointLossKernels& M2F_CONCATENATE(point_loss_kernels_, M2F_VARIANT)() {
+const PointLossKernels& M2F_FOR_VARIANT(point_loss_kernels)() {
   static const PointLossKernels kernels = {cost_scratch, cost, loss, loss_backward};
   return kernels;
 }

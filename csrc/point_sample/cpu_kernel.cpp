@@ -12,10 +12,7 @@
 
 #include "common/bilinear_simd.h"
 #include "common/philox_simd.h"
-
-#if !defined(M2F_VARIANT)
-#error "compile this file through CMake, which defines M2F_VARIANT"
-#endif
+#include "common/variant.h"
 
 namespace m2f {
 namespace {
@@ -233,10 +230,7 @@ void uncertain(const UncertainPointsArgs& args, int64_t first, int64_t last, voi
 
 }  // namespace
 
-#define M2F_CONCATENATE_(a, b) a##b
-#define M2F_CONCATENATE(a, b) M2F_CONCATENATE_(a, b)
-
-const PointSampleKernels& M2F_CONCATENATE(point_sample_kernels_, M2F_VARIANT)() {
+const PointSampleKernels& M2F_FOR_VARIANT(point_sample_kernels)() {
   static const PointSampleKernels kernels = {sample_scratch, sample, sample_backward, uncertain_scratch, uncertain};
   return kernels;
 }
