@@ -1,16 +1,21 @@
 """`python -m m2f_kernels.tune`: measure launch configurations on this GPU and keep the fastest.
 
 Opt-in: nothing is tuned at a first call. What is found is written to `m2f_kernels/tuned/sm_<capability>.json` (or where
-the environment variable M2F_TUNED says), and used from the next process on.
+the environment variable M2F_TUNED says), and used from the next process on. Nearly all of the time goes into compiling
+1250 configurations: that is done first, in as many processes as there are processors, into Triton's cache on disk.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import os
 import statistics
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -24,6 +29,7 @@ from m2f_kernels.ops.masked_attention import configs as attention_configs
 #: Keys of the level at stride 8 of a 1024 x 1024 image, heads, and channels of the mask features.
 KEYS, HEADS, CHANNELS = 16384, 8, 256
 _REPEATS = 20
+_HEAD_START_CYCLES = 1_000_000
 #: Largest relative difference from the default configuration's result: another order of additions, no more.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
@@ -87,12 +93,58 @@ def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     return True
 
 
+#: Candidates of the problem that has this place among `problems`.
+Batch = tuple[int, list[Configuration]]
+
+
+def batches(found: Iterator[Problem], size: int = 8) -> list[Batch]:
+    """What to compile, in parts of about `size` kernels. `waves` is no argument of a kernel: one of each suffices."""
+    parts = []
+    for index, problem in enumerate(found):
+        kernels = {tuple((k, v) for k, v in c.items() if k != "waves"): c for c in problem.candidates}
+        candidates = list(kernels.values())
+        parts += [(index, candidates[i : i + size]) for i in range(0, len(candidates), size)]
+    return parts
+
+
+def compile_batch(batch: Batch, capability: int, device: str) -> int:
+    """Call the operator with each of the candidates; how many ran. What fails here is named when it is measured."""
+    index, candidates = batch
+    problem = next(islice(problems(capability, torch.device(device)), index, None))
+    ran = 0
+    for candidate in candidates:
+        with _tuning.forced(problem.kernel, problem.key, candidate):
+            try:
+                problem.run()
+                ran += 1
+            except Exception:  # whatever Triton raises: too much shared memory, an assembler that gives up
+                continue
+    return ran
+
+
+def compile_ahead(parts: Sequence[Batch], capability: int, device: str, jobs: int, log: Callable[[str], None]) -> None:
+    """Fill Triton's cache from `jobs` processes; without it the same is compiled later, one kernel after another."""
+    total, done = sum(len(candidates) for _, candidates in parts), 0
+    failures = []
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        waiting = {pool.submit(compile_batch, part, capability, device): len(part[1]) for part in parts}
+        for future in as_completed(waiting):
+            if error := future.exception():  # a process ran out of memory, or died with its compiler
+                failures.append(f"{type(error).__name__}: {error}")
+            else:
+                done += waiting[future]
+                log(f"compiled {done} of {total} candidates")
+    if failures:
+        log(f"{total - done} candidates are compiled when they are measured: {failures[0]}")
+
+
 def milliseconds(run: Callable[[], object]) -> float:
-    """Median of several runs on the GPU."""
+    """Median of several runs by the GPU's clock, with inputs in its cache where they fit, as they are in a model."""
     run()
     times = []
     for _ in range(_REPEATS):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(_HEAD_START_CYCLES)  # so that launches are queued when the clock starts
         start.record()
         run()
         end.record()
@@ -138,13 +190,17 @@ def fastest(
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="the table to write; default: the one that is used")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes that compile")
     options = parser.parse_args()
+    if options.jobs < 1:
+        parser.error(f"--jobs: expected at least 1; got {options.jobs}")
     if not torch.cuda.is_available():
         print("m2f_kernels.tune: expected a CUDA device to measure on; torch sees none", file=sys.stderr)
         return 2
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
     path = options.output or _tuning.DIRECTORY / f"sm_{capability}.json"
+    compile_ahead(batches(problems(capability, torch.device("cuda"))), capability, "cuda", options.jobs, print)
     wrong = []
     for problem in problems(capability, torch.device("cuda")):
         best, right = fastest(problem, milliseconds, print)

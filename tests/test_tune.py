@@ -110,6 +110,52 @@ def test_the_fastest_right_candidate_wins():
     assert "failed: RuntimeError" in lines[1]
 
 
+def test_batches_name_every_kernel_once():
+    """`waves` alone makes no other kernel."""
+    default = configs.default_backward(90, 2, 100, 32)
+    problems = [tune.Problem("k", str(d), configs.candidates({**default, "BLOCK_Q": d}), tuple) for d in (64, 128)]
+    parts = tune.batches(iter(problems))
+    assert {index for index, _ in parts} == {0, 1}
+    assert all(0 < len(candidates) <= 8 for _, candidates in parts)
+    for index, problem in enumerate(problems):
+        kernels = [tuple(c[k] for k in c if k != "waves") for i, part in parts if i == index for c in part]
+        assert len(kernels) == len(set(kernels))
+        assert set(kernels) == {tuple(c[k] for k in c if k != "waves") for c in problem.candidates}
+        assert len(kernels) <= len(problem.candidates) / 2 + 1
+
+
+def test_candidates_are_compiled_in_other_processes():
+    """On CPU nothing is compiled, but the operators are called the same way."""
+    default = mask_configs.default(4, 20)
+    lines = []
+    tune.compile_ahead([(0, [default, default]), (1, [default])], 90, "cpu", 2, lines.append)
+    assert len(lines) == 2
+    assert lines[-1] == "compiled 3 of 3 candidates"
+
+
+def test_a_candidate_that_fails_stops_no_other(monkeypatch):
+    tried = []
+
+    def run():
+        tried.append(_tuning._forced["k", "x"]["i"])
+        if tried[-1] == 1:
+            raise RuntimeError("out of resource")
+        return ()
+
+    candidates = [{"i": i} for i in range(3)]
+    monkeypatch.setattr(tune, "problems", lambda *_: iter([tune.Problem("k", "x", candidates, run)]))
+    assert tune.compile_batch((0, candidates), 90, "cpu") == 2
+    assert tried == [0, 1, 2]
+
+
+def test_compiling_that_fails_is_named():
+    """It is done again later, one by one: slower, not wrong."""
+    lines = []
+    tune.compile_ahead([(0, [{}, {}])], 90, "no such device", 1, lines.append)
+    assert len(lines) == 1
+    assert lines[0].startswith("2 candidates are compiled when they are measured: RuntimeError: ")
+
+
 def test_the_default_must_run():
     """Otherwise another candidate would silently become the yardstick."""
 
