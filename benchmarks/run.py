@@ -6,7 +6,8 @@
     python -m benchmarks.run --compare OLD.csv                  names regressions, exit code 1 if there are any
 
 Everything is measured in fresh subprocesses (`benchmarks/worker.py`), one per allocator setting and one per
-measurement of memory; this process only starts them and writes reports.
+measurement of memory; this process only starts them and writes reports. Interrupted (Ctrl-C, SIGTERM), it writes what
+was measured until then to <device>-partial. Where the output is no terminal, each step is a line of it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -47,6 +49,8 @@ class Runner:
         self.slug = scale.device
         self.failures: list[str] = []
         self.seconds: dict[str, float] = {}
+        self.interrupted = False
+        self._start = time.perf_counter()
 
     def _worker(self, task: str, environment: dict[str, str], *arguments: str) -> Iterator[dict[str, Any]]:
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker", task, "--device", self.scale.device]
@@ -60,14 +64,28 @@ class Runner:
                 command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=variables, cwd=ROOT.parent
             )
             assert process.stdout is not None
-            for line in process.stdout:
-                yield json.loads(line)
-            code = process.wait()
+            try:
+                for line in process.stdout:
+                    yield json.loads(line)
+                code = process.wait()
+            except BaseException:
+                process.kill()
+                process.wait()
+                raise
         if code != 0:
             last = "\n".join(errors.read_text().strip().splitlines()[-15:])
             self.failures.append(f"worker '{task} {' '.join(arguments)}' ended with code {code}:\n{last}")
 
     def run(self, progress: Progress) -> None:
+        """Measure everything. After an interruption `rows` holds what was measured before."""
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            self._run(progress)
+        except KeyboardInterrupt:
+            self.interrupted = True
+            self.failures.append("interrupted")
+
+    def _run(self, progress: Progress) -> None:
         settings = facts.settings(self.scale.device)
         self._progress, self._task = progress, progress.add_task("starting", total=self._steps())
         ops = ("--op", ",".join(b.op for b in self.benchmarks), "--case", self.case)
@@ -116,6 +134,9 @@ class Runner:
         match event["event"]:
             case "progress":
                 self._progress.update(self._task, description=event["text"], advance=1)
+                if not self.console.is_terminal:
+                    seconds = time.perf_counter() - self._start
+                    self.console.print(f"{seconds:6.1f} s  {event['text']}", soft_wrap=True, markup=False)
             case "failure":
                 self.failures.append(event["text"])
             case "calibration":
@@ -145,6 +166,10 @@ class Runner:
         return report.Run(self.scale, self.facts, self.floors, rows)
 
 
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", action="append", choices=list(benchmarks.REGISTRY), help="repeatable; default: all")
@@ -165,9 +190,9 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _directory(arguments: argparse.Namespace, slug: str) -> Path:
+def _directory(arguments: argparse.Namespace, slug: str, interrupted: bool) -> Path:
     """Where results go: `<device>`, or beside it those that are not the whole of a default run."""
-    suffix = ("-quick" if arguments.quick else "") + ("-partial" if arguments.case else "")
+    suffix = ("-quick" if arguments.quick else "") + ("-partial" if arguments.case or interrupted else "")
     directory: Path = arguments.output / (slug + suffix)
     return directory / "full" if arguments.full else directory
 
@@ -202,7 +227,7 @@ def main() -> int:
         if runner.failures:
             run.facts["failures"] = "; ".join(failure.splitlines()[0] for failure in runner.failures)
         run.facts["wall time of the run"] = f"{time.perf_counter() - start:.0f} s ({phases})"
-        directory = _directory(arguments, runner.slug)
+        directory = _directory(arguments, runner.slug, runner.interrupted)
         report.write(directory, runner.benchmarks, run)
         for benchmark in runner.benchmarks:
             report.show(console, benchmark, run, everything=arguments.full or bool(arguments.case))

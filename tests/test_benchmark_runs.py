@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -48,6 +49,28 @@ def test_implementations_can_be_left_out(tmp_path):
         assert row.status == ("left out (--skip transformers)" if left_out else "ok")
         assert (row.median_ms is None) == left_out
     assert {row.implementation for row in rows} >= {"m2f_kernels", "transformers", "PyTorch, strided slices"}
+
+
+def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
+    """Beside the results of whole runs, and not as one."""
+    command = [sys.executable, "-m", "benchmarks.run", "--device", "cpu", "--quick", "--op", "attention_mask"]
+    process = subprocess.Popen([*command, "--output", tmp_path], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    lines, cases = [], []
+    for line in process.stdout:
+        lines.append(line)
+        cases += [line] if "attention_mask, default: " in line else []
+        if len(cases) == 3:  # so two have rows
+            process.send_signal(signal.SIGTERM)
+            break
+    lines += process.stdout.readlines()
+    assert process.wait(timeout=60) == 1
+    assert "Failed: interrupted" in "".join(lines)
+    (folder,) = tmp_path.iterdir()
+    assert folder.name.endswith("-quick-partial")
+    rows = compare.read(folder / "attention_mask.csv")
+    assert len({row.case for row in rows}) == 2
+    assert all(row.median_ms > 0 for row in rows if row.status == "ok")
+    assert "| failures | interrupted |" in (folder / "report.md").read_text()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the small sizes are the CPU's")
