@@ -37,7 +37,8 @@ step_triton_resources() { "$PYTHON" -m benchmarks.static --archs "$ARCH" --check
 step_suite() {
   local parallel=""
   "$PYTHON" -c "import xdist" 2>/dev/null && parallel="-n $WORKERS"
-  "$PYTHON" -m pytest tests -m "not slow" -q --durations=10 $parallel
+  # Named one by one: a run that is cut off has no summary.
+  "$PYTHON" -m pytest tests -m "not slow" -v --durations=10 $parallel
 }
 step_graphs() { "$PYTHON" -m pytest tests -m "cuda and not slow" -k "graph" -q -rs; }
 sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -m pytest tests/ops -m "cuda and not slow" -k sanitize -q; }
