@@ -8,6 +8,7 @@ the environment variable M2F_TUNED says), and used from the next process on. Nea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import multiprocessing
 import os
 import statistics
@@ -107,19 +108,14 @@ def batches(found: Iterator[Problem], size: int = 8) -> list[Batch]:
     return parts
 
 
-def compile_batch(batch: Batch, capability: int, device: str) -> int:
-    """Call the operator with each of the candidates; how many ran. What fails here is named when it is measured."""
+def compile_batch(batch: Batch, capability: int, device: str) -> None:
+    """Call the operator with each of the candidates. What fails here is named when it is measured."""
     index, candidates = batch
     problem = next(islice(problems(capability, torch.device(device)), index, None))
-    ran = 0
     for candidate in candidates:
-        with _tuning.forced(problem.kernel, problem.key, candidate):
-            try:
-                problem.run()
-                ran += 1
-            except Exception:  # whatever Triton raises: too much shared memory, an assembler that gives up
-                continue
-    return ran
+        # Whatever Triton raises: too much shared memory, an assembler that gives up. `fastest` meets it again.
+        with _tuning.forced(problem.kernel, problem.key, candidate), contextlib.suppress(Exception):
+            problem.run()
 
 
 def compile_ahead(parts: Sequence[Batch], capability: int, device: str, jobs: int, log: Callable[[str], None]) -> None:
@@ -133,9 +129,9 @@ def compile_ahead(parts: Sequence[Batch], capability: int, device: str, jobs: in
                 failures.append(f"{type(error).__name__}: {error}")
             else:
                 done += waiting[future]
-                log(f"compiled {done} of {total} candidates")
+                log(f"tried {done} of {total} candidates")
     if failures:
-        log(f"{total - done} candidates are compiled when they are measured: {failures[0]}")
+        log(f"{total - done} candidates wait until they are measured: {failures[0]}")
 
 
 def milliseconds(run: Callable[[], object]) -> float:

@@ -73,7 +73,6 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
     assert "| failures | interrupted |" in (folder / "report.md").read_text()
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the small sizes are the CPU's")
 def test_kernels_alone(tmp_path):
     parts = ("--part", "masks", "--part", "points")
     done = _python("-m", "benchmarks.kernels", *parts, "--output", tmp_path / "k" / "x.md")
