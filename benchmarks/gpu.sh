@@ -10,7 +10,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 export PYTHON=${PYTHON:-python3}
-STEPS=${STEPS:-"build info kernels resources triton_resources suite graphs memcheck racecheck bench bench_full"}
+STEPS=${STEPS:-"requirements build info kernels resources triton_resources suite graphs memcheck racecheck bench bench_full"}
 STEP_SECONDS=${STEP_SECONDS:-3600}
 # Processes of the suite, where pytest-xdist is installed. An illegal access spoils the tests after it in its process only.
 WORKERS=${WORKERS:-8}
@@ -29,6 +29,33 @@ export slug WORKERS OUTPUT=${OUTPUT:-benchmarks/results}
 export LOGS=$OUTPUT/$slug/run
 mkdir -p "$LOGS"
 
+# What is installed in another version than the tests were written for: a failure may be that version's.
+step_requirements() {
+  "$PYTHON" - tests/requirements.txt benchmarks/requirements.txt <<'EOF'
+import sys
+from importlib import metadata
+from pathlib import Path
+from packaging.requirements import Requirement
+
+unmet = 0
+for path in sys.argv[1:]:
+    for line in Path(path).read_text().splitlines():
+        if not (line := line.partition("#")[0].strip()):
+            continue
+        wanted = Requirement(line)
+        if wanted.marker and not wanted.marker.evaluate():
+            continue
+        try:
+            found = metadata.version(wanted.name)
+        except metadata.PackageNotFoundError:
+            found = "not installed"
+        if found == "not installed" or not wanted.specifier.contains(found, prereleases=True):
+            print(f"{path}: expected {wanted}; got {found}")
+            unmet += 1
+print(f"{unmet} requirements are not met")
+sys.exit(unmet > 0)
+EOF
+}
 step_build() { M2F_CUDA_ARCHS=${M2F_CUDA_ARCHS:-$ARCH} "$PYTHON" setup.py -q build_ext --inplace && cat build/temp.*/cmake/build.log; }
 step_info() { "$PYTHON" -m m2f_kernels.info && nvidia-smi && { git rev-parse HEAD || echo "${M2F_COMMIT:-no git checkout}"; }; }
 step_kernels() { "$PYTHON" -m benchmarks.kernels --output "$OUTPUT/$slug/kernels.md"; }

@@ -95,21 +95,27 @@ def test_loss_and_gradients(family):
 
 @families
 def test_bfloat16(family):
-    """As close to float32 as the original, within a factor of 2: what the selection of queries makes of the errors of
-    all other layers is in both. test_deformable.py has the attention alone, without a factor."""
-    with torch.no_grad():
-        truth = run(family.make(), family)[1]
-        model = family.make(torch.bfloat16)
-        before = attempt(model, family)
-        m2f_kernels.accelerate(model)
-        after = attempt(model, family)
-    if isinstance(before, str):
-        # In some versions other parts of a model mix dtypes.
-        pytest.skip(f"the original fails: {before}; accelerated: {after if after == before else 'does not fail'}")
-    for name in family.outputs:
-        assert after[name].dtype == before[name].dtype
-        error, original = ((x[name].float() - truth[name]).norm() / truth[name].norm() for x in (after, before))
-        assert error <= 2 * original, name
+    """As close to float32 as the original, over several models: where rounding lets a model select other queries than
+    float32 does, errors are large, and which of the two does that more often is chance. test_deformable.py has the
+    attention alone, without a factor."""
+    errors = dict.fromkeys(family.outputs, 0.0)
+    original = dict(errors)
+    for seed in range(2, 6):
+        with torch.no_grad():
+            truth = run(family.make(seed=seed), family)[1]
+            model = family.make(torch.bfloat16, seed)
+            before = attempt(model, family)
+            m2f_kernels.accelerate(model)
+            after = attempt(model, family)
+        if isinstance(before, str):
+            # In some versions other parts of a model mix dtypes.
+            pytest.skip(f"the original fails: {before}; accelerated: {after if after == before else 'does not fail'}")
+        for name in family.outputs:
+            assert after[name].dtype == before[name].dtype
+            errors[name] += ((after[name].float() - truth[name]).norm() / truth[name].norm()).item()
+            original[name] += ((before[name].float() - truth[name]).norm() / truth[name].norm()).item()
+    for name, error in errors.items():
+        assert error <= 1.5 * original[name], name
 
 
 @families

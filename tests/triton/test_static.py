@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks import static
+from m2f_kernels.ops.masked_attention import triton as masked_attention
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,11 +26,14 @@ def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess
 
 
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
-    done = run("--check", "--representative", "--output", str(tmp_path / "resources.md"))
+    # Masked attention refuses sm_100 with an older Triton: test_masked_attention_guarantees.py.
+    architectures = [a for a in static.SHARED_LIMITS if a != 100 or masked_attention._TRITON >= (3, 8)]
+    chosen = ",".join(map(str, architectures))
+    done = run("--check", "--representative", "--archs", chosen, "--output", str(tmp_path / "resources.md"))
     assert done.returncode == 0, done.stdout + done.stderr
     written = (tmp_path / "resources.md").read_text()
     for case in static.CASES:
-        for architecture in static.SHARED_LIMITS:
+        for architecture in architectures:
             rows = [line for line in written.splitlines() if line.startswith(f"| {case.function} |")]
             assert any(f" sm_{architecture} " in row for row in rows), f"{case.function} on sm_{architecture}"
 

@@ -183,9 +183,17 @@ def plan(module: nn.Module) -> Plan | None:
 
 def swap(module: nn.Module, replacement: Replacement) -> None:
     """Accelerate one module in place."""
-    # nn.Module's __setattr__ passes this on to object's.
     cls: Any = type(module)
-    module.__class__ = accelerated_class(replacement.mixin, cls)
+    _set_class(module, accelerated_class(replacement.mixin, cls))
+
+
+def _set_class(module: nn.Module, cls: Any) -> None:
+    # nn.Module's __setattr__ passes this on to object's.
+    module.__class__ = cls
+    # A graph that torch.compile made for the old class must not run again. In torch 2.11 its guards are skipped while
+    # no module's dictionary has changed, and a class is not in the dictionary.
+    vars(module)["_m2f_class_changed"] = True
+    del vars(module)["_m2f_class_changed"]
 
 
 def swap_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
@@ -194,7 +202,7 @@ def swap_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
     for module in modules:
         cls: Any = type(module)
         if cls in _PAIRS:
-            module.__class__ = _PAIRS[cls].original
+            _set_class(module, _PAIRS[cls].original)
         elif isinstance(module, _Accelerated):
             stuck.append(module)
     return stuck

@@ -6,6 +6,7 @@ only these classes have), they travel up as such, and only what is returned or s
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -46,9 +47,7 @@ _MATCHER = f"{_MODULE}.Mask2FormerHungarianMatcher"
 
 
 def _published() -> Any:
-    from transformers.models.mask2former import modeling_mask2former
-
-    return modeling_mask2former
+    return sys.modules[_MODULE]
 
 
 class Mask2FormerPixelDecoder(PixelDecoder):

@@ -6,6 +6,7 @@ when someone looks at them (:class:`AuxiliaryPrediction`). Text encoder and cont
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -119,9 +120,7 @@ def masks_of(prediction: dict[str, Any]) -> Masks:
 
 
 def _published() -> Any:
-    from transformers.models.oneformer import modeling_oneformer
-
-    return modeling_oneformer
+    return sys.modules[_MODULE]
 
 
 class OneFormerPixelDecoder(PixelDecoder):
@@ -278,7 +277,7 @@ class Decoder(Mixin):
                 reason = DROPPED
         if reason is not None:
             warn_unfused(self, reason)
-        return bool(layers) and reason is None
+        return len(layers) > 0 and reason is None
 
     def _m2f_decode(
         self,
