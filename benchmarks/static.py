@@ -154,12 +154,26 @@ CASES += [
         "point_sample_backward",
         lambda dtype, _: (meta(1, 256, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
     ),
+    # With few channels another kernel serves.
+    Case(
+        _SAMPLE,
+        "point_sample_backward",
+        lambda dtype, _: (meta(1, 1, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
+    ),
     # Sizes of 1 are constants to the compiler.
     *(
         Case(
             _SAMPLE,
             "point_sample",
             lambda dtype, _, h=h, w=w: (meta(1, 5, h, w, dtype=dtype), meta(1, 70, 2, dtype=torch.float32), True),
+        )
+        for h, w in ((1, 1), (1, 9), (9, 1))
+    ),
+    *(
+        Case(
+            _SAMPLE,
+            "point_sample_backward",
+            lambda dtype, _, h=h, w=w: (meta(1, 32, 70, dtype=dtype), meta(1, 70, 2, dtype=torch.float32), h, w),
         )
         for h, w in ((1, 1), (1, 9), (9, 1))
     ),

@@ -66,16 +66,20 @@ def test_sample_edges(kernels, device):
     assert found[0, 0].tolist() == list(points.values())
 
 
+CHANNELS = pytest.mark.parametrize("c", [3, 19], ids=["scattered", "sorted"])
+
+
+@CHANNELS
 @pytest.mark.parametrize("dtype", [F32, BF16, F16], ids=str)
 @pytest.mark.parametrize("magnitude", [1e-20, 1.0, 1e20])
-def test_sample_backward(kernels, device, generator, dtype, magnitude):
+def test_sample_backward(kernels, device, generator, dtype, magnitude, c):
     """Fixed point has no range to speak of: the scale follows each plane's largest gradient."""
     if dtype == F16 and magnitude != 1.0:
         magnitude = 0.01
     _, points = make(generator, device, k=300)
-    upstream = (torch.randn(2, 3, 300, generator=generator) * magnitude).to(device, dtype)
+    upstream = (torch.randn(2, c, 300, generator=generator) * magnitude).to(device, dtype)
     upstream[0, 1] = 0
-    pixels = torch.zeros(2, 3, 13, 17, dtype=torch.float64, device=device, requires_grad=True)
+    pixels = torch.zeros(2, c, 13, 17, dtype=torch.float64, device=device, requires_grad=True)
     sampled = sampling.point_sample(pixels, points.double())
     (expected,) = torch.autograd.grad(sampled, pixels, upstream.double())
     actual = kernels["point_sample_backward"](upstream, points, 13, 17)
@@ -83,14 +87,34 @@ def test_sample_backward(kernels, device, generator, dtype, magnitude):
     assert relative_error(actual, expected) <= tolerance(GRADIENT, dtype, dtype)
 
 
-def test_non_finite_gradients_stay_visible(kernels, device, generator):
+@CHANNELS
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 200)], ids=str)
+def test_sample_backward_of_crowded_points(kernels, device, generator, size, c):
+    """Strided points, many of them on the same spot, on edges and nowhere; the same result for the same call."""
+    points = torch.rand(2, 300, 2, generator=generator).mul(1.6).sub(0.3)
+    points[:, :40] = points[:, 40:41]
+    points[1, 100:110] = torch.tensor([0.0, 1.0])
+    points[0, 100] = float("nan")
+    points = points.flip(2).contiguous().flip(2).to(device)
+    upstream = torch.randn(2, c, 300, generator=generator).to(device)
+    pixels = torch.zeros(2, c, *size, dtype=torch.float64, device=device, requires_grad=True)
+    sampled = sampling.point_sample(pixels, points.double())
+    (expected,) = torch.autograd.grad(sampled, pixels, upstream.double())
+    actual = kernels["point_sample_backward"](upstream, points, *size)
+    assert relative_error(actual, expected) <= GRADIENT[F32]
+    assert torch.equal(actual, kernels["point_sample_backward"](upstream, points, *size))
+
+
+@CHANNELS
+def test_non_finite_gradients_stay_visible(kernels, device, generator, c):
     _, points = make(generator, device)
-    upstream = torch.ones(2, 3, 70, device=device)
+    upstream = torch.ones(2, c, 70, device=device)
     upstream[1, 2, 5] = float("nan")
     upstream[0, 0, 5] = float("inf")
     actual = kernels["point_sample_backward"](upstream, points, 13, 17)
     finite = actual.isfinite().flatten(2).all(2)
-    assert finite.tolist() == [[False, True, True], [True, True, False]]
+    assert finite[:, :3].tolist() == [[False, True, True], [True, True, False]]
+    assert finite[:, 3:].all()
 
 
 # ---------------------------------------------------------------- uncertain_points

@@ -1,7 +1,9 @@
 """Triton kernels of point sampling and uncertain points: see `reference.py` for what they compute.
 
-Gradients are scattered with integer atomics: fixed-point numbers of 64 bits, whose sum does not depend on the order of
-its terms. 40 bits below the largest term are kept, more than float32 has.
+Gradients do not depend on the order in which programs run. Where many channels share their points, those are sorted by
+cell once, and each pixel gathers its terms. Otherwise they are scattered with integer atomics: fixed-point numbers of
+64 bits, whose sum does not depend on the order of its terms. 40 bits below the largest term are kept, more than float32
+has.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from m2f_kernels.ops.point_sample.reference import sample_dtype
 
 #: Bits of a fixed-point gradient below the largest single term.
 FRACTION_BITS = 40
+#: Channels from which on sorting the points costs less than scattering.
+SORTED_CHANNELS = 16
 _BINS = tl.constexpr(2048)
 
 
@@ -161,9 +165,89 @@ def to_float(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
+@triton.jit(do_not_specialize=["num_points"])
+def _cell_kernel(
+    points, cells, points_n, points_k, points_d, num_points, height, width, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """One program: BLOCK_K points of one image. A cell is what lies between four pixels: there are `height` + 1 rows of
+    `width` + 1, and one more for points that contribute nothing."""
+    n = tl.program_id(1).to(tl.int64)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    at = points + n * points_n + k.to(tl.int64) * points_k
+    column, _, in_x = axis(tl.load(at, mask=k < num_points, other=0.0), width)
+    row, _, in_y = axis(tl.load(at + points_d, mask=k < num_points, other=0.0), height)
+    cell = tl.where(in_x & in_y, (row + 1) * (width + 1) + column + 1, (height + 1) * (width + 1))
+    tl.store(cells + n * num_points + k, cell, mask=k < num_points)
+
+
+@triton.jit
+def _gather_rows(
+    total, grad, points, order, first, n, c, row, column, points_n, points_k, points_d, num_channels, num_points,
+    height, width, inside, BELOW: tl.constexpr,
+):  # fmt: skip
+    """Adds to `total` [C, P] the terms of the two cells above (BELOW: below) each pixel."""
+    cell = (row + BELOW) * (width + 1) + column
+    first += n * ((height + 1) * (width + 1) + 1)
+    start = tl.load(first + cell, mask=inside, other=0)
+    count = tl.load(first + cell + 2, mask=inside, other=0) - start
+    for i in range(tl.max(count, axis=0)):
+        taken = i < count
+        k = tl.load(order + n * num_points + start + i, mask=taken, other=0)
+        at = points + n * points_n + k * points_k
+        left, fx, _ = axis(tl.load(at, mask=taken, other=0.0), width)
+        _, fy, _ = axis(tl.load(at + points_d, mask=taken, other=0.0), height)
+        weight = tl.where(left == column, 1 - fx, fx) * (1 - fy if BELOW else fy)
+        from_ = grad + (n * num_channels + c)[:, None] * num_points + k[None, :]
+        g = tl.load(from_, mask=(c < num_channels)[:, None] & taken[None, :], other=0.0).to(tl.float32)
+        total += tl.where(taken[None, :], g * weight[None, :], 0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_channels", "num_points"])
+def _gather_backward_kernel(
+    grad, points, order, first, out, points_n, points_k, points_d, num_channels, num_points, height, width,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P pixels in BLOCK_C channels of one image."""
+    n = tl.program_id(2).to(tl.int64)
+    p = tl.program_id(0) * BLOCK_P + tl.arange(0, BLOCK_P)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C).to(tl.int64)
+    row, column, inside = p // width, p % width, p < height * width
+    total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
+    for below in tl.static_range(2):
+        total = _gather_rows(
+            total, grad, points, order, first, n, c, row, column, points_n, points_k, points_d, num_channels,
+            num_points, height, width, inside, below,
+        )  # fmt: skip
+    to = out + ((n * num_channels + c) * height * width)[:, None] + p[None, :]
+    tl.store(to, total.to(out.dtype.element_ty), mask=(c < num_channels)[:, None] & inside[None, :])
+
+
+def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> Tensor:
+    """grad [N, C, K] contiguous, points [N, K, 2]."""
+    n, c, k = grad.shape
+    cells = torch.empty(n, k, dtype=torch.int32, device=grad.device)
+    launch(
+        _cell_kernel, (triton.cdiv(k, 256), n), points, cells, *points.stride(), k, height, width, BLOCK_K=256,
+        num_warps=4,
+    )  # fmt: skip
+    # Stable: equals keep their order, and so does the sum of their terms.
+    sorted_cells, order = cells.sort(dim=1, stable=True)
+    bounds = torch.arange((height + 1) * (width + 1) + 1, dtype=torch.int32, device=grad.device)
+    first = torch.searchsorted(sorted_cells, bounds.expand(n, -1).contiguous(), out_int32=True)
+    out = torch.empty(n, c, height, width, dtype=grad.dtype, device=grad.device)
+    launch(
+        _gather_backward_kernel, (triton.cdiv(height * width, 128), triton.cdiv(c, 16), n), grad, points, order, first,
+        out, *points.stride(), c, k, height, width, BLOCK_C=16, BLOCK_P=128, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
 def point_sample_backward(grad_output: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     """`m2f::point_sample_backward`: grad_output [N, C, K], points [N, K, 2]."""
     n, c, k = grad_output.shape
+    if c >= SORTED_CHANNELS and grad_output.numel() and height * width:
+        return _backward_sorted(grad_output.contiguous(), points, height, width)
     grad = grad_output.contiguous().view(n * c, k)
     sums = torch.zeros(n * c, height, width, dtype=torch.int64, device=grad.device)
     scale = grad.new_ones(n * c, dtype=torch.float32)
@@ -275,11 +359,12 @@ def uncertain_points(
             _candidates_kernel, (m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed, keys,
             first_stream, candidates, height, width, BLOCK=512, num_warps=4,
         )  # fmt: skip
-        # A histogram costs its 2048 bins whatever it counts: few large blocks.
+        # A histogram costs its 2048 bins whatever it counts: few large blocks. With 16 warps the largest spills with
+        # Triton 3.6 and 3.7.
         block = min(max(triton.next_power_of_2(candidates), 1024), 4096)
         launch(
             _keep_kernel, (m,), keys, seed, points, first_stream, candidates, keep, keep + fresh,
-            BLOCK=block, num_warps=block // 256,
+            BLOCK=block, num_warps=8,
         )  # fmt: skip
     if fresh:
         launch(
