@@ -60,14 +60,13 @@ def default_backward(capability: int, element_size: int, num_queries: int, d: in
     if element_size == 4:
         tile = {"BLOCK_Q": min(queries, 16 if channels == 16 else 32), "BLOCK_K": 32}
         return {**tile, "num_warps": 8, "num_stages": 1, "waves": 4}
-    if channels >= 64 or num_queries > 128:
+    if channels >= 32 or num_queries > 128:
         queries = min(queries, 64)
-    ahead = capability // 10 == 9 and channels == 32 and queries == 128
     return {
         "BLOCK_Q": queries,
-        "BLOCK_K": 64 if channels <= 32 else 32,
+        "BLOCK_K": 128 if channels == 32 and num_queries > 64 else 64 if channels <= 32 else 32,
         "num_warps": 4 if channels == 16 and queries <= 64 else 8,
-        "num_stages": 2 if ahead else 1,
+        "num_stages": 1,
         "waves": 2,
     }
 

@@ -237,8 +237,8 @@ def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> T
     first = torch.searchsorted(sorted_cells, bounds.expand(n, -1).contiguous(), out_int32=True)
     out = torch.empty(n, c, height, width, dtype=grad.dtype, device=grad.device)
     launch(
-        _gather_backward_kernel, (triton.cdiv(height * width, 128), triton.cdiv(c, 16), n), grad, points, order, first,
-        out, *points.stride(), c, k, height, width, BLOCK_C=16, BLOCK_P=128, num_warps=4,
+        _gather_backward_kernel, (triton.cdiv(height * width, 64), triton.cdiv(c, 8), n), grad, points, order, first,
+        out, *points.stride(), c, k, height, width, BLOCK_C=8, BLOCK_P=64, num_warps=2,
     )  # fmt: skip
     return out
 
