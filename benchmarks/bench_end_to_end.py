@@ -13,6 +13,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from benchmarks.cases import Benchmark, Case, Data, Figure, Implementation, Levels, Row, Scale, Tensors, Verdict, Work
@@ -23,7 +24,10 @@ CHECKPOINTED, BF16 = "m2f, activation checkpointing", "m2f, bf16 autocast"
 TRANSFORMERS_BF16 = "transformers, bf16 autocast"
 #: On a GPU only.
 TRANSFORMERS_COMPILED = "transformers, bf16 autocast, compiled"
-LOW_PRECISION = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED)
+GRAPH, BF16_GRAPH = "m2f, CUDA graph", "m2f, bf16 autocast, CUDA graph"
+LOW_PRECISION = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED, BF16_GRAPH)
+#: Inference only: a training step waits for the GPU when it matches.
+CAPTURED = (GRAPH, BF16_GRAPH)
 INFERENCE, TRAINING = "inference", "training step"
 TITLES = {"tiny": "tiny", "r50": "R50", "swin-t": "Swin-T"}
 TARGETS = 10
@@ -83,12 +87,13 @@ class _Watched:
 
 
 @cache
-def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, device: str) -> _Watched:
+def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, captured: bool, device: str) -> _Watched:
     """Built once per process: the weights do not depend on the image's size."""
     case = bench.Case(backbone, device=device, activation_checkpointing=checkpointing)
     watched = _Watched(bench.build(case, base))
-    if compiled:  # hooks would break its graph
+    if compiled:
         watched.model.compile()
+    if compiled or captured:  # hooks would break the graph
         return watched
     for part, path in bench.STAGES[base].items():
         bench.watch(watched.model.get_submodule(path), watched.seconds.setdefault(part, []), device)
@@ -97,7 +102,27 @@ def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, device
 
 def _watched(name: str, implementation: str, device: str) -> _Watched:
     compiled = implementation == TRANSFORMERS_COMPILED
-    return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, compiled, device)
+    captured = implementation in CAPTURED
+    return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, compiled, captured, device)
+
+
+def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
+    """`run` as a CUDA graph: a replay launches all its kernels at once."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles and warms up, which a graph cannot hold
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = run()
+
+    def replay() -> tuple[Tensor, ...]:
+        graph.replay()
+        return outputs
+
+    return replay
 
 
 #: What the parts took in every call of a case's implementation, since it was last bound.
@@ -107,7 +132,9 @@ _stages: dict[tuple[str, str], Seconds] = {}
 def _adapt(name: str, implementation: str, device: str, inputs: Tensors, levels: Levels) -> dict[str, Any]:
     watched = _watched(name, implementation, device)
     seconds = _stages[name, implementation] = {}
-    run = bench.call(_spec(name, implementation, device), watched.model)
+    run: Callable[[], tuple[Tensor, ...]] = bench.call(_spec(name, implementation, device), watched.model)
+    if implementation in CAPTURED:
+        run = _captured(run)
     return {"run": run, "watched": watched, "seconds": seconds}
 
 
@@ -169,7 +196,11 @@ def cases(scale: Scale) -> list[Case]:
     def one(name: str, implementation: str, **options: Any) -> Implementation:
         adapt = partial(_adapt, name, implementation, scale.device)
         ours = _base(implementation) == "m2f"
-        return Implementation(implementation, _call, adapt, ours=ours, counts_writes=False, **options)
+        # What a replay needs was allocated when it was captured.
+        counts = implementation not in CAPTURED
+        return Implementation(
+            implementation, _call, adapt, ours=ours, counts_writes=False, counts_memory=counts, **options
+        )
 
     def case(backbone: str, what: str, size: int, *more: str, batch: int = 1, **options: Any) -> Case:
         name = _name(backbone, what, size, batch)
@@ -178,21 +209,24 @@ def cases(scale: Scale) -> list[Case]:
         direction = "forward+backward" if what == TRAINING else "forward"
         return Case(name, name, direction, implementations, **options)
 
-    low = LOW_PRECISION if cuda else LOW_PRECISION[:2] if scale.full else LOW_PRECISION[:1]
+    low = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED) if cuda else LOW_PRECISION[: 2 if scale.full else 1]
+    graph, graphs = ((GRAPH,), CAPTURED) if cuda else ((), ())
     found = [
-        case(backbone, INFERENCE, largest, *low, memory=True, headline=True),
-        case(backbone, INFERENCE, small, memory=True, headline=True),
+        case(backbone, INFERENCE, largest, *graphs, *low, memory=True, headline=True),
+        case(backbone, INFERENCE, small, *graph, memory=True, headline=True),
         case(backbone, TRAINING, small, CHECKPOINTED, memory=True, headline=True),
     ]
     if scale.quick:
         return found
-    found += [case(backbone, INFERENCE, size, one_setting=True, full=size == 768 and not cuda) for size in (256, 768)]
+    found += [
+        case(backbone, INFERENCE, size, *graph, one_setting=True, full=size == 768 and not cuda) for size in (256, 768)
+    ]
     found.append(case(backbone, TRAINING, 1024, memory=True, full=not cuda))
     for size in (512, 1024):
         found.append(case("swin-t", INFERENCE, size, memory=True, full=True))
     found.append(case("swin-t", TRAINING, 512, memory=True, full=True))
     if cuda:
-        found.append(case(backbone, TRAINING, 1024, *LOW_PRECISION, batch=2, memory=True, headline=True))
+        found.append(case(backbone, TRAINING, 1024, *low, batch=2, memory=True, headline=True))
     return found
 
 
@@ -286,7 +320,8 @@ BENCHMARK = Benchmark(
         "bf16, one minus the mean intersection over union of the masks with those of float32. Random weights do not "
         "segment anything: attention masks are noisier than those of a trained model, and many logits lie next to "
         "zero, where any rounding decides. Stages are forward passes; what they leave of a training step is its "
-        "backward pass."
+        "backward pass. A pass of few images waits for the processor, which launches a thousand kernels; *CUDA graph* "
+        "is this package's inference captured once and replayed, whose times are the GPU's alone."
     ),
     cases=cases,
     data=data,

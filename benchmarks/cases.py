@@ -92,6 +92,7 @@ class Implementation:
         decode: brings the tensors that `call` returned into the form of the truth; untimed.
         counts_writes: whether its operations pass PyTorch's dispatcher one by one, so that what they write can be
             counted; compiled code's do not.
+        counts_memory: whether the memory of a call is what its caller needs for it.
         one_setting: timed in the first allocator setting only.
     """
 
@@ -102,6 +103,7 @@ class Implementation:
     unavailable: Callable[[], str | None] = lambda: None
     decode: Callable[[Sequence[Tensor], Data], Sequence[Tensor]] = lambda results, data: results
     counts_writes: bool = True
+    counts_memory: bool = True
     one_setting: bool = False
 
 

@@ -173,7 +173,7 @@ CASES += [
         Case(
             _SAMPLE,
             "point_sample_backward",
-            lambda dtype, _, h=h, w=w: (meta(1, 32, 70, dtype=dtype), meta(1, 70, 2, dtype=torch.float32), h, w),
+            lambda dtype, _, h=h, w=w: (meta(1, 64, 70, dtype=dtype), meta(1, 70, 2, dtype=torch.float32), h, w),
         )
         for h, w in ((1, 1), (1, 9), (9, 1))
     ),

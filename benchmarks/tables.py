@@ -162,18 +162,21 @@ def before_and_after(rows: Sequence[Row], before: str, ours: str, heads: tuple[s
 
 
 def end_to_end(rows: Sequence[Row]) -> str:
-    """The whole model; rows of bf16 and of activation checkpointing below those of their cases.
+    """The whole model; rows of CUDA graphs, bf16 and activation checkpointing below those of their cases.
 
     bf16 is held against `transformers` in float32, and its difference is the share of the masks that do not overlap.
     """
     ours, theirs = bench_end_to_end.OURS, bench_end_to_end.TRANSFORMERS
     lines = before_and_after(rows, theirs, ours, ("transformers", "m2f"))
     extra = []
-    for name in (bench_end_to_end.BF16, bench_end_to_end.CHECKPOINTED):
+    shown = (
+        bench_end_to_end.GRAPH, bench_end_to_end.BF16, bench_end_to_end.BF16_GRAPH, bench_end_to_end.CHECKPOINTED,
+    )  # fmt: skip
+    for name in shown:
         renamed = [row for row in rows if row.implementation in (theirs, name)]
         if len({row.implementation for row in renamed}) == 2:
             label = name.removeprefix("m2f, ")
-            if name == bench_end_to_end.BF16:
+            if name in bench_end_to_end.LOW_PRECISION:
                 label += " (transformers: float32; difference: 1 - IoU of the masks, random weights)"
             here = before_and_after(renamed, theirs, name, ("transformers", "m2f"))[2:]
             extra += [line.replace(" |", f", {label} |", 1) for line in here]

@@ -2,8 +2,10 @@
 
 Interleaving spreads whatever else the machine does over all implementations alike, which
 a ratio needs more than a small variance. CPU: `time.perf_counter`. CUDA: events; before every run the
-L2 cache is overwritten and the GPU kept waiting for `_HEAD_START_CYCLES`, so that launches are queued by the time
-the clock starts, and all are measured by what the GPU does. The result of a run is freed after the clock stops.
+L2 cache is overwritten and the GPU kept waiting for twice the time that the processor needs to launch the run, so that
+all are measured by what the GPU does. A run that waits for the GPU itself, or takes the processor more than
+`_LONGEST_LAUNCH_S`, gets no such start: it is measured from an idle GPU to its end, as a user meets it. The result of a
+run is freed after the clock stops.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ WARM_MS = 200.0
 #: Of a run that takes this long, the checked call is itself a sample; a benchmark may set less (`Benchmark.long_ms`).
 LONG_MS = 10_000.0
 _L2_FLUSH_BYTES = 256 << 20
-_HEAD_START_CYCLES = 2_000_000  # about a millisecond
+_CYCLES_PER_S = 2.0e9  # about
+_LONGEST_LAUNCH_S = 0.010
+_SHORTEST_START_S = 0.001
 
 
 @dataclass(frozen=True)
@@ -67,10 +71,22 @@ def _time_cpu(run: Callable[[], Any]) -> tuple[float, float]:
     return elapsed * 1e3, float(faults)
 
 
-def _time_cuda(run: Callable[[], Any], flush: torch.Tensor) -> tuple[float, float]:
+def head_start(run: Callable[[], Any]) -> float:
+    """Seconds that the GPU is kept waiting before a run; the run is called while the GPU is busy for longer."""
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(2 * _LONGEST_LAUNCH_S * _CYCLES_PER_S))
+    start = time.perf_counter()
+    result = run()
+    seconds = time.perf_counter() - start
+    torch.cuda.synchronize()
+    del result
+    return 0.0 if seconds > _LONGEST_LAUNCH_S else max(2 * seconds, _SHORTEST_START_S)
+
+
+def _time_cuda(run: Callable[[], Any], flush: torch.Tensor, start_s: float) -> tuple[float, float]:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     flush.zero_()
-    torch.cuda._sleep(_HEAD_START_CYCLES)
+    torch.cuda._sleep(int(start_s * _CYCLES_PER_S))
     start.record()
     result = run()
     end.record()
@@ -113,24 +129,28 @@ def interleaved(
         return []
     flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device) if device == "cuda" else None
 
-    def once(run: Callable[[], Any]) -> tuple[float, float]:
-        return _time_cpu(run) if flush is None else _time_cuda(run, flush)
+    starts = [0.0] * len(runs)
+
+    def once(i: int) -> tuple[float, float]:
+        return _time_cpu(runs[i]) if flush is None else _time_cuda(runs[i], flush, starts[i])
 
     known = checked_ms or [0.0] * len(runs)
     samples: list[list[tuple[float, float]]] = [[] for _ in runs]
-    for run, before, taken in zip(runs, known, samples, strict=True):
+    for i, (before, taken) in enumerate(zip(known, samples, strict=True)):
         if before > long_ms:
             taken.append((before, math.nan))
         elif before < WARM_MS:
-            once(run)
+            once(i)
+            if flush is not None:
+                starts[i] = head_start(runs[i])
     gc.collect()
     gc.disable()
     try:
         start, rounds = time.perf_counter(), 0
         while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < budget_s):
-            for run, before, taken in zip(runs, known, samples, strict=True):
+            for i, (before, taken) in enumerate(zip(known, samples, strict=True)):
                 if before <= long_ms or len(taken) <= long_calls:
-                    taken.append(once(run))
+                    taken.append(once(i))
             rounds += 1
     finally:
         gc.enable()

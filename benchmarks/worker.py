@@ -121,7 +121,7 @@ def _measure_case(
     if scale.device == "cuda":
         for row, run in zip(timed, runs, strict=True):
             row.kernels = launches.count(run)
-            if case.memory:
+            if case.memory and by_name[row.implementation].counts_memory:
                 row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
                 if benchmark.peak is not None:  # which counts outputs too
                     row.memory_extra_mib, row.memory_total_mib = row.memory_total_mib, None

@@ -53,7 +53,7 @@ def test_good_arguments_are_good(op):
 # ---------------------------------------------------------------- the floating tensors
 @pytest.mark.parametrize(("op", "name"), [(op, name) for op in OPS for name in FLOATING[op]])
 class TestFloating:
-    @pytest.mark.parametrize("junk", [None, 3.0, "abc", [[1.0]], object()], ids=str)
+    @pytest.mark.parametrize("junk", [None, 3.0, "abc", [[1.0]], object()], ids=type)
     def test_not_a_tensor(self, op, name, junk):
         check(TypeError, op, name, **{name: junk})
 
@@ -283,7 +283,6 @@ def direct(backward=False, **changes):
         {"attention_weights": torch.rand(N + 1, Q, H, K)},
         {"attention_weights": torch.zeros(N, Q, H, K, dtype=torch.bool)},
     ],
-    ids=str,
 )
 def test_direct_calls_raise(changes, backward):
     """Python's checks are not in the way here: the native ones must guard memory."""

@@ -56,7 +56,7 @@ def test_good_arguments_are_good(op):
 # ---------------------------------------------------------------- masks
 @pytest.mark.parametrize("op", OPS)
 class TestMasks:
-    @pytest.mark.parametrize("junk", [None, 3.0, "abc", [[1.0]], object()], ids=str)
+    @pytest.mark.parametrize("junk", [None, 3.0, "abc", [[1.0]], object()], ids=type)
     def test_not_a_tensor(self, op, junk):
         check(TypeError, op, masks_name(op), **{masks_name(op): junk})
 
@@ -103,7 +103,7 @@ def test_cost_needs_an_image_axis():
 # ---------------------------------------------------------------- points
 @pytest.mark.parametrize("op", WITH_POINTS)
 class TestPoints:
-    @pytest.mark.parametrize("junk", [None, 3.0, "abc", object()], ids=str)
+    @pytest.mark.parametrize("junk", [None, 3.0, "abc", object()], ids=type)
     def test_not_a_tensor(self, op, junk):
         check(TypeError, op, "points", points=junk)
 
@@ -127,7 +127,7 @@ class TestPoints:
 # ---------------------------------------------------------------- targets
 @pytest.mark.parametrize("op", WITH_TARGETS)
 class TestTargets:
-    @pytest.mark.parametrize("junk", [None, 3.0, "abc", object()], ids=str)
+    @pytest.mark.parametrize("junk", [None, 3.0, "abc", object()], ids=type)
     def test_not_targets(self, op, junk):
         check(TypeError, op, "target_masks", target_masks=junk)
 

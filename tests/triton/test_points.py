@@ -66,7 +66,7 @@ def test_sample_edges(kernels, device):
     assert found[0, 0].tolist() == list(points.values())
 
 
-CHANNELS = pytest.mark.parametrize("c", [3, 19], ids=["scattered", "sorted"])
+CHANNELS = pytest.mark.parametrize("c", [3, 67], ids=["scattered", "sorted"])
 
 
 @CHANNELS

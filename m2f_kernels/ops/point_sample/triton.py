@@ -18,8 +18,9 @@ from m2f_kernels.ops.point_sample.reference import sample_dtype
 
 #: Bits of a fixed-point gradient below the largest single term.
 FRACTION_BITS = 40
-#: Channels from which on sorting the points costs less than scattering.
-SORTED_CHANNELS = 16
+#: Channels from which on sorting the points costs less than scattering: on an H200, 12544 points of a 256 x 256 map,
+#: 90 against 101 us with 64 channels, 78 against 62 with 32.
+SORTED_CHANNELS = 64
 _BINS = tl.constexpr(2048)
 
 
