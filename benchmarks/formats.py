@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from benchmarks.memory import RESOLUTION_MIB
 
 
@@ -23,7 +25,7 @@ def mebibytes(value: float | None) -> str:
 
 def error(value: float | None) -> str:
     """An error, or a share that is next to nothing."""
-    return "-" if value is None else "0" if value == 0 else f"{value:.1e}"
+    return "-" if value is None or math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
 
 
 def markdown(header: list[str], lines: list[list[str]]) -> str:

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 #: Where README's figures come from: the first of these folders that has an operator's CSV.
 FOLDERS = ("cpu-intel-xeon", "cpu-intel-xeon/full", "cpu-amd-epyc/full")
+GPU = ("nvidia-h200",)
 NOT_MEASURED = "*Not measured yet.*"
 
 
@@ -25,13 +26,14 @@ class Block:
     ops: tuple[str, ...]
     table: Callable[[Sequence[Row]], str]
     pictures: tuple[str, ...] = ()
+    folders: tuple[str, ...] = FOLDERS
 
     @property
     def marks(self) -> tuple[str, str]:
         return f"<!-- {self.name}: python -m benchmarks.readme -->", f"<!-- end of {self.name} -->"
 
     def text(self) -> str:
-        for folder in FOLDERS:
+        for folder in self.folders:
             files = [RESULTS / folder / f"{op}.csv" for op in self.ops]
             if all(file.exists() for file in files):
                 table = self.table([row for file in files for row in read(file)])
@@ -51,6 +53,9 @@ BLOCKS = (
     Block("figures of other people's models", ("integrations",), tables.integrations),
     Block("figures", ("ms_deform_attn",), tables.deformable_attention, ("ms_deform_attn.png",)),
     Block("figures of masked attention", ("attention_mask", "masked_attention"), tables.masked_attention),
+    Block("figures of deformable attention on a GPU", ("ms_deform_attn",), tables.deformable_attention, (), GPU),
+    Block("figures of the loss on a GPU", ("point_loss",), tables.point_loss, (), GPU),
+    Block("figures of the whole model on a GPU", ("end_to_end",), tables.end_to_end, (), GPU),
 )
 
 

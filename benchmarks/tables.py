@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks import bench_end_to_end, other_models, peers_attention, peers_points
+from benchmarks import bench_end_to_end, other_models, peers, peers_attention, peers_points
 from benchmarks.cases import Row
 from benchmarks.formats import error, mebibytes, number
 
@@ -96,6 +96,8 @@ def deformable_attention(rows: Sequence[Row]) -> str:
         "PyTorch grid_sample": "PyTorch grid_sample",
         "torch-ms-deform-attn": "torch-ms-deform-attn",
     }
+    if any(row.implementation == peers.DEFORMOPS_TRITON and row.median_ms for row in rows):  # GPU only
+        columns[peers.DEFORMOPS_TRITON] = peers.DEFORMOPS_TRITON
     cases = {
         "encoder local fp32 forward": "forward, samples near the query",
         "encoder random fp32 forward": "forward, samples anywhere",

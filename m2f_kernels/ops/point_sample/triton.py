@@ -182,6 +182,14 @@ def _cell_kernel(
 
 
 @triton.jit
+def _weight(coordinate, size, pixel):
+    """What a pixel contributes to samples at a coordinate. Not by the cell that another kernel has found: next to a
+    pixel's centre that one may have rounded otherwise."""
+    below, fraction, _ = axis(coordinate, size)
+    return tl.where(below == pixel, 1 - fraction, tl.where(below + 1 == pixel, fraction, 0.0))
+
+
+@triton.jit
 def _gather_rows(
     total, grad, points, order, first, n, c, row, column, points_n, points_k, points_d, num_channels, num_points,
     height, width, inside, BELOW: tl.constexpr,
@@ -195,9 +203,8 @@ def _gather_rows(
         taken = i < count
         k = tl.load(order + n * num_points + start + i, mask=taken, other=0)
         at = points + n * points_n + k * points_k
-        left, fx, _ = axis(tl.load(at, mask=taken, other=0.0), width)
-        _, fy, _ = axis(tl.load(at + points_d, mask=taken, other=0.0), height)
-        weight = tl.where(left == column, 1 - fx, fx) * (1 - fy if BELOW else fy)
+        weight = _weight(tl.load(at, mask=taken, other=0.0), width, column)
+        weight *= _weight(tl.load(at + points_d, mask=taken, other=0.0), height, row)
         from_ = grad + (n * num_channels + c)[:, None] * num_points + k[None, :]
         g = tl.load(from_, mask=(c < num_channels)[:, None] & taken[None, :], other=0.0).to(tl.float32)
         total += tl.where(taken[None, :], g * weight[None, :], 0.0)
