@@ -383,6 +383,18 @@ def test_names_of_whole_models_say_what_they_are(name):
     assert whole._name(*whole.parts(name)) == name
 
 
+@pytest.mark.parametrize(("launch_s", "expected"), [(0.0, 0.001), (0.004, 0.008), (0.02, 0.0)])
+def test_head_start_covers_the_launch(monkeypatch, launch_s, expected):
+    """Twice the launch; none for a call that waits for the GPU."""
+    slept = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
+    clock = iter([1.0, 1.0 + launch_s])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert timing.head_start(lambda: None) == pytest.approx(expected)
+    assert slept[0] / timing._CYCLES_PER_S > timing._LONGEST_LAUNCH_S  # else a call that waits would not be noticed
+
+
 def test_kernels_of_a_trace_are_counted():
     events = [{"cat": "kernel"}, {"cat": "gpu_memcpy"}, {"name": "no category"}, {"cat": "kernel"}]
     assert launches.kernels(events) == 2
