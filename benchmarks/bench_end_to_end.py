@@ -209,17 +209,18 @@ def cases(scale: Scale) -> list[Case]:
         direction = "forward+backward" if what == TRAINING else "forward"
         return Case(name, name, direction, implementations, **options)
 
-    low = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED) if cuda else LOW_PRECISION[: 2 if scale.full else 1]
-    graph, graphs = ((GRAPH,), CAPTURED) if cuda else ((), ())
+    low = LOW_PRECISION[: 3 if cuda else 2 if scale.full else 1]
+    graphs = CAPTURED if cuda else ()
     found = [
         case(backbone, INFERENCE, largest, *graphs, *low, memory=True, headline=True),
-        case(backbone, INFERENCE, small, *graph, memory=True, headline=True),
+        case(backbone, INFERENCE, small, *graphs[:1], memory=True, headline=True),
         case(backbone, TRAINING, small, CHECKPOINTED, memory=True, headline=True),
     ]
     if scale.quick:
         return found
     found += [
-        case(backbone, INFERENCE, size, *graph, one_setting=True, full=size == 768 and not cuda) for size in (256, 768)
+        case(backbone, INFERENCE, size, *graphs[:1], one_setting=True, full=size == 768 and not cuda)
+        for size in (256, 768)
     ]
     found.append(case(backbone, TRAINING, 1024, memory=True, full=not cuda))
     for size in (512, 1024):

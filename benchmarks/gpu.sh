@@ -29,7 +29,8 @@ export slug WORKERS OUTPUT=${OUTPUT:-benchmarks/results}
 export LOGS=$OUTPUT/$slug/run
 mkdir -p "$LOGS"
 
-# What is installed in another version than the tests were written for: a failure may be that version's.
+# What is installed in another version than the tests were written for: a failure may be that version's. Fails for the
+# tests' bounds; of the benchmarks' exact versions it only says which others are here.
 step_requirements() {
   "$PYTHON" - tests/requirements.txt benchmarks/requirements.txt <<'EOF'
 import sys
@@ -51,8 +52,8 @@ for path in sys.argv[1:]:
             found = "not installed"
         if found == "not installed" or not wanted.specifier.contains(found, prereleases=True):
             print(f"{path}: expected {wanted}; got {found}")
-            unmet += 1
-print(f"{unmet} requirements are not met")
+            unmet += path.startswith("tests/")
+print(f"{unmet} requirements of the tests are not met")
 sys.exit(unmet > 0)
 EOF
 }
