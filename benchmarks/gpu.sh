@@ -71,8 +71,8 @@ step_suite() {
 step_graphs() { "$PYTHON" -m pytest tests -m "cuda and not slow" -k "graph" -q -rs; }
 sanitizer() { compute-sanitizer --tool "$1" --error-exitcode 1 "$PYTHON" -m pytest "$2" -m "cuda and not slow" -k sanitize -q; }
 step_memcheck() { sanitizer memcheck tests/ops; }
-# CUDA C++ only: shared memory of Triton's kernels is the compiler's, which has several threads store the same number in
-# the same place; and attention is compared with PyTorch's, whose kernels on Hopper are reported too.
+# CUDA C++ only: shared memory of Triton's kernels is the compiler's, and where a layout repeats a vector several threads
+# store it; and attention is compared with PyTorch's, whose kernels on Hopper are reported too.
 step_racecheck() { sanitizer racecheck tests/ops/test_ms_deform_attn_cuda.py; }
 step_bench() { "$PYTHON" -m benchmarks.run --device cuda --output "$OUTPUT"; }
 step_bench_full() { "$PYTHON" -m benchmarks.run --device cuda --full --output "$OUTPUT"; }
