@@ -177,9 +177,13 @@ def end_to_end(rows: Sequence[Row]) -> str:
     for name in shown:
         renamed = [row for row in rows if row.implementation in (theirs, name)]
         if len({row.implementation for row in renamed}) == 2:
-            label = name.removeprefix("m2f, ")
+            label, notes = name.removeprefix("m2f, "), []
+            if name in bench_end_to_end.CAPTURED:
+                notes.append("transformers: no graph")
             if name in bench_end_to_end.LOW_PRECISION:
-                label += " (transformers: float32; difference: 1 - IoU of the masks, random weights)"
+                notes.append("transformers: float32; difference: 1 - IoU of the masks, random weights")
+            if notes:
+                label += f" ({'; '.join(notes)})"
             here = before_and_after(renamed, theirs, name, ("transformers", "m2f"))[2:]
             extra += [line.replace(" |", f", {label} |", 1) for line in here]
     return "\n".join([*lines, *extra])

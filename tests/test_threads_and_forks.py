@@ -113,6 +113,7 @@ def _child(results: multiprocessing.Queue, backward: bool) -> None:  # type: ign
 def test_fork_after_use(threads: int) -> None:
     """A child of a process that has used the operators uses them too, with one thread as a data loader's worker.
 
+    Its bits are the parent's with one thread: a matrix product may depend on the number of threads (MKL's does on AMD).
     With more it would wait for ever, in PyTorch's own operators as well: GNU OpenMP does not survive a fork. And where
     there is a GPU PyTorch refuses every backward pass in the child of a process that has had one."""
     code = f"""
@@ -120,6 +121,7 @@ import multiprocessing, torch
 torch.set_num_threads({threads})
 from tests.test_threads_and_forks import _all, _child
 _all(True)
+torch.set_num_threads(1)
 backward = not torch.accelerator.is_available()
 expected = _all(backward)
 context = multiprocessing.get_context("fork")
