@@ -322,8 +322,7 @@ BENCHMARK = Benchmark(
         "segment anything: attention masks are noisier than those of a trained model, and many logits lie next to "
         "zero, where any rounding decides. Stages are forward passes; what they leave of a training step is its "
         "backward pass. A pass of few images waits for the processor, which launches a thousand kernels; *CUDA graph* "
-        "is this package's inference captured once and replayed, whose times are the GPU's alone. `transformers`' is not: "
-        "its pixel decoder copies shapes of levels from the host in every pass, which a capture refuses."
+        "is this package's inference captured once and replayed, whose times are the GPU's alone."
     ),
     cases=cases,
     data=data,
