@@ -21,8 +21,8 @@ def sample_dtype(dtype: torch.dtype, exact: bool) -> torch.dtype:
 def point_sample(input: Tensor, points: Tensor, exact: bool = False) -> Tensor:
     """Bilinear samples at `points * (w, h) - 0.5`; pixels outside are zero, and so is a sample at a NaN coordinate.
 
-    Only the four corners of each point are read, so that a bool input is never cast as a whole. A uint8 input is a mask,
-    too: any value but 0 counts as 1.
+    Only the four corners of each point are read, so that a bool input is never cast as a whole. A uint8 input is a
+    mask, too: any value but 0 counts as 1.
 
     Args:
         input: [N, C, h, w], floating point, bool or uint8.
