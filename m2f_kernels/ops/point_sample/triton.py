@@ -49,15 +49,6 @@ def axis(coordinate, size):
 
 
 @triton.jit
-def number(pixel):
-    """A pixel in float32; bytes are masks, in which any value but 0 is 1."""
-    if pixel.dtype == tl.uint8:
-        return (pixel != 0).to(tl.float32)
-    else:
-        return pixel.to(tl.float32)
-
-
-@triton.jit
 def bilinear(plane, x, y, height, width, inside):
     """Samples of dense planes at points where `inside`; zero elsewhere."""
     column, fx, in_x = axis(x, width)
@@ -66,10 +57,10 @@ def bilinear(plane, x, y, height, width, inside):
     at = plane + row * width + column
     left, right = inside & (column >= 0), inside & (column + 1 < width)
     top, bottom = row >= 0, row + 1 < height
-    a = number(tl.load(at, mask=left & top, other=0))
-    b = number(tl.load(at + 1, mask=right & top, other=0))
-    c = number(tl.load(at + width, mask=left & bottom, other=0))
-    d = number(tl.load(at + width + 1, mask=right & bottom, other=0))
+    a = tl.load(at, mask=left & top, other=0).to(tl.float32)
+    b = tl.load(at + 1, mask=right & top, other=0).to(tl.float32)
+    c = tl.load(at + width, mask=left & bottom, other=0).to(tl.float32)
+    d = tl.load(at + width + 1, mask=right & bottom, other=0).to(tl.float32)
     return (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
 
 

@@ -1,0 +1,1 @@
+"""Commands around the benchmarks: the run on a GPU, and what it takes along."""

@@ -1,0 +1,100 @@
+"""Each operator's kernels before and after a change, in turn on one machine.
+
+    python -m benchmarks.tools.old_new --old DIRECTORY      # a tree of the older commit, with its libraries
+
+Runs `python -m benchmarks.kernels` in the older tree and in this one alternately, each in a process of its own (two
+versions of the operators cannot be in one), and prints the medians and their ratio. What only one of them has is shown
+without a ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+#: Microseconds by operator, then by dtype.
+Times = dict[str, dict[str, float]]
+
+
+def parse(table: str) -> Times:
+    """The times of a table that `benchmarks.kernels` wrote."""
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line[:1] == "|"]
+    (_, *dtypes), *rows = (row for row in rows if not set("".join(row)) <= set("-: "))
+    return {name: dict(zip((d.split(",")[0] for d in dtypes), map(float, cells), strict=True)) for name, *cells in rows}
+
+
+def measure(tree: Path, parts: list[str]) -> Times:
+    """One run of the kernels of a tree.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it printed.
+    """
+    with tempfile.TemporaryDirectory() as directory:
+        output = Path(directory) / "kernels.md"
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--output", str(output)]
+        command += [word for part in parts for word in ("--part", part)]
+        search = os.pathsep.join(filter(None, [str(tree), os.environ.get("M2F_SITE", "")]))
+        environment = os.environ | {"PYTHONPATH": search}
+        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{tree}: benchmarks.kernels ended with {done.returncode}:\n{done.stderr[-2000:]}")
+        return parse(output.read_text())
+
+
+def medians(runs: list[Times]) -> Times:
+    """Of several runs, by operator and dtype."""
+    return {op: {d: statistics.median(run[op][d] for run in runs) for d in runs[0][op]} for op in runs[0]}
+
+
+def table(old: Times, new: Times) -> str:
+    """Markdown: before, after and how many times as fast."""
+    lines = ["| operator | dtype | before, µs | after, µs | times as fast |", "|---|---|---:|---:|---:|"]
+    for op in [*new, *(op for op in old if op not in new)]:
+        for dtype in new.get(op) or old[op]:
+            before, after = old.get(op, {}).get(dtype), new.get(op, {}).get(dtype)
+            cells = ["" if x is None else f"{x:.1f}" for x in (before, after)]
+            ratio = "" if before is None or after is None else f"{before / after:.2f}"
+            lines.append(f"| {op} | {dtype} | {cells[0]} | {cells[1]} | {ratio} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", type=Path, required=True, help="tree of the older commit, with m2f_kernels/lib")
+    parser.add_argument("--part", action="append", default=[], help="as of benchmarks.kernels; repeatable")
+    parser.add_argument("--rounds", type=int, default=2, help="runs of each tree")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins after these")
+    parser.add_argument("--output", type=Path, help="folder for old_new.md and measured.json")
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error(f"--rounds: expected at least 1; got {options.rounds}")
+    if not (options.old / "benchmarks" / "kernels.py").exists():
+        parser.error(f"--old: expected a tree with benchmarks/kernels.py; got {options.old}")
+    start, old, new = time.monotonic(), [], []
+    for _ in range(options.rounds):
+        begun = time.monotonic()
+        if old and begun + (begun - start) / len(old) > start + options.seconds:
+            break  # another round would not end in time
+        old.append(measure(options.old.resolve(), options.part))
+        new.append(measure(ROOT, options.part))
+        # Written as they come: a run that is cut off keeps its first round.
+        shown = table(medians(old), medians(new))
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            heading = f"# Kernels before and after\n\nMedians of {len(old)} interleaved runs.\n\n"
+            (options.output / "old_new.md").write_text(heading + shown + "\n")
+            (options.output / "measured.json").write_text(json.dumps(medians(new), indent=1) + "\n")
+    print(shown)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

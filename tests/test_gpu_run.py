@@ -1,0 +1,272 @@
+"""`make gpu`, rehearsed without a GPU: order, limits, what is kept, and where the next call goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks.tools import gpu, gpu_bundle, old_new
+
+ROOT = Path(__file__).parents[1]
+
+
+def _context(logs: Path) -> gpu.Context:
+    logs.mkdir(parents=True, exist_ok=True)
+    return gpu.Context("cpu", "stand-in", "90", logs, [], 1)
+
+
+def _step(name: str, code: str, seconds: float = 20.0) -> gpu.Step:
+    return gpu.Step(name, seconds, lambda context, allowed: [sys.executable, "-c", code])
+
+
+def _run(
+    tmp_path: Path, steps: list[gpu.Step], seconds: float = 100.0, commit: str = "a"
+) -> tuple[bool, list[str], dict]:
+    context = _context(tmp_path / "run")
+    state = gpu.State.read(tmp_path / "run" / "state.json", commit)
+    right, left = gpu.run(steps, context, state, seconds, dict(PATH="/usr/bin:/bin"))
+    return right, left, gpu.State.read(tmp_path / "run" / "state.json", commit).steps
+
+
+def test_a_failing_step_and_a_slow_one_do_not_stop_the_others(tmp_path):
+    steps = [
+        _step("bad", "print('3 failed'); raise SystemExit(1)"),
+        _step("slow", "import time; print('begun', flush=True); time.sleep(60)", seconds=4.0),
+        gpu.Step("absent", 20, lambda context, allowed: ["no-such-command"]),
+        _step("good", "print('fine')"),
+    ]
+    right, left, states = _run(tmp_path, steps)
+    assert not right
+    assert left == ["slow"]
+    assert {name: step["state"] for name, step in states.items()} == {
+        "bad": "failed",
+        "slow": "cut off",
+        "absent": "failed",
+        "good": "passed",
+    }
+    assert states["bad"]["last line"] == "3 failed"
+    assert states["slow"]["last line"] == "begun"
+    assert (tmp_path / "run" / "good.log").read_text() == "fine\n"
+
+
+def test_the_next_call_goes_on_where_the_last_one_ended(tmp_path):
+    count = tmp_path / "count"
+    counting = _step("first", f"open({str(count)!r}, 'a').write('x')")
+    cut = _step("second", "import time; time.sleep(60)", seconds=0.5)
+    _, left, _ = _run(tmp_path, [counting, cut])
+    assert left == ["second"]
+    right, left, states = _run(tmp_path, [counting, _step("second", "pass")])
+    assert (right, left) == (True, [])
+    assert states["second"]["state"] == "passed"
+    assert count.read_text() == "x"
+    _run(tmp_path, [counting], commit="b")  # another commit begins anew
+    assert count.read_text() == "xx"
+
+
+def test_what_has_no_time_left_is_named_and_nothing_begins(tmp_path):
+    begun = time.monotonic()
+    right, left, states = _run(tmp_path, [_step("a", "pass"), _step("b", "pass")], seconds=3.0)
+    assert (right, left, states) == (True, ["a", "b"], {})
+    assert time.monotonic() - begun < 3
+
+
+def test_a_cut_off_step_is_asked_first_and_its_children_end_too(tmp_path):
+    """A benchmark writes what it has when it is asked to end."""
+    code = (
+        "import signal, subprocess, sys, time\n"
+        "child = subprocess.Popen(['sleep', '1000'])\n"
+        "print(child.pid, flush=True)\n"
+        f"kept = open({str(tmp_path / 'kept')!r}, 'w')\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (kept.write('rows'), sys.exit(1)))\n"
+        "time.sleep(60)\n"
+    )
+    _, left, _ = _run(tmp_path, [_step("bench", code, seconds=6.0)])
+    assert left == ["bench"]
+    assert (tmp_path / "kept").read_text() == "rows"
+    child = int((tmp_path / "run" / "bench.log").read_text().split()[0])
+    deadline = time.monotonic() + 10
+    while _alive(child) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not _alive(child)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"commit": "a"}', '{"commit": "a", "steps": {"x": {}}}'])
+def test_a_state_that_is_damaged_or_empty_ends_nothing(tmp_path, content):
+    path = tmp_path / "state.json"
+    path.write_text(content)
+    assert not gpu.State.read(path, "a").ended("x")
+
+
+def test_the_first_steps_fit_into_nine_minutes():
+    names = [step.name for step in gpu.STEPS]
+    first = gpu.STEPS[: names.index("racecheck")]
+    assert names[:4] == ["build", "changed", "old_new", "headline"]
+    assert sum(step.seconds for step in first) <= 540
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (["m2f_kernels/ops/masked_attention/triton.py"], "tests/triton/test_masked_attention.py"),
+        (["csrc/ms_deform_attn/cuda.cu"], "tests/ops/test_ms_deform_attn_cuda.py"),
+        (["m2f_kernels/ops/point_loss/triton.py"], "tests/triton/test_points.py"),
+        (["m2f_kernels/_triton.py"], "tests/triton"),
+        (["csrc/common/simd.h"], "tests/ops"),
+        (["m2f_kernels/nn/point_mask_criterion.py"], "tests/nn"),
+        (["m2f_model/train.py"], "tests/model"),
+        (["tests/test_readme.py"], "tests/test_readme.py"),
+    ],
+)
+def test_a_change_asks_for_its_tests(changed, expected):
+    found = gpu.tests_of(changed)
+    assert expected in found
+    assert all((ROOT / path).exists() for path in found)
+
+
+def test_kernels_come_first_and_no_test_twice():
+    found = gpu.tests_of(["m2f_model/train.py", "m2f_kernels/ops/masked_attention/triton.py", "m2f_kernels/_dtypes.py"])
+    assert found == ["tests/triton", "tests/ops", "tests/model"]
+    assert gpu.tests_of(["README.md", "docs/faq.md"]) == []
+
+
+# ---------------------------------------------------------------- tests that go on
+
+
+TESTS = """
+import pytest
+@pytest.mark.parametrize("i", range(3))
+def test_counted(i):
+    open("count", "a").write(str(i))
+    assert i != 2 or {fixed}
+def test_skipped():
+    pytest.skip("no reason")
+"""
+
+
+def _pytest(folder: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.tools.resume", "-p", "no:cacheprovider"]
+    command += ["--resume-from=outcomes", "--rootdir=.", "test_it.py"]
+    return subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    )
+
+
+def test_tests_that_passed_are_not_run_again(tmp_path):
+    test = tmp_path / "test_it.py"
+    test.write_text(TESTS.format(fixed=False))
+    assert _pytest(tmp_path).returncode == 1
+    test.write_text(TESTS.format(fixed=True))
+    done = _pytest(tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "count").read_text() == "0122"
+    assert _pytest(tmp_path).returncode == 0  # nothing is left
+    assert (tmp_path / "count").read_text() == "0122"
+
+
+# ---------------------------------------------------------------- old against new
+
+
+def test_old_against_new_states_both_and_their_ratio():
+    text = "| operator | bfloat16, µs | float32, µs |\n|---|---:|---:|\n| points | 20.0 | 40.0 |\n"
+    old = old_new.parse(text)
+    assert old == {"points": {"bfloat16": 20.0, "float32": 40.0}}
+    new = old_new.medians(
+        [{"points": {"bfloat16": x, "float32": 40.0}, "masks": {"bfloat16": 1.0}} for x in (8, 10, 99)]
+    )
+    assert old_new.table(old, new).splitlines()[2:] == [
+        "| points | bfloat16 | 20.0 | 10.0 | 2.00 |",
+        "| points | float32 | 40.0 | 40.0 | 1.00 |",
+        "| masks | bfloat16 |  | 1.0 |  |",
+    ]
+
+
+def test_predictions_stand_beside_measurements(tmp_path):
+    predictions, measured = tmp_path / "predictions.json", tmp_path / "measured.json"
+    predictions.write_text(
+        json.dumps({"points": {"bfloat16": {"us": 10.0, "why": "L2"}, "float32": {"us": 1, "why": "x"}}})
+    )
+    measured.write_text(json.dumps({"points": {"bfloat16": 12.5}}))
+    lines = gpu.predicted_and_measured(predictions, measured).splitlines()
+    assert lines[2] == "| points | bfloat16 | 10.0 | 12.5 | 1.25 | L2 |"
+    assert lines[3] == "| points | float32 | 1.0 |  |  | x |"
+    assert "measured.json not there" in gpu.predicted_and_measured(predictions, tmp_path / "none" / "measured.json")
+
+
+def test_committed_predictions_can_be_read():
+    for by_dtype in json.loads(gpu.PREDICTIONS.read_text()).values():
+        for dtype, prediction in by_dtype.items():
+            assert dtype in ("bfloat16", "float32")
+            assert prediction["us"] > 0
+            assert prediction["why"]
+
+
+# ---------------------------------------------------------------- the commands
+
+
+def _command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"M2F_GPU_BUNDLE": "/nowhere"}  # a bundle that lies in the tree is not part of the test
+    command = [sys.executable, "-m", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.skipif("__import__('torch').cuda.is_available()", reason="there is a GPU")
+def test_without_a_gpu_it_is_one_line(tmp_path):
+    done = _command("benchmarks.tools.gpu", "--output", str(tmp_path))
+    assert done.returncode == 2
+    assert done.stderr.startswith("make gpu: ")
+    assert "torch sees no CUDA device" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--steps", "nonsense"], ["--seconds", "0"]])
+def test_wrong_arguments_are_named(arguments):
+    done = _command("benchmarks.tools.gpu", *arguments)
+    assert done.returncode == 2
+    assert f"{arguments[0]}: expected" in done.stderr
+
+
+def test_a_rehearsal_runs_and_packs_what_it_found(tmp_path):
+    packed = tmp_path / "results.tar.gz"
+    steps = ("--steps", "build,memcheck")
+    done = _command("benchmarks.tools.gpu", "--rehearse", *steps, "--output", str(tmp_path), "--archive", str(packed))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "left for the next call: nothing" in done.stdout
+    with tarfile.open(packed) as file:
+        assert {"rehearsal/run/state.json", "rehearsal/run/build.log"} <= set(file.getnames())
+
+
+@pytest.mark.slow
+def test_the_whole_rehearsal(tmp_path):
+    done = _command("benchmarks.tools.gpu", "--rehearse", "--seconds", "1000", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_a_bundle_holds_the_base_without_results(tmp_path):
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode != 0:
+        pytest.skip("not a git checkout")
+    gpu_bundle.unpack(head.stdout.strip(), tmp_path)
+    assert (tmp_path / "benchmarks" / "kernels.py").exists()
+    assert (tmp_path / "csrc").exists()
+    assert not (tmp_path / "benchmarks" / "results").exists()
+    assert gpu_bundle.size_mib(tmp_path) < 10
+
+
+def test_a_bundle_of_an_unknown_commit_is_refused():
+    done = _command("benchmarks.tools.gpu_bundle", "--base", "no-such-commit")
+    assert done.returncode == 2
+    assert "--base: expected a commit of this checkout; got 'no-such-commit'" in done.stderr
