@@ -1,12 +1,21 @@
-"""What the autograd formulas of all operators share."""
+"""What the autograd formulas of all operators share, and the way in which public functions call operators.
+
+`torch.library.register_autograd` makes an `autograd.Function` that PyTorch's own `torch.func` refuses, and that passes
+over forward-mode tangents without a word. So :func:`call` goes through a function of this module where one of the two
+is active, with the same formula; everywhere else, under `torch.compile` and `torch.export` too, it is the operator.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils import _pytree
+
+from m2f_kernels._library import LIBRARY, NAMESPACE
 
 
 def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -39,19 +48,157 @@ class _DifferentiableOnce(torch.autograd.Function):
     Without it PyTorch would take them for constants, and second derivatives for zero.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, title: str, count: int, *sources_and_gradients: Tensor) -> tuple[Tensor, ...]:
-        ctx.title = title
+    def forward(title: str, count: int, *sources_and_gradients: Tensor) -> tuple[Tensor, ...]:
         return tuple(g.view_as(g) for g in sources_and_gradients[count:])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.title = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> None:
         raise RuntimeError(f"m2f_kernels: {ctx.title} is differentiable once; its second derivative is not implemented")
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> None:
+        raise RuntimeError(f"m2f_kernels: {ctx.title} is differentiable once; its second derivative is not implemented")
+
 
 def differentiable_once(title: str, gradients: tuple[Tensor, ...], sources: list[Any]) -> tuple[Tensor, ...]:
     """`gradients`, such that a second derivative raises; `title` names the operator in the message."""
-    tensors = [x for x in sources if isinstance(x, Tensor) and x.requires_grad]
-    if not torch.is_grad_enabled() or not tensors:
+    tensors = [x for x in sources if isinstance(x, Tensor) and (transformed() or x.requires_grad)]
+    if not tensors or not (torch.is_grad_enabled() or transformed()):
         return gradients
     return _DifferentiableOnce.apply(title, len(tensors), *tensors, *gradients)
+
+
+# ---------------------------------------------------------------- torch.func and forward mode
+
+
+def transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode AD is active, in eager mode."""
+    if torch.compiler.is_compiling():
+        return False
+    active: bool = torch._C._are_functorch_transforms_active()
+    return active or forward_ad._current_level >= 0
+
+
+#: For each operator that is differentiable: its formula, and what it saves.
+_FORMULAS: dict[str, type[torch.autograd.Function]] = {}
+
+
+def call(name: str, *args: Any) -> Any:
+    """`torch.ops.m2f.<name>(*args)`, with the right derivatives under `torch.func` too.
+
+    Raises:
+        NotImplementedError: forward-mode AD reaches an operator without a formula for it.
+    """
+    function = _FORMULAS.get(name)
+    if function is None or not transformed():
+        return getattr(torch.ops.m2f, name)(*args)
+    # Tensors in a list are targets, which have no gradient: only those at the top can be told apart.
+    return function.apply(*args)
+
+
+def register_autograd(
+    name: str,
+    title: str,
+    vjp: Callable[..., Any],
+    setup: Callable[..., None] = setup_context,
+    jvp: Callable[..., Any] | None = None,
+) -> None:
+    """Give `m2f::<name>` a derivative: with PyTorch's dispatcher, and for :func:`call`.
+
+    Args:
+        title: names the operator in messages.
+        vjp, setup: as in `torch.library.register_autograd`.
+        jvp: `jvp(tensors, constants, tangents)`, the tangent of the output, from the operator's inputs and a tangent or
+            None for each of them; without one, forward-mode AD is an error.
+    """
+    torch.library.register_autograd(f"{NAMESPACE}::{name}", vjp, setup_context=setup, lib=LIBRARY)
+
+    def forward(*inputs: Any) -> Any:
+        return getattr(torch.ops.m2f, name)(*inputs)
+
+    def setup_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        setup(ctx, inputs, output)
+        if jvp is not None:
+            ctx.set_materialize_grads(False)  # a tensor without a tangent is to be seen as that
+            ctx.constants_for_forward = [x for x in inputs if not isinstance(x, Tensor)]
+            ctx.save_for_forward(*(x for x in inputs if isinstance(x, Tensor)))
+
+    def backward(ctx: Any, *grads: Any) -> Any:
+        gradients = vjp(ctx, *grads)
+        # A list of tensors has a list of gradients in the dispatcher, and one here.
+        return tuple(None if isinstance(g, list) else g for g in gradients)
+
+    def forward_mode(ctx: Any, *tangents: Any) -> Any:
+        if jvp is None:
+            raise NotImplementedError(
+                f"m2f_kernels: forward-mode AD of {title} is not implemented; "
+                'with m2f_kernels.use_backend("reference") it is plain PyTorch, which has it'
+            )
+        return jvp(ctx.saved_tensors, ctx.constants_for_forward, tangents)
+
+    def vmap(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        return _MAPS[name](info, in_dims, *inputs)
+
+    methods = {"forward": forward, "setup_context": setup_both, "backward": backward, "jvp": forward_mode, "vmap": vmap}
+    _FORMULAS[name] = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
+
+
+#: For each operator, how `torch.vmap` runs it.
+_MAPS: dict[str, Callable[..., Any]] = {}
+
+
+def register_vmap(name: str, shared: Sequence[int] | None = None) -> None:
+    """Let `torch.vmap` map `m2f::<name>`.
+
+    Args:
+        shared: positions of the tensors without a batch axis, where all others and all outputs begin with the batch:
+            the mapped axis then becomes part of it, in one call. None for an operator that is called once for each
+            element.
+    """
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> Any:
+        if shared is None or any(in_dims[i] is not None for i in shared if i < len(inputs)):
+            return _one_by_one(name, info.batch_size, in_dims, inputs)
+        return _in_the_batch(name, info.batch_size, in_dims, inputs, shared)
+
+    _MAPS[name] = rule
+    torch.library.register_vmap(f"{NAMESPACE}::{name}", rule, lib=LIBRARY)
+
+
+def _one_by_one(name: str, count: int, in_dims: Any, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+    flat, spec = _pytree.tree_flatten(inputs)
+    dims = _pytree.tree_leaves(in_dims, is_leaf=lambda x: x is None)
+    outputs = []
+    for i in range(count):
+        chosen = [x if dim is None else x.select(dim, i) for x, dim in zip(flat, dims, strict=True)]
+        outputs.append(call(name, *_pytree.tree_unflatten(chosen, spec)))
+    if isinstance(outputs[0], Tensor):
+        return torch.stack(outputs), 0
+    stacked = tuple(torch.stack(parts) for parts in zip(*outputs, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _in_the_batch(
+    name: str, count: int, in_dims: Any, inputs: tuple[Any, ...], shared: Sequence[int]
+) -> tuple[Any, Any]:
+    given: list[Any] = list(inputs)
+    images = 0
+    for i, x in enumerate(inputs):
+        if isinstance(x, Tensor) and i not in shared:
+            placed = x.expand(count, *x.shape) if in_dims[i] is None else x.movedim(in_dims[i], 0)
+            images = placed.shape[1]
+            given[i] = placed.flatten(0, 1)
+    found = call(name, *given)
+    outputs = (found,) if isinstance(found, Tensor) else tuple(found)
+    # What was not needed is empty, and of rank 1.
+    mapped = [x.dim() > 1 or images == 0 for x in outputs]
+    unfolded = tuple(x.unflatten(0, (count, images)) if m else x for x, m in zip(outputs, mapped, strict=True))
+    dims = tuple(0 if m else None for m in mapped)
+    return (unfolded[0], dims[0]) if isinstance(found, Tensor) else (unfolded, dims)

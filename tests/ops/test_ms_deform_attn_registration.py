@@ -342,11 +342,3 @@ def test_vmap_over_values():
     values = torch.stack([value, -3 * value])
     out = torch.vmap(lambda v: case.call(v, samples, weights))(values)
     assert relative_error(out, torch.stack([case.run(), -3 * case.run()])) < 1e-6
-
-
-def test_functorch_gradients_are_an_error():
-    """torch.func.grad needs what torch.library.register_autograd does not give: an error, not a wrong number."""
-    case = make_case()
-    value, samples, weights = case.tensors.values()
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda v: case.call(v, samples, weights).sum())(value)

@@ -12,6 +12,7 @@ from m2f_kernels._checks import check_dense, check_floating, check_same_device, 
 from m2f_kernels._dtypes import autocast
 from m2f_kernels._library import LIBRARY, implement_with_triton
 from m2f_kernels.masks import WORD, PackedMask
+from m2f_kernels.ops._autograd import register_vmap
 from m2f_kernels.ops.attention_mask import reference
 
 __all__ = ["pack_attention_mask", "predict_attention_mask", "resize_mask_features"]
@@ -201,3 +202,9 @@ def _(mask_embed: Tensor, level_features: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.register_fake("m2f::pack_attention_mask", lib=LIBRARY)
 def _(mask: Tensor) -> tuple[Tensor, Tensor]:
     return _fake_packed(mask, *mask.shape)
+
+
+# ---------------------------------------------------------------- torch.vmap
+
+for _name in ("resize_mask_features", "predict_attention_mask", "pack_attention_mask"):
+    register_vmap(_name, shared=())

@@ -20,7 +20,13 @@ from m2f_kernels._checks import (
 from m2f_kernels._dtypes import accumulation_dtype, autocast
 from m2f_kernels._library import LIBRARY, implement_with_triton
 from m2f_kernels.masks import WORD, PackedMask, unpack
-from m2f_kernels.ops._autograd import differentiable_once, reference_gradients
+from m2f_kernels.ops._autograd import (
+    call,
+    differentiable_once,
+    reference_gradients,
+    register_autograd,
+    register_vmap,
+)
 from m2f_kernels.ops.attention_mask import pack_attention_mask
 from m2f_kernels.ops.masked_attention import reference
 
@@ -92,7 +98,7 @@ def masked_attention(
     packed = _packed(mask, query, s)
     if backend.reference_forced() or query.dtype == torch.float64:
         return reference.masked_attention(query, key, value, packed.to_bool(), scale)[0]
-    output, _ = torch.ops.m2f.masked_attention(query, key, value, packed.bits, packed.row_any, scale)
+    output, _ = call("masked_attention", query, key, value, packed.bits, packed.row_any, scale)
     return output.transpose(1, 2)
 
 
@@ -206,4 +212,6 @@ def _vjp(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor | None) -> tuple[
     return (*found, None, None, None)
 
 
-torch.library.register_autograd("m2f::masked_attention", _vjp, setup_context=_setup_context, lib=LIBRARY)
+register_autograd("masked_attention", "masked attention", _vjp, _setup_context)
+register_vmap("masked_attention", shared=())
+register_vmap("masked_attention_backward", shared=())

@@ -12,7 +12,14 @@ from m2f_kernels import backend
 from m2f_kernels._checks import check_floating, check_number, check_same_device, check_shape, describe
 from m2f_kernels._dtypes import autocast
 from m2f_kernels._library import LIBRARY
-from m2f_kernels.ops._autograd import differentiable_once, reference_gradients, saved_inputs, setup_context
+from m2f_kernels.ops._autograd import (
+    call,
+    differentiable_once,
+    reference_gradients,
+    register_autograd,
+    register_vmap,
+    saved_inputs,
+)
 from m2f_kernels.ops.ms_deform_attn import reference
 from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes, read_levels, resolve_levels
 
@@ -110,7 +117,7 @@ def ms_deform_attn(
     value = autocast(value)
     if backend.reference_forced():
         return reference.ms_deform_attn(value, read_levels(*levels), locations, weights, points)
-    return torch.ops.m2f.ms_deform_attn(value, *levels, locations, weights, points)
+    return call("ms_deform_attn", value, *levels, locations, weights, points)
 
 
 def ms_deform_attn_from_offsets(
@@ -176,9 +183,7 @@ def ms_deform_attn_from_offsets(
         return reference.ms_deform_attn_from_offsets(
             value, read_levels(*levels), reference_points, offsets, logits, points, offset_scale
         )
-    return torch.ops.m2f.ms_deform_attn_from_offsets(
-        value, *levels, reference_points, offsets, logits, points, offset_scale
-    )
+    return call("ms_deform_attn_from_offsets", value, *levels, reference_points, offsets, logits, points, offset_scale)
 
 
 def _flatten_points(
@@ -385,7 +390,8 @@ def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd("m2f::ms_deform_attn", _ms_deform_attn_vjp, setup_context=setup_context, lib=LIBRARY)
-torch.library.register_autograd(
-    "m2f::ms_deform_attn_from_offsets", _from_offsets_vjp, setup_context=setup_context, lib=LIBRARY
-)
+register_autograd("ms_deform_attn", _TITLE, _ms_deform_attn_vjp)
+register_autograd("ms_deform_attn_from_offsets", _TITLE, _from_offsets_vjp)
+for _name in ("ms_deform_attn", "ms_deform_attn_from_offsets"):
+    register_vmap(_name, shared=(2, 3))
+    register_vmap(f"{_name}_backward", shared=(3, 4))

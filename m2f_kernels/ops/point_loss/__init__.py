@@ -13,7 +13,7 @@ from m2f_kernels._checks import check_indices, check_same_device, check_shape, d
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels._library import LIBRARY, implement_with_triton
 from m2f_kernels.masks import FactoredMasks
-from m2f_kernels.ops._autograd import differentiable_once
+from m2f_kernels.ops._autograd import call, differentiable_once, register_autograd, register_vmap
 from m2f_kernels.ops.point_loss import factored, reference
 from m2f_kernels.ops.point_sample import (
     check_masks,
@@ -215,7 +215,7 @@ def loss_of_planes(
 ) -> tuple[Tensor, Tensor]:
     if backend.reference_forced() or mask_logits.dtype == torch.float64:
         return reference.point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
-    cross_entropy, dice, *_ = torch.ops.m2f.point_mask_loss(mask_logits, rows, targets, target_rows, points.float())
+    cross_entropy, dice, *_ = call("point_mask_loss", mask_logits, rows, targets, target_rows, points.float())
     return cross_entropy, dice
 
 
@@ -237,7 +237,8 @@ def factored_loss(
             assert seed is not None
             points = point_sample_reference.uncertain_points(planes.detach(), masks.rows, seed, 0, *counts)
         return reference.point_mask_loss(planes, masks.rows, targets, target_rows, points)[:2]
-    cross_entropy, dice, *_ = torch.ops.m2f.factored_point_mask_loss(
+    cross_entropy, dice, *_ = call(
+        "factored_point_mask_loss",
         *(embed, features, masks.rows, masks.counts, targets, target_rows),
         *(None if points is None else points.float(), seed, *counts),
     )
@@ -380,15 +381,15 @@ def _setup_planes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.size, ctx.dtype, ctx.images = mask_logits.shape, mask_logits.dtype, len(targets)
 
 
-def _both(ctx: Any, grad_cross_entropy: Tensor | None, grad_dice: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Zeros for the gradient of a loss that was not used."""
-    zeros = ctx.saved_tensors[-1].new_zeros(ctx.saved_tensors[-1].shape[:1])
+def _both(labels: Tensor, grad_cross_entropy: Tensor | None, grad_dice: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Zeros for the gradient of a loss that was not used; `labels` are [M, K]."""
+    zeros = labels.new_zeros(labels.shape[:1])
     return zeros if grad_cross_entropy is None else grad_cross_entropy, zeros if grad_dice is None else grad_dice
 
 
 def _planes_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    grad_cross_entropy, grad_dice = _both(ctx, *grads[:2])
+    grad_cross_entropy, grad_dice = _both(saved[-1], *grads[:2])
     gradient = torch.ops.m2f.point_mask_loss_backward(grad_cross_entropy, grad_dice, *saved, *ctx.size)
     gradients = differentiable_once(_TITLE, (gradient.to(ctx.dtype),), [grad_cross_entropy, grad_dice])
     return *gradients, None, [None] * ctx.images, None, None
@@ -405,7 +406,7 @@ def _setup_factored(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...
 
 def _factored_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     embed, features, rows, *saved = ctx.saved_tensors
-    grad_cross_entropy, grad_dice = _both(ctx, *grads[:2])
+    grad_cross_entropy, grad_dice = _both(saved[-1], *grads[:2])
     gradients = torch.ops.m2f.factored_point_mask_loss_backward(
         grad_cross_entropy, grad_dice, embed, features, rows, ctx.counts, *saved
     )
@@ -422,7 +423,9 @@ def _factored_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
     )
 
 
-torch.library.register_autograd("m2f::point_mask_loss", _planes_vjp, setup_context=_setup_planes, lib=LIBRARY)
-torch.library.register_autograd(
-    "m2f::factored_point_mask_loss", _factored_vjp, setup_context=_setup_factored, lib=LIBRARY
-)
+register_autograd("point_mask_loss", _TITLE, _planes_vjp, _setup_planes)
+register_autograd("factored_point_mask_loss", _TITLE, _factored_vjp, _setup_factored)
+for _name in ("mask_matching_cost", "point_mask_loss", "factored_point_mask_loss"):
+    register_vmap(_name)
+for _name in ("point_mask_loss_backward", "factored_point_mask_loss_backward"):
+    register_vmap(_name)

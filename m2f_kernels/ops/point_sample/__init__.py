@@ -12,7 +12,13 @@ from m2f_kernels import backend
 from m2f_kernels._checks import check_dense, check_floating, check_generator, check_same_device, check_shape, describe
 from m2f_kernels._library import LIBRARY, implement_with_triton
 from m2f_kernels.masks import FactoredMasks
-from m2f_kernels.ops._autograd import differentiable_once, reference_gradients
+from m2f_kernels.ops._autograd import (
+    call,
+    differentiable_once,
+    reference_gradients,
+    register_autograd,
+    register_vmap,
+)
 from m2f_kernels.ops.point_sample import reference
 from m2f_kernels.ops.point_sample.masks import select_rows
 
@@ -74,7 +80,7 @@ def sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     """:func:`point_sample` without checks; `exact` leaves 16-bit samples in float32."""
     if backend.reference_forced() or input.dtype == torch.float64:
         return reference.point_sample(input, points, exact)
-    return torch.ops.m2f.point_sample(input, points.float(), exact)
+    return call("point_sample", input, points.float(), exact)
 
 
 def uncertain_points(
@@ -267,4 +273,15 @@ def _point_sample_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     return *differentiable_once("point sampling", (gradient.to(ctx.dtype),), [grad_output]), None, None
 
 
-torch.library.register_autograd("m2f::point_sample", _point_sample_vjp, setup_context=_setup_context, lib=LIBRARY)
+def _point_sample_jvp(tensors: Any, constants: Any, tangents: Any) -> Tensor:
+    # Linear in the input; to the points no derivative flows, forward or backward.
+    if tangents[1] is not None:
+        raise NotImplementedError("m2f_kernels: point sampling has no derivative with respect to its points")
+    found: Tensor = call("point_sample", tangents[0], tensors[1], *constants)
+    return found
+
+
+register_autograd("point_sample", "point sampling", _point_sample_vjp, _setup_context, _point_sample_jvp)
+register_vmap("point_sample", shared=())
+register_vmap("point_sample_backward", shared=())
+register_vmap("uncertain_points")

@@ -11,6 +11,7 @@ from torch import Tensor
 from m2f_kernels._checks import check_indices, describe
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.ops._autograd import transformed
 
 #: Logits of factored masks exist a chunk at a time; with what is computed at their points, about this many bytes.
 CHUNK_BYTES = 32 * 2**20
@@ -48,7 +49,7 @@ def chunk_bounds(counts: Sequence[int], mask_bytes: int) -> Iterator[tuple[int, 
 def multiply(embed: Tensor, features: Tensor, out: Tensor | None = None) -> Tensor:
     """embed [m, C] times features [C, S], whatever autocast says; the accumulation dtype goes in and comes out."""
     with torch.autocast(embed.device.type, enabled=False):
-        return torch.mm(embed, features, out=out)
+        return torch.mm(embed, features, out=None if transformed() else out)  # torch.vmap knows no out=
 
 
 def exact(features: Tensor) -> Tensor:
@@ -120,5 +121,5 @@ def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None,
         if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < q:
             raise ValueError(f"{name}[{i}]: expected queries from 0 to {q - 1}; got {chosen.tolist()}")
     shifted = [chosen + i * q for i, chosen in enumerate(queries)]
-    rows = torch.cat(shifted) if shifted else torch.zeros(0, dtype=torch.int64)
+    rows = torch.cat(shifted) if shifted else torch.zeros(0, dtype=torch.int64, device="cpu")
     return MaskRows(masks, rows.to(device, non_blocking=True), [chosen.shape[0] for chosen in queries])
