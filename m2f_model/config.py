@@ -72,6 +72,8 @@ class Mask2FormerConfig:
         frozen_batch_norm: keep a backbone's batch norm as it was pre-trained, as published.
         label_names: one per label, or None.
         stuff_labels: labels of which a panoptic output has one segment per image; None where not known.
+        semantic_only: trained for semantic segmentation alone. The published evaluation of such models resizes the sums
+            of the masks, that of all others the masks.
         image_size: (short, long): images are resized until their short side is this, or their long side that.
 
     Raises:
@@ -100,6 +102,7 @@ class Mask2FormerConfig:
     frozen_batch_norm: bool = True
     label_names: tuple[str, ...] | None = None
     stuff_labels: tuple[int, ...] | None = None
+    semantic_only: bool = False
     image_size: tuple[int, int] = (800, 1333)
 
     def __post_init__(self) -> None:
@@ -156,13 +159,14 @@ class Mask2FormerConfig:
         backbone, dataset = next((b, d) for b in BACKBONES for d in DATASETS if f"{b}-{d}" == name)
         num_labels, stuff = DATASETS[dataset]
         queries = 200 if backbone == "swin-large" and not dataset.endswith("semantic") else 100
-        fields = {"num_labels": num_labels, "backbone": BACKBONES[backbone], "num_queries": queries}
+        fields: dict[str, Any] = {"num_labels": num_labels, "backbone": BACKBONES[backbone], "num_queries": queries}
         size = (800, 1333)
         if dataset.startswith("cityscapes"):
             size = (1024, 2048)
         elif dataset.startswith("ade20k"):
             size = (640, 2560) if backbone in ("swin-base", "swin-large") or "semantic" not in dataset else (512, 2048)
-        return cls(**{**fields, "stuff_labels": stuff, "image_size": size, **changes})
+        fields |= {"stuff_labels": stuff, "semantic_only": dataset.endswith("semantic"), "image_size": size}
+        return cls(**{**fields, **changes})
 
     @classmethod
     def tiny(cls, num_labels: int, **changes: Any) -> Mask2FormerConfig:
@@ -229,7 +233,7 @@ _SAME = {
 }
 
 #: Fields that `transformers`' configuration has no word for.
-_OURS = ("frozen_batch_norm", "stuff_labels", "image_size")
+_OURS = ("frozen_batch_norm", "stuff_labels", "semantic_only", "image_size")
 
 #: Settings of `transformers` that are architecture here.
 _ASSUMED: dict[str, Any] = {

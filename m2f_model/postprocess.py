@@ -63,13 +63,17 @@ class Panoptic(NamedTuple):
 
 
 @torch.no_grad()
-def semantic(output: Mask2FormerOutput, frames: Sequence[Frame], *, mode: str = "original") -> list[Tensor]:
+def semantic(
+    output: Mask2FormerOutput, frames: Sequence[Frame], *, mode: str = "original", resize_scores: bool = False
+) -> list[Tensor]:
     """The label of every pixel, for each image int64 [h, w].
 
     Args:
         output: the model's.
         frames: one per image.
         mode: "original" or "compatible".
+        resize_scores: sum the masks up at the input's size and resize the sums to the image's, as published for models
+            of semantic segmentation alone; else the masks are resized first, as published for all others.
 
     Raises:
         ValueError: naming the argument.
@@ -79,12 +83,13 @@ def semantic(output: Mask2FormerOutput, frames: Sequence[Frame], *, mode: str = 
     results = []
     for i, frame in enumerate(frames):
         probability = output.class_logits[i].float().softmax(-1)[:, :-1]
-        scores = probability.new_zeros(probability.shape[1], *frame.padded)
+        scores = probability.new_zeros(probability.shape[1], *(frame.padded if resize_scores else frame.original))
         for start in range(0, len(probability), _CHUNK):
             part = slice(start, start + _CHUNK)
-            masks = _resize(_logits(output.masks, i, part), frame.padded).sigmoid()
-            scores += torch.einsum("qc,qhw->chw", probability[part], masks)
-        results.append(_to_image(scores, frame).argmax(0))
+            masks = _resize(_logits(output.masks, i, part), frame.padded)
+            masks = masks if resize_scores else _to_image(masks, frame)
+            scores += torch.einsum("qc,qhw->chw", probability[part], masks.sigmoid())
+        results.append((_to_image(scores, frame) if resize_scores else scores).argmax(0))
     return results
 
 

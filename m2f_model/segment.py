@@ -32,15 +32,29 @@ Result = Panoptic | Instances | Tensor
 def prepare(image: Image.Image, size: tuple[int, int]) -> tuple[Tensor, Frame]:
     """The network's input [1, 3, H, W] from an RGB image, and where the image lies in it.
 
-    Resized (bilinear, antialiased) until the short side is `size[0]` or the long side `size[1]`, normalised, padded
-    with zeros at the right and below to multiples of 32.
+    Resized (bilinear, antialiased) to :func:`resized_size`, normalised, padded with zeros at the right and below to
+    multiples of 32.
     """
-    scale = min(size[0] / min(image.size), size[1] / max(image.size))
-    w, h = (max(1, int(side * scale + 0.5)) for side in image.size)
+    h, w = resized_size(image.height, image.width, size)
     pixels = normalise(torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1))
     padded = torch.zeros(1, 3, -(-h // STRIDE) * STRIDE, -(-w // STRIDE) * STRIDE)
     padded[0, :, :h, :w] = pixels
     return padded, Frame((padded.shape[2], padded.shape[3]), (h, w), (image.height, image.width))
+
+
+def resized_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of an image whose short side becomes `size[0]`, or its long side `size[1]` if that is less.
+
+    The published evaluation's arithmetic (detectron2's ResizeShortestEdge), step by step: one product in place of two
+    rounds another way for one size in some thousands. At least 1.
+    """
+    short, long = size
+    scale = short / min(height, width)
+    h, w = (float(short), scale * width) if height < width else (scale * height, float(short))
+    if max(h, w) > long:
+        scale = long / max(h, w)
+        h, w = h * scale, w * scale
+    return max(1, int(h + 0.5)), max(1, int(w + 0.5))
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -82,7 +96,7 @@ class Segmenter:
         self.model, self.task, self.mode = model, task, mode
         self.image_size = image_size or model.config.image_size
         stuff = model.config.stuff_labels or ()
-        self._finish: Callable[..., list[Any]] = postprocess.semantic
+        self._finish: Callable[..., list[Any]] = partial(postprocess.semantic, resize_scores=model.config.semantic_only)
         if task == "instance":
             threshold = 0.5 if threshold is None else threshold
             self._finish = partial(postprocess.instance, threshold=threshold, stuff_labels=stuff)

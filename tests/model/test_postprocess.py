@@ -38,17 +38,24 @@ def published(output, frame, i):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_semantic_as_published(seed):
+@pytest.mark.parametrize("resize_scores", [False, True])
+def test_semantic_as_published(resize_scores, seed):
+    """The masks are resized first; for models of semantic segmentation alone, the sums of them."""
     output = blobs(seed=seed, queries=37)
-    for i, (found, frame) in enumerate(zip(semantic(output, FRAMES), FRAMES, strict=True)):
-        logits, masks, _ = published(output, frame, i)
+    others, apart = semantic(output, FRAMES, resize_scores=not resize_scores), 0.0
+    for i, (found, frame) in enumerate(zip(semantic(output, FRAMES, resize_scores=resize_scores), FRAMES, strict=True)):
+        logits, at_input, masks = published(output, frame, i)
+        masks = at_input if resize_scores else masks
         scores = torch.einsum("qc,qhw->chw", logits.softmax(-1)[:, :-1], masks.sigmoid())
-        cut = scores[None, :, : frame.content[0], : frame.content[1]]
-        scores = F.interpolate(cut, frame.original, mode="bilinear", align_corners=False)[0]
+        if resize_scores:
+            cut = scores[None, :, : frame.content[0], : frame.content[1]]
+            scores = F.interpolate(cut, frame.original, mode="bilinear", align_corners=False)[0]
         assert found.shape == frame.original
         best = scores.gather(0, found[None])[0]
         assert (scores.amax(0) - best).max() < 1e-5  # the same label, or an equal one
         assert (found == scores.argmax(0)).float().mean() > 0.999
+        apart = max(apart, (scores.amax(0) - scores.gather(0, others[i][None])[0]).max().item())
+    assert apart > 1e-4, "the case cannot tell them apart"
 
 
 @pytest.mark.parametrize("seed", range(3))
