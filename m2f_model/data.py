@@ -1,6 +1,8 @@
 """What to train on: COCO's instance and panoptic formats, synthetic shapes, and large-scale jitter.
 
-A data set maps an index to a sample `{"image": uint8 [3, H, W], "labels": int64 [T], "masks": bool [T, H, W]}`.
+A data set maps an index to a sample `{"image": uint8 [3, H, W], "labels": int64 [T], "masks": bool [T, H, W]}`. For
+evaluation alone it may have "void", bool [H, W], pixels that nobody labelled, and "crowd_labels" int64 [C] and
+"crowd_masks" bool [C, H, W], groups that are not told apart. All other pixels outside the masks are background.
 """
 
 from __future__ import annotations
@@ -115,7 +117,7 @@ class AnnotationError(ValueError):
 
 
 class CocoInstances:
-    """Images with instances, in COCO's instance format. Crowds are left out.
+    """Images with instances, in COCO's instance format. Crowds are no targets.
 
     Args:
         annotations: the JSON file.
@@ -136,11 +138,12 @@ class CocoInstances:
         self._label = {c["id"]: i for i, c in enumerate(categories)}
         known = {entry["id"] for entry in self.entries}
         self._annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
+        self._crowds: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         wanted = ("id", "image_id", "category_id", "segmentation")
         for annotation in _entries(self.path, content["annotations"], "annotation", wanted):
             _known(self.path, annotation, known, self._label)
-            if not annotation.get("iscrowd", 0):
-                self._annotations[annotation["image_id"]].append(annotation)
+            kind = self._crowds if annotation.get("iscrowd", 0) else self._annotations
+            kind[annotation["image_id"]].append(annotation)
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -148,11 +151,17 @@ class CocoInstances:
     def __getitem__(self, index: int) -> Sample:
         entry = self.entries[index]
         image = _read_pixels(self.path, self.images, entry)
-        annotations = self._annotations[entry["id"]]
-        masks = [self._mask(a, *image.shape[1:]) for a in annotations]
-        labels = [self._label[a["category_id"]] for a in annotations]
-        stacked = torch.stack(masks) if masks else torch.zeros(0, *image.shape[1:], dtype=torch.bool)
-        return _without_empty({"image": image, "labels": torch.tensor(labels, dtype=torch.int64), "masks": stacked})
+        labels, masks = self._segments(self._annotations.get(entry["id"], []), *image.shape[1:])
+        sample = _without_empty({"image": image, "labels": labels, "masks": masks})
+        if entry["id"] in self._crowds:
+            sample["crowd_labels"], sample["crowd_masks"] = self._segments(self._crowds[entry["id"]], *image.shape[1:])
+        return sample
+
+    def _segments(self, annotations: list[dict[str, Any]], height: int, width: int) -> tuple[Tensor, Tensor]:
+        """Labels and masks of some annotations of one image."""
+        masks = [self._mask(a, height, width) for a in annotations]
+        labels = torch.tensor([self._label[a["category_id"]] for a in annotations], dtype=torch.int64)
+        return labels, torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.bool)
 
     def _mask(self, annotation: dict[str, Any], height: int, width: int) -> Tensor:
         from pycocotools import mask as coco
@@ -226,13 +235,23 @@ class CocoPanoptic:
                 f"got {list(pixels.shape[:2])}"
             )
         ids = pixels[..., 0] + 256 * pixels[..., 1] + 65536 * pixels[..., 2]
-        segments = [s for s in annotation["segments_info"] if not s.get("iscrowd", 0)]
-        labels = torch.tensor([self._label[s["category_id"]] for s in segments], dtype=torch.int64)
-        masks = ids[None] == torch.tensor([s["id"] for s in segments], dtype=ids.dtype).view(-1, 1, 1)
+        segments, crowds = (
+            [s for s in annotation["segments_info"] if bool(s.get("iscrowd", 0)) is crowd] for crowd in (False, True)
+        )
+        labels, masks = self._masks(segments, ids)
         absent = [s["id"] for s, mask in zip(segments, masks, strict=True) if not mask.any()]
         if absent:
             raise AnnotationError(f"{path}: expected pixels of every segment; segment {absent[0]} has none")
-        return {"image": image, "labels": labels, "masks": masks}
+        known = torch.tensor([s["id"] for s in annotation["segments_info"]], dtype=ids.dtype)
+        sample = {"image": image, "labels": labels, "masks": masks, "void": ~torch.isin(ids, known)}
+        if crowds:
+            sample["crowd_labels"], sample["crowd_masks"] = self._masks(crowds, ids)
+        return sample
+
+    def _masks(self, segments: list[dict[str, Any]], ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels and masks of some segments of one image."""
+        labels = torch.tensor([self._label[s["category_id"]] for s in segments], dtype=torch.int64)
+        return labels, ids[None] == torch.tensor([s["id"] for s in segments], dtype=ids.dtype).view(-1, 1, 1)
 
 
 def _read_json(path: Path, keys: Sequence[str]) -> dict[str, Any]:

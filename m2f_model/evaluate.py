@@ -6,11 +6,13 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from m2f_model.data import Dataset, Sample, collate
+from m2f_model.data import Dataset, Sample
 from m2f_model.model import Mask2Former
 from m2f_model.postprocess import Frame, Panoptic, panoptic
+from m2f_model.segment import prepare
 
 
 class Quality(NamedTuple):
@@ -21,60 +23,143 @@ class Quality(NamedTuple):
     rq: float
 
 
-def panoptic_quality(pairs: Iterable[tuple[Panoptic, Sample]], num_labels: int) -> Quality:
-    """Compare predictions with samples of the same size. Pixels in no target are void: they count for nothing.
+class PanopticCounts:
+    """What panoptic quality is made of, summed over images, for each label.
 
-    A predicted and a true segment of the same label match if their intersection over union exceeds 1/2, which at most
-    one can. An unmatched prediction that lies in void by more than half is no mistake.
+    Args:
+        num_labels: labels of predictions and samples are less.
+
+    Attributes:
+        iou: sum of the intersections over unions of matched segments, float64 [num_labels].
+        matched, missed, invented: true positives, false negatives and false positives, int64 [num_labels].
     """
-    iou_sum = torch.zeros(num_labels, dtype=torch.float64)
-    matched, missed, invented = (torch.zeros(num_labels, dtype=torch.float64) for _ in range(3))
-    for found, sample in pairs:
-        labels = sample["labels"].tolist()
-        truth = sample["masks"].flatten(1)
-        void = ~truth.any(0)
-        taken: set[int] = set()
+
+    def __init__(self, num_labels: int) -> None:
+        self.iou = torch.zeros(num_labels, dtype=torch.float64)
+        self.matched, self.missed, self.invented = (torch.zeros(num_labels, dtype=torch.int64) for _ in range(3))
+
+    def add(self, found: Panoptic, sample: Sample) -> None:
+        """Count the segments of one image.
+
+        A predicted and a true segment of the same label match if their intersection over union exceeds 1/2, which at
+        most one can. Pixels of the sample's "void" count for nothing: they are in no union, and an unmatched prediction
+        that lies by more than half in void and crowds of its label is no mistake. All other pixels outside the targets
+        are background: a prediction there is one too many.
+
+        Args:
+            found: what was predicted.
+            sample: with masks of the same size; and, where there are any, "void", bool [H, W], and "crowd_labels" and
+                "crowd_masks", groups of things of a label that are not told apart.
+
+        Raises:
+            ValueError: where sizes differ, or a label is not less than `num_labels`.
+        """
+        ids = found.segment_ids.long()
+        labels, masks = sample["labels"].tolist(), sample["masks"]
+        if masks.shape[1:] != ids.shape:
+            raise ValueError(f"found: expected the sample's size, {list(masks.shape[1:])}; got {list(ids.shape)}")
+        beyond = [x for x in (*labels, *(s.label for s in found.segments)) if not 0 <= x < len(self.iou)]
+        if beyond:
+            raise ValueError(f"labels: expected less than num_labels = {len(self.iou)}; got {beyond[0]}")
+
+        count = 1 + max(int(ids.max()) if ids.numel() else 0, *(s.id for s in found.segments), 0)
+        nothing = [0] * count
+
+        def areas(mask: Tensor) -> list[int]:
+            """Pixels of each predicted segment within `mask`."""
+            return ids[mask].bincount(minlength=count).tolist()
+
+        overlaps, sizes = [areas(mask) for mask in masks], masks.flatten(1).sum(1).tolist()
+        total, void = areas(ids >= 0), areas(sample["void"]) if "void" in sample else nothing
+        crowds: dict[int, list[int]] = {}
+        if "crowd_labels" in sample:
+            for label in set(sample["crowd_labels"].tolist()):
+                crowds[label] = areas(sample["crowd_masks"][sample["crowd_labels"] == label].any(0))
+        missed = set(range(len(labels)))
         for segment in found.segments:
-            pixels = (found.segment_ids == segment.id).flatten()
-            overlap = (truth & pixels).sum(1)
-            union = truth.sum(1) + (pixels & ~void).sum() - overlap
-            iou = overlap / union.clamp(min=1)
-            match = next((j for j, x in enumerate(iou.tolist()) if x > 0.5 and labels[j] == segment.label), None)
-            if match is not None:
-                taken.add(match)
-                iou_sum[segment.label] += iou[match].item()
-                matched[segment.label] += 1
-            elif 2 * (pixels & void).sum() <= pixels.sum():
-                invented[segment.label] += 1
-        for j, label in enumerate(labels):
-            missed[label] += j not in taken
-    occurs = matched + missed + invented > 0
-    rq = matched / (matched + missed / 2 + invented / 2).clamp(min=1)
-    sq = iou_sum / matched.clamp(min=1)
-    pq = iou_sum / (matched + missed / 2 + invented / 2).clamp(min=1)
-    return Quality(*(x[occurs].mean().item() if occurs.any() else 0.0 for x in (pq, sq, rq)))
+            k, area = segment.id, total[segment.id]
+            # Targets of instance data may overlap, so that several can match: the best one does.
+            ious = [
+                (overlaps[j][k] / (sizes[j] + area - void[k] - overlaps[j][k]), -j)
+                for j in missed
+                if labels[j] == segment.label and overlaps[j][k]
+            ]
+            iou, best = max(ious, default=(0.0, 0))
+            if iou > 0.5:
+                missed.remove(-best)
+                self.iou[segment.label] += iou
+                self.matched[segment.label] += 1
+            elif 2 * (void[k] + crowds.get(segment.label, nothing)[k]) <= area:
+                self.invented[segment.label] += 1
+        for j in missed:
+            self.missed[labels[j]] += 1
+
+    def quality(self, labels: Iterable[int] | None = None) -> Quality:
+        """The means over those of `labels` (by default all) that occur, in a target or a prediction; 0 if none does."""
+        chosen = torch.tensor(sorted(range(len(self.iou)) if labels is None else labels), dtype=torch.int64)
+        iou, matched, missed, invented = (
+            x[chosen].double() for x in (self.iou, self.matched, self.missed, self.invented)
+        )
+        halves = matched + missed / 2 + invented / 2
+        occurs = halves > 0
+        values = iou / halves, iou / matched.clamp(min=1), matched / halves
+        return Quality(*(x[occurs].mean().item() if occurs.any() else 0.0 for x in values))
+
+
+def panoptic_quality(pairs: Iterable[tuple[Panoptic, Sample]], num_labels: int) -> Quality:
+    """The quality of predictions for samples of the same size: see :class:`PanopticCounts`."""
+    counts = PanopticCounts(num_labels)
+    for found, sample in pairs:
+        counts.add(found, sample)
+    return counts.quality()
 
 
 @torch.inference_mode()
-def evaluate(model: Mask2Former, data: Dataset, count: int | None = None, batch_size: int = 8) -> Quality:
-    """Panoptic quality of `model`, which is left in the mode it was in, on the first `count` samples as they are."""
+def evaluate(
+    model: Mask2Former,
+    data: Dataset,
+    count: int | None = None,
+    batch_size: int = 8,
+    image_size: tuple[int, int] | None = None,
+) -> Quality:
+    """Panoptic quality of `model` on samples of `data`, at their own size.
+
+    Args:
+        model: left in the mode that it was in.
+        data: with the model's labels. Pixels in no target are background, unless the sample says that they are void.
+        count: of samples, the first ones; by default all.
+        batch_size: images at once, where successive ones have the same size.
+        image_size: (short, long) side of the network's input, as :class:`Segmenter` takes it; by default what the
+            model's configuration says.
+    """
     was_training = model.training
     model.eval()
     device = next(model.parameters()).device
+    counts = PanopticCounts(len(data.label_names))
+    total = len(data) if count is None else min(count, len(data))
 
-    def pairs() -> Iterable[tuple[Panoptic, Sample]]:
-        total = len(data) if count is None else min(count, len(data))
-        for start in range(0, total, batch_size):
-            samples = [data[i] for i in range(start, min(start + batch_size, total))]
-            pixels, _ = collate(samples)
-            sizes = [(s["image"].shape[1], s["image"].shape[2]) for s in samples]
-            frames = [Frame((pixels.shape[2], pixels.shape[3]), size, size) for size in sizes]
-            found = panoptic(model(pixels.to(device)), frames, stuff_labels=data.stuff_labels, threshold=0.5)
-            yield from ((Panoptic(f.segment_ids.cpu(), f.segments), s) for f, s in zip(found, samples, strict=True))
+    def add(batch: list[tuple[Sample, Tensor, Frame]]) -> None:
+        pixels, frames = torch.cat([x for _, x, _ in batch]), [frame for _, _, frame in batch]
+        results = panoptic(model(pixels.to(device)), frames, stuff_labels=data.stuff_labels, threshold=0.5)
+        for found, (sample, _, _) in zip(results, batch, strict=True):
+            counts.add(Panoptic(found.segment_ids.cpu(), found.segments), sample)
 
-    quality = panoptic_quality(pairs(), len(data.label_names))
-    model.train(was_training)
-    return quality
+    batch: list[tuple[Sample, Tensor, Frame]] = []
+    try:
+        for i in range(total):
+            sample = data[i]
+            image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
+            pixels, frame = prepare(image, image_size or model.config.image_size)
+            # The model has no mask for padding, so images of different sizes would change each other's results.
+            if batch and (len(batch) == batch_size or pixels.shape != batch[0][1].shape):
+                add(batch)
+                batch = []
+            batch.append((sample, pixels, frame))
+        if batch:
+            add(batch)
+    finally:
+        model.train(was_training)
+    return counts.quality()
 
 
 def mean_iou(found: Tensor, truth: Tensor, num_labels: int) -> float:

@@ -81,7 +81,10 @@ def test_instances(tmp_path, content):
     assert sample["masks"][0, 10:30, 10:30].all()
     assert sample["masks"][1, 5:15, 20:30].all()
     assert torch.equal(sample["masks"][1], sample["masks"][2])
+    assert (sample["crowd_labels"].tolist(), sample["crowd_masks"].sum((1, 2)).tolist()) == ([0], [100])
+    assert "void" not in sample  # all else is background
     assert data[1]["masks"].shape == (0, H, W)
+    assert "crowd_masks" not in data[1]
 
 
 def damage(content, path, value):
@@ -159,6 +162,9 @@ def test_panoptic(tmp_path, content):
     assert (len(data), data.label_names, data.stuff_labels) == (1, ("cat", "dog"), (1,))
     assert data[0]["labels"].tolist() == [0, 1]
     assert torch.equal(data[0]["masks"], torch.from_numpy(np.stack([ids == 5, ids == 70000])))
+    assert torch.equal(data[0]["void"], torch.from_numpy(ids == 0))
+    assert data[0]["crowd_labels"].tolist() == [0]
+    assert torch.equal(data[0]["crowd_masks"], torch.from_numpy(ids == 300)[None])
 
 
 @pytest.mark.parametrize(

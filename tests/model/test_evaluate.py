@@ -1,10 +1,17 @@
 """Panoptic quality and mean intersection over union, on cases counted by hand."""
 
+from pathlib import Path
+
 import pytest
 import torch
+from PIL import Image
 
-from m2f_model.evaluate import mean_iou, panoptic_quality
+from m2f_model import Mask2Former, Segmenter
+from m2f_model.data import Shapes
+from m2f_model.evaluate import PanopticCounts, evaluate, mean_iou, panoptic_quality
 from m2f_model.postprocess import Panoptic, Segment
+
+MODEL = Path(__file__).parents[2] / "benchmarks" / "models" / "shapes"
 
 
 def sample(rows):
@@ -44,12 +51,95 @@ def test_panoptic_quality(rows, pq, sq, rq):
     assert quality == pytest.approx((pq, sq, rq))
 
 
+def test_background_is_no_void():
+    """Pixels that no instance covers are background: to fill them costs, and so does what is invented there."""
+    truth = sample([(0, slice(0, 2))])
+    assert panoptic_quality([(found([(0, slice(0, 10))]), truth)], 1).pq == 0
+    assert panoptic_quality([(found([(0, slice(0, 3))]), truth)], 1).pq == pytest.approx(2 / 3)
+    inventions = [(0, slice(i, i + 1)) for i in range(4, 10)]
+    assert panoptic_quality([(found([(0, slice(0, 2)), *inventions]), truth)], 1).pq == pytest.approx(1 / (1 + 6 / 2))
+    assert panoptic_quality([(found([(0, slice(0, 2)), (1, slice(5, 9))]), truth)], 2).pq == pytest.approx(1 / 2)
+
+
 def test_void():
     """Predictions mostly in void are no mistakes, and void counts in no union."""
     truth = sample([(0, slice(0, 4))])
+    truth["void"] = ~truth["masks"].any(0)
     assert panoptic_quality([(found([(0, slice(0, 4)), (1, slice(5, 9))]), truth)], 2).pq == 1
     assert panoptic_quality([(found([(0, slice(0, 9))]), truth)], 2).pq == 1
     assert panoptic_quality([(found([(0, slice(0, 2)), (1, slice(2, 6))]), truth)], 2).pq == pytest.approx(0)
+    truth["void"][0, 7:] = False  # columns 4 to 6 are void, 7 to 9 background
+    assert panoptic_quality([(found([(0, slice(0, 4)), (1, slice(4, 9))]), truth)], 2).pq == 1  # 3 of 5 in void
+    assert panoptic_quality([(found([(0, slice(0, 4)), (1, slice(4, 10))]), truth)], 2).pq == 0.5  # 3 of 6
+    assert panoptic_quality([(found([(0, slice(0, 9))]), truth)], 2).pq == pytest.approx(4 / 6)
+
+
+def test_crowds_excuse_their_own_label():
+    truth = sample([(0, slice(0, 4))])
+    crowd = torch.zeros(2, 1, 10, dtype=torch.bool)
+    crowd[0, 0, 4:7], crowd[1, 0, 6:8] = True, True  # they overlap: columns 4 to 7 are crowd
+    truth |= {"crowd_labels": torch.tensor([0, 0]), "crowd_masks": crowd}
+    right = (0, slice(0, 4))
+    assert panoptic_quality([(found([right, (0, slice(4, 10))]), truth)], 2).pq == 1  # 4 of 6 in the crowd
+    assert panoptic_quality([(found([right, (0, slice(5, 10))]), truth)], 2).pq == 1  # 3 of 5
+    assert panoptic_quality([(found([right, (0, slice(6, 10))]), truth)], 2).pq == pytest.approx(2 / 3)  # 2 of 4
+    assert panoptic_quality([(found([right, (1, slice(4, 10))]), truth)], 2).pq == pytest.approx(1 / 2)
+    assert panoptic_quality([(found([(0, slice(0, 6))]), truth)], 2).pq == pytest.approx(4 / 6)  # it is in the union
+
+
+def test_targets_that_overlap():
+    """Each prediction takes the best target that is left."""
+    truth = sample([(0, slice(0, 6)), (0, slice(0, 8))])
+    quality = panoptic_quality([(found([(0, slice(0, 8))]), truth)], 1)
+    assert quality == pytest.approx((1 / 1.5, 1.0, 1 / 1.5))
+
+
+def test_things_and_stuff_apart():
+    counts = PanopticCounts(3)
+    counts.add(found([(0, slice(0, 3)), (1, slice(8, 10))]), sample(TRUTH))
+    assert counts.quality([0]) == pytest.approx((0.5, 0.75, 2 / 3))
+    assert counts.quality([1, 2]) == pytest.approx((1, 1, 1))
+    assert counts.quality([2]) == (0, 0, 0)
+    assert (counts.matched.tolist(), counts.missed.tolist(), counts.invented.tolist()) == (
+        [1, 1, 0],
+        [1, 0, 0],
+        [0, 0, 0],
+    )
+
+
+def test_pairs_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"found: expected the sample's size, \[1, 10\]; got \[1, 9\]"):
+        panoptic_quality([(Panoptic(torch.zeros(1, 9, dtype=torch.int32), []), sample(TRUTH))], 2)
+    for rows, truth in [([(2, slice(0, 1))], TRUTH), ([], [(2, slice(0, 1))])]:
+        with pytest.raises(ValueError, match="labels: expected less than num_labels = 2; got 2"):
+            panoptic_quality([(found(rows), sample(truth))], 2)
+
+
+class Growing:
+    """Two pairs of images of the same size, and an image of another."""
+
+    label_names, stuff_labels = Shapes.label_names, Shapes.stuff_labels
+    samples = tuple(Shapes(seed=3, size=size)[i] for i, size in enumerate((64, 64, 96, 128, 128)))
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+def test_evaluation_is_that_of_the_segmenter():
+    """The figure in a training's log is that of the images as `m2f segment` segments them, one by one."""
+    model = Mask2Former.from_pretrained(MODEL).train()
+    quality = evaluate(model, Growing(), image_size=(96, 160))
+    assert model.training
+    segmenter = Segmenter(model.eval(), "panoptic", image_size=(96, 160), threshold=0.5)
+    images = (Image.fromarray(s["image"].permute(1, 2, 0).numpy()) for s in Growing.samples)
+    pairs = [(segmenter(image), s) for image, s in zip(images, Growing.samples, strict=True)]
+    assert 0.4 < quality.pq < 1
+    assert quality == pytest.approx(panoptic_quality(pairs, 5), abs=1e-6)
+    first = panoptic_quality(pairs[:3], 5)
+    assert evaluate(model, Growing(), 3, batch_size=1, image_size=(96, 160)) == pytest.approx(first, abs=1e-6)
 
 
 def test_images_add_up():
