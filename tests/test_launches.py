@@ -1,0 +1,102 @@
+"""The rule by which `benchmarks/launches.py` counts kernels without a GPU, and bounds on what is launched."""
+
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+import torch
+
+from benchmarks import launches
+from benchmarks.launches import Launches
+from m2f_kernels import predict_attention_mask
+
+
+def counted(run):
+    with launches._meta_as_device(), Launches().counting() as found:
+        run()
+    return found.kernels.get("other", Counter())
+
+
+X = torch.empty(2, 8, 4, 4, device="meta")
+
+
+@pytest.mark.parametrize(
+    ("run", "kernels"),
+    [
+        (lambda: X.permute(0, 2, 3, 1)[:, 1:].unflatten(1, (3, 1)).expand(2, 3, 1, 4, 8), {}),
+        (lambda: X.new_empty(3), {}),
+        (lambda: torch.relu(X) + 1, {"relu": 1, "add": 1}),
+        (lambda: X.contiguous().reshape(2, 128), {}),
+        (lambda: X.transpose(1, 2).reshape(2, 128), {"clone": 1}),
+        (lambda: torch.conv2d(X, X[:, :, :1, :1]), {"convolution": 1}),
+        (lambda: torch.conv2d(X, X[:, :, :1, :1], X[0, :2, 0, 0]), {"convolution": 2}),
+        (lambda: torch.cat([X[:0], X[:0]]) * 2, {}),
+        (lambda: torch.nn.functional.scaled_dot_product_attention(X, X, X), {"scaled_dot_product_attention": 1}),
+        (lambda: torch.ones(3).mul_(2), {}),
+    ],
+    ids=["views", "allocation", "two", "no copy", "copy", "convolution", "and bias", "empty", "attention", "host"],
+)
+def test_operators(run, kernels):
+    assert counted(run) == kernels
+
+
+def test_operators_of_this_package_are_opened():
+    """The kernel that Triton launches and what its Python code calls beside it."""
+    found = counted(
+        lambda: predict_attention_mask(
+            torch.empty(1, 100, 256, device="meta"), torch.empty(1, 256, 8, 8, device="meta")
+        )
+    )
+    assert found["_predict_kernel"] == 1
+    assert set(found) <= {"_predict_kernel", "zeros"}
+
+
+def test_copies_and_waits():
+    host = torch.ones(4)
+    with launches._meta_as_device(), Launches().counting() as found:
+        x = host.to("meta")
+        host.pin_memory().to("meta", non_blocking=True)
+        x.cpu()
+        assert bool(x.isfinite().all())
+        x.sum().item()
+    assert found.copies == {"up": 1, "up, pinned": 1, "down": 1}
+    assert sum(found.waits.values()) == 4
+
+
+def test_stages():
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.ReLU(), torch.nn.ReLU())).to("meta")
+    with Launches().counting() as found:
+        found.watch(model, "all of it")
+        found.watch(model[1], "inner")
+        model(torch.empty(2, 4, device="meta"))
+        torch.empty(2, device="meta").exp()
+    assert {stage: sum(names.values()) for stage, names in found.kernels.items()} == {
+        "all of it": 1,
+        "inner": 2,
+        "other": 1,
+    }
+
+
+FAKE_CUDA = """
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from benchmarks.launches import Launches, cuda_autocast, fake_cuda
+
+fake_cuda()
+with FakeTensorMode():
+    layer = torch.nn.Linear(4, 4, device="cuda:0")
+    with Launches(layer.parameters()).counting() as found, cuda_autocast(torch.bfloat16):
+        layer(layer(torch.empty(2, 4, device="cuda:0"))).softmax(-1)
+# The parameters are cast once, the input once, and the last result for softmax, as CUDA's autocast does.
+assert found.kernels["other"] == {"_to_copy": 4, "addmm": 2, "_softmax": 1}, found.kernels
+assert found.casts == {"other": 2}, found.casts
+assert not torch.is_autocast_enabled("cuda")
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="fake CUDA tensors need a device guard compiled by g++")
+def test_fake_cuda_tensors_follow_autocast():
+    done = subprocess.run([sys.executable, "-c", FAKE_CUDA], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
