@@ -13,7 +13,7 @@ import torch
 
 import m2f_kernels
 from benchmarks import peers
-from m2f_kernels import backend
+from m2f_kernels import dispatch
 from m2f_kernels.info import cpu_name
 
 #: Allocator settings on CPU: environment of a fresh process. Large PyTorch temporaries cost page faults under glibc's
@@ -105,4 +105,4 @@ def gather(device: str, ops: list[str]) -> dict[str, str]:
 
 def backend_of(op: str, device: str) -> str:
     """Which of this package's implementations serves an operator here, and why."""
-    return str(backend.choose(op, device)) if op in backend.IMPLEMENTED else "not an operator of its own"
+    return str(dispatch.choose(op, device)) if op in dispatch.OPERATORS else "not an operator of its own"

@@ -2,25 +2,24 @@
 
 Importing this module defines the namespace and loads whatever libraries were
 built; it never raises and never compiles. What could not be loaded, and why, is
-kept in `LIBRARIES` for :mod:`m2f_kernels.info` and for the one-time fallback warning.
+kept in `LIBRARIES` for :mod:`m2f_kernels.dispatch`.
 """
 
 from __future__ import annotations
 
 import ctypes
-import importlib
-import importlib.util
 import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 NAMESPACE = "m2f"
 #: Every schema, fake kernel and autograd formula of this package is registered through it.
 LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
+#: What the CUDA library implements, under the same names: `m2f_kernels.dispatch` calls it from the operators.
+CUDA_LIBRARY = torch.library.Library(f"{NAMESPACE}_cuda", "FRAGMENT")
 
 #: The environment variable names another build of the libraries (`make sanitize`).
 _DIRECTORY = Path(os.environ.get("M2F_LIBRARIES", Path(__file__).parent / "lib"))
@@ -56,7 +55,9 @@ def _load(name: str, missing: str, unusable: str | None = None) -> NativeLibrary
 def _load_all() -> dict[str, NativeLibrary]:
     reinstall = "reinstall m2f-kernels with a C++17 compiler at hand"
     cuda_unusable = None
-    if torch.version.cuda is None:
+    if torch.version.hip is not None:
+        cuda_unusable = "the installed torch is built for ROCm"
+    elif torch.version.cuda is None:
         cuda_unusable = "the installed torch has no CUDA support"
     cpu = _load("m2f_cpu", f"it was not built; {reinstall}")
     cuda = _load(
@@ -67,24 +68,26 @@ def _load_all() -> dict[str, NativeLibrary]:
     return {"cpu": cpu, "cuda": cuda}
 
 
-#: By device type. A device that is not a key here is served by the reference.
+#: By device type.
 LIBRARIES = _load_all()
 
-#: Why the Triton kernels are not in use, or None. Triton itself is imported at the first call of a kernel.
-TRITON_PROBLEM: str | None = None
-if importlib.util.find_spec("triton") is None:
-    TRITON_PROBLEM = "triton is not installed; pip install triton"
+
+def cuda_build() -> tuple[tuple[str, ...], int]:
+    """What the CUDA library contains, such as ("sm_90", "compute_120"), and its build's CUDA version, 12080 for 12.8.
+
+    Nothing and 0 without the library."""
+    handle = LIBRARIES["cuda"].handle
+    if handle is None:
+        return (), 0
+    handle.m2f_cuda_code.restype = ctypes.c_char_p
+    code: bytes = handle.m2f_cuda_code()
+    return tuple(code.decode().split()), int(handle.m2f_cuda_runtime_version())
 
 
-def implement_with_triton(op: str, module: str) -> None:
-    """Serve `m2f::<op>` on CUDA by the function `op` of `module`, which is imported at the first call."""
-    if TRITON_PROBLEM is not None:
-        return
-
-    def call(*args: Any) -> Any:
-        return getattr(importlib.import_module(module), op)(*args)
-
-    LIBRARY.impl(op, call, "CUDA")
+def cuda_driver() -> int:
+    """The newest CUDA version that the driver supports, 12080 for 12.8; 0 without the CUDA library, which asks it."""
+    handle = LIBRARIES["cuda"].handle
+    return 0 if handle is None else int(handle.m2f_cuda_driver_version())
 
 
 def cpu_capability() -> str | None:
@@ -104,33 +107,6 @@ if _wish and LIBRARIES["cpu"].loaded and cpu_capability() != _wish:
         f"got {_wish!r}, using {cpu_capability()!r}",
         RuntimeWarning,
         stacklevel=2,
-    )
-
-_warned: set[tuple[str, str]] = set()
-
-
-def warn_fallback(op: str, device: str, backend: str | None = None) -> None:
-    """Say once per operator and device that the slow reference is running, and what would end that.
-
-    `backend` is what would serve the operator there: "cpp", "cuda" or "triton".
-    """
-    if (op, device) in _warned:
-        return
-    _warned.add((op, device))
-    library = LIBRARIES.get(device)
-    if backend == "triton" and TRITON_PROBLEM is not None:
-        why = TRITON_PROBLEM
-    elif library is None:
-        why = f"m2f-kernels has no compiled kernel for device type '{device}' (it has for: {', '.join(LIBRARIES)})"
-    elif library.problem is None:
-        why = f"lib{library.name}.so is loaded but does not implement it"
-    else:
-        why = f"lib{library.name}.so is not in use: {library.problem}"
-    warnings.warn(
-        f"m2f_kernels.{op} runs on the plain PyTorch reference on '{device}', which is slow and uses much memory: "
-        f"{why}. `python -m m2f_kernels.info` shows the whole picture.",
-        RuntimeWarning,
-        stacklevel=3,
     )
 
 

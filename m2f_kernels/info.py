@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from m2f_kernels import backend
+from m2f_kernels import dispatch
 from m2f_kernels._library import LIBRARIES, cpu_capability
 from m2f_kernels._version import __version__
 
@@ -66,9 +66,10 @@ def report() -> str:
     width = max(map(len, known))
     lines = [f"{label:<{width}}  {value}" for label, value in known.items()]
     lines += ["", "Operators"]
-    for op in sorted(backend.IMPLEMENTED):
-        lines += [f"  {backend.choose(op, device)}" for device in LIBRARIES]
-    lines.append("  on any other device: reference (plain PyTorch)")
+    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cuda"]
+    for op in sorted(dispatch.OPERATORS):
+        lines += [f"  {dispatch.choose(op, device)}" for device in ("cpu", *devices)]
+    lines.append("  on any other device: fallback (plain PyTorch)")
     return "\n".join(lines)
 
 

@@ -240,7 +240,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_from_offsets_backward(
 }  // namespace
 }  // namespace m2f
 
-STABLE_TORCH_LIBRARY_IMPL(m2f, CUDA, m) {
+// Not m2f: there m2f_kernels/dispatch.py chooses, call by call, between these and others.
+STABLE_TORCH_LIBRARY_IMPL(m2f_cuda, CUDA, m) {
   m.impl("ms_deform_attn", TORCH_BOX(&m2f::ms_deform_attn));
   m.impl("ms_deform_attn_backward", TORCH_BOX(&m2f::ms_deform_attn_backward));
   m.impl("ms_deform_attn_from_offsets", TORCH_BOX(&m2f::ms_deform_attn_from_offsets));

@@ -1,11 +1,13 @@
 """Multi-scale deformable attention as a citizen of PyTorch: opcheck, compile, export, autocast, determinism."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import m2f_kernels
-from m2f_kernels.ops import ms_deform_attn as module
+from m2f_kernels import _library, dispatch
 from tests.numerics import relative_error
 from tests.ops.ms_deform_attn_cases import MODES, make_case, truth, value_and_gradients
 
@@ -283,37 +285,31 @@ def test_images_are_independent(implementation, set_threads, mode):
                 assert torch.equal(x[0], whole[name][i]), name
 
 
-def test_deterministic_mode_takes_the_reference_on_cuda(monkeypatch):
-    """The routing, without a GPU: where the CUDA kernel would add with atomics, the reference's backward is called."""
-
-    class OnCuda:
-        device = torch.device("cuda")
-
-    assert not module._deterministic_needs_reference(OnCuda())
-    assert not module._deterministic_needs_reference(torch.zeros(1))
-    torch.use_deterministic_algorithms(True)
-    try:
-        assert module._deterministic_needs_reference(OnCuda())
-        assert not module._deterministic_needs_reference(torch.zeros(1))
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 @pytest.mark.parametrize("mode", MODES)
-def test_reference_backward_is_taken_where_needed(monkeypatch, mode):
-    """The same gradients through the detour, and only where the value gradient is wanted."""
-    calls = []
-    for name in ("_ms_deform_attn_backward_reference", "_from_offsets_backward_reference"):
-        original = getattr(module, name)
-        monkeypatch.setattr(module, name, lambda *args, f=original: calls.append(1) or f(*args))
-    monkeypatch.setattr(module, "_deterministic_needs_reference", lambda value: True)
+def test_deterministic_backward_on_cuda(monkeypatch, deterministic, mode):
+    """The routing, without a GPU: the library adds value gradients with atomics, so where those are wanted and there is
+    no Triton plain PyTorch computes them, the same gradients."""
+    libraries = {"cuda": _library.NativeLibrary("m2f_cuda", Path("libm2f_cuda.so"), None)}
+    here = dispatch.Software(libraries, None, "triton is not installed", False, ("sm_90",), 12080)
+    dispatch.forget()
+    monkeypatch.setattr(dispatch, "device_of", lambda *_: dispatch.Device("cuda", 0, (9, 0), driver=12080))
+    monkeypatch.setattr(dispatch, "software_for", lambda _: here)
     case = make_case(mode)
-    actual = value_and_gradients(case.call, case.tensors, case.grad_output)
-    assert len(calls) == 1
-    for name, expected in truth(case).items():
-        assert relative_error(actual[name], expected) < 1e-4, name
-    value_and_gradients(case.call, case.tensors, case.grad_output, ["samples", "weights"])
-    assert len(calls) == 1
+    name = "ms_deform_attn" if mode == "locations" else "ms_deform_attn_from_offsets"
+    value, *rest = case.tensors.values()
+    tail = [case.points] if mode == "locations" else [case.points, case.options.get("offset_scale", 0.5)]
+    inputs = [case.grad_output.to(value.dtype), value, case.levels, None, None, *rest, *tail]
+    others = [True] * (1 if mode == "locations" else 2)
+    backward = dispatch.ON_CUDA[f"{name}_backward"]
+    with pytest.warns(RuntimeWarning, match="use_deterministic_algorithms is on"):
+        actual = backward(*inputs, True, *others)
+    for x, (key, expected) in zip(actual, list(truth(case).items())[1:], strict=True):
+        assert relative_error(x, expected) < 1e-4, key
+    # Without the value gradient it is the library's operator, which has no kernel for these tensors on the CPU.
+    with pytest.raises(NotImplementedError, match=f"m2f_cuda::{name}_backward"):
+        backward(*inputs, False, *others)
+    monkeypatch.undo()
+    dispatch.forget()
 
 
 # ---------------------------------------------------------------- what is not supported says so

@@ -31,7 +31,7 @@ def main() -> None:
     for device, library in LIBRARIES.items():
         print(f"lib{library.name}.so: {'loaded' if library.loaded else library.problem}")
         if library.loaded:
-            print(f"  {m2f_kernels.backend.choose('ms_deform_attn_from_offsets', device)}")
+            print(f"  {m2f_kernels.dispatch.choose('ms_deform_attn_from_offsets', device)}")
     print(f"largest relative difference to the reference, output and gradients: {error:.1e}")
     assert error < 1e-5, error
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from m2f_kernels import backend
+from m2f_kernels import dispatch
 from m2f_kernels._checks import check_dense, check_floating, check_same_device, check_same_dtype, check_shape, describe
 from m2f_kernels._dtypes import autocast
-from m2f_kernels._library import LIBRARY, implement_with_triton
+from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import WORD, PackedMask
 from m2f_kernels.ops._autograd import register_vmap
 from m2f_kernels.ops.attention_mask import reference
@@ -24,9 +24,8 @@ LIBRARY.define("resize_mask_features(Tensor mask_features, SymInt[] sizes) -> Te
 LIBRARY.define("predict_attention_mask(Tensor mask_embed, Tensor level_features) -> (Tensor, Tensor)", tags=_TAGS)
 LIBRARY.define("pack_attention_mask(Tensor mask) -> (Tensor, Tensor)", tags=_TAGS)
 
-for _name in ("resize_mask_features", "predict_attention_mask", "pack_attention_mask"):
-    backend.IMPLEMENTED[_name] = {"cpu": "cpp", "cuda": "triton"}
-    implement_with_triton(_name, "m2f_kernels.ops.attention_mask.triton")
+#: Plain PyTorch, by the name of the backend.
+_PLAIN = {"fallback": reference, "reference": reference}
 
 
 # ---------------------------------------------------------------- public functions
@@ -56,8 +55,8 @@ def resize_mask_features(mask_features: Tensor, sizes: Sequence[tuple[int, int]]
     pairs = _sizes(sizes)
     flat = [side for pair in pairs for side in pair]
     features = autocast(mask_features.detach())
-    if backend.reference_forced() or features.dtype == torch.float64:
-        resized = reference.resize_mask_features(features, flat)
+    if (plain := dispatch.plain("resize_mask_features", features)) is not None:
+        resized = _PLAIN[plain].resize_mask_features(features, flat)
     else:
         resized = torch.ops.m2f.resize_mask_features(features, flat)
     levels, start = [], 0
@@ -97,11 +96,11 @@ def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> Packed
     embed, features = autocast(mask_embed.detach()), autocast(features.detach())
     check_same_dtype("level_features", features, "mask_embed", embed)
     _check_keys("level_features", features, features.shape[2])
-    if backend.reference_forced() or embed.dtype == torch.float64:
-        packed = reference.predict_attention_mask(embed, features)
+    if (plain := dispatch.plain("predict_attention_mask", embed)) is not None:
+        packed = _PLAIN[plain].predict_attention_mask(embed, features)
     else:
         packed = torch.ops.m2f.predict_attention_mask(embed, features)
-    return PackedMask(*packed, features.shape[2])
+    return PackedMask(packed[0], packed[1], features.shape[2])
 
 
 def pack_attention_mask(mask: Tensor) -> PackedMask:
@@ -128,11 +127,11 @@ def pack_attention_mask(mask: Tensor) -> PackedMask:
         raise ValueError(f"mask: expected [N, Q, S] or [N, Q, h, w]; got {describe(mask)}")
     flat = mask.detach().flatten(2)
     _check_keys("mask", mask, flat.shape[2])
-    if backend.reference_forced() or flat.dtype == torch.float64:
-        packed = reference.pack_attention_mask(flat)
+    if (plain := dispatch.plain("pack_attention_mask", flat)) is not None:
+        packed = _PLAIN[plain].pack_attention_mask(flat)
     else:
         packed = torch.ops.m2f.pack_attention_mask(flat)
-    return PackedMask(*packed, flat.shape[2])
+    return PackedMask(packed[0], packed[1], flat.shape[2])
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -156,28 +155,16 @@ def _check_keys(name: str, tensor: Tensor, keys: int) -> None:
         raise ValueError(f"{name}: expected at least one key (pixel); got {describe(tensor)}")
 
 
-# ---------------------------------------------------------------- reference implementations
-# Registered for every device; compiled and Triton kernels override them on theirs.
+# ---------------------------------------------------------------- implementations
 
-
-def _resize_reference(mask_features: Tensor, sizes: list[int]) -> Tensor:
-    backend.fall_back("resize_mask_features", mask_features.device.type)
-    return reference.resize_mask_features(mask_features, sizes)
-
-
-def _predict_reference(mask_embed: Tensor, level_features: Tensor) -> tuple[Tensor, Tensor]:
-    backend.fall_back("predict_attention_mask", mask_embed.device.type)
-    return reference.predict_attention_mask(mask_embed, level_features)
-
-
-def _pack_reference(mask: Tensor) -> tuple[Tensor, Tensor]:
-    backend.fall_back("pack_attention_mask", mask.device.type)
-    return reference.pack_attention_mask(mask)
-
-
-LIBRARY.impl("resize_mask_features", _resize_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("predict_attention_mask", _predict_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("pack_attention_mask", _pack_reference, "CompositeExplicitAutograd")
+for _name, _plain in (
+    ("resize_mask_features", reference.resize_mask_features),
+    ("predict_attention_mask", reference.predict_attention_mask),
+    ("pack_attention_mask", reference.pack_attention_mask),
+):
+    dispatch.register(
+        dispatch.Operator(_name, triton="m2f_kernels.ops.attention_mask.triton"), {_name: torch.no_grad()(_plain)}
+    )
 
 
 # ---------------------------------------------------------------- fake kernels

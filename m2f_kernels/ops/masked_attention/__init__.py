@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2f_kernels import backend
+from m2f_kernels import dispatch
 from m2f_kernels._checks import (
     check_dense,
     check_floating,
@@ -18,7 +18,7 @@ from m2f_kernels._checks import (
     describe,
 )
 from m2f_kernels._dtypes import accumulation_dtype, autocast
-from m2f_kernels._library import LIBRARY, implement_with_triton
+from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import WORD, PackedMask, unpack
 from m2f_kernels.ops._autograd import (
     call,
@@ -44,9 +44,8 @@ LIBRARY.define(
     "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-backend.IMPLEMENTED["masked_attention"] = {"cpu": "cpp", "cuda": "triton"}
-for _name in ("masked_attention", "masked_attention_backward"):
-    implement_with_triton(_name, "m2f_kernels.ops.masked_attention.triton")
+#: Plain PyTorch, by the name of the backend.
+_PLAIN = {"fallback": reference, "reference": reference}
 
 
 # ---------------------------------------------------------------- public function
@@ -96,8 +95,8 @@ def masked_attention(
         check_same_dtype(name, tensor, "query", query)
     scale = d**-0.5 if scale is None else check_number("scale", scale)
     packed = _packed(mask, query, s)
-    if backend.reference_forced() or query.dtype == torch.float64:
-        return reference.masked_attention(query, key, value, packed.to_bool(), scale)[0]
+    if (plain := dispatch.plain("masked_attention", query)) is not None:
+        return _PLAIN[plain].masked_attention(query, key, value, packed.to_bool(), scale)[0]
     output, _ = call("masked_attention", query, key, value, packed.bits, packed.row_any, scale)
     return output.transpose(1, 2)
 
@@ -138,19 +137,19 @@ def _packed(mask: PackedMask | Tensor, query: Tensor, keys: int) -> PackedMask:
     return pack_attention_mask(mask)
 
 
-# ---------------------------------------------------------------- reference implementations
+# ---------------------------------------------------------------- plain PyTorch
+# Behind the registered operators, for whoever calls those where no kernel serves.
 
 
-def _masked_attention_reference(
+def _masked_attention_plain(
     query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    backend.fall_back("masked_attention", query.device.type)
     attend = unpack(bits, row_any, key.shape[2])
     output, logsumexp = reference.masked_attention(query, key, value, attend, scale)
     return output.transpose(1, 2).contiguous(), logsumexp
 
 
-def _masked_attention_backward_reference(
+def _masked_attention_backward_plain(
     grad_output: Tensor,
     query: Tensor,
     key: Tensor,
@@ -171,8 +170,18 @@ def _masked_attention_backward_reference(
     return tuple(g.transpose(1, 2).contiguous() for g in gradients)
 
 
-LIBRARY.impl("masked_attention", _masked_attention_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("masked_attention_backward", _masked_attention_backward_reference, "CompositeExplicitAutograd")
+def _needs(device: dispatch.Device, dtype: torch.dtype | None, here: dispatch.Software) -> str | None:
+    """Before 3.8 Triton fails on the expanded mask words in the tensor memory of sm_100, with an internal error."""
+    version = tuple(int(number) for number in (here.triton or "0.0").split(".")[:2])
+    if device.capability is not None and not here.hip and device.capability[0] == 10 and version < (3, 8):
+        return f"triton {here.triton} cannot compile its kernels for {device.name}, 3.8 or later can"
+    return None
+
+
+dispatch.register(
+    dispatch.Operator("masked_attention", triton="m2f_kernels.ops.masked_attention.triton", needs=_needs),
+    {"masked_attention": _masked_attention_plain, "masked_attention_backward": _masked_attention_backward_plain},
+)
 
 
 # ---------------------------------------------------------------- fake kernels

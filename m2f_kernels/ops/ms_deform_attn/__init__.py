@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2f_kernels import backend
+from m2f_kernels import dispatch
 from m2f_kernels._checks import check_floating, check_number, check_same_device, check_shape, describe
 from m2f_kernels._dtypes import autocast
-from m2f_kernels._library import LIBRARY
+from m2f_kernels._library import CUDA_LIBRARY, LIBRARY
 from m2f_kernels.ops._autograd import (
     call,
     differentiable_once,
@@ -33,31 +33,24 @@ _LEVELS = "SymInt[] levels, Tensor? spatial_shapes, Tensor? level_start_index"
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _TITLE = "multi-scale deformable attention"
 
-LIBRARY.define(
+_SCHEMAS = (
     f"ms_deform_attn(Tensor value, {_LEVELS}, Tensor sampling_locations, Tensor attention_weights, "
     "int[] points_per_level) -> Tensor",
-    tags=_TAGS,
-)
-LIBRARY.define(
     f"ms_deform_attn_backward(Tensor grad_output, Tensor value, {_LEVELS}, Tensor sampling_locations, "
     "Tensor attention_weights, int[] points_per_level, bool needs_value, bool needs_sampling) "
     "-> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
-)
-LIBRARY.define(
     f"ms_deform_attn_from_offsets(Tensor value, {_LEVELS}, Tensor reference_points, Tensor sampling_offsets, "
     "Tensor attention_logits, int[] points_per_level, float offset_scale) -> Tensor",
-    tags=_TAGS,
-)
-LIBRARY.define(
     f"ms_deform_attn_from_offsets_backward(Tensor grad_output, Tensor value, {_LEVELS}, Tensor reference_points, "
     "Tensor sampling_offsets, Tensor attention_logits, int[] points_per_level, float offset_scale, "
     "bool needs_value, bool needs_reference, bool needs_sampling) -> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
 )
+for _schema in _SCHEMAS:
+    LIBRARY.define(_schema, tags=_TAGS)
+    CUDA_LIBRARY.define(_schema)
 
-for _name in ("ms_deform_attn", "ms_deform_attn_from_offsets"):
-    backend.IMPLEMENTED[_name] = {"cpu": "cpp", "cuda": "cuda"}
+#: Plain PyTorch, by the name of the backend.
+_PLAIN = {"fallback": reference, "reference": reference}
 
 
 # ---------------------------------------------------------------- public functions
@@ -97,7 +90,7 @@ def ms_deform_attn(
         [N, Q, H*D], contiguous, in value's dtype. Differentiable once in the three floating tensors.
         On CPU the gradients are bitwise reproducible for a given number of threads. On CUDA the value
         gradient is accumulated by float32 atomics in no fixed order; under
-        `torch.use_deterministic_algorithms(True)` the reference computes it instead, reproducibly and slowly.
+        `torch.use_deterministic_algorithms(True)` Triton computes it instead, or without Triton slow plain PyTorch.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -115,8 +108,8 @@ def ms_deform_attn(
     check_same_device("sampling_locations", locations, "value", value)
     check_same_device("attention_weights", weights, "value", value)
     value = autocast(value)
-    if backend.reference_forced():
-        return reference.ms_deform_attn(value, read_levels(*levels), locations, weights, points)
+    if (plain := dispatch.plain("ms_deform_attn", value)) is not None:
+        return _PLAIN[plain].ms_deform_attn(value, read_levels(*levels), locations, weights, points)
     return call("ms_deform_attn", value, *levels, locations, weights, points)
 
 
@@ -179,8 +172,8 @@ def ms_deform_attn_from_offsets(
     check_same_device("attention_logits", logits, "value", value)
     check_same_device("reference_points", reference_points, "value", value)
     value = autocast(value)
-    if backend.reference_forced():
-        return reference.ms_deform_attn_from_offsets(
+    if (plain := dispatch.plain("ms_deform_attn_from_offsets", value)) is not None:
+        return _PLAIN[plain].ms_deform_attn_from_offsets(
             value, read_levels(*levels), reference_points, offsets, logits, points, offset_scale
         )
     return call("ms_deform_attn_from_offsets", value, *levels, reference_points, offsets, logits, points, offset_scale)
@@ -218,11 +211,12 @@ def _check_heads(value: Tensor) -> None:
         )
 
 
-# ---------------------------------------------------------------- reference implementations
-# Registered for every device; the compiled libraries override them on theirs.
+# ---------------------------------------------------------------- plain PyTorch
+# Behind the registered operators, for whoever calls those where no kernel serves: without autograd, which has formulas
+# of its own. The public functions call plain PyTorch itself.
 
 
-def _ms_deform_attn_reference(
+def _ms_deform_attn_plain(
     value: Tensor,
     levels: list[int],
     spatial_shapes: Tensor | None,
@@ -231,12 +225,11 @@ def _ms_deform_attn_reference(
     weights: Tensor,
     points: list[int],
 ) -> Tensor:
-    backend.fall_back("ms_deform_attn", value.device.type)
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     return reference.ms_deform_attn(value, sizes, locations, weights, points)
 
 
-def _ms_deform_attn_backward_reference(
+def _ms_deform_attn_backward_plain(
     grad_output: Tensor,
     value: Tensor,
     levels: list[int],
@@ -257,7 +250,7 @@ def _ms_deform_attn_backward_reference(
     )
 
 
-def _from_offsets_reference(
+def _from_offsets_plain(
     value: Tensor,
     levels: list[int],
     spatial_shapes: Tensor | None,
@@ -268,12 +261,11 @@ def _from_offsets_reference(
     points: list[int],
     offset_scale: float,
 ) -> Tensor:
-    backend.fall_back("ms_deform_attn_from_offsets", value.device.type)
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     return reference.ms_deform_attn_from_offsets(value, sizes, reference_points, offsets, logits, points, offset_scale)
 
 
-def _from_offsets_backward_reference(
+def _from_offsets_backward_plain(
     grad_output: Tensor,
     value: Tensor,
     levels: list[int],
@@ -297,10 +289,19 @@ def _from_offsets_backward_reference(
     )
 
 
-LIBRARY.impl("ms_deform_attn", _ms_deform_attn_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("ms_deform_attn_backward", _ms_deform_attn_backward_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("ms_deform_attn_from_offsets", _from_offsets_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("ms_deform_attn_from_offsets_backward", _from_offsets_backward_reference, "CompositeExplicitAutograd")
+def _register(name: str, plain: Any, plain_backward: Any, value_gradient: int) -> None:
+    """`value_gradient`: where `needs_value` stands among the backward's arguments."""
+    dispatch.register(
+        dispatch.Operator(
+            name, library=True, triton="m2f_kernels.ops.ms_deform_attn.triton", float64=True, reproducible=False
+        ),
+        {name: plain, f"{name}_backward": plain_backward},
+        {f"{name}_backward": lambda args: bool(args[value_gradient])},
+    )
+
+
+_register("ms_deform_attn", _ms_deform_attn_plain, _ms_deform_attn_backward_plain, -2)
+_register("ms_deform_attn_from_offsets", _from_offsets_plain, _from_offsets_backward_plain, -3)
 
 
 # ---------------------------------------------------------------- fake kernels
@@ -345,15 +346,10 @@ def _(grad_output: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------- autograd
 
 
-def _deterministic_needs_reference(value: Tensor) -> bool:
-    """The CUDA kernel adds value gradients with atomics: where reproducibility is asked for, take the reference."""
-    return value.device.type == "cuda" and torch.are_deterministic_algorithms_enabled()
-
-
 def gradients(grad_output: Tensor, inputs: list[Any], needs_value: bool, needs_sampling: bool) -> tuple[Tensor, ...]:
     """Those of value, locations and weights; `inputs` as in the schema of ms_deform_attn. Empty where not needed."""
-    use_reference = backend.reference_forced() or (needs_value and _deterministic_needs_reference(inputs[0]))
-    op: Any = _ms_deform_attn_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_backward
+    plain = dispatch.plain("ms_deform_attn", inputs[0]) is not None
+    op: Any = _ms_deform_attn_backward_plain if plain else torch.ops.m2f.ms_deform_attn_backward
     return op(grad_output, *inputs, needs_value, needs_sampling)
 
 
@@ -361,7 +357,7 @@ def _ms_deform_attn_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     inputs = saved_inputs(ctx)
     needs = ctx.needs_input_grad
     needs_value, needs_sampling = needs[0], needs[4] or needs[5]
-    found = gradients(grad_output, inputs, needs_value, needs_sampling)
+    found = torch.ops.m2f.ms_deform_attn_backward(grad_output, *inputs, needs_value, needs_sampling)
     grad_value, grad_locations, grad_weights = differentiable_once(_TITLE, found, [grad_output, *inputs])
     return (
         grad_value if needs_value else None,
@@ -376,9 +372,9 @@ def _from_offsets_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
     inputs = saved_inputs(ctx)
     needs = ctx.needs_input_grad
     needs_value, needs_reference, needs_sampling = needs[0], needs[4], needs[5] or needs[6]
-    use_reference = needs_value and _deterministic_needs_reference(inputs[0])
-    op: Any = _from_offsets_backward_reference if use_reference else torch.ops.m2f.ms_deform_attn_from_offsets_backward
-    found = op(grad_output, *inputs, needs_value, needs_reference, needs_sampling)
+    found = torch.ops.m2f.ms_deform_attn_from_offsets_backward(
+        grad_output, *inputs, needs_value, needs_reference, needs_sampling
+    )
     grad_value, grad_reference, grad_offsets, grad_logits = differentiable_once(_TITLE, found, [grad_output, *inputs])
     return (
         grad_value if needs_value else None,

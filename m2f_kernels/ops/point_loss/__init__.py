@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2f_kernels import backend
+from m2f_kernels import dispatch
 from m2f_kernels._checks import check_indices, check_same_device, check_shape, describe
 from m2f_kernels._dtypes import accumulation_dtype
-from m2f_kernels._library import LIBRARY, implement_with_triton
+from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.ops._autograd import call, differentiable_once, register_autograd, register_vmap
 from m2f_kernels.ops.point_loss import factored, reference
@@ -61,10 +61,8 @@ LIBRARY.define(
     "-> (Tensor, Tensor)",
     tags=_TAGS,
 )
-for _name in ("mask_matching_cost", "point_mask_loss"):
-    backend.IMPLEMENTED[_name] = {"cpu": "cpp", "cuda": "triton"}
-for _name in ("mask_matching_cost", "point_mask_loss", "point_mask_loss_backward"):
-    implement_with_triton(_name, "m2f_kernels.ops.point_loss.triton")
+#: Plain PyTorch, by the name of the backend.
+_PLAIN = {"fallback": reference, "reference": reference}
 
 #: Sampled logits of the matching cost exist a block of queries at a time, of about this many bytes.
 _BLOCK_BYTES = 8 * 2**20
@@ -204,8 +202,8 @@ def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> 
 
 def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with torch.autocast(logits.device.type, enabled=False):
-        if backend.reference_forced() or logits.dtype == torch.float64:
-            return reference.mask_matching_cost(logits, labels)
+        if (plain := dispatch.plain("mask_matching_cost", logits)) is not None:
+            return _PLAIN[plain].mask_matching_cost(logits, labels)
         cross_entropy, dice = torch.ops.m2f.mask_matching_cost(logits, labels.to(logits.dtype))
         return cross_entropy, dice
 
@@ -213,8 +211,8 @@ def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def loss_of_planes(
     mask_logits: Tensor, rows: Tensor, targets: list[Tensor], target_rows: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor]:
-    if backend.reference_forced() or mask_logits.dtype == torch.float64:
-        return reference.point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
+    if (plain := dispatch.plain("point_mask_loss", mask_logits)) is not None:
+        return _PLAIN[plain].point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
     cross_entropy, dice, *_ = call("point_mask_loss", mask_logits, rows, targets, target_rows, points.float())
     return cross_entropy, dice
 
@@ -229,7 +227,7 @@ def factored_loss(
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(masks.masks, FactoredMasks)
     embed, features = masks.masks
-    if backend.reference_forced() or embed.dtype == torch.float64:
+    if dispatch.plain("point_mask_loss", embed) is not None:
         with torch.autocast(embed.device.type, enabled=False):
             dtype = accumulation_dtype(embed.dtype)
             planes = FactoredMasks(embed.to(dtype), features.to(dtype)).logits().flatten(0, 1)
@@ -306,23 +304,19 @@ def pair_up(
     return masks, targets, target_rows.to(masks.device, non_blocking=True)
 
 
-# ---------------------------------------------------------------- reference implementations
+# ---------------------------------------------------------------- implementations
 
-
-def _mask_matching_cost_reference(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    backend.fall_back("mask_matching_cost", logits.device.type)
-    return reference.mask_matching_cost(logits, labels)
-
-
-def _point_mask_loss_reference(mask_logits: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    backend.fall_back("point_mask_loss", mask_logits.device.type)
-    return reference.point_mask_loss(mask_logits, *rest)
-
-
-LIBRARY.impl("mask_matching_cost", _mask_matching_cost_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("point_mask_loss", _point_mask_loss_reference, "CompositeExplicitAutograd")
-LIBRARY.impl(
-    "point_mask_loss_backward", torch.no_grad()(reference.point_mask_loss_backward), "CompositeExplicitAutograd"
+_TRITON = "m2f_kernels.ops.point_loss.triton"
+dispatch.register(
+    dispatch.Operator("mask_matching_cost", triton=_TRITON),
+    {"mask_matching_cost": torch.no_grad()(reference.mask_matching_cost)},
+)
+dispatch.register(
+    dispatch.Operator("point_mask_loss", triton=_TRITON),
+    {
+        "point_mask_loss": torch.no_grad()(reference.point_mask_loss),
+        "point_mask_loss_backward": torch.no_grad()(reference.point_mask_loss_backward),
+    },
 )
 # The chunk loops are the same on every device; what they call is not.
 LIBRARY.impl("factored_point_mask_loss", factored.forward, "CompositeExplicitAutograd")

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from m2f_kernels import backend
+from m2f_kernels import dispatch
 from m2f_kernels._checks import check_dense, check_floating, check_generator, check_same_device, check_shape, describe
-from m2f_kernels._library import LIBRARY, implement_with_triton
+from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.ops._autograd import (
     call,
@@ -37,10 +37,8 @@ LIBRARY.define(
     "SymInt keep, SymInt fresh) -> Tensor",
     tags=_TAGS,
 )
-for _name in ("point_sample", "uncertain_points"):
-    backend.IMPLEMENTED[_name] = {"cpu": "cpp", "cuda": "triton"}
-for _name in ("point_sample", "point_sample_backward", "uncertain_points"):
-    implement_with_triton(_name, "m2f_kernels.ops.point_sample.triton")
+#: Plain PyTorch, by the name of the backend.
+_PLAIN = {"fallback": reference, "reference": reference}
 
 
 # ---------------------------------------------------------------- public functions
@@ -78,8 +76,8 @@ def point_sample(input: Tensor | FactoredMasks, points: Tensor) -> Tensor:
 
 def sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     """:func:`point_sample` without checks; `exact` leaves 16-bit samples in float32."""
-    if backend.reference_forced() or input.dtype == torch.float64:
-        return reference.point_sample(input, points, exact)
+    if (plain := dispatch.plain("point_sample", input)) is not None:
+        return _PLAIN[plain].point_sample(input, points, exact)
     return call("point_sample", input, points.float(), exact)
 
 
@@ -126,8 +124,8 @@ def uncertain_points(
 
 def points_of_planes(mask_logits: Tensor, rows: Tensor, seed: Tensor, first_stream: int, *counts: int) -> Tensor:
     """The operator, or the reference where that is asked for or the dtype needs it."""
-    if backend.reference_forced() or mask_logits.dtype == torch.float64:
-        return reference.uncertain_points(mask_logits, rows, seed, first_stream, *counts)
+    if (plain := dispatch.plain("uncertain_points", mask_logits)) is not None:
+        return _PLAIN[plain].uncertain_points(mask_logits, rows, seed, first_stream, *counts)
     return torch.ops.m2f.uncertain_points(mask_logits, rows, seed, first_stream, *counts)
 
 
@@ -213,29 +211,32 @@ def point_counts(num_points: int, oversample_ratio: float, importance_sample_rat
     return int(oversample_ratio * num_points), keep, num_points - keep
 
 
-# ---------------------------------------------------------------- reference implementations
-# Registered for every device; compiled and Triton kernels override them on theirs.
+# ---------------------------------------------------------------- plain PyTorch
+# Behind the registered operators, for whoever calls those where no kernel serves.
 
 
-def _point_sample_reference(input: Tensor, points: Tensor, exact: bool) -> Tensor:
-    backend.fall_back("point_sample", input.device.type)
+@torch.no_grad()
+def _point_sample_plain(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     return reference.point_sample(input, points, exact)
 
 
-def _point_sample_backward_reference(grad_output: Tensor, points: Tensor, height: int, width: int) -> Tensor:
+def _point_sample_backward_plain(grad_output: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     n, c, _ = grad_output.shape
     pixels = grad_output.new_zeros(n, c, height, width)
     return reference_gradients(lambda x: reference.point_sample(x, points), grad_output, [pixels], [True])[0]
 
 
-def _uncertain_points_reference(mask_logits: Tensor, *rest: Any) -> Tensor:
-    backend.fall_back("uncertain_points", mask_logits.device.type)
+@torch.no_grad()
+def _uncertain_points_plain(mask_logits: Tensor, *rest: Any) -> Tensor:
     return reference.uncertain_points(mask_logits, *rest)
 
 
-LIBRARY.impl("point_sample", _point_sample_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("point_sample_backward", _point_sample_backward_reference, "CompositeExplicitAutograd")
-LIBRARY.impl("uncertain_points", _uncertain_points_reference, "CompositeExplicitAutograd")
+_TRITON = "m2f_kernels.ops.point_sample.triton"
+dispatch.register(
+    dispatch.Operator("point_sample", triton=_TRITON),
+    {"point_sample": _point_sample_plain, "point_sample_backward": _point_sample_backward_plain},
+)
+dispatch.register(dispatch.Operator("uncertain_points", triton=_TRITON), {"uncertain_points": _uncertain_points_plain})
 
 
 # ---------------------------------------------------------------- fake kernels
