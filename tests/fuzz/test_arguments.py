@@ -150,7 +150,6 @@ def shapes(result: Any) -> list[Any]:
     return [(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in _pytree.tree_flatten(result)[0]]
 
 
-@pytest.mark.filterwarnings("ignore:m2f_kernels.* runs on the plain PyTorch reference on 'meta'")
 @pytest.mark.parametrize("op", OPERATORS)
 def test_bad_arguments(op: str, count_case: Callable[[], None]) -> None:
     function = getattr(m2f_kernels, op)
