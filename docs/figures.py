@@ -1,4 +1,5 @@
-"""The pictures of the documentation, computed by the operators that they show: `make docs-figures`.
+"""The pictures of the documentation, computed by the operators that they show or drawn from committed results:
+`make docs-figures`.
 
 python docs/figures.py [DIRECTORY]     (default: docs/figures)
 """
@@ -16,7 +17,10 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the benchmarks, which are not installed
+
 import m2f_kernels
+from benchmarks import readme
 
 INK, SOFT, ACCENT, SECOND = "#1a2a3a", "#9fb3c8", "#d1495b", "#00798c"
 plt.rcParams.update({"font.size": 9, "axes.titlesize": 9, "figure.dpi": 100, "savefig.bbox": "tight"})
@@ -132,7 +136,32 @@ def points() -> Figure:
     return figure
 
 
-FIGURES = (ms_deform_attn, attention_mask, masked_attention, points)
+def before_after() -> Figure:
+    """Time and peak memory of this package as shares of those of `transformers`: README's table as bars."""
+    figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.2), sharey=True)
+    rows = [(one.row(one.before), one.row(one.after)) for one in readme.HEADLINES]
+    places = np.arange(len(rows))[::-1]
+    for panel, title, unit, column in (
+        (panels[0], "time", "ms", "median_ms"),
+        (panels[1], "peak memory", "MiB", "memory_extra_mib"),
+    ):
+        old, new = (np.array([getattr(pair[i], column) for pair in rows], dtype=float) for i in (0, 1))
+        panel.barh(places, np.ones(len(rows)), height=0.7, color=SOFT, label="transformers")
+        panel.barh(places, new / old, height=0.7, color=SECOND, label="m2f")
+        for place, a, b in zip(places, old, new, strict=True):
+            panel.text(
+                b / a - 0.01, place, f"{b:.3g}" if b < 1000 else f"{b:.0f}", ha="right", va="center", color="white"
+            )
+            panel.text(0.99, place, f"{a:.3g} {unit}" if a < 1000 else f"{a:.0f} {unit}", ha="right", va="center")
+        panel.set(xlim=(0, 1), xlabel=f"{title} / transformers'")
+        panel.set_yticks(places, [one.label.replace("`", "") for one in readme.HEADLINES])
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.93))
+    return figure
+
+
+FIGURES = (before_after, ms_deform_attn, attention_mask, masked_attention, points)
 
 
 def main(directory: Path) -> None:

@@ -23,8 +23,19 @@ def test_figures_are_those_of_the_committed_run():
     skip_if_results_are_new()
     from benchmarks import readme
 
+    shown = 0
+    for page, root in readme.PAGES.items():
+        text = page.read_text()
+        assert readme.update(text, root) == text, f"{page}: python -m benchmarks.readme"
+        shown += text.count("<!-- end of")
+    assert shown == len(readme.BLOCKS) + 1  # none has lost its marks
+
+
+def test_readme_is_short():
     text = (ROOT / "README.md").read_text()
-    assert readme.update(text) == text
+    assert len(text.splitlines()) <= 120
+    assert len(text.split()) <= 900
+    assert len(re.findall(r"^\|[-|]+\|$", text, re.MULTILINE)) <= 4
 
 
 def test_figures_of_the_page_on_transformers():
