@@ -7,7 +7,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 STAMP := $(VENV)/.stamp
 # What an installation in .venv is made from; the package itself is installed editable.
-SOURCES := pyproject.toml tests/requirements.txt setup.py CMakeLists.txt $(shell find csrc -type f -name '*.[ch]*')
+SOURCES := pyproject.toml tests/requirements.txt setup.py CMakeLists.txt $(wildcard build_backend/*.py) $(shell find csrc -type f -name '*.[ch]*')
 CXX_FILES := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
 .PHONY: test test-slow fuzz sanitize coverage docs docs-figures bench lint format gpu gpu-bundle resources clean

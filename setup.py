@@ -1,13 +1,10 @@
-"""Runs CMake with Ninja, puts the two libraries into `m2f_kernels/lib`, and sets the wheel's tag.
+"""Puts the two libraries that CMake builds into `m2f_kernels/lib`, and sets the wheel's tag.
 
 Environment:
     M2F_CUDA        auto (default): build the CUDA library if nvcc is found; on: require it; off: skip it.
     M2F_CUDA_ARCHS  compute capabilities, for example "80;90"; default: all that are shipped.
 """
 
-import importlib.util
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,17 +13,9 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+sys.path.insert(0, str(ROOT / "build_backend"))
 
-
-def torch_include() -> Path:
-    """PyTorch's headers, found without importing it (its import takes seconds and may want CUDA)."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        raise RuntimeError(
-            "Building m2f-kernels needs PyTorch's headers, and torch is not installed in the build environment: "
-            "either let pip build in isolation, or install torch >= 2.11 first."
-        )
-    return Path(spec.origin).parent / "include"
+import native  # noqa: E402
 
 
 class CMakeBuild(build_ext):
@@ -36,30 +25,11 @@ class CMakeBuild(build_ext):
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT if in_place else Path(self.build_lib).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
-        options = {
-            "M2F_TORCH_INCLUDE": torch_include(),
-            "M2F_OUTPUT": package / "m2f_kernels" / "lib",
-            "M2F_CUDA": os.environ.get("M2F_CUDA", "auto"),
-        }
-        if "M2F_CUDA_ARCHS" in os.environ:
-            options["M2F_CUDA_ARCHS"] = os.environ["M2F_CUDA_ARCHS"].replace(",", ";").replace(" ", ";")
-        configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", "--log-level=STATUS"]
-        configure += [f"-D{name}={value}" for name, value in options.items()]
-        self.call(configure, build, "configure")
-        self.call(["cmake", "--build", str(build)], build, "build")
-
-    def call(self, command: list[str], build: Path, step: str) -> None:
-        """Run quietly, keep the whole log, show the summary, or on failure everything."""
-        build.mkdir(parents=True, exist_ok=True)
-        log = build / f"{step}.log"
-        result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        log.write_text(result.stdout)
-        if result.returncode != 0:
-            raise RuntimeError(f"m2f-kernels: the native {step} failed:\n{' '.join(command)}\n{result.stdout}")
-        if step == "configure":
-            lines = [line.removeprefix("-- ") for line in result.stdout.splitlines()]
-            start = lines.index("m2f-kernels")
-            print("\n".join(lines[start : start + 6]), file=sys.stderr, flush=True)
+        try:
+            native.configure(package / "m2f_kernels" / "lib", build)
+            native.compile_all(build)
+        except native.BuildError as error:
+            raise SystemExit(f"m2f-kernels: {error}") from None
 
     def get_outputs(self) -> list[str]:
         return [str(p) for p in (Path(self.build_lib) / "m2f_kernels" / "lib").glob("*.so")]
