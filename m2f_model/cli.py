@@ -212,10 +212,16 @@ def train(
         with Process.joined(device) as process, m2f_kernels.use_backend(backend):
             quiet = process.rank > 0
             log = (lambda _: None) if quiet else console.print
-            Trainer(model, samples, recipe, out, process=process, validation=validation, log=log).run()
-    except (ValueError, OSError, FloatingPointError) as error:
+            progress: Any = iter if quiet else lambda entries: track(entries, "checking", console=console)
+            trainer = Trainer(
+                model, samples, recipe, out, process=process, validation=validation, log=log, progress=progress
+            )
+            trainer.run()
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         console.print(f"[red]error:[/] {error}", soft_wrap=True)
         raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:  # the checkpoint is written, and that is said
+        raise typer.Exit(130) from error
 
 
 def _datasets(

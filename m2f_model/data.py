@@ -37,6 +37,57 @@ class Dataset(Protocol):
     def __getitem__(self, index: int) -> Sample: ...
 
 
+def identity(data: Dataset) -> dict[str, Any]:
+    """What a checkpoint remembers of the data that a run learned from."""
+    return {
+        "label_names": tuple(data.label_names),
+        "stuff_labels": tuple(data.stuff_labels),
+        "samples": len(data),
+        "content": getattr(data, "fingerprint", ""),
+    }
+
+
+class Relabelled:
+    """`data` with the labels of `like`: categories are the same by name, in any order.
+
+    Raises:
+        ValueError: naming categories that only one of them has, or that are stuff in only one of them.
+    """
+
+    def __init__(self, data: Dataset, like: Dataset) -> None:
+        ours, theirs = tuple(data.label_names), tuple(like.label_names)
+        missing, unknown = ([n for n in a if n not in b] for a, b in ((theirs, ours), (ours, theirs)))
+        if missing or unknown:
+            lines = [f"{_names(n)} {what}" for n, what in ((missing, "missing"), (unknown, "unknown")) if n]
+            raise ValueError(f"validation: expected the categories of the training data; {'; '.join(lines)}")
+        if ours != theirs and len(set(ours)) < len(ours):
+            raise ValueError("validation: expected categories in the training data's order where two have one name")
+        self.label_names, self.stuff_labels = theirs, tuple(like.stuff_labels)
+        order = range(len(ours)) if ours == theirs else [theirs.index(name) for name in ours]
+        self._label = torch.tensor(list(order), dtype=torch.int64)
+        stuff = {int(self._label[i]) for i in data.stuff_labels}
+        if stuff != set(self.stuff_labels):
+            odd = [theirs[i] for i in sorted(stuff ^ set(self.stuff_labels))]
+            raise ValueError(f"validation: expected the stuff of the training data; {_names(odd)} stuff in only one")
+        self._data = data
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_data":  # not there yet while it is unpickled
+            raise AttributeError(name)
+        return getattr(self._data, name)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._data[index]
+        return {**sample, "labels": self._label[sample["labels"]]}
+
+
+def _names(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
 # ---------------------------------------------------------------- synthetic shapes
 
 
@@ -63,6 +114,11 @@ class Shapes:
 
     def __len__(self) -> int:
         return self.length
+
+    @property
+    def fingerprint(self) -> str:
+        """What makes other samples of the same number and labels."""
+        return f"size {self.size}, seed {self.seed}"
 
     def __getitem__(self, index: int) -> Sample:
         random = np.random.default_rng((self.seed, index))

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-import tempfile
+import re
+import secrets
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 from PIL import Image, ImageOps
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 #: Modes that Pillow turns into RGB without losing the image. Its 32-bit ones have no agreed range.
 _CONVERTIBLE = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV"}
@@ -46,15 +54,68 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
     """Let `write` fill a file beside `path`, then put it in path's place.
 
     Whatever happens meanwhile, a full disk or a killed process, `path` holds all of the old content or all of the new.
+    What a killed process left beside it is removed by the next write. The file has the mode that the umask gives.
     """
     path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    remove_leftovers(path)
+    file, temporary = _open_beside(path)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
+
+
+def give_mode_of_umask(path: str | Path) -> None:
+    """Let `path` have the mode of any new file: safetensors writes files that nobody else can read."""
+    path = Path(path)
+    probe = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    probe.touch()
+    path.chmod(probe.stat().st_mode & 0o777)
+    probe.unlink()
+
+
+def remove_leftovers(path: str | Path) -> None:
+    """Remove what processes that were killed while they wrote `path` have left; those that still write keep theirs."""
+    path = Path(path)
+    pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
+    for name in os.listdir(path.parent):
+        if pattern.fullmatch(name):
+            with contextlib.suppress(OSError):  # somebody else was faster, or may remove it where we may not
+                _remove_unused(path.parent / name)
+
+
+def _open_beside(path: Path) -> tuple[IO[bytes], Path]:
+    """A new file, locked as long as it is open: who finds it unlocked knows that its writer is dead."""
+    while True:
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        file = temporary.open("xb")
+        _lock(file)
+        if os.fstat(file.fileno()).st_nlink:
+            return file, temporary
+        file.close()  # taken for a leftover in the moment before it was locked
+
+
+def _remove_unused(temporary: Path) -> None:
+    with temporary.open("rb") as file:
+        locked = _lock(file)
+        # Where files cannot be locked, nothing that is written now is older than an hour.
+        if locked or (locked is None and time.time() - temporary.stat().st_mtime > 3600):
+            temporary.unlink()
+
+
+def _lock(file: IO[bytes]) -> bool | None:
+    """True if nobody else holds the lock of `file`, which is ours then; None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True

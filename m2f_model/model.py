@@ -12,6 +12,7 @@ from m2f_kernels._checks import describe
 from m2f_model.backbone import Backbone
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.criterion import Targets, build_criterion, losses_of
+from m2f_model.files import give_mode_of_umask
 from m2f_model.layers import CheckpointedLayer
 from m2f_model.pixel_decoder import PixelDecoder
 from m2f_model.transformer_decoder import Prediction, TransformerDecoder
@@ -100,6 +101,8 @@ class Mask2Former(nn.Module):
             ValueError, WeightsError: where the backbone is not the one that the configuration describes.
         """
         write_huggingface(self, self.config, path)
+        for file in Path(path).glob("*.safetensors"):
+            give_mode_of_umask(file)
 
     @classmethod
     def load_detectron2(cls, path: str | Path, config: Mask2FormerConfig) -> Mask2Former:

@@ -57,3 +57,36 @@ def scatter_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Sta
     """Take both from a checkpoint that a sharded model wrote, and all processes have read."""
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state, options=options)
+
+
+# ---------------------------------------------------------------- what processes tell each other
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process' share of a tensor that may be spread over all."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def largest_of_processes(number: int) -> int:
+    """The largest `number` of all processes, which must all ask; without others the number itself."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return number
+    # On the host where the processes have a way to talk there, which waits for no GPU.
+    device = "cpu" if "cpu" in str(dist.get_backend_config()) else "cuda"
+    value = torch.tensor([number], device=device)
+    dist.all_reduce(value, dist.ReduceOp.MAX)
+    return int(value)
+
+
+def any_process(flag: bool) -> bool:
+    """Whether `flag` is true in any of the processes, which must all ask."""
+    return bool(largest_of_processes(int(flag)))
+
+
+def message_of_first(message: str) -> str:
+    """What the first process says; all must ask."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return message
+    said = [message]
+    dist.broadcast_object_list(said)
+    return said[0]

@@ -8,8 +8,11 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import shutil
+import signal
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,11 +23,23 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from m2f_model.data import Batches, Dataset, Steps
+from m2f_model.data import Batches, Dataset, Relabelled, Sample, Steps, identity
 from m2f_model.evaluate import evaluate
-from m2f_model.files import write_atomically
+from m2f_model.files import remove_leftovers, write_atomically
+from m2f_model.interrupts import Interrupted, Interrupts, leave_signals_to_the_parent
 from m2f_model.model import Mask2Former
-from m2f_model.parallel import PARALLEL, gather_state, parallelise, scatter_state, training_loss, whole
+from m2f_model.parallel import (
+    PARALLEL,
+    any_process,
+    gather_state,
+    largest_of_processes,
+    local,
+    message_of_first,
+    parallelise,
+    scatter_state,
+    training_loss,
+    whole,
+)
 from m2f_model.weights import load_exactly
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -147,7 +162,8 @@ class Process:
         if chosen.type == "cuda":
             chosen = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(chosen)
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+        # What is agreed on between steps are numbers on the host: no waiting for the GPU.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
         try:
             yield cls(dist.get_rank(), dist.get_world_size(), chosen)
         finally:
@@ -177,11 +193,13 @@ class Trainer:
         recipe: how.
         out: directory of checkpoints, TensorBoard's events and, at the end, the model in Hugging Face's format.
         process: which process this is.
-        validation: samples to measure panoptic quality on.
+        validation: samples to measure panoptic quality on, of the same categories in any order.
         log: takes a line of text now and then.
+        progress: wraps the iteration over what is checked at the start, for a progress bar.
 
     Raises:
-        ValueError: if there are no data, their labels are not the model's, or `out` holds another run.
+        ValueError: if there are no data, their labels are not the model's, the validation's categories are others,
+            annotations cannot be used, or `out` holds another run, one on other data, or a damaged checkpoint.
     """
 
     def __init__(
@@ -194,15 +212,18 @@ class Trainer:
         process: Process | None = None,
         validation: Dataset | None = None,
         log: Any = print,
+        progress: Callable[[list[Any]], Iterable[Any]] = iter,
     ) -> None:
         if len(data) == 0:
             raise ValueError("data: expected at least one sample; got none")
         if len(data.label_names) != model.config.num_labels:
             raise ValueError(f"data: expected {model.config.num_labels} labels, the model's; got {data.label_names}")
-        self.model, self.data, self.recipe, self.validation = model, data, recipe, validation
+        self.model, self.data, self.recipe = model, data, recipe
+        self.validation = None if validation is None else Relabelled(validation, data)
         self.process = process or Process()
         self.out, self.log = Path(out), log
         self.step = 0
+        self._check_data(progress)
         model.to(self.process.device).train()
         model.set_activation_checkpointing(recipe.activation_checkpointing)
         self.parallel: nn.Module = model
@@ -212,7 +233,13 @@ class Trainer:
         self.optimizer = build_optimizer(model, recipe)
         self.dtype = AUTOCAST[recipe.autocast]
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=recipe.autocast == "fp16")
+        # Nothing of these waits for the device until a step logs or saves.
+        self._bad_step = torch.zeros((), dtype=torch.int64, device=self.process.device)
+        self._skipped, self._skipped_in_a_row = (torch.zeros_like(self._bad_step) for _ in range(2))
+        self._said = False
         self.out.mkdir(parents=True, exist_ok=True)
+        if self.process.rank == 0:
+            self._remove_leftovers()
         # Each process draws its own points and drops its own paths.
         torch.manual_seed(recipe.seed * 1000003 + self.process.rank)
         if self.checkpoint.exists():
@@ -221,29 +248,67 @@ class Trainer:
     def run(self, stop: int | None = None) -> None:
         """Train until the recipe's last step, or until `stop`.
 
+        Ctrl-C and SIGTERM finish the step, write the checkpoint, and say how to go on.
+
         Raises:
-            FloatingPointError: where a loss is not finite, at the steps that log or save.
+            FloatingPointError: where losses or gradients of a step are not finite (float16: where many steps in a row
+                had to be skipped) or weights are not; found at the steps that log or save, before anything is written.
+            KeyboardInterrupt, SystemExit: after Ctrl-C and after SIGTERM.
         """
         last = min(self.recipe.steps, stop or self.recipe.steps)
-        writer = SummaryWriter(str(self.out / "tensorboard")) if self.process.rank == 0 else None
+        done = self.step == self.recipe.steps and self._model_is_written
+        if done:
+            self.log(
+                f"{self.checkpoint}: this run is at its end, step {self.step} of {self.recipe.steps}; the model is in "
+                f"{self.out}. To train it further, start from it in another directory"
+            )
+            return
+        # A former run may have written events of steps after its last checkpoint: those are to be forgotten.
+        purge = self.step + 1 if self.step else None
+        writer = SummaryWriter(str(self.out / "tensorboard"), purge_step=purge) if self.process.rank == 0 else None
+        batches = self._batches(last)
+        try:
+            with Interrupts() as interrupts:
+                self._run(batches, last, writer, interrupts)
+        finally:
+            batches.close()
+            if writer is not None:
+                writer.close()
+        if interrupts.number is not None and self.step < last:
+            self.log(
+                f"stopped by {signal.Signals(interrupts.number).name} after step {self.step} of {self.recipe.steps}, "
+                f"which is written to {self.checkpoint}: the same command goes on from there"
+            )
+            raise interrupts.end()
+
+    def _run(self, batches: Iterator[Any], last: int, writer: SummaryWriter | None, interrupts: Interrupts) -> None:
         began, first = time.monotonic(), self.step
-        for pixels, targets in self._batches(last):
+        if self.step == self.recipe.steps:  # stopped after its last step
+            self._evaluate(writer, interrupts)
+        for pixels, targets in batches:
             losses, norm = self.update(pixels, targets)
             logs, evaluates, saves = (
                 self.step % every == 0 or self.step == last
                 for every in (self.recipe.log_every, self.recipe.evaluate_every, self.recipe.save_every)
             )
+            # Whatever becomes of a validation, the steps before it are not lost.
+            saves = saves or (evaluates and self.validation is not None)
             if logs or saves:
                 self._check_finite(losses)
             if logs:
                 seconds = (time.monotonic() - began) / (self.step - first)
                 self._report(writer, losses, norm, seconds)
-            if evaluates:
-                self._evaluate(writer)
-            if saves:
+            number = largest_of_processes(interrupts.number or 0)
+            if saves or number:
                 self.save()
-        if writer is not None:
-            writer.close()
+            if number:
+                interrupts.number = number  # which may have come to another process
+                return
+            if evaluates:
+                self._evaluate(writer, interrupts)
+            # The others of several processes have gone on.
+            if saves and interrupts.number is not None and self.process.world_size == 1:
+                return
         if self.step == self.recipe.steps:
             self._save_model()
 
@@ -252,6 +317,7 @@ class Trainer:
         device = self.process.device
         pixels = pixels.to(device, non_blocking=True)
         targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in targets]
+        statistics = self._statistics()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
             out = self.parallel(pixels, targets)
         for group in self.optimizer.param_groups:
@@ -264,9 +330,11 @@ class Trainer:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.step += 1
-        return {k: v.detach() for k, v in losses.items()}, norm
+        losses = {k: v.detach() for k, v in losses.items()}
+        self._note_finite(losses, norm.detach(), statistics)
+        return losses, norm
 
-    def _batches(self, last: int) -> Iterator[tuple[Tensor, list[dict[str, Tensor]]]]:
+    def _batches(self, last: int) -> Generator[tuple[Tensor, list[dict[str, Tensor]]], None, None]:
         recipe, process = self.recipe, self.process
         batches = Batches(
             self.data,
@@ -285,14 +353,84 @@ class Trainer:
             num_workers=recipe.workers,
             pin_memory=process.device.type == "cuda",
             generator=torch.Generator(),
+            worker_init_fn=leave_signals_to_the_parent,
         )
-        return iter(loader)
+        try:
+            yield from loader
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            reason = str(error).splitlines()[0]
+            raise ChildProcessError(
+                f"step {self.step}: a process that prepares data has died, which is often for want of memory "
+                f"(fewer workers take less); {reason}"
+            ) from error
+
+    # ------------------------------------------------------------ what is not finite
+
+    def _statistics(self) -> list[tuple[Tensor, Tensor]]:
+        """Running statistics of batch norms, and copies of them where a step may be skipped."""
+        if not self.scaler.is_enabled():
+            return []
+        norms = (m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.training)
+        return [(b, b.clone()) for m in norms for b in m.buffers() if b.is_floating_point()]
+
+    def _note_finite(self, losses: dict[str, Tensor], norm: Tensor, statistics: list[tuple[Tensor, Tensor]]) -> None:
+        """Note, on the device, whether the step was skipped (float16), or is the first that is not finite."""
+        finite = norm.isfinite()
+        if self.scaler.is_enabled():
+            self._skipped += ~finite
+            self._skipped_in_a_row = torch.where(finite, 0, self._skipped_in_a_row + 1)
+            for now, before in statistics:
+                now.copy_(torch.where(finite, now, before))
+        else:
+            bad = ~(finite & torch.stack(list(losses.values())).isfinite().all()) & (self._bad_step == 0)
+            self._bad_step = torch.where(bad, self.step, self._bad_step)
 
     def _check_finite(self, losses: dict[str, Tensor]) -> None:
         """Before anything of this step is written: a checkpoint of such a model would replace a good one."""
+        if self.scaler.is_enabled():
+            skipped, in_a_row = int(self._skipped), int(self._skipped_in_a_row)
+            if in_a_row >= _SKIPPED_IN_A_ROW:
+                raise FloatingPointError(
+                    f"step {self.step}: expected finite gradients; those of the last {in_a_row} steps were not, in "
+                    f"float16 at a scale of {self.scaler.get_scale():.1g}: the run has diverged"
+                )
+            if skipped and not self._said:
+                self._said = True
+                self.log(
+                    f"step {self.step}: {skipped} steps skipped so far, whose gradients were not finite in float16; "
+                    "the loss is scaled down (TensorBoard's train/skipped_steps counts on)"
+                )
+            return
+        bad_step = largest_of_processes(int(self._bad_step))
+        if not bad_step:
+            return
         bad = [name for name, value in losses.items() if not math.isfinite(value.item())]
-        if bad:
+        if bad and bad_step == self.step:
             raise FloatingPointError(f"step {self.step}: expected finite losses; not finite: {', '.join(bad)}")
+        raise FloatingPointError(
+            f"step {bad_step}: expected finite losses and gradients; some were not, and nothing is written since"
+        )
+
+    def _check_finite_state(self) -> None:
+        """The same for what is about to be written: weights, statistics, and the optimiser's moments."""
+        names = {id(p): name for name, p in self.model.named_parameters()}
+        moments = (
+            (f"{key} of {names[id(p)]}", value)
+            for p, state in self.optimizer.state.items()
+            for key, value in state.items()
+            if isinstance(value, Tensor) and value.dim()
+        )
+        found = [(name, local(x)) for name, x in (*self.model.state_dict().items(), *moments) if x.is_floating_point()]
+        finite = torch.stack([x.isfinite().all() for _, x in found]).tolist()
+        bad = [name for (name, _), good in zip(found, finite, strict=True) if not good]
+        if any_process(bool(bad)):
+            which = ", ".join(bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+            raise FloatingPointError(
+                f"step {self.step}: expected finite weights; not finite: {which or 'some of another process'}; "
+                "nothing is written"
+            )
 
     def _report(self, writer: SummaryWriter | None, losses: dict[str, Tensor], norm: Tensor, seconds: float) -> None:
         if writer is None:
@@ -300,13 +438,26 @@ class Trainer:
         total = sum(v.item() for v in losses.values())
         rate = self.optimizer.param_groups[-1]["lr"]
         self.log(f"step {self.step}/{self.recipe.steps}  loss {total:.3f}  lr {rate:.2g}  {seconds:.3f} s/step")
-        for name, value in {"loss": total, "gradient_norm": norm, "lr": rate, **losses}.items():
+        scalars = {"loss": total, "gradient_norm": norm, "lr": rate, **losses}
+        if self.scaler.is_enabled():
+            scalars["skipped_steps"] = self._skipped
+        for name, value in scalars.items():
             writer.add_scalar(f"train/{name}", float(value), self.step)
 
-    def _evaluate(self, writer: SummaryWriter | None) -> None:
+    def _evaluate(self, writer: SummaryWriter | None, interrupts: Interrupts) -> None:
         if self.validation is None or (writer is None and not self.sharded):  # a sharded model needs all processes
             return
-        quality = evaluate(self.model, self.validation, self.recipe.evaluate_count)
+        # A sharded model's processes must do the same until they have agreed to stop.
+        validation = self.validation if self.sharded else _UntilInterrupted(self.validation, interrupts)
+        cuda = [self.process.device] if self.process.device.type == "cuda" else []
+        try:
+            # The checkpoint of this step is written: a run that goes on from it has the same random numbers.
+            with torch.random.fork_rng(cuda):
+                quality = evaluate(self.model, validation, self.recipe.evaluate_count)
+        except Interrupted:
+            return
+        finally:
+            self.model.train()
         if writer is None:
             return
         self.log(f"step {self.step}  PQ {quality.pq:.3f}  SQ {quality.sq:.3f}  RQ {quality.rq:.3f}")
@@ -321,23 +472,31 @@ class Trainer:
         return self.out / "checkpoint.pth"
 
     def save(self) -> None:
-        """Write the checkpoint, on all processes at once; a former one stays whole until the new one is."""
+        """Write the checkpoint, on all processes at once; a former one stays whole until the new one is.
+
+        Raises:
+            FloatingPointError: if weights, statistics or the optimiser's moments are not finite.
+        """
+        self._check_finite_state()
         random = [_random_state()] * self.process.world_size
         if self.process.world_size > 1:
             dist.all_gather_object(random, random[0])
         model, optimizer = gather_state(self.model, self.optimizer)
         state = {
             "recipe": asdict(self.recipe),
+            "data": identity(self.data),
             "step": self.step,
             "model": model,
             "optimizer": optimizer,
             "scaler": self.scaler.state_dict(),
+            "skipped": int(self._skipped),
             "random": random,
         }
         if self.process.rank == 0:
             write_atomically(self.checkpoint, lambda file: torch.save(state, file))
 
     def _save_model(self) -> None:
+        """Write the model beside what is there, then put its files in place one by one."""
         model = self.model
         if self.sharded:
             state, _ = gather_state(model, self.optimizer)
@@ -345,32 +504,125 @@ class Trainer:
                 model = Mask2Former(model.config)
                 load_exactly(model, state, "the trained model")
         if self.process.rank == 0:
-            model.save_pretrained(self.out)
+            with tempfile.TemporaryDirectory(dir=self.out, prefix=_UNFINISHED) as directory:
+                model.save_pretrained(directory)
+                for path in sorted(Path(directory).iterdir(), key=lambda p: p.name == "config.json"):
+                    os.replace(path, self.out / path.name)
+
+    @property
+    def _model_is_written(self) -> bool:
+        """Whether the model in `out` is that of the checkpoint; config.json is the last of its files."""
+        config = self.out / "config.json"
+        return config.exists() and config.stat().st_mtime >= self.checkpoint.stat().st_mtime
+
+    def _remove_leftovers(self) -> None:
+        """What a killed process has left."""
+        remove_leftovers(self.checkpoint)
+        for directory in self.out.glob(f"{_UNFINISHED}*"):
+            shutil.rmtree(directory, ignore_errors=True)
 
     def load(self) -> None:
-        """Go on from the checkpoint, exactly: the sequence of batches is a function of the step."""
-        where = "cpu" if self.sharded else self.process.device
-        state = torch.load(self.checkpoint, map_location=where, weights_only=True)
+        """Go on from the checkpoint, exactly: the sequence of batches is a function of the step.
+
+        Raises:
+            ValueError: if it is damaged, or of another recipe, number of processes, model or data.
+        """
+        state = self._read_checkpoint()
         found, wanted = {**state["recipe"], "processes": len(state["random"])}, asdict(self.recipe)
         wanted["processes"] = self.process.world_size
         different = [k for k in wanted if k not in _FREE and _plain(found.get(k)) != _plain(wanted[k])]
         if different:
             lines = "; ".join(f"{k}: {found.get(k)} there, {wanted[k]} here" for k in different)
             raise ValueError(f"{self.checkpoint}: expected a checkpoint of this recipe; {lines}")
+        here, there = identity(self.data), state.get("data", {})
+        different = [k for k in here if k in there and _plain(there[k]) != _plain(here[k])]
+        if different:
+            lines = "; ".join(f"{k}: {_short(there[k])} there, {_short(here[k])} here" for k in different)
+            raise ValueError(f"{self.checkpoint}: expected a checkpoint of a run on these data; {lines}")
         if self.sharded:
             scatter_state(self.model, self.optimizer, state["model"], state["optimizer"])
         else:
             load_exactly(self.model, state["model"], str(self.checkpoint))
             self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+        self._skipped.fill_(state.get("skipped", 0))
         self.step = state["step"]
         _set_random_state({k: v.cpu() for k, v in state["random"][self.process.rank].items()})
-        self.log(f"going on from step {self.step} of {self.checkpoint}")
+        if self.step < self.recipe.steps:
+            self.log(f"going on from step {self.step} of {self.checkpoint}")
+
+    def _read_checkpoint(self) -> dict[str, Any]:
+        where = "cpu" if self.sharded else self.process.device
+        try:
+            state = torch.load(self.checkpoint, map_location=where, weights_only=True)
+            missing = {"recipe", "step", "model", "optimizer", "scaler", "random"} - set(state)
+            if missing:
+                raise KeyError(f"{', '.join(sorted(missing))} missing")
+        except PermissionError:
+            raise
+        except (torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # of many types, from what was taken for a zip file or a pickle
+            reason = next(iter(str(error).splitlines()), "")[:200]
+            raise ValueError(
+                f"{self.checkpoint}: expected a checkpoint of `m2f train`; it is damaged or something else "
+                f"({type(error).__name__}: {reason}). Move it away to begin anew"
+            ) from error
+        return dict(state)
+
+    # ------------------------------------------------------------ data
+
+    def _check_data(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
+        """Of several processes the first one looks at the files, and all raise what it finds."""
+        message = ""
+        if self.process.rank == 0:
+            try:
+                for data in (self.data, self.validation):
+                    check = getattr(data, "check", None)
+                    if check is not None:
+                        check(progress)
+            except (ValueError, OSError) as error:
+                if self.process.world_size == 1:
+                    raise
+                message = str(error)
+        message = message_of_first(message)
+        if message:
+            raise ValueError(message)
 
 
+class _UntilInterrupted:
+    """A data set that gives no more samples once a signal has come."""
+
+    def __init__(self, data: Dataset, interrupts: Interrupts) -> None:
+        self._data, self._interrupts = data, interrupts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._data, name)
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, index: int) -> Sample:
+        if self._interrupts.number is not None:
+            raise Interrupted
+        return self._data[index]
+
+
+#: Steps of float16 that are skipped one after the other before a run counts as diverged. The scale, 65536 at first, is
+#: halved each time.
+_SKIPPED_IN_A_ROW = 50
+#: Beginning of the names of directories that hold a model until it is whole.
+_UNFINISHED = ".model."
 #: Fields of a recipe that may change when a run goes on.
 _FREE = ("log_every", "save_every", "evaluate_every", "evaluate_count", "workers", "activation_checkpointing")
 
 
 def _plain(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
+
+
+def _short(value: Any) -> str:
+    """For one line: of a long sequence its beginning."""
+    if isinstance(value, (tuple, list)) and len(value) > 6:
+        return f"({', '.join(map(repr, value[:5]))}, ... {len(value)} in all)"
+    return str(_plain(value))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import socket
 import sys
 
@@ -97,6 +98,24 @@ def _start(rank, function, port, directory, root, parallel):
     function(rank, directory, parallel)
 
 
+def interrupted(rank, directory, parallel):
+    """The second process alone is told to stop, in its third step."""
+    with Process.joined("cpu") as process:
+        trainer = Trainer(model_of(0), Shapes(8), recipe_of(parallel), directory / "run", process=process, log=quiet)
+        update = trainer.update
+
+        def told(*batch):
+            if rank == 1 and trainer.step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(*batch)
+
+        trainer.update = told
+        try:
+            trainer.run()
+        except SystemExit as error:
+            (directory / f"ended{rank}").write_text(f"{trainer.step} {error.code}")
+
+
 def in_two_processes(function, directory, parallel):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -134,3 +153,9 @@ def test_two_processes_go_on_exactly(tmp_path, parallel):
     assert [k for k in whole_state if not torch.equal(whole_state[k], saved[k])] == []
     with pytest.raises(ValueError, match="processes: 2 there, 1 here"):
         Trainer(model_of(0), Shapes(8), recipe_of(parallel), tmp_path / "whole", log=quiet)
+
+
+def test_processes_stop_together(tmp_path):
+    in_two_processes(interrupted, tmp_path, "ddp")
+    assert [(tmp_path / f"ended{rank}").read_text() for rank in range(2)] == ["3 143"] * 2
+    assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["step"] == 3

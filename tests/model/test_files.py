@@ -83,9 +83,35 @@ def test_a_failed_write_changes_nothing(tmp_path):
     assert path.read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_the_umask_gives_the_mode(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        write_atomically(tmp_path / "file", lambda file: file.write(b"x"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_two_writers_of_one_file(tmp_path):
+    """One that begins while another writes does not take the other's file for a leftover."""
+    path = tmp_path / "file"
+
+    def slow(file):
+        file.write(b"slow")
+        write_atomically(path, lambda file: file.write(b"quick"))
+        assert path.read_bytes() == b"quick"
+
+    write_atomically(path, slow)
+    assert path.read_bytes() == b"slow"
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_process_killed_while_writing_changes_nothing(tmp_path):
     path = tmp_path / "file"
     path.write_bytes(b"old")
+    (tmp_path / ".file.txt").touch()
+    (tmp_path / ".files.0a1b2c3d").touch()
     program = (
         "import os, signal, sys\n"
         "from m2f_model.files import write_atomically\n"
@@ -97,3 +123,8 @@ def test_a_process_killed_while_writing_changes_nothing(tmp_path):
     )
     assert subprocess.run([sys.executable, "-c", program, path], check=False).returncode == -signal.SIGKILL
     assert path.read_bytes() == b"old"
+    assert len(os.listdir(tmp_path)) == 4
+    # The next write removes what is left over of this file, and nothing else.
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert path.read_bytes() == b"new"
+    assert sorted(os.listdir(tmp_path)) == [".file.txt", ".files.0a1b2c3d", "file"]

@@ -1,6 +1,9 @@
 """Training: the recipe, runs that go on exactly, checkpoints that survive."""
 
 import dataclasses
+import multiprocessing
+import os
+import signal
 
 import pytest
 import torch
@@ -8,6 +11,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from m2f_model import Mask2Former, Mask2FormerConfig
+from m2f_model import train as training
 from m2f_model.cli import app
 from m2f_model.data import Shapes
 from m2f_model.train import Recipe, Trainer, build_optimizer
@@ -164,6 +168,260 @@ def test_a_diverged_run_stops_and_leaves_the_former_checkpoint(tmp_path):
     with pytest.raises(FloatingPointError, match=r"step 3: expected finite losses; not finite: .*loss_cross_entropy"):
         run.run()
     assert run.checkpoint.read_bytes() == before
+
+
+def disturb(run, step, value, parameter="transformer_decoder.class_head.weight"):
+    """The gradient of one parameter is `value` at one step; losses before it are as ever."""
+    hit = lambda g: g * value if run.step + 1 == step else g  # noqa: E731
+    run.model.get_parameter(parameter).register_hook(hit)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("step", [3, 4])
+@pytest.mark.parametrize(
+    "parameter",
+    [
+        "transformer_decoder.class_head.weight",
+        "pixel_decoder.level_embed",
+        "backbone.body.embedder.embedder.convolution.weight",
+    ],
+)
+def test_gradients_that_are_not_finite_reach_no_checkpoint(parameter, step, value, tmp_path):
+    """At a step that saves (the last, 4) and at one that does not: it is named, and the former checkpoint stays."""
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, log_every=100, evaluate_every=100))
+    run.run(stop=2)
+    before = run.checkpoint.read_bytes()
+    disturb(run, step, value, parameter)
+    with pytest.raises(FloatingPointError, match=rf"^step {step}: expected finite losses and gradients"):
+        run.run()
+    assert run.checkpoint.read_bytes() == before
+    assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("what", ["parameter", "statistic", "moment"])
+def test_weights_that_are_not_finite_reach_no_checkpoint(what, tmp_path):
+    """They need not show in any loss yet."""
+    run = trainer(tmp_path)
+    run.run(stop=2)
+    before = run.checkpoint.read_bytes()
+    parameter = run.model.transformer_decoder.class_head.weight
+    if what == "moment":
+        run.optimizer.state[parameter]["exp_avg_sq"][0, 0] = float("inf")
+    elif what == "parameter":
+        parameter.data[0, 0] = float("nan")
+    else:
+        next(b for k, b in run.model.named_buffers() if k.endswith("running_var"))[0] = float("inf")
+    with pytest.raises(
+        FloatingPointError, match=r"^step 2: expected finite weights; not finite: .*; nothing is written"
+    ):
+        run.save()
+    assert run.checkpoint.read_bytes() == before
+
+
+def test_float16_skips_and_counts(tmp_path):
+    """Neither the weights nor the statistics of batch norm take part in a step whose gradients overflow; said once."""
+    lines = []
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, autocast="fp16"), lines)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=16.0)  # the first of the default's overflow by themselves
+    run.run(stop=1)
+    before = {k: v.clone() for k, v in run.model.state_dict().items() if v.is_floating_point()}
+    assert any(k.endswith("running_mean") for k in before)
+    disturb(run, 2, float("inf"))
+    run.run(stop=2)
+    same({k: v for k, v in run.model.state_dict().items() if k in before}, before)
+    run.run()
+    assert run.step == 4
+    assert not torch.equal(
+        run.model.transformer_decoder.class_head.weight, before["transformer_decoder.class_head.weight"]
+    )
+    assert [line for line in lines if "skipped" in line] == [
+        "step 2: 1 steps skipped so far, whose gradients were not finite in float16; the loss is scaled down "
+        "(TensorBoard's train/skipped_steps counts on)"
+    ]
+    state = torch.load(run.checkpoint, weights_only=True)
+    assert state["skipped"] == 1
+    assert all(v.isfinite().all() for v in state["model"].values())
+
+
+def test_float16_that_has_diverged(tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_SKIPPED_IN_A_ROW", 3)
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, autocast="fp16"))
+    run.model.transformer_decoder.class_head.weight.register_hook(lambda g: g * float("inf"))
+    with pytest.raises(
+        FloatingPointError, match=r"^step 3: expected finite gradients; those of the last 3 steps were not"
+    ):
+        run.run()
+    assert torch.load(run.checkpoint, weights_only=True)["step"] == 2
+
+
+# ---------------------------------------------------------------- what happens to runs
+
+
+class Broken(Shapes):
+    def __getitem__(self, index):
+        raise OSError("no such image")
+
+
+def test_a_validation_that_fails_loses_nothing(tmp_path):
+    run = Trainer(Mask2Former(small()), DATA, RECIPE, tmp_path, validation=Broken(12, 64), log=lambda _: None)
+    with pytest.raises(OSError, match="no such image"):
+        run.run()
+    assert torch.load(run.checkpoint, weights_only=True)["step"] == 3
+
+
+class Interrupting(Shapes):
+    """Validation data whose second sample is slow enough for a signal."""
+
+    number: int
+    taken = 0
+
+    def __getitem__(self, index):
+        self.taken += 1
+        os.kill(os.getpid(), self.number)
+        return super().__getitem__(index)
+
+
+@pytest.mark.parametrize(("number", "ends"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+@pytest.mark.parametrize("when", ["step", "validation"])
+def test_an_interrupted_run_goes_on_exactly(when, number, ends, tmp_path):
+    """In a step that saves nothing, and in a validation, which is given up. Handlers are as before."""
+    former = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    recipe = dataclasses.replace(RECIPE, save_every=100, evaluate_every=100 if when == "step" else 1)
+    whole = trainer(tmp_path / "whole", recipe)
+    whole.run()
+    run, lines = trainer(tmp_path / "parts", recipe), []
+
+    def log(line):
+        lines.append(line)
+        if when == "step" and "step 1/" in line:
+            os.kill(os.getpid(), number)
+
+    run.log = log
+    if when == "validation":
+        run.validation = Interrupting(12, 64)
+        run.validation.number = number
+    with pytest.raises(ends) as ended:
+        run.run()
+    assert ended.type is not SystemExit or ended.value.code == 143
+    assert lines[-1] == (
+        f"stopped by {number.name} after step 1 of 4, which is written to {run.checkpoint}: "
+        "the same command goes on from there"
+    )
+    if when == "validation":
+        assert run.validation.taken <= 2
+    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == former
+    second = trainer(tmp_path / "parts", recipe)
+    assert second.step == 1
+    second.run()
+    same(whole.model.state_dict(), second.model.state_dict())
+
+
+def test_a_signal_to_the_whole_group(tmp_path, capfd):
+    """Processes that prepare data do not die of it, and print nothing."""
+    run, sent = trainer(tmp_path, dataclasses.replace(RECIPE, workers=2)), []
+
+    def log(line):
+        if not sent:
+            children = multiprocessing.active_children()
+            sent.extend(children)
+            for child in children:
+                os.kill(child.pid, signal.SIGINT)
+                os.kill(child.pid, signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    run.log = log
+    with pytest.raises(KeyboardInterrupt):
+        run.run()
+    assert len(sent) == 2
+    for child in sent:
+        child.join(10)
+        assert child.exitcode == 0
+    assert capfd.readouterr().err == "stopping after this step; Ctrl-C again: at once\n"
+    assert torch.load(run.checkpoint, weights_only=True)["step"] == 1
+
+
+def test_what_a_killed_run_leaves_is_gone_after_the_next_start(tmp_path):
+    trainer(tmp_path).run(stop=2)
+    (tmp_path / ".checkpoint.pth.01234567").write_bytes(b"half")
+    (tmp_path / ".model.abcdefgh").mkdir()
+    (tmp_path / ".model.abcdefgh" / "model.safetensors").write_bytes(b"half")
+    trainer(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "tensorboard"]
+
+
+@pytest.mark.parametrize("content", ["empty", "text", "half", "tensors"])
+def test_a_damaged_checkpoint(content, tmp_path):
+    run = trainer(tmp_path)
+    run.run(stop=2)
+    if content == "tensors":
+        torch.save({"model": {}}, run.checkpoint)
+    else:
+        whole = run.checkpoint.read_bytes()
+        run.checkpoint.write_bytes({"empty": b"", "text": b"hello\n", "half": whole[: len(whole) // 2]}[content])
+    with pytest.raises(
+        ValueError, match=r"checkpoint\.pth: expected a checkpoint of `m2f train`; it is damaged or "
+    ) as e:
+        trainer(tmp_path)
+    assert "\n" not in str(e.value)
+
+
+def test_a_finished_run(tmp_path):
+    """It is said in one line, and nothing is written; where the model was not written yet, it is."""
+    trainer(tmp_path).run()
+    files = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    mode = 0o666 & ~os.umask(os.umask(0o022))
+    assert {(tmp_path / n).stat().st_mode & 0o777 for n in ("checkpoint.pth", "model.safetensors", "config.json")} == {
+        mode
+    }
+    lines = []
+    trainer(tmp_path, lines=lines).run()
+    assert len(lines) == 1
+    assert "checkpoint.pth: this run is at its end, step 4 of 4; the model is in" in lines[0]
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == files
+    (tmp_path / "config.json").unlink()
+    trainer(tmp_path).run()
+    Mask2Former.from_pretrained(tmp_path)
+
+
+def test_other_data_do_not_go_on(tmp_path):
+    trainer(tmp_path).run(stop=2)
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match=r"expected a checkpoint of a run on these data; samples: 12 there, 13 here"):
+        Trainer(Mask2Former(small()), Shapes(length=13, size=64), RECIPE, tmp_path)
+    with pytest.raises(ValueError, match=r"on these data; content: .* there, .* here"):
+        Trainer(Mask2Former(small()), Shapes(length=12, size=64, seed=1), RECIPE, tmp_path)
+    # Validation data may change.
+    Trainer(Mask2Former(small()), DATA, RECIPE, tmp_path, validation=Shapes(length=3, size=32), log=lambda _: None)
+
+
+class Reordered(Shapes):
+    """The shapes under other numbers."""
+
+    label_names = ("sky", "ground", "square", "disc", "triangle")
+    stuff_labels = (0, 1)
+
+    def __getitem__(self, index):
+        sample = super().__getitem__(index)
+        return {**sample, "labels": torch.tensor([3, 2, 4, 0, 1])[sample["labels"]]}
+
+
+def test_validation_categories_are_compared_by_name(tmp_path):
+    def with_(validation):
+        return Trainer(Mask2Former(small()), DATA, RECIPE, tmp_path, validation=validation, log=lambda _: None)
+
+    found = with_(Reordered(12, 64)).validation
+    assert (found.label_names, found.stuff_labels, len(found)) == (DATA.label_names, DATA.stuff_labels, 12)
+    assert all(torch.equal(found[i]["labels"], DATA[i]["labels"]) for i in range(12))
+    for names, stuff, message in (
+        (("disc",), (), "square, triangle, sky, ground missing"),
+        ((*DATA.label_names[:4], "grass"), (3, 4), "ground missing; grass unknown"),
+        ((*DATA.label_names, "grass"), (3, 4), "grass unknown"),
+        (DATA.label_names, (3,), "expected the stuff of the training data; ground stuff in only one"),
+    ):
+        other = Shapes(12, 64)
+        other.label_names, other.stuff_labels = names, stuff
+        with pytest.raises(ValueError, match=f"validation: .*{message}"):
+            with_(other)
 
 
 def test_no_data(tmp_path):

@@ -1,0 +1,60 @@
+"""Ctrl-C and SIGTERM during training: the step is finished and written first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Within it, signals that would end this process are only remembered. Threads but the main one get none.
+
+    A second Ctrl-C, a second or more after the first, ends the process at once; launchers send some signals twice.
+
+    Attributes:
+        number: of the first signal that came, or None.
+    """
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._when = 0.0
+        self._former: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        if threading.current_thread() is threading.main_thread():
+            self._former = {number: signal.signal(number, self._take) for number in _SIGNALS}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._former.items():
+            signal.signal(number, handler)
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if self.number is None:
+            self.number, self._when = number, time.monotonic()
+            with contextlib.suppress(OSError):  # what prints may have been interrupted in the middle: no print here
+                os.write(2, b"stopping after this step; Ctrl-C again: at once\n")
+        elif number == signal.SIGINT and time.monotonic() - self._when > 1:
+            raise KeyboardInterrupt
+
+    def end(self) -> BaseException:
+        """What ends the process as the signal would have done it, with the exit code of a shell's children."""
+        return KeyboardInterrupt() if self.number == signal.SIGINT else SystemExit(128 + int(self.number or 0))
+
+
+class Interrupted(Exception):
+    """Work that is not needed is given up."""
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """In a process that prepares data: signals to the whole group, as of Ctrl-C, end it when its parent has no need of
+    it any more. A second SIGTERM is meant for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
