@@ -81,7 +81,7 @@ class Relabelled:
 
     def __getitem__(self, index: int) -> Sample:
         sample = self._data[index]
-        return {**sample, "labels": self._label[sample["labels"]]}
+        return {**sample, **{k: self._label[sample[k]] for k in ("labels", "crowd_labels") if k in sample}}
 
 
 def _names(names: Sequence[str]) -> str:
