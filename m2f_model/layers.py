@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import Any
 
 import torch
@@ -36,6 +37,13 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         # The hidden activations are the largest tensor of either decoder: one copy of them, not two.
         return self.norm(x + self.fc2(F.relu(self.fc1(x), inplace=True)))
+
+
+def gathers(module: nn.Module) -> bool:
+    """Whether `module` or a part of it gathers its parameters when it is called (FSDP2), and has them only then."""
+    # Where the class does not exist, nobody has sharded anything with it.
+    sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return any(isinstance(part, sharded) for part in module.modules())
 
 
 def sine_positions(size: tuple[int, int], channels: int, like: Tensor) -> Tensor:

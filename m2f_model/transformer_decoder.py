@@ -13,11 +13,22 @@ from torch import Tensor, nn
 from m2f_kernels import FactoredMasks, PackedMask, predict_attention_mask, resize_mask_features
 from m2f_kernels.nn import MaskedCrossAttention, project_keys_values
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.layers import CheckpointedLayer, FeedForward, sine_positions
+from m2f_model.layers import CheckpointedLayer, FeedForward, gathers, sine_positions
 from m2f_model.pixel_decoder import NUM_LEVELS, Level
 
-#: Projected keys and values [N, H, S, D].
-KeyValue = tuple[Tensor, Tensor]
+
+class Memory(NamedTuple):
+    """What a layer attends to.
+
+    Attributes:
+        pixels: [N, S, C].
+        key_pos: their position embedding, [S, C].
+        key_value: projected keys and values [N, H, S, D]; None where the layer projects for itself.
+    """
+
+    pixels: Tensor
+    key_pos: Tensor
+    key_value: tuple[Tensor, Tensor] | None
 
 
 class Prediction(NamedTuple):
@@ -47,8 +58,16 @@ class DecoderLayer(CheckpointedLayer):
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
 
-    def forward(self, x: Tensor, positions: Tensor, pixels: Tensor, memory: KeyValue, mask: PackedMask) -> Tensor:
-        x = self.cross_norm(x + self.cross_attention(x, pixels, mask, positions, key_value=memory))
+    def forward(
+        self,
+        x: Tensor,
+        positions: Tensor,
+        pixels: Tensor,
+        key_pos: Tensor,
+        key_value: tuple[Tensor, Tensor] | None,
+        mask: PackedMask,
+    ) -> Tensor:
+        x = self.cross_norm(x + self.cross_attention(x, pixels, mask, positions, key_pos, key_value=key_value))
         placed = x + positions
         x = self.self_norm(x + self.self_attention(placed, placed, x, need_weights=False)[0])
         return self.ffn(x)
@@ -99,9 +118,9 @@ class TransformerDecoder(nn.Module):
         x = self.norm(x)
         return Prediction(self.class_head(x), FactoredMasks(self.mask_head(x), mask_features))
 
-    def _project_levels(self, levels: Sequence[Level]) -> list[tuple[Tensor, KeyValue]]:
-        """For every layer its pixels [N, S, C], and its keys and values: one product for layers that share a level."""
-        memory: dict[int, tuple[Tensor, KeyValue]] = {}
+    def _project_levels(self, levels: Sequence[Level]) -> list[Memory]:
+        """What every layer attends to: one product of keys and one of values for layers that share a level."""
+        memory: dict[int, Memory] = {}
         for index, (pixels, size) in enumerate(levels):
             layers = range(index, len(self.layers), NUM_LEVELS)
             if not layers:
@@ -110,7 +129,12 @@ class TransformerDecoder(nn.Module):
             if isinstance(projection, nn.Conv2d):
                 pixels = nn.functional.linear(pixels, projection.weight.flatten(1), projection.bias)
             pixels = pixels + self.level_embed.weight[index]
-            attentions: list[Any] = [self.layers[i].cross_attention for i in layers]
-            projected = project_keys_values(attentions, pixels, sine_positions(size, pixels.shape[2], pixels))
-            memory.update(zip(layers, ((pixels, pair) for pair in projected), strict=True))
+            key_pos = sine_positions(size, pixels.shape[2], pixels)
+            memory.update((i, Memory(pixels, key_pos, None)) for i in layers)
+            # A layer sharded by itself (FSDP2) has its parameters, and their gradients, only while it runs.
+            shared = [i for i in layers if not gathers(self.layers[i])]
+            if shared:
+                attentions: list[Any] = [self.layers[i].cross_attention for i in shared]
+                projected = project_keys_values(attentions, pixels, key_pos)
+                memory.update((i, Memory(pixels, key_pos, pair)) for i, pair in zip(shared, projected, strict=True))
         return [memory[i] for i in range(len(self.layers))]

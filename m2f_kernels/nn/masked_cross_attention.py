@@ -112,7 +112,8 @@ def project_keys_values(
     depend on nothing that the layers compute. Give each result to its layer as `key_value`.
 
     Args:
-        layers: modules of one size.
+        layers: modules of one size, whose parameters are there: those of a layer that FSDP2 shards by itself are not,
+            until it runs.
         pixels: [N, S, C].
         key_pos: [N, S, C] or [S, C], added to the keys.
 

@@ -19,9 +19,11 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     LOSSES,
     MASKS,
     Masks,
+    Memory,
     attend,
     attention_problem,
     drops,
+    gathers,
     layers_problem,
     logits_of,
     matcher_problem,
@@ -90,8 +92,11 @@ class DecoderLayer(Mixin):
         output_attentions: bool | None = False,
         key: Tensor | None = None,
         value: Tensor | None = None,
+        pixels: Tensor | None = None,
+        pixel_positions: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        if key is None or value is None:
+        memory = Memory(key, value, pixels, pixel_positions)
+        if memory.empty:
             found: tuple[Any, ...] = super().forward(
                 hidden_states,
                 level_index,
@@ -108,7 +113,7 @@ class DecoderLayer(Mixin):
 
         def cross_attend(x: Tensor) -> Tensor:
             query = x if query_position_embeddings is None else x + query_position_embeddings
-            return attend(self.cross_attn, query, key, value, mask)
+            return attend(self.cross_attn, query, *memory.projected(self.cross_attn), mask)
 
         def self_attend(x: Tensor) -> Tensor:
             out: Tensor = self.self_attn(
@@ -220,7 +225,8 @@ class Decoder(Mixin):
     ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
         """The queries [Q, N, C] before the first layer and after each, those normalised, and the mask embeddings."""
         layers: list[Any] = list(self.layers)
-        memory = project_levels([layer.cross_attn for layer in layers], levels, level_positions)
+        themselves = [gathers(layer) for layer in layers]
+        memory = project_levels([layer.cross_attn for layer in layers], levels, level_positions, themselves)
         used = [(int(h), int(w)) for h, w in sizes[: len(layers)]]
         mask_levels = resize_mask_features(mask_features, used) if used else []
         hidden, intermediate = [x], [self.layernorm(x)]
@@ -460,7 +466,7 @@ class ForUniversalSegmentation(Mixin):
 
 def layer_problem(layer: Any) -> str | None:
     """Why a decoder layer cannot be fused."""
-    return attention_problem(layer.cross_attn)
+    return attention_problem(layer.cross_attn, gathered=not gathers(layer))
 
 
 def predictor_problem(predictor: nn.Module) -> str | None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,8 +36,12 @@ def logits_of(masks: Masks) -> Tensor:
 # ---------------------------------------------------------------- cross-attention with weights of nn.MultiheadAttention
 
 
-def attention_problem(attention: nn.Module) -> str | None:
-    """Why an attention module cannot be computed from its weights alone; None where it can."""
+def attention_problem(attention: nn.Module, gathered: bool = True) -> str | None:
+    """Why an attention module cannot be computed from its weights alone; None where it can.
+
+    Args:
+        gathered: False for one whose weights are put together only when the layer around it runs.
+    """
     # By name: torch.export traces with classes derived from it that bear its name.
     if (name := qualified_name(type(attention))) != qualified_name(nn.MultiheadAttention):
         return f"its attention is {name}, not torch.nn.MultiheadAttention"
@@ -45,11 +50,22 @@ def attention_problem(attention: nn.Module) -> str | None:
     if attention.batch_first or attention.bias_k is not None or attention.add_zero_attn:
         return "its attention has batch_first, add_bias_kv or add_zero_attn"
     # Anything else is a shard of the parameter, which only the module's own call would put together.
-    if weight is None or tuple(weight.shape) != (3 * channels, channels) or hasattr(weight, "to_local"):
+    sharded = gathered and hasattr(weight, "to_local")
+    if weight is None or tuple(weight.shape) != (3 * channels, channels) or sharded:
         return "its attention's projections are sharded or of different sizes"
     if watched(attention) or "forward" in vars(attention):
         return "its attention has hooks, which are only served by calling it"
     return None
+
+
+def gathers(*modules: nn.Module) -> bool:
+    """Whether one of these modules gathers its parameters when it is called, and may free them afterwards (FSDP2).
+
+    Before its call they may be there all the same, from the last call: nothing that reads them then has their gradient.
+    """
+    # Where the class does not exist, nobody has sharded anything with it.
+    sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    return any(isinstance(module, sharded) for module in modules)
 
 
 def drops(attention: nn.MultiheadAttention) -> bool:
@@ -92,14 +108,46 @@ def project_keys_values(
     return list(zip(*projected, strict=True))
 
 
+class Memory(NamedTuple):
+    """What a layer attends to: projected keys and values [N, H, S, D], or what it projects itself.
+
+    A layer is given the fields one by one, so that activation checkpointing sees which of them have gradients.
+    """
+
+    key: Tensor | None = None
+    value: Tensor | None = None
+    pixels: Tensor | None = None
+    positions: Tensor | None = None
+
+    @property
+    def empty(self) -> bool:
+        return self.key is None and self.pixels is None
+
+    def projected(self, attention: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
+        if self.key is not None and self.value is not None:
+            return self.key, self.value
+        assert self.pixels is not None
+        return project_keys_values([attention], self.pixels, self.positions)[0]
+
+
 def project_levels(
-    attentions: Sequence[nn.MultiheadAttention], levels: Sequence[Tensor], positions: Sequence[Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of every layer; layer i attends to level i modulo their number."""
-    found: list[Any] = [None] * len(attentions)
+    attentions: Sequence[nn.MultiheadAttention],
+    levels: Sequence[Tensor],
+    positions: Sequence[Tensor],
+    themselves: Sequence[bool],
+) -> list[Memory]:
+    """What every layer attends to; layer i attends to level i modulo their number.
+
+    `themselves` says which of the layers project for themselves.
+    """
+    found = [
+        Memory(pixels=levels[i % len(levels)], positions=positions[i % len(levels)]) for i in range(len(attentions))
+    ]
     for level, (pixels, position) in enumerate(zip(levels, positions, strict=True)):
-        if own := attentions[level :: len(levels)]:
-            found[level :: len(levels)] = project_keys_values(own, pixels, position)
+        own = [i for i in range(level, len(attentions), len(levels)) if not themselves[i]]
+        if own:
+            for i, pair in zip(own, project_keys_values([attentions[i] for i in own], pixels, position), strict=True):
+                found[i] = Memory(*pair)
     return found
 
 

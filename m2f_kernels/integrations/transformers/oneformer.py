@@ -21,9 +21,11 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     LOSSES,
     MASKS,
     Masks,
+    Memory,
     attend,
     attention_problem,
     drops,
+    gathers,
     layers_problem,
     matcher_problem,
     point_losses,
@@ -159,14 +161,19 @@ class CrossAttentionLayer(Mixin):
         query_pos: Tensor | None = None,
         key: Tensor | None = None,
         value: Tensor | None = None,
+        pixels: Tensor | None = None,
+        pixel_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        if key is None or value is None:
+        to = Memory(key, value, pixels, pixel_positions)
+        if to.empty:
             return super().forward(output, memory, memory_mask, memory_key_padding_mask, pos, query_pos)
         assert isinstance(memory_mask, tuple)
         query = self.norm(output) if self.normalize_before else output
         if query_pos is not None:
             query = query + query_pos
-        output = output + self.dropout(attend(self.multihead_attn, query, key, value, PackedMask(*memory_mask)))
+        attention = self.multihead_attn
+        attended = attend(attention, query, *to.projected(attention), PackedMask(*memory_mask))
+        output = output + self.dropout(attended)
         return output if self.normalize_before else self.norm(output), None
 
 
@@ -189,8 +196,11 @@ class DecoderLayer(Mixin):
         output_attentions: bool | None = False,
         key: Tensor | None = None,
         value: Tensor | None = None,
+        pixels: Tensor | None = None,
+        pixel_positions: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        if key is None:
+        memory = Memory(key, value, pixels, pixel_positions)
+        if memory.empty:
             return super().forward(
                 index,
                 output,
@@ -200,7 +210,7 @@ class DecoderLayer(Mixin):
                 query_embeddings=query_embeddings,
                 output_attentions=output_attentions,
             )
-        output, _ = self.cross_attn(output, None, attention_mask, None, None, query_embeddings, key, value)
+        output, _ = self.cross_attn(output, None, attention_mask, None, None, query_embeddings, *memory)
         output, _ = self.self_attn(output, query_pos=query_embeddings)
         return (self.ffn(output),)
 
@@ -290,7 +300,9 @@ class Decoder(Mixin):
     ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The queries [Q, N, C] after the last layer; class logits and mask embeddings before the first and of each."""
         layers: list[Any] = list(self.layers)
-        memory = project_levels([layer.cross_attn.multihead_attn for layer in layers], levels, level_positions)
+        attentions = [layer.cross_attn.multihead_attn for layer in layers]
+        themselves = [gathers(layer, layer.cross_attn) for layer in layers]
+        memory = project_levels(attentions, levels, level_positions, themselves)
         mask_levels = resize_mask_features(mask_features, [(int(h), int(w)) for h, w in sizes[: len(layers)]])
         classes: list[Tensor] = []
         embeds: list[Tensor] = []
@@ -429,7 +441,8 @@ def layer_problem(layer: Any) -> str | None:
     if not isinstance(layer.cross_attn, CrossAttentionLayer):
         reason = layers_problem([layer.cross_attn], CrossAttentionLayer)
         return reason or "its cross-attention layer is left alone"
-    return attention_problem(layer.cross_attn.multihead_attn)
+    gathered = not gathers(layer, layer.cross_attn)
+    return attention_problem(layer.cross_attn.multihead_attn, gathered)
 
 
 def check_layer(layer: Any) -> str | None:
@@ -437,7 +450,8 @@ def check_layer(layer: Any) -> str | None:
 
 
 def check_cross_attention(layer: Any) -> str | None:
-    return attention_problem(layer.multihead_attn)
+    # Whether the weights of a sharded layer are there is asked when it runs.
+    return attention_problem(layer.multihead_attn, gathered=False)
 
 
 def check_decoder(decoder: Any) -> str | None:
