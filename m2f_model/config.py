@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import difflib
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import transformers
+
+from m2f_model.labels import DATASETS, recognise
 
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
@@ -37,17 +41,9 @@ BACKBONES: dict[str, dict[str, Any]] = {
     },
 }
 
-#: Data sets: number of labels, and which of them are stuff (fused in panoptic outputs; None where not recorded here).
-DATASETS: dict[str, tuple[int, tuple[int, ...] | None]] = {
-    "coco-panoptic": (133, tuple(range(80, 133))),
-    "coco-instance": (80, ()),
-    "ade20k-panoptic": (150, None),
-    "ade20k-instance": (100, ()),
-    "ade20k-semantic": (150, None),
-    "cityscapes-panoptic": (19, tuple(range(11))),
-    "cityscapes-instance": (8, ()),
-    "cityscapes-semantic": (19, tuple(range(11))),
-}
+#: Mean and standard deviation of the pixels that backbones were pre-trained with, of values from 0 to 255.
+PIXEL_MEAN = (123.675, 116.28, 103.53)
+PIXEL_STD = (58.395, 57.12, 57.375)
 
 
 @dataclass(frozen=True)
@@ -69,12 +65,15 @@ class Mask2FormerConfig:
         class_weight, mask_weight, dice_weight: of the three losses, and of the same terms of the matching cost.
         no_object_weight: weight of "no object" in the class loss.
         num_points, oversample_ratio, importance_sample_ratio: where the mask losses are evaluated (section 3.3).
-        frozen_batch_norm: keep a backbone's batch norm as it was pre-trained, as published.
+        frozen_batch_norm: keep a backbone's batch norm as it was pre-trained, as published for most data sets. Else it
+            is trained, on several GPUs with the statistics of all of them (SyncBN).
         label_names: one per label, or None.
         stuff_labels: labels of which a panoptic output has one segment per image; None where not known.
         semantic_only: trained for semantic segmentation alone. The published evaluation of such models resizes the sums
             of the masks, that of all others the masks.
         image_size: (short, long): images are resized until their short side is this, or their long side that.
+        keep_aspect_ratio: if not, `image_size` is (height, width) and every image is stretched to it.
+        pixel_mean, pixel_std: of each channel, of values from 0 to 255; pixels are normalised by them.
 
     Raises:
         ValueError, TypeError: naming the field.
@@ -104,6 +103,9 @@ class Mask2FormerConfig:
     stuff_labels: tuple[int, ...] | None = None
     semantic_only: bool = False
     image_size: tuple[int, int] = (800, 1333)
+    keep_aspect_ratio: bool = True
+    pixel_mean: tuple[float, float, float] = PIXEL_MEAN
+    pixel_std: tuple[float, float, float] = PIXEL_STD
 
     def __post_init__(self) -> None:
         for name in (
@@ -133,8 +135,14 @@ class Mask2FormerConfig:
             raise ValueError(f"backbone: expected a backbone configuration with a model_type; got {self.backbone!r}")
         if self.label_names is not None and len(self.label_names) != self.num_labels:
             raise ValueError(f"label_names: expected {self.num_labels} names; got {len(self.label_names)}")
-        if len(self.image_size) != 2 or not 1 <= self.image_size[0] <= self.image_size[1]:
+        short_and_long = sorted(self.image_size) == list(self.image_size) or not self.keep_aspect_ratio
+        if len(self.image_size) != 2 or min(self.image_size) < 1 or not short_and_long:
             raise ValueError(f"image_size: expected (short, long) sides of at least 1; got {self.image_size!r}")
+        for name in ("pixel_mean", "pixel_std"):
+            if len(getattr(self, name)) != 3 or not all(math.isfinite(x) for x in getattr(self, name)):
+                raise ValueError(f"{name}: expected a number for each of three channels; got {getattr(self, name)!r}")
+        if not all(x > 0 for x in self.pixel_std):
+            raise ValueError(f"pixel_std: expected positive numbers; got {self.pixel_std!r}")
         if any(not 0 <= label < self.num_labels for label in self.stuff_labels or ()):
             raise ValueError(f"stuff_labels: expected labels in [0, {self.num_labels}); got {self.stuff_labels}")
 
@@ -152,20 +160,33 @@ class Mask2FormerConfig:
             changes: fields that differ from it.
         """
         if name not in cls.presets():
-            raise ValueError(
-                f"name: expected BACKBONE-DATASET, a backbone of {', '.join(b for b in BACKBONES if b != 'tiny')} and "
-                f"a data set of {', '.join(DATASETS)}; got {name!r}"
-            )
+            nearest = ", ".join(difflib.get_close_matches(str(name), cls.presets(), 3, 0.0))
+            raise ValueError(f"name: expected BACKBONE-DATASET, as in {nearest}; got {name!r}")
         backbone, dataset = next((b, d) for b in BACKBONES for d in DATASETS if f"{b}-{d}" == name)
-        num_labels, stuff = DATASETS[dataset]
-        queries = 200 if backbone == "swin-large" and not dataset.endswith("semantic") else 100
-        fields: dict[str, Any] = {"num_labels": num_labels, "backbone": BACKBONES[backbone], "num_queries": queries}
+        labels, semantic = DATASETS[dataset], dataset.endswith("semantic")
+        queries = 200 if backbone == "swin-large" and not semantic else 100
+        # The configurations of these say SyncBN; all others keep detectron2's default, frozen.
+        resnet = backbone in ("r50", "r101")
+        trained = (resnet and dataset.startswith("cityscapes")) or name == "r101-ade20k-semantic"
         size = (800, 1333)
         if dataset.startswith("cityscapes"):
             size = (1024, 2048)
+        elif dataset.startswith("mapillary"):
+            size = (2048, 2048)
         elif dataset.startswith("ade20k"):
-            size = (640, 2560) if backbone in ("swin-base", "swin-large") or "semantic" not in dataset else (512, 2048)
-        fields |= {"stuff_labels": stuff, "semantic_only": dataset.endswith("semantic"), "image_size": size}
+            size = (512, 2048) if semantic and backbone not in ("swin-base", "swin-large") else (640, 2560)
+        fields: dict[str, Any] = {
+            "num_labels": len(labels.names),
+            "backbone": BACKBONES[backbone],
+            "num_queries": queries,
+            "frozen_batch_norm": not trained,
+            "label_names": labels.names,
+            "stuff_labels": labels.stuff,
+            "semantic_only": semantic,
+            "image_size": size,
+        }
+        if "num_labels" in changes:  # those of other data
+            fields |= {"label_names": None, "stuff_labels": None}
         return cls(**{**fields, **changes})
 
     @classmethod
@@ -199,7 +220,7 @@ class Mask2FormerConfig:
 
     @classmethod
     def from_transformers(cls, config: Any) -> Mask2FormerConfig:
-        """From `transformers`' configuration.
+        """From `transformers`' configuration; what is stuff, if that does not say it, from the names of the labels.
 
         Raises:
             ValueError: naming a setting that this package does not implement, and no published checkpoint has.
@@ -209,15 +230,21 @@ class Mask2FormerConfig:
             if (tuple(found) if isinstance(found, (list, tuple)) else found) != wanted:
                 raise ValueError(f"{name}: expected {wanted!r}, as in every published checkpoint; got {found!r}")
         extra = getattr(config, "m2f", None) or {}
-        names = tuple(config.id2label[i] for i in range(config.num_labels))
+        # In order; not every checkpoint counts from 0.
+        names: tuple[str, ...] | None = tuple(str(config.id2label[i]) for i in sorted(config.id2label))
+        if names == tuple(f"LABEL_{i}" for i in range(config.num_labels)):
+            names = None
+        known = recognise(names, config.num_labels)
         fields: dict[str, Any] = {ours: getattr(config, theirs) for ours, theirs in _SAME.items()}
         fields |= {k: tuple(v) if isinstance(v, list) else v for k, v in extra.items() if k in _OURS}
+        if known is not None and fields.get("stuff_labels") is None:
+            fields["stuff_labels"] = known.stuff
         return cls(
             num_labels=config.num_labels,
             backbone=config.backbone_config.to_dict(),
             decoder_layers=config.decoder_layers - 1,
             **fields,
-            label_names=None if names == tuple(f"LABEL_{i}" for i in range(config.num_labels)) else names,
+            label_names=known.names if names is None and known is not None else names,
         )
 
 
@@ -233,7 +260,10 @@ _SAME = {
 }
 
 #: Fields that `transformers`' configuration has no word for.
-_OURS = ("frozen_batch_norm", "stuff_labels", "semantic_only", "image_size")
+_OURS = (
+    *("frozen_batch_norm", "stuff_labels", "semantic_only"),
+    *("image_size", "keep_aspect_ratio", "pixel_mean", "pixel_std"),
+)
 
 #: Settings of `transformers` that are architecture here.
 _ASSUMED: dict[str, Any] = {

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from m2f_model.config import PIXEL_MEAN, PIXEL_STD
 from m2f_model.files import read_image
 from m2f_model.segment import STRIDE, normalise
 
@@ -385,7 +386,12 @@ def jitter(sample: Sample, size: int, scales: tuple[float, float], generator: to
     return _without_empty({"image": image.contiguous(), "labels": sample["labels"], "masks": masks.contiguous()})
 
 
-def collate(samples: Sequence[Sample], size: int | None = None) -> tuple[Tensor, list[dict[str, Tensor]]]:
+def collate(
+    samples: Sequence[Sample],
+    size: int | None = None,
+    mean: Sequence[float] = PIXEL_MEAN,
+    std: Sequence[float] = PIXEL_STD,
+) -> tuple[Tensor, list[dict[str, Tensor]]]:
     """Normalised pixels [N, 3, H, W] and targets, padded to `size`, or to the largest image and multiples of 32."""
     if size is None:
         sides = (max(s["image"].shape[axis] for s in samples) for axis in (1, 2))
@@ -396,7 +402,7 @@ def collate(samples: Sequence[Sample], size: int | None = None) -> tuple[Tensor,
     targets = []
     for i, sample in enumerate(samples):
         _, height, width = sample["image"].shape
-        pixels[i, :, :height, :width] = normalise(sample["image"])
+        pixels[i, :, :height, :width] = normalise(sample["image"], mean, std)
         masks = F.pad(sample["masks"], (0, w - width, 0, h - height))
         targets.append({"labels": sample["labels"], "masks": masks})
     return pixels, targets
@@ -414,6 +420,7 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
         size: side of the square inputs; None for images as they are.
         scales: range of large-scale jitter.
         rank, world_size: which process this is.
+        mean, std: of each channel, by which pixels are normalised.
     """
 
     def __init__(
@@ -426,7 +433,10 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
         scales: tuple[float, float] = (0.1, 2.0),
         rank: int = 0,
         world_size: int = 1,
+        mean: Sequence[float] = PIXEL_MEAN,
+        std: Sequence[float] = PIXEL_STD,
     ) -> None:
+        self.mean, self.std = mean, std
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.size, self.scales = size, scales
         self.rank, self.world_size = rank, world_size
@@ -434,7 +444,7 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
 
     def __getitem__(self, step: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         first = (step * self.world_size + self.rank) * self.batch_size
-        return collate([self._sample(first + i) for i in range(self.batch_size)], self.size)
+        return collate([self._sample(first + i) for i in range(self.batch_size)], self.size, self.mean, self.std)
 
     def _sample(self, position: int) -> Sample:
         """The sample at a position of the endless sequence of all processes."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -132,7 +133,9 @@ def evaluate(
         image_size: (short, long) side of the network's input, as :class:`Segmenter` takes it; by default what the
             model's configuration says.
     """
-    was_training = model.training
+    was_training, config = model.training, model.config
+    if image_size is not None:
+        config = replace(config, image_size=image_size, keep_aspect_ratio=True)
     model.eval()
     device = next(model.parameters()).device
     counts = PanopticCounts(len(data.label_names))
@@ -149,7 +152,7 @@ def evaluate(
         for i in range(total):
             sample = data[i]
             image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
-            pixels, frame = prepare(image, image_size or model.config.image_size)
+            pixels, frame = prepare(image, config)
             # The model has no mask for padding, so images of different sizes would change each other's results.
             if batch and (len(batch) == batch_size or pixels.shape != batch[0][1].shape):
                 add(batch)

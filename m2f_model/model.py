@@ -16,7 +16,15 @@ from m2f_model.files import give_mode_of_umask
 from m2f_model.layers import CheckpointedLayer
 from m2f_model.pixel_decoder import PixelDecoder
 from m2f_model.transformer_decoder import Prediction, TransformerDecoder
-from m2f_model.weights import is_unused, load_exactly, read_detectron2, read_huggingface, write_huggingface
+from m2f_model.weights import (
+    WeightsError,
+    fitting_presets,
+    is_unused,
+    load_exactly,
+    read_detectron2,
+    read_huggingface,
+    write_huggingface,
+)
 
 
 class Mask2FormerOutput(NamedTuple):
@@ -84,7 +92,11 @@ class Mask2Former(nn.Module):
 
         Args:
             name_or_path: where it is.
-            config: what to expect; by default what the checkpoint's config.json says.
+            config: what to expect; by default what the checkpoint's config.json and preprocessor_config.json say. Where
+                the labels are those of a published data set (COCO, Cityscapes, ADE20K, Mapillary), so is the stuff.
+
+        Warns:
+            UserWarning: where the checkpoint does not say how images are prepared.
 
         Raises:
             WeightsError: listing all missing, unexpected and differently shaped parameters.
@@ -95,7 +107,7 @@ class Mask2Former(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the directory `path` in Hugging Face's format: model.safetensors and config.json.
+        """Write the directory `path` in Hugging Face's format: weights, config.json and preprocessor_config.json.
 
         Raises:
             ValueError, WeightsError: where the backbone is not the one that the configuration describes.
@@ -118,7 +130,11 @@ class Mask2Former(nn.Module):
         model = cls(config)
         state = read_detectron2(path)
         kept = {k: v for k, v in model.state_dict().items() if k not in state and is_unused(k)}
-        load_exactly(model, {**kept, **state}, str(path))
+        try:
+            load_exactly(model, {**kept, **state}, str(path))
+        except WeightsError as error:
+            error.hint = fitting_presets(state)
+            raise
         return model.eval()
 
     def set_activation_checkpointing(self, on: bool = True) -> None:

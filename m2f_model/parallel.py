@@ -20,8 +20,18 @@ PARALLEL = ("ddp", "fsdp")
 State = dict[str, Any]
 
 
+def synchronise_batch_norm(model: Mask2Former, device: torch.device) -> None:
+    """Make batch norm that is trained use the statistics of all processes, as published (SyncBN); on CUDA only.
+
+    Parameters and buffers stay the same, under their names.
+    """
+    if device.type == "cuda" and not model.config.frozen_batch_norm:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+
+
 def parallelise(model: Mask2Former, kind: str, device: torch.device) -> nn.Module:
     """The module to call in training, on all processes with the first one's weights. "fsdp" changes `model` itself."""
+    synchronise_batch_norm(model, device)
     if kind == "ddp":
         # A batch without targets leaves the mask head without gradients.
         return DistributedDataParallel(model, find_unused_parameters=True)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,29 +17,29 @@ from PIL import Image
 from torch import Tensor
 
 from m2f_model import postprocess
+from m2f_model.config import Mask2FormerConfig
 from m2f_model.files import read_image, to_rgb, write_atomically
 from m2f_model.model import Mask2Former
 from m2f_model.postprocess import Frame, Instances, Panoptic
 
 TASKS = ("panoptic", "instance", "semantic")
 STRIDE = 32
-#: Mean and standard deviation of the pixels that backbones were pre-trained with, of values from 0 to 255.
-PIXEL_MEAN = (123.675, 116.28, 103.53)
-PIXEL_STD = (58.395, 57.12, 57.375)
 
 Result = Panoptic | Instances | Tensor
 
 
-def prepare(image: Image.Image, size: tuple[int, int]) -> tuple[Tensor, Frame]:
+def prepare(image: Image.Image, config: Mask2FormerConfig) -> tuple[Tensor, Frame]:
     """The network's input [1, 3, H, W] from an RGB image, and where the image lies in it.
 
-    Resized (bilinear, antialiased) to :func:`resized_size`, normalised, padded with zeros at the right and below to
+    Resized (bilinear, antialiased) as the configuration says, normalised, padded with zeros at the right and below to
     multiples of 32.
     """
-    h, w = resized_size(image.height, image.width, size)
-    pixels = normalise(torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1))
+    h, w = config.image_size
+    if config.keep_aspect_ratio:
+        h, w = resized_size(image.height, image.width, config.image_size)
+    pixels = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1)
     padded = torch.zeros(1, 3, -(-h // STRIDE) * STRIDE, -(-w // STRIDE) * STRIDE)
-    padded[0, :, :h, :w] = pixels
+    padded[0, :, :h, :w] = normalise(pixels, config.pixel_mean, config.pixel_std)
     return padded, Frame((padded.shape[2], padded.shape[3]), (h, w), (image.height, image.width))
 
 
@@ -57,10 +58,10 @@ def resized_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, i
     return max(1, int(h + 0.5)), max(1, int(w + 0.5))
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """float32 from `pixels` [..., 3, h, w] of values from 0 to 255."""
-    mean, std = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (PIXEL_MEAN, PIXEL_STD))
-    return (pixels.float() - mean) / std
+def normalise(pixels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """float32 from `pixels` [3, h, w] of values from 0 to 255; `mean` and `std` of each channel."""
+    centre, scale = (torch.tensor(x, device=pixels.device).view(3, 1, 1) for x in (mean, std))
+    return (pixels.float() - centre) / scale
 
 
 class Segmenter:
@@ -72,6 +73,8 @@ class Segmenter:
         mode: of post-processing, "original" or "compatible" (see :mod:`m2f_model.postprocess`).
         threshold: of scores, for panoptic (default 0.8) and instance (default 0.5) segmentation.
         image_size: (short, long) side of the resized image; by default what the model's configuration says.
+        stuff_labels: labels that have one segment per image and no instances; by default what the configuration says.
+            Where that does not know, nothing is stuff, with a warning.
 
     Raises:
         ValueError: naming the argument.
@@ -85,6 +88,7 @@ class Segmenter:
         mode: str = "original",
         threshold: float | None = None,
         image_size: tuple[int, int] | None = None,
+        stuff_labels: Collection[int] | None = None,
     ) -> None:
         if task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}; got {task!r}")
@@ -93,9 +97,18 @@ class Segmenter:
         if threshold is not None and (task == "semantic" or not 0 <= threshold <= 1):
             expected = "none for semantic segmentation" if task == "semantic" else "0 to 1"
             raise ValueError(f"threshold: expected {expected}; got {threshold}")
-        self.model, self.task, self.mode = model, task, mode
-        self.image_size = image_size or model.config.image_size
-        stuff = model.config.stuff_labels or ()
+        self.model, self.task, self.mode, self.config = model, task, mode, model.config
+        if image_size is not None:
+            self.config = replace(self.config, image_size=image_size, keep_aspect_ratio=True)
+        if stuff_labels is not None:
+            self.config = replace(self.config, stuff_labels=tuple(stuff_labels))
+        if self.config.stuff_labels is None and task != "semantic":
+            warnings.warn(
+                "which labels are stuff is not known of this model: all are taken for things, of which each segment is "
+                "one; say it by stuff_labels (m2f segment: --stuff)",
+                stacklevel=2,
+            )
+        stuff = self.config.stuff_labels or ()
         self._finish: Callable[..., list[Any]] = partial(postprocess.semantic, resize_scores=model.config.semantic_only)
         if task == "instance":
             threshold = 0.5 if threshold is None else threshold
@@ -108,7 +121,7 @@ class Segmenter:
     def __call__(self, image: Image.Image) -> Result:
         """Segment one image: a `Panoptic`, `Instances`, or labels [h, w], at the image's size."""
         device = next(self.model.parameters()).device
-        pixels, frame = prepare(to_rgb(image, "image"), self.image_size)
+        pixels, frame = prepare(to_rgb(image, "image"), self.config)
         return self._finish(self.model(pixels.to(device)), [frame], mode=self.mode)[0]
 
 

@@ -125,7 +125,7 @@ def build_optimizer(model: Mask2Former, recipe: Recipe) -> torch.optim.AdamW:
     groups: dict[tuple[bool, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = name not in still and not name.endswith(("relative_position_bias_table", "level_embed"))
+            decays = name not in still and not name.endswith("relative_position_bias_table")
             groups.setdefault((name.startswith("backbone."), decays), []).append(parameter)
     return torch.optim.AdamW(
         [
@@ -344,6 +344,8 @@ class Trainer:
             scales=recipe.scales,
             rank=process.rank,
             world_size=process.world_size,
+            mean=self.model.config.pixel_mean,
+            std=self.model.config.pixel_std,
         )
         # A loader seeds its workers; from a generator of its own, so that the model's random numbers stay the same.
         loader = DataLoader(

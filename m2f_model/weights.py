@@ -6,18 +6,24 @@ and `transformers` itself reads and writes its files: whatever it renames betwee
 
 from __future__ import annotations
 
+import itertools
+import json
 import pickle
 import re
+import warnings
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from torch import Tensor, nn
 
 from m2f_model.config import Mask2FormerConfig
+from m2f_model.files import write_atomically
 
 State = dict[str, Tensor]
 #: Pairs of prefixes, here and there; `*` stands for a number, equal on both sides. The first that fits is taken.
@@ -206,13 +212,65 @@ def from_detectron2(state: State) -> State:
 
 
 class WeightsError(ValueError):
-    """A checkpoint that does not fit the model: `missing`, `unexpected` and `mismatched` names, all of them."""
+    """A checkpoint that does not fit the model.
+
+    Attributes:
+        missing, unexpected, mismatched: names, all of them; those of another shape with both shapes.
+        hint: presets that the checkpoint fits, if it is an original one.
+    """
 
     def __init__(self, source: str, missing: list[str], unexpected: list[str], mismatched: list[str]) -> None:
-        self.missing, self.unexpected, self.mismatched = missing, unexpected, mismatched
-        lists = {"missing": missing, "unexpected": unexpected, "of another shape": mismatched}
-        found = [f"{len(names)} {kind}:\n  " + "\n  ".join(names) for kind, names in lists.items() if names]
-        super().__init__(f"{source}: expected the weights of this model; " + "\n".join(found))
+        super().__init__(source)
+        self.source, self.missing, self.unexpected, self.mismatched = source, missing, unexpected, mismatched
+        self.hint: list[str] = []
+
+    @property
+    def _lists(self) -> dict[str, list[str]]:
+        lists = {"missing": self.missing, "unexpected": self.unexpected, "of another shape": self.mismatched}
+        return {kind: names for kind, names in lists.items() if names}
+
+    def __str__(self) -> str:
+        found = [f"{len(names)} {kind}:\n  " + "\n  ".join(names) for kind, names in self._lists.items()]
+        return f"{self.source}: expected the weights of this model; " + "\n".join(found) + self._fits("\n")
+
+    @property
+    def summary(self) -> str:
+        """The same in one line."""
+        found = [f"{len(names)} {kind} ({names[0]}{', ...' * (len(names) > 1)})" for kind, names in self._lists.items()]
+        return f"{self.source}: expected the weights of this model; " + ", ".join(found) + self._fits("; ")
+
+    def _fits(self, separator: str) -> str:
+        return f"{separator}they fit {' or '.join(self.hint)}" if self.hint else ""
+
+
+def fitting_presets(state: State) -> list[str]:
+    """Presets that `state`, under this package's names, has the backbone, labels and queries of."""
+    try:
+        labels = state["transformer_decoder.class_head.bias"].shape[0] - 1
+        queries = state["transformer_decoder.query_features.weight"].shape[0]
+    except KeyError:
+        return []
+
+    def fits(config: Mask2FormerConfig) -> bool:
+        backbone: Any = config.backbone
+        if backbone["model_type"] == "swin":
+            blocks, first = "backbone.body.swin.encoder.layers.{}.blocks.{}.", "patch_embeddings.projection.weight"
+            first, width = f"backbone.body.swin.embeddings.{first}", backbone["embed_dim"]
+        else:
+            blocks, first = "backbone.body.encoder.stages.{}.layers.{}.", "backbone.body.embedder.embedder."
+            first, width = f"{first}convolution.weight", 64
+        if (config.num_labels, config.num_queries) != (labels, queries):
+            return False
+        if first not in state or state[first].shape[0] != width:
+            return False
+        return [counts(blocks, i) for i in range(4)] == list(backbone["depths"])
+
+    def counts(blocks: str, stage: int) -> int:
+        """Blocks of a stage."""
+        numbers = itertools.count()
+        return next(n for n in numbers if not any(name.startswith(blocks.format(stage, n)) for name in state))
+
+    return [name for name in Mask2FormerConfig.presets() if fits(Mask2FormerConfig.preset(name))]
 
 
 def load_exactly(model: nn.Module, state: State, source: str) -> None:
@@ -244,12 +302,83 @@ def read_huggingface(
     missing = [k for k in info["missing_keys"] if k != "criterion.empty_weight"]
     if missing or info["unexpected_keys"] or mismatched:
         raise WeightsError(str(name_or_path), sorted(missing), sorted(info["unexpected_keys"]), sorted(mismatched))
-    config = config or Mask2FormerConfig.from_transformers(theirs.config)
+    if config is None:
+        config = replace(
+            Mask2FormerConfig.from_transformers(theirs.config), **_hub_settings(name_or_path, theirs.config)
+        )
     return config, theirs.model.pixel_level_module.encoder, from_huggingface(theirs.state_dict())
 
 
+def _hub_settings(name_or_path: str | Path, config: Any) -> dict[str, Any]:
+    """Fields of a configuration that config.json has no words for: how images are prepared, and the task.
+
+    Warns:
+        UserWarning: where neither preprocessor_config.json nor this package says how, or what it says is not done here.
+    """
+    fields: dict[str, Any] = {}
+    ours = getattr(config, "m2f", None) or {}
+    if "semantic_only" not in ours and str(name_or_path).rstrip("/").endswith("-semantic"):
+        fields["semantic_only"] = True  # as the published checkpoints are called
+    try:
+        reader: Any = transformers.Mask2FormerImageProcessorPil
+        found, _ = reader.get_image_processor_dict(name_or_path)
+    except OSError:
+        if "image_size" not in ours:
+            warnings.warn(
+                f"{name_or_path}: no preprocessor_config.json says how to prepare images: they are resized to "
+                f"{Mask2FormerConfig.image_size} (another: m2f segment --size) and normalised as ImageNet's",
+                stacklevel=4,
+            )
+        return fields
+    odd = [f"{k}={found[k]}" for k in ("do_resize", "do_rescale", "do_normalize") if not found.get(k, True)]
+    if found.get("resample", Image.Resampling.BILINEAR) != Image.Resampling.BILINEAR:
+        odd.append(f"resample={found['resample']}")
+    size, longest = found.get("size"), found.get("max_size", found.get("_max_size"))
+    if isinstance(size, int):
+        size = {"shortest_edge": size, "longest_edge": longest}
+    size = dict(size or {})
+    if size.get("shortest_edge") and size.get("longest_edge", longest):
+        fields["image_size"] = (int(size["shortest_edge"]), int(size.get("longest_edge") or longest))
+    elif size.get("height") and size.get("width"):
+        fields |= {"image_size": (int(size["height"]), int(size["width"])), "keep_aspect_ratio": False}
+    elif size:
+        odd.append(f"size={size}")
+    if found.get("image_mean") and found.get("image_std"):
+        factor = found.get("rescale_factor") or 1 / 255
+        for name, values in (("pixel_mean", found["image_mean"]), ("pixel_std", found["image_std"])):
+            fields[name] = tuple(round(float(x) / factor, 3) for x in values)
+    if odd:
+        warnings.warn(
+            f"{name_or_path}: preprocessor_config.json says {', '.join(odd)}; here images are resized (bilinear) and "
+            "normalised all the same",
+            stacklevel=4,
+        )
+    return fields
+
+
+def write_preprocessor(config: Mask2FormerConfig, path: str | Path) -> None:
+    """Write preprocessor_config.json, by which `transformers` prepares images as this package does."""
+    sides = ("shortest_edge", "longest_edge") if config.keep_aspect_ratio else ("height", "width")
+    content = {
+        "image_processor_type": "Mask2FormerImageProcessor",
+        "do_resize": True,
+        "size": dict(zip(sides, config.image_size, strict=True)),
+        "size_divisor": 32,
+        "resample": int(Image.Resampling.BILINEAR),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [x / 255 for x in config.pixel_mean],
+        "image_std": [x / 255 for x in config.pixel_std],
+        "do_reduce_labels": False,
+        "ignore_index": 255,
+    }
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(Path(path) / "preprocessor_config.json", lambda file: file.write(text.encode()))
+
+
 def write_huggingface(model: nn.Module, config: Mask2FormerConfig, path: str | Path) -> None:
-    """Write `model`'s parameters as safetensors, and config.json, into the directory `path`."""
+    """Write `model`'s parameters as safetensors, config.json and preprocessor_config.json into the directory `path`."""
     with torch.device("meta"):
         theirs = transformers.Mask2FormerForUniversalSegmentation(config.to_transformers())
     state = to_huggingface(model.state_dict())
@@ -259,6 +388,7 @@ def write_huggingface(model: nn.Module, config: Mask2FormerConfig, path: str | P
     if missing or unexpected:
         raise WeightsError("config.backbone", list(missing), list(unexpected), [])
     theirs.save_pretrained(path)
+    write_preprocessor(config, path)
 
 
 class _ArraysOnly(pickle.Unpickler):

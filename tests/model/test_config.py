@@ -1,11 +1,15 @@
 """Configurations: presets, translation, bad input."""
 
+import dataclasses
+
 import pytest
 import torch
 import transformers
 from torch import nn
 
 from m2f_model import Mask2Former, Mask2FormerConfig
+from m2f_model.labels import DATASETS, recognise
+from m2f_model.parallel import synchronise_batch_norm
 from tests.model.peers import CONFIGS, their_config
 
 
@@ -19,6 +23,74 @@ def test_presets_of_the_paper():
     assert Mask2FormerConfig.preset("r50-coco-instance").num_labels == 80
     coco = Mask2FormerConfig.preset("r50-coco-panoptic", num_points=100)
     assert (coco.num_labels, coco.num_points, coco.stuff_labels) == (133, 100, tuple(range(80, 133)))
+    ade20k = Mask2FormerConfig.preset("r50-ade20k-panoptic")
+    assert len(ade20k.stuff_labels) == 50
+    names = [ade20k.label_names[i] for i in (0, 7, 61, 149)]
+    assert names == ["wall", "bed", "bridge", "flag"]
+    assert [i in ade20k.stuff_labels for i in (0, 7, 61, 149)] == [True, False, True, False]
+    assert Mask2FormerConfig.preset("swin-large-mapillary-panoptic").num_queries == 200
+    other = Mask2FormerConfig.preset("r50-coco-panoptic", num_labels=3)
+    assert (other.label_names, other.stuff_labels) == (None, None)
+
+
+def test_published_sizes_and_batch_norm():
+    """As in the published configurations' INPUT.MIN_SIZE_TEST, MAX_SIZE_TEST and MODEL.RESNETS.NORM."""
+    sizes = {
+        "r50-coco-instance": (800, 1333),
+        "r50-ade20k-panoptic": (640, 2560),
+        "swin-small-ade20k-semantic": (512, 2048),
+        "swin-base-ade20k-semantic": (640, 2560),
+        "swin-tiny-cityscapes-instance": (1024, 2048),
+        "r50-mapillary-semantic": (2048, 2048),
+    }
+    assert {name: Mask2FormerConfig.preset(name).image_size for name in sizes} == sizes
+    trained = {name for name in Mask2FormerConfig.presets() if not Mask2FormerConfig.preset(name).frozen_batch_norm}
+    tasks = ("panoptic", "instance", "semantic")
+    assert trained == {f"{b}-cityscapes-{t}" for b in ("r50", "r101") for t in tasks} | {"r101-ade20k-semantic"}
+    semantic = {name for name in Mask2FormerConfig.presets() if Mask2FormerConfig.preset(name).semantic_only}
+    assert semantic == {name for name in Mask2FormerConfig.presets() if name.endswith("semantic")}
+
+
+def test_batch_norm_of_several_gpus_is_synchronised():
+    config = Mask2FormerConfig.tiny(2)
+    model = Mask2Former(config)
+    before = {k: v.data_ptr() for k, v in model.state_dict().items()}
+    synchronise_batch_norm(model, torch.device("cpu"))
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    synchronise_batch_norm(model, torch.device("cuda"))
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(m, nn.SyncBatchNorm) for m in norms)
+    assert {k: v.data_ptr() for k, v in model.state_dict().items()} == before
+    frozen = Mask2Former(dataclasses.replace(config, frozen_batch_norm=True))
+    synchronise_batch_norm(frozen, torch.device("cuda"))
+    assert not any(isinstance(m, nn.SyncBatchNorm) for m in frozen.modules())
+
+
+CITYSCAPES = "road sidewalk building wall fence pole light sign vegetation terrain sky person rider car truck bus train"
+
+
+def test_labels_are_recognised():
+    """Names as they go in checkpoints of the hub: other words for the same, COCO's endings left out, no ending."""
+    cityscapes = [*CITYSCAPES.split(), "motorcycle", "bicycle"]
+    assert recognise(cityscapes, 19).stuff == tuple(range(11))
+    assert recognise([n.upper() for n in cityscapes], 19) is not None
+    assert recognise(cityscapes[::-1], 19) is None
+    assert recognise([*cityscapes[:-1], "drone"], 19) is None
+    assert recognise(cityscapes[-8:], 8).stuff == ()
+    coco = DATASETS["coco-panoptic"]
+    assert recognise([n.replace("-merged", "").replace("-other", "") for n in coco.names], 133) is coco
+    assert recognise(coco.names[:80], 80).stuff == ()
+    ade20k = list(DATASETS["ade20k-panoptic"].names)
+    original = {8: "window ", 37: "tub", 38: "rail", 87: "street lamp", 89: "tv", 90: "plane", 92: "clothes"}
+    original |= {109: "pool", 113: "falls", 138: "trash can", 6: "road, route", 65: "toilet, can, commode"}
+    assert recognise([original.get(i, name) for i, name in enumerate(ade20k)], 150).stuff[:4] == (0, 1, 2, 3)
+    assert recognise(None, 133) is coco
+    assert recognise(None, 19) is None
+    assert recognise(["人"] * 80, 80) is None
+    for labels in DATASETS.values():
+        assert len(set(labels.names)) == len(labels.names)
+        assert labels.match(labels.names)
 
 
 @pytest.mark.parametrize("name", Mask2FormerConfig.presets())
@@ -54,6 +126,9 @@ def test_translation_of_theirs(name):
         ({"importance_sample_ratio": 1.5}, "importance_sample_ratio: expected 0 to 1; got 1.5"),
         ({"backbone": {"depths": [1]}}, "backbone: expected a backbone configuration with a model_type"),
         ({"label_names": ("a",)}, "label_names: expected 5 names; got 1"),
+        ({"image_size": (640, 480)}, "image_size: expected (short, long) sides of at least 1; got (640, 480)"),
+        ({"pixel_std": (1.0, 0.0, 1.0)}, "pixel_std: expected positive numbers"),
+        ({"pixel_mean": (1.0, 1.0)}, "pixel_mean: expected a number for each of three channels"),
         ({"stuff_labels": (5,)}, "stuff_labels: expected labels in [0, 5); got (5,)"),
     ],
 )
@@ -64,8 +139,12 @@ def test_bad_fields(changes, message):
 
 
 def test_unknown_preset():
-    with pytest.raises(ValueError, match=r"name: expected BACKBONE-DATASET, a backbone of r50, .*; got 'r50-coco'"):
+    with pytest.raises(
+        ValueError, match=r"name: expected BACKBONE-DATASET, as in r50-coco-panoptic, .*; got 'r50-coco'"
+    ):
         Mask2FormerConfig.preset("r50-coco")
+    with pytest.raises(ValueError, match=r"name: expected BACKBONE-DATASET, as in .*swin-tiny-ade20k-semantic"):
+        Mask2FormerConfig.preset("swin-t-ade-semantic")
 
 
 @pytest.mark.parametrize(

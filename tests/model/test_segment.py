@@ -1,5 +1,6 @@
 """Segmenting files, from Python and from the command line."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -38,13 +39,14 @@ def photos(tmp_path):
 
 def test_prepare():
     image = Image.fromarray(np.full((100, 150, 3), 124, np.uint8))
-    pixels, frame = prepare(image, (50, 1000))
+    config = Mask2FormerConfig.tiny(1, image_size=(50, 1000))
+    pixels, frame = prepare(image, config)
     assert frame == ((64, 96), (50, 75), (100, 150))
     assert pixels.shape == (1, 3, 64, 96)
     torch.testing.assert_close(pixels[0, 0, :50, :75], torch.full((50, 75), (124 - 123.675) / 58.395))
     assert not pixels[0, :, 50:].any()
     assert not pixels[0, :, :, 75:].any()
-    assert prepare(image, (800, 300))[1].content == (200, 300)
+    assert prepare(image, dataclasses.replace(config, image_size=(300, 300)))[1].content == (200, 300)
 
 
 @pytest.mark.parametrize("step", [31, pytest.param(1, marks=pytest.mark.slow)])

@@ -118,8 +118,8 @@ def test_optimizer_groups():
     for name in names.values():
         module = modules[name.rpartition(".")[0]]
         norm_or_embedding = isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding))
-        other = name.endswith("relative_position_bias_table") or name == "pixel_decoder.level_embed"
-        assert (name in still) == (norm_or_embedding or other), name
+        assert (name in still) == (norm_or_embedding or name.endswith("relative_position_bias_table")), name
+    assert {"pixel_decoder.level_embed"} == {n for n in names.values() if n.endswith("level_embed")} - still
 
 
 def test_published_recipe():

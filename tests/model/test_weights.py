@@ -1,14 +1,18 @@
 """Weights in Hugging Face's format and under detectron2's names; what does not fit is listed."""
 
 import dataclasses
+import json
 import pickle
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 from m2f_model import Mask2Former, Mask2FormerConfig, WeightsError
+from m2f_model.labels import DATASETS
+from m2f_model.segment import prepare
 from m2f_model.weights import from_detectron2, from_huggingface, to_detectron2, to_huggingface
 from tests.model.peers import CONFIGS, photograph, their_model
 
@@ -24,7 +28,8 @@ def test_huggingface_both_ways(name, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     ours = Mask2Former.from_pretrained(tmp_path / "theirs")
     ours.save_pretrained(tmp_path / "ours")
-    assert {p.name for p in (tmp_path / "ours").iterdir()} == {"config.json", "model.safetensors"}
+    names = {"config.json", "model.safetensors", "preprocessor_config.json"}
+    assert {p.name for p in (tmp_path / "ours").iterdir()} == names
     again, info = transformers.Mask2FormerForUniversalSegmentation.from_pretrained(
         tmp_path / "ours", output_loading_info=True
     )
@@ -41,6 +46,86 @@ def test_our_settings_survive(tmp_path):
     assert changed == ["backbone"]  # written out in full
     assert config.backbone.items() <= loaded.backbone.items()
     assert not loaded.frozen_batch_norm
+
+
+# ---------------------------------------------------------------- checkpoints of the hub: without our own words
+
+
+def hub(path, preprocessor=None, id2label=None, **fields):
+    """A checkpoint as `transformers` writes it."""
+    config = Mask2FormerConfig.tiny(**fields).to_transformers().to_dict()
+    del config["m2f"]
+    if id2label is not None:
+        config |= {"id2label": id2label, "label2id": {name: i for i, name in id2label.items()}}
+    transformers.Mask2FormerForUniversalSegmentation(transformers.Mask2FormerConfig(**config)).save_pretrained(path)
+    if preprocessor is not None:
+        (path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    return path
+
+
+THEIR_MEAN = {"image_mean": [0.48500001430511475, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "expected"),
+    [
+        ({"size": {"shortest_edge": 640, "longest_edge": 2560}, **THEIR_MEAN}, {"image_size": (640, 2560)}),
+        ({"size": 512, "max_size": 2048}, {"image_size": (512, 2048)}),
+        ({"size": {"shortest_edge": 512}, "_max_size": 2048}, {"image_size": (512, 2048)}),
+        ({"size": {"height": 384, "width": 320}}, {"image_size": (384, 320), "keep_aspect_ratio": False}),
+        ({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}, {"pixel_mean": (127.5,) * 3, "pixel_std": (63.75,) * 3}),
+        ({"image_mean": [9] * 3, "image_std": [3] * 3, "rescale_factor": 1}, {"pixel_mean": (9,) * 3}),
+    ],
+)
+def test_hub_image_preparation(preprocessor, expected, tmp_path, recwarn):
+    config = Mask2Former.from_pretrained(hub(tmp_path, preprocessor, num_labels=3)).config
+    default = {"image_size": (800, 1333), "keep_aspect_ratio": True, "pixel_mean": (123.675, 116.28, 103.53)}
+    assert {name: getattr(config, name) for name in {**default, **expected}} == {**default, **expected}
+    assert not [w for w in recwarn if w.category is UserWarning]
+
+
+@pytest.mark.parametrize(
+    ("preprocessor", "message"),
+    [
+        (None, r"no preprocessor_config\.json.* resized to \(800, 1333\) .*--size"),
+        ({"do_resize": False, "resample": 3}, r"says do_resize=False, resample=3; here images are resized"),
+        ({"size": {"longest_edge": 640}}, r"says size=\{'longest_edge': 640\}"),
+    ],
+)
+def test_hub_image_preparation_that_is_not_known(preprocessor, message, tmp_path):
+    with pytest.warns(UserWarning, match=message):
+        assert Mask2Former.from_pretrained(hub(tmp_path, preprocessor, num_labels=3)).config.image_size == (800, 1333)
+
+
+def test_hub_labels(tmp_path):
+    """Names need not count from 0; those of a published data set say what is stuff; 133 labels are COCO's without."""
+    names = {1: "cat", 2: "sky", 3: "grass"}
+    config = Mask2Former.from_pretrained(hub(tmp_path / "a-semantic", {}, names, num_labels=3)).config
+    assert (config.label_names, config.stuff_labels, config.semantic_only) == (("cat", "sky", "grass"), None, True)
+    ade20k = dict(enumerate(DATASETS["ade20k-panoptic"].names))
+    config = Mask2Former.from_pretrained(hub(tmp_path / "b", {}, ade20k, num_labels=150)).config
+    assert (len(config.stuff_labels), config.semantic_only) == (50, False)
+    config = Mask2Former.from_pretrained(hub(tmp_path / "c", {}, num_labels=133)).config
+    assert (config.label_names[80], config.stuff_labels) == ("banner", tuple(range(80, 133)))
+
+
+def test_our_preparation_is_theirs(tmp_path):
+    """`transformers`' processor, from the folder that we write, prepares an image as `m2f segment` does.
+
+    Where sides are multiples of 32, that is: it stretches images to those, the published evaluation pads them.
+    """
+    normalisation = {"pixel_mean": (100.0, 110.0, 120.0), "pixel_std": (50.0, 60.0, 70.0)}
+    config = Mask2FormerConfig.tiny(2, image_size=(64, 128), **normalisation)
+    Mask2Former(config).save_pretrained(tmp_path)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (70, 105, 3), np.uint8))
+    theirs = transformers.Mask2FormerImageProcessorPil.from_pretrained(tmp_path)(image, return_tensors="pt")
+    ours, frame = prepare(image, Mask2Former.from_pretrained(tmp_path).config)
+    assert frame == ((64, 96), (64, 96), (70, 105))
+    torch.testing.assert_close(ours, theirs["pixel_values"], atol=1e-4, rtol=0)
+    fixed = dataclasses.replace(config, image_size=(64, 32), keep_aspect_ratio=False)
+    assert prepare(image, fixed)[1] == ((64, 32), (64, 32), (70, 105))
+    Mask2Former(fixed).save_pretrained(tmp_path)
+    assert Mask2Former.from_pretrained(tmp_path).config.image_size == (64, 32)
 
 
 def test_another_number_of_labels_and_queries(tmp_path):
@@ -190,13 +275,35 @@ def test_detectron2_that_does_not_fit(tmp_path):
     del state["backbone.res2.0.conv1.weight"]
     torch.save(state, tmp_path / "model.pth")
     with pytest.raises(WeightsError) as error:
-        Mask2Former.load_detectron2(tmp_path / "model.pth", dataclasses.replace(config, num_labels=7))
+        Mask2Former.load_detectron2(tmp_path / "model.pth", dataclasses.replace(config, num_labels=7, label_names=None))
     assert error.value.missing == ["backbone.body.encoder.stages.0.layers.0.layer.0.convolution.weight"]
     assert error.value.unexpected == ["sem_seg_head.predictor.surprise"]
     assert error.value.mismatched == [
         "transformer_decoder.class_head.weight: expected [8, 256]; got [81, 256]",
         "transformer_decoder.class_head.bias: expected [8]; got [81]",
     ]
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "fits"),
+    [
+        ("r50-ade20k-semantic", "r101-ade20k-semantic", ["r50-ade20k-panoptic", "r50-ade20k-semantic"]),
+        ("swin-tiny-coco-instance", "swin-small-coco-panoptic", ["swin-tiny-coco-instance"]),
+    ],
+)
+def test_detectron2_under_a_wrong_preset(right, wrong, fits, tmp_path):
+    """One line that names the presets that would do."""
+    with torch.device("meta"):
+        state = to_detectron2(Mask2Former(Mask2FormerConfig.preset(right)).state_dict())
+    # Shapes are all that counts: every tensor is one number, repeated.
+    torch.save({k: torch.zeros(()).expand(v.shape) for k, v in state.items()}, tmp_path / "model.pth")
+    with torch.device("meta"), pytest.raises(WeightsError) as error:
+        Mask2Former.load_detectron2(tmp_path / "model.pth", Mask2FormerConfig.preset(wrong))
+    assert error.value.hint == fits
+    assert str(error.value).endswith(f"they fit {' or '.join(fits)}")
+    assert error.value.summary.startswith(f"{tmp_path}/model.pth: expected the weights of this model; ")
+    assert "\n" not in error.value.summary
+    assert len(error.value.summary) < 500
 
 
 class Evil:
