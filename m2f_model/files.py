@@ -7,7 +7,7 @@ import os
 import re
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -31,14 +31,34 @@ def read_image(path: str | Path) -> Image.Image:
         ValueError: naming the file, if it is no image, damaged, too large for Pillow to trust, or of 32-bit pixels.
         OSError: if it cannot be read at all.
     """
+    with open_image(path) as file:
+        image = ImageOps.exif_transpose(file)
+        image.load()
+    return to_rgb(image, str(path))
+
+
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """An image file whose pixels are not read yet; what goes wrong within is said with the file's name.
+
+    Raises:
+        ValueError, OSError: see :func:`read_image`.
+    """
     Path(path).stat()
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
+            yield file
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if str(error).startswith(f"{path}: "):
+            raise
         raise ValueError(f"{path}: expected an image; {error}") from error
-    return to_rgb(image, str(path))
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """Height and width of the upright image, from the head of its file alone."""
+    with open_image(path) as file:
+        turned = file.getexif().get(0x0112, 1) >= 5
+        return (file.width, file.height) if turned else (file.height, file.width)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:

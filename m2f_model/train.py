@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from m2f_model.data import Batches, Dataset, Relabelled, Sample, Steps, identity
+from m2f_model.data import Batches, Dataset, Guarded, Relabelled, Sample, Steps, identity, unpack
 from m2f_model.evaluate import evaluate
 from m2f_model.files import remove_leftovers, write_atomically
 from m2f_model.interrupts import Interrupted, Interrupts, leave_signals_to_the_parent
@@ -316,7 +316,7 @@ class Trainer:
         """One step of the optimiser: its losses, and the norm of its gradients before clipping."""
         device = self.process.device
         pixels = pixels.to(device, non_blocking=True)
-        targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in targets]
+        targets = [unpack({k: v.to(device, non_blocking=True) for k, v in target.items()}) for target in targets]
         statistics = self._statistics()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
             out = self.parallel(pixels, targets)
@@ -349,7 +349,7 @@ class Trainer:
         )
         # A loader seeds its workers; from a generator of its own, so that the model's random numbers stay the same.
         loader = DataLoader(
-            batches,
+            Guarded(batches),
             batch_size=None,
             sampler=Steps(self.step, last),
             num_workers=recipe.workers,
@@ -358,7 +358,10 @@ class Trainer:
             worker_init_fn=leave_signals_to_the_parent,
         )
         try:
-            yield from loader
+            for batch in loader:
+                if isinstance(batch, Exception):
+                    raise batch
+                yield batch
         except RuntimeError as error:
             if "DataLoader worker" not in str(error):
                 raise
