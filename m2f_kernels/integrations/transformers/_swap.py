@@ -154,6 +154,13 @@ def watched(module: nn.Module) -> bool:
     )
 
 
+def observed(module: nn.Module) -> bool:
+    """Whether someone looks at what a module takes and returns: :func:`watched` by others than FSDP2."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    owners = (type(getattr(hook, "__self__", None)).__module__ for table in hooks for hook in table.values())
+    return any(not owner.startswith("torch.distributed.fsdp") for owner in owners)
+
+
 class Plan(NamedTuple):
     """What is known about a module: its replacement, why it is left alone, whether it is accelerated already."""
 

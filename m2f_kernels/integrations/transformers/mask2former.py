@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, qualified_name, watched
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name, watched
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
     DROPPED,
@@ -117,7 +117,10 @@ class DecoderLayer(Mixin):
 
         def self_attend(x: Tensor) -> Tensor:
             out: Tensor = self.self_attn(
-                hidden_states=x, position_embeddings=query_position_embeddings, attention_mask=None
+                hidden_states=x,
+                position_embeddings=query_position_embeddings,
+                attention_mask=None,
+                output_attentions=observed(self.self_attn),
             )[0]
             return out
 
@@ -185,6 +188,8 @@ class Decoder(Mixin):
             feature_size_list,
         )
         factors = [FactoredMasks(embed, pixel_embeddings) for embed in embeds]
+        # Hooks see the masks that the original returns.
+        factored = factored and not observed(self)
         masks: tuple[Masks, ...] = tuple(factors) if factored else tuple(x.logits() for x in factors)
         last = hidden[-1].transpose(1, 0)
         states = tuple(hidden) if output_hidden_states else None
@@ -282,7 +287,7 @@ class TransformerModule(Mixin):
             output_hidden_states=output_hidden_states,
             output_attentions=output_attentions,
             return_dict=True,
-            factored=True,
+            factored=not observed(self),
         )
 
 
@@ -320,7 +325,7 @@ class Model(Mixin):
             mask_features=pixels.decoder_last_hidden_state,
             output_hidden_states=True,
             output_attentions=output_attentions,
-            factored=True,
+            factored=not observed(self),
         )
 
         def where_asked(x: Any) -> Any:
@@ -423,7 +428,8 @@ class ForUniversalSegmentation(Mixin):
         )
         auxiliary = config.output_auxiliary_logits if output_auxiliary_logits is None else output_auxiliary_logits
         supervised = mask_labels is not None and class_labels is not None
-        first = 0 if supervised or auxiliary else -1
+        # Hooks see every call.
+        first = 0 if supervised or auxiliary or watched(self.class_predictor) else -1
         states = outputs.transformer_decoder_intermediate_states[first:]
         classes = tuple(self.class_predictor(state.transpose(0, 1)) for state in states)
         masks: tuple[Masks, ...] = outputs.masks_queries_logits[first:]

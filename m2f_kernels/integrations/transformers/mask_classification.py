@@ -123,6 +123,10 @@ class Memory(NamedTuple):
     def empty(self) -> bool:
         return self.key is None and self.pixels is None
 
+    def named(self) -> dict[str, Tensor | None]:
+        """The fields as the arguments that a layer takes them by."""
+        return {"key": self.key, "value": self.value, "pixels": self.pixels, "pixel_positions": self.positions}
+
     def projected(self, attention: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
         if self.key is not None and self.value is not None:
             return self.key, self.value

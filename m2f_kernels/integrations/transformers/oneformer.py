@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, qualified_name
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
     DROPPED,
@@ -315,7 +315,15 @@ class Decoder(Mixin):
         predict(x)
         for i, layer in enumerate(layers):
             mask = predict_attention_mask(embeds[-1], mask_levels[i % len(levels)])
-            (x,) = layer(i, x, None, None, mask, positions, False, *memory[i])
+            (x,) = layer(
+                index=i,
+                output=x,
+                multi_stage_features=None,
+                multi_stage_positional_embeddings=None,
+                attention_mask=mask,
+                query_embeddings=positions,
+                **memory[i].named(),
+            )
             predict(x)
         return x, classes, embeds
 
@@ -359,7 +367,8 @@ class QueryLayer(Mixin):
     ) -> Tensor:
         # Attention here is nearly uniform. The gradients of its scores are small differences, of which a backward pass
         # that has only the output and not the weights loses most digits.
-        weights = torch.is_grad_enabled()
+        def weights(attention: nn.Module) -> bool:
+            return torch.is_grad_enabled() or observed(attention)
 
         def placed(x: Tensor, position: Tensor | None) -> Tensor:
             return x if position is None else x + position
@@ -367,7 +376,12 @@ class QueryLayer(Mixin):
         def attend_queries(x: Tensor) -> Tensor:
             q = placed(x, query_pos)
             out = self.self_attn(
-                q, q, value=x, attn_mask=output_mask, key_padding_mask=output_key_padding_mask, need_weights=weights
+                q,
+                q,
+                value=x,
+                attn_mask=output_mask,
+                key_padding_mask=output_key_padding_mask,
+                need_weights=weights(self.self_attn),
             )
             return self.dropout1(out[0])
 
@@ -378,7 +392,7 @@ class QueryLayer(Mixin):
                 value=memory,
                 attn_mask=memory_mask,
                 key_padding_mask=memory_key_padding_mask,
-                need_weights=weights,
+                need_weights=weights(self.multihead_attn),
             )
             return self.dropout2(out[0])
 
@@ -441,6 +455,8 @@ def layer_problem(layer: Any) -> str | None:
     if not isinstance(layer.cross_attn, CrossAttentionLayer):
         reason = layers_problem([layer.cross_attn], CrossAttentionLayer)
         return reason or "its cross-attention layer is left alone"
+    if observed(layer.cross_attn):
+        return "its cross-attention layer has hooks, which see attention weights"
     gathered = not gathers(layer, layer.cross_attn)
     return attention_problem(layer.cross_attn.multihead_attn, gathered)
 

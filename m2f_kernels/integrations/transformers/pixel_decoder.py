@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_kernels.integrations.transformers._swap import Mixin, watched
+from m2f_kernels.integrations.transformers._swap import Mixin, observed, watched
 
 #: Pixels whose FFN activations exist at a time without gradients: few enough that they stay in the cache.
 _FFN_ROWS = 1024
@@ -76,13 +76,17 @@ class EncoderLayer(Mixin):
         return hidden_states, weights if hasattr(self, "is_training") else weights.transpose(1, 0)
 
     def _m2f_feed_forward(self, x: Tensor, training: bool) -> Tensor:
-        # A hook on fc1 may keep what it saw. Rows, since in place on a view costs the backward pass two copies.
-        in_place, rows = not watched(self.fc1), x.flatten(0, 1)
+        if watched(self.fc1) or watched(self.fc2):
+            # A hook sees one call, of what the original passes on; it may keep it, so nothing is in place.
+            hidden = F.dropout(F.relu(self.fc1(x)), self.activation_dropout, training)
+            return F.dropout(self.fc2(hidden), self.dropout, training)
+        # Rows, since in place on a view costs the backward pass two copies.
+        rows = x.flatten(0, 1)
         whole = x.device.type != "cpu" or training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         parts = [rows] if whole else rows.split(_FFN_ROWS)
         outs = []
         for part in parts:
-            hidden = F.dropout(F.relu(self.fc1(part), inplace=in_place), self.activation_dropout, training)
+            hidden = F.dropout(F.relu(self.fc1(part), inplace=True), self.activation_dropout, training)
             outs.append(F.dropout(self.fc2(hidden), self.dropout, training))
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(x.shape)
 
@@ -139,8 +143,10 @@ class PixelDecoder(Mixin):
     def _m2f_encode(self, features: Sequence[Tensor], **flags: Any) -> Any:
         """What the encoder makes of the maps at strides 32, 16 and 8."""
         tokens, positions, sizes = [], [], []
+        # All images have the same positions; hooks see those of each.
+        images = features[0].shape[0] if observed(self.position_embedding) else 1
         for i, x in enumerate(features):
-            position = self.position_embedding(torch.Size((1, *x.shape[1:])), x.device, x.dtype)
+            position = self.position_embedding(torch.Size((images, *x.shape[1:])), x.device, x.dtype)
             positions.append(position.flatten(2).transpose(1, 2) + self.level_embed[i].view(1, 1, -1))
             projected = self.input_projections[i](x)
             sizes.append((projected.shape[2], projected.shape[3]))
