@@ -100,11 +100,11 @@ def build(case: Case, implementation: str) -> nn.Module:
 def call(case: Case, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
     """A function without arguments: inference, or forward, loss and backward. Gives class and mask logits."""
     generator = torch.Generator().manual_seed(1)
-    coarse = torch.randn(case.batch, 3, case.size // 16, case.size // 16, generator=generator)
+    coarse = torch.randn(case.batch, 3, case.size // 16, case.size // 16, generator=generator, device="cpu")
     pixels = nn.functional.interpolate(coarse, scale_factor=16.0, mode="bicubic").to(case.device)
-    blobs = torch.randn(case.targets, 1, 8, 8, generator=generator)
+    blobs = torch.randn(case.targets, 1, 8, 8, generator=generator, device="cpu")
     masks = (nn.functional.interpolate(blobs, (case.size, case.size), mode="bicubic")[:, 0] > 0.7).to(case.device)
-    labels = torch.randint(case.config.num_labels, (case.targets,), generator=generator).to(case.device)
+    labels = torch.randint(case.config.num_labels, (case.targets,), generator=generator, device="cpu").to(case.device)
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[case.autocast]
     theirs = isinstance(model, transformers.PreTrainedModel)
 

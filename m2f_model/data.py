@@ -67,7 +67,7 @@ class Relabelled:
             raise ValueError("validation: expected categories in the training data's order where two have one name")
         self.label_names, self.stuff_labels = theirs, tuple(like.stuff_labels)
         order = range(len(ours)) if ours == theirs else [theirs.index(name) for name in ours]
-        self._label = torch.tensor(list(order), dtype=torch.int64)
+        self._label = torch.tensor(list(order), dtype=torch.int64, device="cpu")
         stuff = {int(self._label[i]) for i in data.stuff_labels}
         if stuff != set(self.stuff_labels):
             odd = [theirs[i] for i in sorted(stuff ^ set(self.stuff_labels))]
@@ -145,8 +145,8 @@ class Shapes:
             pixels[mask] = 255 * np.array(colour)
         pixels = pixels + random.normal(0, 8, pixels.shape)
         image = torch.from_numpy(pixels.clip(0, 255).astype(np.uint8)).permute(2, 0, 1).contiguous()
-        masks = torch.from_numpy(owner)[None] == torch.arange(len(labels))[:, None, None]
-        return _without_empty({"image": image, "labels": torch.tensor(labels), "masks": masks})
+        masks = torch.from_numpy(owner)[None] == torch.arange(len(labels), device="cpu")[:, None, None]
+        return _without_empty({"image": image, "labels": torch.tensor(labels, device="cpu"), "masks": masks})
 
 
 #: Of disc, square and triangle.
@@ -202,7 +202,7 @@ class Masks:
 
     def dense(self) -> Tensor:
         """bool [T, H, W]."""
-        masks = torch.empty(len(self), self.height, self.width, dtype=torch.bool)
+        masks = torch.empty(len(self), self.height, self.width, dtype=torch.bool, device="cpu")
         for i in range(len(self)):
             masks[i] = torch.from_numpy(self[i])
         return masks
@@ -339,7 +339,7 @@ class CocoInstances:
         """Labels and masks of some annotations of one image."""
         encoded = [self._encode(a, height, width) for a in annotations]
         labels = [self._label[a["category_id"]] for a in annotations]
-        return torch.tensor(labels, dtype=torch.int64), _RunLengths(encoded, height, width)
+        return torch.tensor(labels, dtype=torch.int64, device="cpu"), _RunLengths(encoded, height, width)
 
     def _encode(self, annotation: dict[str, Any], height: int, width: int, check_only: bool = False) -> Any:
         """Compressed run lengths, of what pycocotools can be trusted with: it checks nothing."""
@@ -529,7 +529,7 @@ class CocoPanoptic:
 
     def _masks(self, segments: list[dict[str, Any]], ids: np.ndarray[Any, Any]) -> tuple[Tensor, _IdMap]:
         """Labels and masks of some segments of one image."""
-        labels = torch.tensor([self._label[s["category_id"]] for s in segments], dtype=torch.int64)
+        labels = torch.tensor([self._label[s["category_id"]] for s in segments], dtype=torch.int64, device="cpu")
         return labels, _IdMap(ids, [s["id"] for s in segments])
 
 
@@ -704,7 +704,7 @@ class _View(NamedTuple):
 
     @classmethod
     def draw(cls, image: tuple[int, int], size: int, scales: tuple[float, float], generator: torch.Generator) -> _View:
-        scale, flip, *offsets = torch.rand(4, generator=generator).tolist()
+        scale, flip, *offsets = torch.rand(4, generator=generator, device="cpu").tolist()
         factor = scales[0] + scale * (scales[1] - scales[0])
         ratio = factor * size / max(image)
         resized = h, w = max(1, round(image[0] * ratio)), max(1, round(image[1] * ratio))
@@ -749,7 +749,7 @@ def jitter(sample: Mapping[str, Any], size: int, scales: tuple[float, float], ge
         generator: of the randomness.
     """
     view = _View.draw(tuple(sample["image"].shape[1:]), size, scales, generator)
-    masks = torch.empty(len(sample["masks"]), view.height, view.width, dtype=torch.bool)
+    masks = torch.empty(len(sample["masks"]), view.height, view.width, dtype=torch.bool, device="cpu")
     kept: list[int] = []
     for i, window in enumerate(_windows(sample, view)):
         if window is not None and window.any():
@@ -811,7 +811,7 @@ def collate(
         h, w = (-(-side // STRIDE) * STRIDE for side in sides)
     else:
         h = w = -(-size // STRIDE) * STRIDE
-    pixels = torch.zeros(len(samples), 3, h, w)
+    pixels = torch.zeros(len(samples), 3, h, w, device="cpu")
     targets = []
     for i, sample in enumerate(samples):
         _, height, width = sample["image"].shape
@@ -856,7 +856,7 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
         self.data, self.batch_size, self.seed = data, batch_size, seed
         self.size, self.scales = size, scales
         self.rank, self.world_size = rank, world_size
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._order: tuple[int, Tensor] = (-1, torch.empty(0, device="cpu"))
 
     def __getitem__(self, step: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         first = (step * self.world_size + self.rank) * self.batch_size
@@ -866,7 +866,9 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
         """The sample at a position of the endless sequence of all processes."""
         epoch, place = divmod(position, len(self.data))
         if self._order[0] != epoch:
-            order = torch.randperm(len(self.data), generator=torch.Generator().manual_seed(self.seed * 1000003 + epoch))
+            order = torch.randperm(
+                len(self.data), generator=torch.Generator().manual_seed(self.seed * 1000003 + epoch), device="cpu"
+            )
             self._order = (epoch, order)
         index = int(self._order[1][place])
         read = getattr(self.data, "compact", self.data.__getitem__)

@@ -36,8 +36,10 @@ class PanopticCounts:
     """
 
     def __init__(self, num_labels: int) -> None:
-        self.iou = torch.zeros(num_labels, dtype=torch.float64)
-        self.matched, self.missed, self.invented = (torch.zeros(num_labels, dtype=torch.int64) for _ in range(3))
+        self.iou = torch.zeros(num_labels, dtype=torch.float64, device="cpu")
+        self.matched, self.missed, self.invented = (
+            torch.zeros(num_labels, dtype=torch.int64, device="cpu") for _ in range(3)
+        )
 
     def add(self, found: Panoptic, sample: Sample) -> None:
         """Count the segments of one image.
@@ -97,7 +99,9 @@ class PanopticCounts:
 
     def quality(self, labels: Iterable[int] | None = None) -> Quality:
         """The means over those of `labels` (by default all) that occur, in a target or a prediction; 0 if none does."""
-        chosen = torch.tensor(sorted(range(len(self.iou)) if labels is None else labels), dtype=torch.int64)
+        chosen = torch.tensor(
+            sorted(range(len(self.iou)) if labels is None else labels), dtype=torch.int64, device="cpu"
+        )
         iou, matched, missed, invented = (
             x[chosen].double() for x in (self.iou, self.matched, self.missed, self.invented)
         )

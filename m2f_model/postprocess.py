@@ -238,9 +238,11 @@ def _instances_of_theirs(found: dict[str, Any], frame: Frame, stuff_labels: Coll
     segments = found["segments_info"]
     keep = [i for i, segment in enumerate(segments) if segment["label_id"] not in stuff_labels]
     # Where nothing was found they give one map of -1 in place of no maps.
-    masks = found["segmentation"].bool() if segments else torch.zeros(0, *frame.original, dtype=torch.bool)
-    labels = torch.tensor([segment["label_id"] for segment in segments], dtype=torch.int64)
-    scores = torch.tensor([segment["score"] for segment in segments])
+    masks = (
+        found["segmentation"].bool() if segments else torch.zeros(0, *frame.original, dtype=torch.bool, device="cpu")
+    )
+    labels = torch.tensor([segment["label_id"] for segment in segments], dtype=torch.int64, device="cpu")
+    scores = torch.tensor([segment["score"] for segment in segments], device="cpu")
     return Instances(labels[keep], scores[keep], masks[keep])
 
 

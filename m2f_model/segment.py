@@ -38,7 +38,7 @@ def prepare(image: Image.Image, config: Mask2FormerConfig) -> tuple[Tensor, Fram
     if config.keep_aspect_ratio:
         h, w = resized_size(image.height, image.width, config.image_size)
     pixels = torch.from_numpy(np.array(image.resize((w, h), Image.Resampling.BILINEAR))).permute(2, 0, 1)
-    padded = torch.zeros(1, 3, -(-h // STRIDE) * STRIDE, -(-w // STRIDE) * STRIDE)
+    padded = torch.zeros(1, 3, -(-h // STRIDE) * STRIDE, -(-w // STRIDE) * STRIDE, device="cpu")
     padded[0, :, :h, :w] = normalise(pixels, config.pixel_mean, config.pixel_std)
     return padded, Frame((padded.shape[2], padded.shape[3]), (h, w), (image.height, image.width))
 

@@ -382,7 +382,7 @@ def write_huggingface(model: nn.Module, config: Mask2FormerConfig, path: str | P
     with torch.device("meta"):
         theirs = transformers.Mask2FormerForUniversalSegmentation(config.to_transformers())
     state = to_huggingface(model.state_dict())
-    empty_weight = torch.ones(config.num_labels + 1)
+    empty_weight = torch.ones(config.num_labels + 1, device="cpu")
     empty_weight[-1] = config.no_object_weight
     missing, unexpected = theirs.load_state_dict({**state, "criterion.empty_weight": empty_weight}, False, True)
     if missing or unexpected:
@@ -426,4 +426,4 @@ def read_detectron2(path: str | Path) -> State:
     weights = content.get("model", content) if isinstance(content, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, (np.ndarray, Tensor)) for v in weights.values()):
         raise ValueError(f"{path}: expected a detectron2 checkpoint, names with arrays under 'model'")
-    return from_detectron2({k: torch.as_tensor(v) for k, v in weights.items()})
+    return from_detectron2({k: torch.as_tensor(v, device="cpu") for k, v in weights.items()})

@@ -60,10 +60,11 @@ class MSDeformAttn(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """The published initialisation."""
-        angle = torch.arange(self.num_heads) * (2 * math.pi / self.num_heads)
+        device = self.sampling_offsets.bias.device
+        angle = torch.arange(self.num_heads, device=device) * (2 * math.pi / self.num_heads)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)
-        distance = torch.cat([torch.arange(1, p + 1) for p in self.points_per_level])
+        distance = torch.cat([torch.arange(1, p + 1, device=device) for p in self.points_per_level])
         nn.init.zeros_(self.sampling_offsets.weight)
         self.sampling_offsets.bias.copy_((direction[:, None] * distance[:, None]).flatten())
         nn.init.zeros_(self.attention_weights.weight)

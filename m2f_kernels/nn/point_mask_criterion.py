@@ -114,7 +114,7 @@ class PointMaskCriterion(nn.Module):
         """[L], the weighted mean over all queries of all images."""
         outputs, n, q, classes = batch.class_logits.shape
         # Which label each query has, counted over all images' labels, with no-object as one more: made on the host.
-        position = torch.full((outputs, n, q), sum(batch.counts), dtype=torch.int64)
+        position = torch.full((outputs, n, q), sum(batch.counts), dtype=torch.int64, device="cpu")
         for output, pairs in enumerate(indices):
             start = 0
             for image, (queries, chosen) in enumerate(pairs):

@@ -315,15 +315,14 @@ class Decoder(Mixin):
         predict(x)
         for i, layer in enumerate(layers):
             mask = predict_attention_mask(embeds[-1], mask_levels[i % len(levels)])
-            (x,) = layer(
-                index=i,
-                output=x,
-                multi_stage_features=None,
-                multi_stage_positional_embeddings=None,
-                attention_mask=mask,
-                query_embeddings=positions,
-                **memory[i].named(),
-            )
+            if observed(layer):
+                # By name, as the original: hooks are given what is passed by position.
+                named = {"attention_mask": mask, "query_embeddings": positions, **memory[i].named()}
+                (x,) = layer(
+                    index=i, output=x, multi_stage_features=None, multi_stage_positional_embeddings=None, **named
+                )
+            else:
+                (x,) = layer(i, x, None, None, mask, positions, False, *memory[i])
             predict(x)
         return x, classes, embeds
 
