@@ -41,6 +41,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from m2f_kernels import _transfer
+
 # ---------------------------------------------------------------- with a GPU
 
 
@@ -190,11 +192,6 @@ class Launches(TorchDispatchMode):
             self.waits["copy from memory that is not pinned"] += 1
 
     def _operator(self, func: Any, name: str, args: Any, kwargs: Any) -> Any:
-        if name.startswith("factored_point_mask_loss"):
-            from m2f_kernels.ops.point_loss import factored
-
-            with self:
-                return getattr(factored, "backward" if name.endswith("backward") else "forward")(*args, **kwargs)
         implementation = _triton_implementations().get(name)
         if implementation is None:
             self._add(name, NATIVE[name])
@@ -232,18 +229,17 @@ _pinned: dict[int, Tensor] = {}
 
 @contextlib.contextmanager
 def _meta_as_device() -> Iterator[None]:
-    """What the meta device lacks: `Tensor.pin_memory`, here a copy that is known as pinned, and disabled autocast."""
-    autocast = torch.autocast
+    """What the meta device lacks: `Tensor.pin_memory`, here a copy that is known as pinned."""
 
     def pin(tensor: Tensor, *_: Any) -> Tensor:
         copy = tensor.clone()
         _pinned[id(copy)] = copy
         return copy
 
-    def no_autocast(device_type: str, *args: Any, **kwargs: Any) -> Any:
-        return contextlib.nullcontext() if device_type == "meta" else autocast(device_type, *args, **kwargs)
-
-    with mock.patch.object(Tensor, "pin_memory", pin), mock.patch.object(torch, "autocast", no_autocast):
+    with (
+        mock.patch.object(Tensor, "pin_memory", pin),
+        mock.patch.object(_transfer, "PINNED", {"meta"}),
+    ):
         yield
     _pinned.clear()
 

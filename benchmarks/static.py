@@ -135,6 +135,17 @@ def loss_backward_inputs() -> tuple[Any, ...]:
     return grad, grad, rows, points, kept, kept, 100, 256, 256
 
 
+def factored_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+    _, rows, targets, target_rows, _ = loss_inputs(dtype, torch.bool)
+    factors = meta(1, 100, 256, dtype=dtype), meta(1, 256, 256, 256, dtype=dtype)
+    return *factors, rows, [100], targets, target_rows, None, meta(1, dtype=torch.int64), 37632, 9408, 3136
+
+
+def factored_backward_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
+    grad, _, _, points, kept, *_ = loss_backward_inputs()
+    return grad, grad, *factored_inputs(dtype)[:3], [100], points, kept, kept
+
+
 _SAMPLE = "m2f_kernels.ops.point_sample.triton"
 _LOSS = "m2f_kernels.ops.point_loss.triton"
 _POINTS = (1, 12544, 2)
@@ -192,6 +203,8 @@ CASES += [
         for kind in (torch.bool, torch.float32)
     ),
     Case(_LOSS, "point_mask_loss_backward", lambda dtype, _: loss_backward_inputs()),
+    Case(_LOSS, "factored_point_mask_loss", lambda dtype, _: factored_inputs(dtype)),
+    Case(_LOSS, "factored_point_mask_loss_backward", lambda dtype, _: factored_backward_inputs(dtype)),
 ]
 
 

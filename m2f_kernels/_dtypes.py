@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -19,3 +21,8 @@ def autocast(tensor: Tensor) -> Tensor:
     if device != "meta" and tensor.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return tensor.to(torch.get_autocast_dtype(device))
     return tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off for tensors of `device`; the meta device has none to switch off, and raises."""
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

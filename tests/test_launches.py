@@ -100,3 +100,16 @@ assert not torch.is_autocast_enabled("cuda")
 def test_fake_cuda_tensors_follow_autocast():
     done = subprocess.run([sys.executable, "-c", FAKE_CUDA], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+#: Kernels of matching, loss and gradients, over outputs and images at once; one by one they were 339, 507, 686.
+LOSS = {(512, 1, 10): 100, (1024, 1, 30): 120, (1024, 2, 20): 148}
+
+
+@pytest.mark.parametrize("case", LOSS, ids=str)
+def test_loss(case):
+    """Not more launches than when this was written; one copy each way, and no wait but for the costs."""
+    found = launches.loss(*case)
+    assert found.total <= LOSS[case]
+    assert found.copies == {"down": 1, "up, pinned": 1}
+    assert found.waits == {"copy to the host": 1}

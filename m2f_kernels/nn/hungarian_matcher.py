@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from m2f_kernels._checks import check_number, describe
+from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.nn.predictions import Batch, Predictions, Targets, read_batch
-from m2f_kernels.ops.point_loss import cost_of_image, sample_labels
+from m2f_kernels.ops.point_loss import costs_of_image, sample_labels
 from m2f_kernels.ops.point_sample import point_counts
 
 #: For each decoder output, for each image: queries and their targets, int64 [M_i] on the CPU.
@@ -88,49 +89,59 @@ class HungarianMatcher(nn.Module):
     @torch.no_grad()
     def match(self, batch: Batch) -> Indices:
         """The same for checked arguments."""
-        with torch.autocast(batch.device.type, enabled=False):
-            costs = [self._costs(batch, i) for i in range(len(batch.labels))]
-            return self._solve(batch, costs)
+        with without_autocast(batch.device):
+            return self._solve(batch, self._costs(batch))
 
-    def _costs(self, batch: Batch, image: int) -> Tensor:
-        """[L, Q, T] of one image."""
-        _, _, q, classes = batch.class_logits.shape
-        labels = batch.labels[image]
+    def _costs(self, batch: Batch) -> Tensor:
+        """The costs [L_order, Q, T] of every image, flat and one after the other, then all labels, in one tensor.
+
+        Outputs lie in the order of :func:`_order`. What is added and weighted is so for all images at once.
+        """
+        if not batch.labels:
+            return batch.class_logits.new_empty(0)
+        order = _order(batch)
+        probability = batch.class_logits.softmax(-1)
+        if order != list(range(len(order))):
+            probability = torch.stack([probability[output] for output in order])
+        labels = torch.cat(batch.labels)
         # A label out of range is found on the host, with the costs; here it must only not be followed.
-        probability = batch.class_logits[:, image].softmax(-1)[..., labels.clamp(0, classes - 2)]
-        cost = -self.cost_class * probability
-        if labels.shape[0] == 0:
-            return cost
+        classes = labels.clamp(0, batch.class_logits.shape[3] - 2).split(batch.counts)
+        classification = [probability[:, i][..., chosen].flatten() for i, chosen in enumerate(classes)]
+        cost = -self.cost_class * torch.cat(classification)
+        pairs = [pair for image, count in enumerate(batch.counts) if count for pair in self._mask_costs(batch, image)]
+        if pairs:
+            cross_entropy, dice = (torch.cat([x.flatten() for x in blocks]) for blocks in zip(*pairs, strict=True))
+            cost += self.cost_mask * cross_entropy + self.cost_dice * dice
+        # Labels are exact in float32 up to 2^24.
+        return torch.cat([cost, labels.to(cost.dtype)])
+
+    def _mask_costs(self, batch: Batch, image: int) -> list[tuple[Tensor, Tensor]]:
+        """Cross-entropy and dice of one image, in blocks of queries [., T] that follow each other."""
+        q = batch.class_logits.shape[2]
         shared = None if self.fresh_points else self._points(batch.device)
         shared_labels = None if shared is None else sample_labels(batch.masks[image], shared)
+        costs = []
         for group in batch.groups:
             masks = group.masks
             if shared is not None and shared_labels is not None:
-                costs = [cost_of_image(masks, image, shared, shared_labels)]
-            else:
-                costs = []
-                for part in range(len(group.outputs)):
-                    points = self._points(batch.device)
-                    rows = slice(part * q, (part + 1) * q)
-                    own = masks.select(rows) if isinstance(masks, FactoredMasks) else masks
-                    costs.append(cost_of_image(own, image, points, sample_labels(batch.masks[image], points)))
-            both = torch.cat([self.cost_mask * cross_entropy + self.cost_dice * dice for cross_entropy, dice in costs])
-            for output, part_cost in zip(group.outputs, both.split(q), strict=True):
-                cost[output] += part_cost
-        return cost
+                costs += costs_of_image(masks, image, shared, shared_labels)
+                continue
+            for part in range(len(group.outputs)):
+                points = self._points(batch.device)
+                rows = slice(part * q, (part + 1) * q)
+                own = masks.select(rows) if isinstance(masks, FactoredMasks) else masks
+                costs += costs_of_image(own, image, points, sample_labels(batch.masks[image], points))
+        return costs
 
     def _points(self, device: torch.device) -> Tensor:
         return torch.rand(self.num_points, 2, device=device, generator=self.generator)
 
-    def _solve(self, batch: Batch, costs: list[Tensor]) -> Indices:
+    def _solve(self, batch: Batch, costs: Tensor) -> Indices:
         from scipy.optimize import linear_sum_assignment
 
         outputs, n, q, classes = batch.class_logits.shape
-        counts = batch.counts
-        # One transfer: the costs of all images, then all labels (exact in float32 up to 2^24).
-        labels = [label.to(costs[0].dtype) for label in batch.labels]
-        sent = torch.cat([*(cost.flatten() for cost in costs), *labels]) if n else batch.class_logits.new_empty(0)
-        host = sent.cpu()
+        counts, order = batch.counts, _order(batch)
+        host = costs.cpu()  # the one transfer
         sizes = [outputs * q * count for count in counts]
         parts = host.split([*sizes, *counts])
         for i, label in enumerate(parts[n:]):
@@ -150,7 +161,7 @@ class HungarianMatcher(nn.Module):
             if bad:
                 cost = torch.where(finite, cost, torch.finfo(cost.dtype).max)
             # One after the other: the solver holds the interpreter's lock, so that a thread pool gains nothing.
-            for output, matrix in enumerate(cost.numpy()):
+            for output, matrix in zip(order, cost.numpy(), strict=True):
                 pair = linear_sum_assignment(matrix)
                 indices[output].append((torch.from_numpy(pair[0]), torch.from_numpy(pair[1])))
         return indices
@@ -160,6 +171,11 @@ class HungarianMatcher(nn.Module):
             f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}, "
             f"num_points={self.num_points}, fresh_points={self.fresh_points}, non_finite={self.non_finite!r}"
         )
+
+
+def _order(batch: Batch) -> list[int]:
+    """Outputs in the order in which their masks are computed: those that share features together."""
+    return [output for group in batch.groups for output in group.outputs]
 
 
 def check_labels(labels: Sequence[int], image: int, num_labels: int) -> None:

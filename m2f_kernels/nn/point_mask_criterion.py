@@ -2,16 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels._checks import check_number
+from m2f_kernels._dtypes import without_autocast
+from m2f_kernels._transfer import to_device
 from m2f_kernels.nn.hungarian_matcher import HungarianMatcher, Indices
 from m2f_kernels.nn.predictions import Batch, Group, Predictions, Targets, read_batch
-from m2f_kernels.ops.point_loss import uncertain_point_mask_loss
+from m2f_kernels.ops.point_loss import uncertain_loss
 from m2f_kernels.ops.point_sample import point_counts
+from m2f_kernels.ops.point_sample.masks import MaskRows
+
+
+class Unweighted(NamedTuple):
+    """Losses of every output: of classes means over queries [L], of masks and dice sums over matched masks [2, L]."""
+
+    classes: Tensor
+    sums: Tensor
+
+
+class _Apart(torch.autograd.Function):
+    """Elements of vectors of one length, weighted, each a tensor of its own that may be changed in place."""
+
+    @staticmethod
+    def forward(weights: tuple[float, ...], *vectors: Tensor) -> tuple[Tensor, ...]:
+        elements = [x for vector in vectors for x in vector.detach().unbind()]
+        return tuple(torch._foreach_mul(elements, [x for x in weights for _ in range(len(vectors[0]))]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.weights = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *torch._foreach_mul(torch.stack(grads).chunk(len(ctx.weights)), ctx.weights)
+
+
+def apart(*vectors: Tensor, weights: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """The elements of all vectors [L] times the weight of each, in one kernel and back: tensors of their own."""
+    found: tuple[Tensor, ...] = _Apart.apply(weights, *vectors)
+    return found
 
 
 class PointMaskCriterion(nn.Module):
@@ -19,7 +55,8 @@ class PointMaskCriterion(nn.Module):
 
     Masked-attention Mask Transformer (Cheng et al. 2022), section 3.3 and "loss weights" of section 4.1. Masks of
     unmatched queries are never computed; those of matched ones exist a bounded chunk at a time, and so do their
-    gradients. One transfer from the device to the host, whatever the number of outputs and images.
+    gradients. One copy from the device to the host and one back, from pinned memory, whatever the number of outputs and
+    images.
 
     Args:
         num_labels: classes without no-object, which is the last class.
@@ -97,71 +134,66 @@ class PointMaskCriterion(nn.Module):
         """
         batch = read_batch(predictions, targets, self.num_labels)
         indices = self.matcher.match(batch)
-        with torch.autocast(batch.device.type, enabled=False):
-            classes = self._class_losses(batch, indices)
-            masks, dice = self._mask_losses(batch, indices)
+        with without_autocast(batch.device):
+            found = self._unweighted(batch, indices)
             scale = 1 / self._num_masks(batch)
-            losses: dict[str, Tensor] = {}
-            last = len(predictions) - 1
-            for output in [last, *range(last)]:
-                suffix = "" if output == last else f"_{output}"
-                losses[f"loss_cross_entropy{suffix}"] = self.class_weight * classes[output]
-                losses[f"loss_mask{suffix}"] = self.mask_weight * scale * masks[output]
-                losses[f"loss_dice{suffix}"] = self.dice_weight * scale * dice[output]
+            sums = found.sums
+            if isinstance(scale, Tensor):  # of several ranks
+                sums, scale = sums * scale, 1.0
+            weights = self.class_weight, self.mask_weight * scale, self.dice_weight * scale
+            values = apart(found.classes, *sums.unbind(), weights=weights)
+        losses: dict[str, Tensor] = {}
+        outputs = len(predictions)
+        for output in [outputs - 1, *range(outputs - 1)]:
+            suffix = "" if output == outputs - 1 else f"_{output}"
+            for kind, name in enumerate(("cross_entropy", "mask", "dice")):
+                losses[f"loss_{name}{suffix}"] = values[kind * outputs + output]
         return losses
 
-    def _class_losses(self, batch: Batch, indices: Indices) -> Tensor:
+    def _unweighted(self, batch: Batch, indices: Indices) -> Unweighted:
+        """The losses of all outputs. What the host has decided travels to the device in one copy."""
+        outputs, n, q, _ = batch.class_logits.shape
+        # Which label each query has, counted over all images' labels, with no-object as one more.
+        position = torch.full((outputs, n, q), sum(batch.counts), dtype=torch.int64, device="cpu")
+        start = 0
+        for image, count in enumerate(batch.counts):
+            for output, pairs in enumerate(indices):
+                queries, chosen = pairs[image]
+                position[output, image, queries] = chosen + start
+            start += count
+        rows = [_matched_rows(batch, group, indices) for group in batch.groups]
+        sent = [position.flatten(), *(x for pair in rows for x in pair)]
+        arrived = to_device(torch.cat(sent), batch.device).split([len(x) for x in sent])
+        classes = self._class_losses(batch, arrived[0].view(outputs, n, q))
+        return Unweighted(classes, self._mask_losses(batch, indices, arrived[1:]))
+
+    def _class_losses(self, batch: Batch, position: Tensor) -> Tensor:
         """[L], the weighted mean over all queries of all images."""
         outputs, n, q, classes = batch.class_logits.shape
-        # Which label each query has, counted over all images' labels, with no-object as one more: made on the host.
-        position = torch.full((outputs, n, q), sum(batch.counts), dtype=torch.int64, device="cpu")
-        for output, pairs in enumerate(indices):
-            start = 0
-            for image, (queries, chosen) in enumerate(pairs):
-                position[output, image, queries] = chosen + start
-                start += batch.counts[image]
         no_object = torch.full((1,), classes - 1, device=batch.device)
-        labels = torch.cat([*batch.labels, no_object])[position.to(batch.device, non_blocking=True)]
+        labels = torch.cat([*batch.labels, no_object])[position]
         weights = self.class_weights[labels].flatten(1)
         negative_log = F.cross_entropy(batch.class_logits.flatten(0, 2), labels.flatten(), reduction="none")
         return (negative_log.view(outputs, n * q) * weights).sum(1) / weights.sum(1).clamp(min=1e-12)
 
-    def _mask_losses(self, batch: Batch, indices: Indices) -> tuple[list[Tensor], list[Tensor]]:
-        """Sums over matched masks, for each output."""
-        outputs = len(indices)
-        masks: list[Tensor] = [batch.class_logits.new_empty(0)] * outputs
-        dice = list(masks)
-        for group in batch.groups:
-            for output, cross_entropy_sum, dice_sum in self._group_losses(batch, group, indices):
-                masks[output], dice[output] = cross_entropy_sum, dice_sum
-        return masks, dice
-
-    def _group_losses(self, batch: Batch, group: Group, indices: Indices) -> list[tuple[int, Tensor, Tensor]]:
-        q, size = batch.class_logits.shape[2], len(group.outputs)
-        pairs = [
-            (
-                torch.cat([indices[output][image][0] + part * q for part, output in enumerate(group.outputs)]),
-                torch.cat([indices[output][image][1] for output in group.outputs]),
-            )
-            for image in range(len(batch.labels))
-        ]
-        cross_entropy, dice = uncertain_point_mask_loss(
-            group.masks,
-            batch.masks,
-            pairs,
-            self.num_points,
-            self.oversample_ratio,
-            self.importance_sample_ratio,
-            self.matcher.generator,
-        )
-        counts = [len(queries) for queries, _ in pairs]
+    def _mask_losses(self, batch: Batch, indices: Indices, rows: Sequence[Tensor]) -> Tensor:
+        """Sums over matched masks [2, L]; `rows` are two tensors of each group, see :func:`_matched_rows`."""
+        points = point_counts(self.num_points, self.oversample_ratio, self.importance_sample_ratio)
         sums = []
-        for losses in (cross_entropy, dice):
+        for i, group in enumerate(batch.groups):
+            size = len(group.outputs)
+            counts = [sum(len(indices[output][image][0]) for output in group.outputs) for image in range(batch.images)]
+            masks = MaskRows(group.masks, rows[2 * i], counts)
+            losses = torch.stack(uncertain_loss(masks, batch.masks, rows[2 * i + 1], points, self.matcher.generator))
             # Masks lie in order of images, then of outputs.
-            per_image = [x.view(size, -1).sum(1) for x in losses.split(counts)]
+            per_image = [x.view(2, size, -1).sum(2) for x in losses.split(counts, 1)]
             # Of an empty batch too the sums are connected to the predictions.
-            sums.append(torch.stack(per_image).sum(0) if per_image else losses.sum().expand(size))
-        return [(output, sums[0][part], sums[1][part]) for part, output in enumerate(group.outputs)]
+            sums.append(torch.stack(per_image).sum(0) if per_image else losses.sum().expand(2, size))
+        total = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+        order = [output for group in batch.groups for output in group.outputs]
+        if order != sorted(order):
+            total = torch.stack([total[:, order.index(output)] for output in range(len(order))], 1)
+        return total
 
     def _num_masks(self, batch: Batch) -> float | Tensor:
         """Targets of all ranks, per rank, at least 1."""
@@ -171,3 +203,23 @@ class PointMaskCriterion(nn.Module):
         total = torch.tensor([float(count)], device=batch.device)
         dist.all_reduce(total)
         return (total[0] / dist.get_world_size()).clamp(min=1)
+
+
+def _matched_rows(batch: Batch, group: Group, indices: Indices) -> tuple[Tensor, Tensor]:
+    """Of a group's matched masks, in order of images and then of outputs: their rows, and those of their targets.
+
+    Rows of masks count over the group's [N, outputs * Q], those of targets over the targets of all images.
+    """
+    q = batch.class_logits.shape[2]
+    masks, targets = (
+        [torch.zeros(0, dtype=torch.int64, device="cpu")],
+        [torch.zeros(0, dtype=torch.int64, device="cpu")],
+    )
+    first_target = 0
+    for image, count in enumerate(batch.counts):
+        for part, output in enumerate(group.outputs):
+            queries, chosen = indices[output][image]
+            masks.append(queries + (image * len(group.outputs) + part) * q)
+            targets.append(chosen + first_target)
+        first_target += count
+    return torch.cat(masks), torch.cat(targets)

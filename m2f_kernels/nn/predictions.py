@@ -42,6 +42,10 @@ class Batch:
         return self.class_logits.device
 
     @property
+    def images(self) -> int:
+        return len(self.labels)
+
+    @property
     def counts(self) -> list[int]:
         """Targets of each image."""
         return [len(x) for x in self.labels]

@@ -8,6 +8,7 @@ from transformers.models.mask2former import modeling_mask2former as published
 
 import m2f_kernels
 from m2f_kernels.nn import hungarian_matcher, point_mask_criterion
+from m2f_kernels.ops import point_loss
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -84,15 +85,17 @@ def fix_points(set_attribute):
                 return torch.rand([])
             return points[: shape[-2]].expand(*shape)
 
-    def ours(masks, targets, pairs, count, *_):
-        rows = sum(len(queries) for queries, _ in pairs)
-        return m2f_kernels.point_mask_loss(masks, targets, points[:count].expand(rows, -1, -1), matches=pairs)
+    def ours(masks, targets, target_rows, counts, _):
+        own = points[: sum(counts[1:])].expand(len(masks.rows), -1, -1)
+        if isinstance(masks.masks, m2f_kernels.FactoredMasks):
+            return point_loss.factored_loss(masks, targets, target_rows, own, None, (0, 0, 0))
+        return point_loss.loss_of_planes(masks.planes, masks.rows, targets, target_rows, own)
 
     def theirs(self, logits, uncertainty, count, *_):
         return points[:count].expand(logits.shape[0], -1, -1)
 
     set_attribute(hungarian_matcher, "torch", Random())
-    set_attribute(point_mask_criterion, "uncertain_point_mask_loss", ours)
+    set_attribute(point_mask_criterion, "uncertain_loss", ours)
     set_attribute(published, "torch", Random())
     set_attribute(published.Mask2FormerLoss, "sample_points_using_uncertainty", theirs)
 

@@ -11,8 +11,8 @@ import torch
 from transformers.models.mask2former import modeling_mask2former as published
 
 import m2f_kernels
-from m2f_kernels import FactoredMasks
-from m2f_kernels.nn import HungarianMatcher, PointMaskCriterion
+from m2f_kernels import FactoredMasks, _transfer
+from m2f_kernels.nn import HungarianMatcher, PointMaskCriterion, point_mask_criterion
 from tests.numerics import FORWARD, GRADIENT, relative_error
 
 F32 = torch.float32
@@ -505,6 +505,40 @@ def test_one_device_to_host_copy(generator, factored):
         step()
         torch.cuda.synchronize()
     assert sum("DtoH" in event.name for event in trace.events()) == 1
+
+
+def test_one_copy_to_the_device(generator, monkeypatch):
+    """Everything that the matching decides, in one piece: labels, rows of masks and of targets, of every group."""
+    sent = []
+    monkeypatch.setattr(point_mask_criterion, "to_device", lambda host, device: sent.append(host) or host)
+    scene = Scene(generator, (3, 2, 0, 4), layers=5)
+    for factored in (True, False):
+        sent.clear()
+        PointMaskCriterion(LABELS, num_points=K)(scene.predictions(factored), scene.targets)
+        assert [x.numel() for x in sent] == [5 * 4 * 12 + 2 * 5 * 9]
+
+
+@pytest.mark.parametrize(("type", "pinned"), [("cuda", 1), ("cpu", 0), ("meta", 0)])
+def test_copies_to_a_gpu_are_pinned(monkeypatch, type, pinned):
+    calls = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append(self) or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *args, **kwargs: calls.append(kwargs) or self)
+    _transfer.to_device(torch.ones(3), torch.device(type))
+    assert len(calls) == 1 + pinned
+    assert calls[-1] == {"non_blocking": True}
+
+
+def test_losses_may_be_changed_in_place(generator):
+    """As detectron2's training loop does; bitwise the weighted elements, and so are their gradients."""
+    vectors = [torch.randn(3, generator=generator, requires_grad=True) for _ in range(2)]
+    found = point_mask_criterion.apart(*vectors, weights=(2.0, 0.3))
+    expected = [x * w for v, w in zip(vectors, (2.0, 0.3), strict=True) for x in v.unbind()]
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+    for losses in (found, expected):
+        for i, x in enumerate(losses):
+            x *= i
+    gradients = [torch.autograd.grad(sum(x), vectors) for x in (found, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 # ---------------------------------------------------------------- several processes

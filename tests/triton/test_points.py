@@ -211,3 +211,57 @@ def test_no_masks(kernels, device):
     grad = kernels["point_mask_loss_backward"](*found[:2], rows, points, *found[2:], 3, 4, 4)
     assert torch.count_nonzero(grad) == 0
     assert kernels["uncertain_points"](logits, rows, rows, 0, 6, 3, 2).shape == (0, 5, 2)
+
+
+# ---------------------------------------------------------------- factored masks
+@pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_factored_loss(kernels, device, generator, monkeypatch, dtype, given):
+    """As the loop over chunks that serves other devices: several chunks, an image without masks, a query twice."""
+    from m2f_kernels.ops.point_loss import factored
+    from m2f_kernels.ops.point_loss import triton as loss
+    from m2f_kernels.ops.point_sample import masks
+
+    embed = torch.randn(3, 5, 4, generator=generator).to(device, dtype)
+    features = torch.randn(3, 4, 12, 10, generator=generator).to(device, dtype)
+    rows, counts = torch.tensor([1, 4, 4, 0, 2, 13], device=device), [5, 0, 1]
+    targets = [(torch.rand(t, 21, 14, generator=generator) > 0.4).to(device) for t in (3, 1, 2)]
+    target_rows = torch.tensor([2, 0, 1, 2, 1, 5], device=device)
+    points = torch.rand(6, 40, 2, generator=generator).to(device) if given else None
+    seed = None if given else torch.tensor([7], device=device)
+    arguments = (
+        embed,
+        features,
+        rows,
+        counts,
+        targets,
+        target_rows,
+        points,
+        seed,
+        *((0, 0, 0) if given else (90, 30, 10)),
+    )
+    expected = factored.forward(*arguments)
+    bounded = masks.chunk_bounds
+    chunks = []
+
+    def small(counts, needed, *_):
+        chunks.append(list(bounded(counts, needed, 2 * needed)))
+        return chunks[-1]
+
+    monkeypatch.setattr(masks, "chunk_bounds", small)
+    monkeypatch.setattr(loss, "chunk_bounds", small)
+    actual = loss.factored_point_mask_loss(*arguments)
+    assert [len(x) for x in chunks] == [4, 4]
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.numel() == 0 or relative_error(a, b.double()) < FORWARD[F32]
+    upstream = torch.randn(2, 6, generator=generator).to(device)
+    saved = points if given else actual[2], *actual[3:]
+    found = loss.factored_point_mask_loss_backward(*upstream, embed, features, rows, counts, *saved)
+    truth = factored.backward(*upstream, embed, features, rows, counts, *saved)
+    for a, b in zip(found, truth, strict=True):
+        assert a.dtype == dtype
+        assert relative_error(a, b.double()) < tolerance(GRADIENT, dtype, dtype)
+    assert torch.count_nonzero(found[0][1]) == torch.count_nonzero(found[1][1]) == 0
+    again = loss.factored_point_mask_loss_backward(*upstream, embed, features, rows, counts, *saved)
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))

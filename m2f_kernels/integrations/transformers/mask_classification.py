@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from m2f_kernels.integrations.transformers._swap import plan, qualified_name, watched
 from m2f_kernels.masks import FactoredMasks, PackedMask
-from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion
+from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion, apart
 from m2f_kernels.nn.predictions import Targets, read_batch
 from m2f_kernels.ops.masked_attention import masked_attention
 
@@ -232,13 +232,11 @@ class _Criterion(PointMaskCriterion):
         indices = self.matcher.match(batch)
         batch.masks = _pad_to_largest(batch.masks)
         with torch.autocast(batch.device.type, enabled=False):
-            classes = self._class_losses(batch, indices)
-            masks, dice = self._mask_losses(batch, indices)
+            found = self._unweighted(batch, indices)
+            values = apart(*(found.sums / num_masks).unbind(), found.classes, weights=(1.0, 1.0, 1.0))
             # Each a tensor of its own: the caller multiplies them by their weights in place.
-            return [
-                {"loss_mask": m / num_masks, "loss_dice": d / num_masks, "loss_cross_entropy": c.clone()}
-                for m, d, c in zip(masks, dice, classes.unbind(), strict=True)
-            ]
+            thirds = (values[i :: len(predictions)] for i in range(len(predictions)))
+            return [dict(zip(("loss_mask", "loss_dice", "loss_cross_entropy"), third, strict=True)) for third in thirds]
 
 
 def point_losses(

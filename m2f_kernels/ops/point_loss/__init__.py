@@ -10,7 +10,7 @@ from torch import Tensor
 
 from m2f_kernels import dispatch
 from m2f_kernels._checks import check_indices, check_same_device, check_shape, describe
-from m2f_kernels._dtypes import accumulation_dtype
+from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.ops._autograd import call, differentiable_once, register_autograd, register_vmap
@@ -25,7 +25,7 @@ from m2f_kernels.ops.point_sample import (
     sample,
 )
 from m2f_kernels.ops.point_sample import reference as point_sample_reference
-from m2f_kernels.ops.point_sample.masks import MaskRows, multiply, select_rows
+from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, MaskRows, multiply, select_rows
 
 __all__ = ["Matches", "mask_matching_cost", "point_mask_loss"]
 
@@ -162,12 +162,7 @@ def uncertain_point_mask_loss(
     check_masks("mask_logits", mask_logits)
     counts = point_counts(num_points, oversample_ratio, importance_sample_ratio)
     masks, targets, target_rows = pair_up(mask_logits, target_masks, matches)
-    seed = draw_seed(masks.device, generator)
-    if isinstance(mask_logits, FactoredMasks):
-        return factored_loss(masks, targets, target_rows, None, seed, counts)
-    with torch.no_grad():
-        points = points_of_planes(masks.planes.detach(), masks.rows, seed, 0, *counts)
-    return loss_of_planes(masks.planes, masks.rows, targets, target_rows, points)
+    return uncertain_loss(masks, targets, target_rows, counts, generator)
 
 
 # ---------------------------------------------------------------- parts, without checks
@@ -180,28 +175,53 @@ def sample_labels(targets: Tensor, points: Tensor, dtype: torch.dtype = torch.fl
     return sample(targets[None], points[None], exact=True)[0]
 
 
+def uncertain_loss(
+    masks: MaskRows,
+    targets: list[Tensor],
+    target_rows: Tensor,
+    counts: tuple[int, int, int],
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor]:
+    """Both losses [M] at points drawn where the masks are uncertain; `counts` are those of :func:`point_counts`."""
+    seed = draw_seed(masks.device, generator)
+    if isinstance(masks.masks, FactoredMasks):
+        return factored_loss(masks, targets, target_rows, None, seed, counts)
+    with torch.no_grad():
+        points = points_of_planes(masks.planes.detach(), masks.rows, seed, 0, *counts)
+    return loss_of_planes(masks.planes, masks.rows, targets, target_rows, points)
+
+
 def cost_of_image(masks: Tensor | FactoredMasks, image: int, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Both costs [Q, T] of one image's masks and of labels [T, K], sampled at the same points [K, 2]."""
+    blocks = costs_of_image(masks, image, points, labels)
+    return torch.cat([cross_entropy for cross_entropy, _ in blocks]), torch.cat([dice for _, dice in blocks])
+
+
+def costs_of_image(
+    masks: Tensor | FactoredMasks, image: int, points: Tensor, labels: Tensor
+) -> list[tuple[Tensor, Tensor]]:
+    """The same in blocks of queries."""
     if isinstance(masks, Tensor):
-        return cost_of_samples(sample(masks[image : image + 1], points[None], exact=True)[0], labels)
+        return [cost_of_samples(sample(masks[image : image + 1], points[None], exact=True)[0], labels)]
     samples = sample(masks.mask_features[image : image + 1], points[None], exact=True)[0]
     return cost_of_sampled_features(masks.mask_embed[image], samples, labels)
 
 
-def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The same from embeddings [Q, C] and features [C, K] sampled at the points; a block of queries at a time."""
     dtype = accumulation_dtype(embed.dtype)
     embed, samples = embed.to(dtype), samples.to(dtype)  # float64 points make the reference's samples float64
     k = samples.shape[1]
-    parts = -(-embed.shape[0] * k * dtype.itemsize // _BLOCK_BYTES)
+    # A block of a CPU stays in its cache; elsewhere it costs launches.
+    bound = _BLOCK_BYTES if embed.device.type == "cpu" else CHUNK_BYTES
+    parts = -(-embed.shape[0] * k * dtype.itemsize // bound)
     blocks = embed.tensor_split(max(1, parts))
     buffer = embed.new_empty(blocks[0].shape[0], k)
-    pairs = [cost_of_samples(multiply(rows, samples, out=buffer[: rows.shape[0]]), labels) for rows in blocks]
-    return torch.cat([cross_entropy for cross_entropy, _ in pairs]), torch.cat([dice for _, dice in pairs])
+    return [cost_of_samples(multiply(rows, samples, out=buffer[: rows.shape[0]]), labels) for rows in blocks]
 
 
 def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    with torch.autocast(logits.device.type, enabled=False):
+    with without_autocast(logits.device):
         if (plain := dispatch.plain("mask_matching_cost", logits)) is not None:
             return _PLAIN[plain].mask_matching_cost(logits, labels)
         cross_entropy, dice = torch.ops.m2f.mask_matching_cost(logits, labels.to(logits.dtype))
@@ -316,11 +336,11 @@ dispatch.register(
     {
         "point_mask_loss": torch.no_grad()(reference.point_mask_loss),
         "point_mask_loss_backward": torch.no_grad()(reference.point_mask_loss_backward),
+        # Loops over chunks that call the operators; Triton's do once what every chunk would do.
+        "factored_point_mask_loss": factored.forward,
+        "factored_point_mask_loss_backward": factored.backward,
     },
 )
-# The chunk loops are the same on every device; what they call is not.
-LIBRARY.impl("factored_point_mask_loss", factored.forward, "CompositeExplicitAutograd")
-LIBRARY.impl("factored_point_mask_loss_backward", factored.backward, "CompositeExplicitAutograd")
 
 
 # ---------------------------------------------------------------- fake kernels
@@ -377,8 +397,9 @@ def _setup_planes(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 
 def _both(labels: Tensor, grad_cross_entropy: Tensor | None, grad_dice: Tensor | None) -> tuple[Tensor, Tensor]:
     """Zeros for the gradient of a loss that was not used; `labels` are [M, K]."""
-    zeros = labels.new_zeros(labels.shape[:1])
-    return zeros if grad_cross_entropy is None else grad_cross_entropy, zeros if grad_dice is None else grad_dice
+    given = grad_cross_entropy, grad_dice
+    first, second = (labels.new_zeros(labels.shape[:1]) if x is None else x for x in given)
+    return first, second
 
 
 def _planes_vjp(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:

@@ -36,7 +36,7 @@ def forward(
     drawn = mask_embed.new_empty((m, k, 2) if points is None else (0,), dtype=torch.float32)
     cross_entropy, dice = (mask_embed.new_empty(m, dtype=dtype) for _ in range(2))
     probability, labels = (mask_embed.new_empty(m, k, dtype=dtype) for _ in range(2))
-    for chunk in product_chunks(mask_embed, mask_features, rows, counts, k):
+    for chunk in product_chunks(mask_embed, mask_features, rows, counts, mask_bytes(mask_features, k, dtype)):
         here, own = chunk.slice, chunk.arange()
         if points is None:
             drawn[here] = torch.ops.m2f.uncertain_points(chunk.logits, own, seed, chunk.first, candidates, keep, fresh)

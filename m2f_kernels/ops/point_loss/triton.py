@@ -6,14 +6,29 @@ scattered in fixed point (see `point_sample/triton.py`). Nothing here waits for 
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from m2f_kernels._dtypes import without_autocast
 from m2f_kernels._triton import dot, launch
-from m2f_kernels.ops.point_sample.triton import bilinear, dense_planes, fixed_point_scale, scatter, to_float
+from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, chunk_bounds, exact, mask_bytes, product_chunks
+from m2f_kernels.ops.point_sample.triton import (
+    FRACTION_BITS,
+    bilinear,
+    dense_planes,
+    fixed_point_scale,
+    launch_fresh,
+    launch_kept,
+    scatter,
+    to_float,
+)
 
+#: Points of one program of the loss.
+_POINTS = 256
 _LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -40,7 +55,7 @@ def sigmoid_softplus(x):
 
 @triton.jit(do_not_specialize=["num_queries", "num_targets", "num_points", "part"])
 def _cost_kernel(
-    logits, labels, products, sums, logits_q, labels_t, num_queries, num_targets, num_points, part,
+    logits, labels, products, sums, label_sums, logits_q, labels_t, num_queries, num_targets, num_points, part,
     BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: both products of BLOCK_Q queries with BLOCK_T targets over one part of the points."""
@@ -53,6 +68,7 @@ def _cost_kernel(
     sigmoid_total = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
     softplus_sum = tl.zeros((BLOCK_Q,), tl.float32)
     sigmoid_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    label_sum = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(first, last, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (q < num_queries)[:, None] & (k < last)[None, :]
@@ -65,6 +81,7 @@ def _cost_kernel(
         sigmoid = tl.where(inside, sigmoid, 0.0)
         softplus_sum += tl.sum(tl.where(inside, softplus, 0.0), axis=1)
         sigmoid_sum += tl.sum(sigmoid, axis=1)
+        label_sum += tl.sum(y, axis=1)
         y = tl.trans(y)
         x_total += dot(x, y)
         sigmoid_total += dot(sigmoid, y)
@@ -75,6 +92,31 @@ def _cost_kernel(
     if tl.program_id(1) == 0:
         tl.store(sums + split * 2 * num_queries + q, softplus_sum, mask=q < num_queries)
         tl.store(sums + (split * 2 + 1) * num_queries + q, sigmoid_sum, mask=q < num_queries)
+    if tl.program_id(0) == 0:
+        tl.store(label_sums + split * num_targets + t, label_sum, mask=t < num_targets)
+
+
+@triton.jit(do_not_specialize=["num_queries", "num_targets", "num_points", "parts"])
+def _cost_of_parts_kernel(
+    products, sums, label_sums, cross_entropy, dice, num_queries, num_targets, num_points, parts, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One program: both costs of BLOCK pairs of a query and a target, summed over the parts."""
+    pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    pairs = num_queries.to(tl.int64) * num_targets
+    inside = pair < pairs
+    q, t = pair // num_targets, pair % num_targets
+    x_product = tl.zeros((BLOCK,), tl.float32)
+    sigmoid_product = tl.zeros((BLOCK,), tl.float32)
+    softplus_sum = tl.zeros((BLOCK,), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for part in range(parts):
+        x_product += tl.load(products + 2 * part * pairs + pair, mask=inside, other=0.0)
+        sigmoid_product += tl.load(products + (2 * part + 1) * pairs + pair, mask=inside, other=0.0)
+        softplus_sum += tl.load(sums + 2 * part * num_queries + q, mask=inside, other=0.0)
+        total += tl.load(sums + (2 * part + 1) * num_queries + q, mask=inside, other=0.0)
+        total += tl.load(label_sums + part * num_targets + t, mask=inside, other=0.0)
+    tl.store(cross_entropy + pair, (softplus_sum - x_product) / num_points, mask=inside)
+    tl.store(dice + pair, 1 - (2 * sigmoid_product + 1) / (total + 1), mask=inside)
 
 
 def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,15 +133,18 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     part = triton.cdiv(triton.cdiv(k, parts), block_k) * block_k
     parts = triton.cdiv(k, part)
     products, sums = logits.new_empty(parts, 2, q, t), logits.new_empty(parts, 2, q)
+    label_sums = logits.new_empty(parts, t)
     launch(
         _cost_kernel, (triton.cdiv(q, block_q), triton.cdiv(t, block_t), parts), logits, labels, products, sums,
-        logits.stride(0), labels.stride(0), q, t, k, part,
+        label_sums, logits.stride(0), labels.stride(0), q, t, k, part,
         BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_K=block_k, num_warps=4,
     )  # fmt: skip
-    x_product, sigmoid_product = products.sum(0).unbind()
-    softplus_sum, sigmoid_sum = sums.sum(0)[:, :, None].unbind()
-    total = sigmoid_sum + labels.sum(1)
-    return (softplus_sum - x_product) / k, 1 - (2 * sigmoid_product + 1) / (total + 1)
+    cross_entropy, dice = logits.new_empty(q, t), logits.new_empty(q, t)
+    launch(
+        _cost_of_parts_kernel, (triton.cdiv(q * t, 256),), products, sums, label_sums, cross_entropy, dice, q, t, k,
+        parts, BLOCK=256, num_warps=4,
+    )  # fmt: skip
+    return cross_entropy, dice
 
 
 # ---------------------------------------------------------------- point loss
@@ -132,6 +177,32 @@ def _loss_kernel(
         tl.store(to + 3, tl.sum(sigmoid * label, axis=0))
 
 
+@triton.jit(do_not_specialize=["num_points", "blocks"])
+def _loss_of_blocks_kernel(sums, cross_entropy, dice, num_points, blocks, BLOCK: tl.constexpr):
+    """One program: both losses of one mask, from the sums over its blocks of points."""
+    m = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK, 4), tl.float32)
+    for start in range(0, blocks, BLOCK):
+        block = start + tl.arange(0, BLOCK)[:, None]
+        at = sums + (m * blocks + block) * 4 + tl.arange(0, 4)[None, :]
+        total += tl.load(at, mask=block < blocks, other=0.0)
+    total = tl.sum(total, axis=0)
+    which = tl.arange(0, 4)
+    both = tl.sum(tl.where(which == 3, total, 0.0), axis=0)
+    others = tl.sum(tl.where((which == 1) | (which == 2), total, 0.0), axis=0)
+    tl.store(cross_entropy + m, tl.sum(tl.where(which == 0, total, 0.0), axis=0) / num_points)
+    tl.store(dice + m, 1 - (2 * both + 1) / (others + 1))
+
+
+def _loss_of_blocks(sums: Tensor, points: int) -> tuple[Tensor, Tensor]:
+    """Both losses [M] from sums [M, blocks, 4]."""
+    m, blocks, _ = sums.shape
+    cross_entropy, dice = sums.new_empty(m), sums.new_empty(m)
+    if m:
+        launch(_loss_of_blocks_kernel, (m,), sums, cross_entropy, dice, points, blocks, BLOCK=64, num_warps=1)
+    return cross_entropy, dice
+
+
 def point_mask_loss(
     mask_logits: Tensor, rows: Tensor, targets: list[Tensor], target_rows: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -139,28 +210,34 @@ def point_mask_loss(
     m, k = points.shape[:2]
     points = points.contiguous()
     probability, labels = (torch.empty(m, k, dtype=torch.float32, device=points.device) for _ in range(2))
-    blocks = triton.cdiv(k, 256)
-    sums = torch.empty(m, blocks, 4, dtype=torch.float32, device=points.device)
-    logits = dense_planes(mask_logits)
+    sums = torch.empty(m, triton.cdiv(k, _POINTS), 4, dtype=torch.float32, device=points.device)
     first = 0
     for masks in targets:
-        count = masks.shape[0]
-        if m and count:
-            dense = dense_planes(masks)
-            launch(
-                _loss_kernel, (m, blocks), logits, logits.stride(0), rows, dense, dense.stride(0), target_rows, points,
-                probability, labels, sums, first, first + count, k, *logits.shape[1:], *dense.shape[1:],
-                BLOCK=256, num_warps=4,
-            )  # fmt: skip
-        first += count
-    cross_entropy, probability_sum, label_sum, both = sums.sum(1).unbind(1)
-    dice = 1 - (2 * both + 1) / (probability_sum + label_sum + 1)
-    return cross_entropy / k, dice, probability, labels
+        _launch_loss(mask_logits, rows, masks, first, target_rows, points, probability, labels, sums)
+        first += masks.shape[0]
+    return *_loss_of_blocks(sums, k), probability, labels
+
+
+def _launch_loss(
+    mask_logits: Tensor, rows: Tensor, targets: Tensor, first: int, target_rows: Tensor, points: Tensor, *outs: Tensor
+) -> None:
+    """The masks of `rows` whose targets are those of one image, which count from `first`."""
+    (m, k), count = points.shape[:2], targets.shape[0]
+    if m and count:
+        logits, dense = dense_planes(mask_logits), dense_planes(targets)
+        launch(
+            _loss_kernel, (m, triton.cdiv(k, _POINTS)), logits, logits.stride(0), rows, dense, dense.stride(0),
+            target_rows, points, *outs, first, first + count, k, *logits.shape[1:], *dense.shape[1:], BLOCK=_POINTS,
+            num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_points"])
-def _sums_kernel(probability, labels, both, total, num_points, BLOCK: tl.constexpr):
-    """One program: the sums of one mask that its gradient needs."""
+def _sums_kernel(
+    probability, labels, grad_cross_entropy, grad_dice, both, total, largest, num_points, SCALED: tl.constexpr,
+    BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the sums of one mask that its gradient needs, and a bound of its terms or (SCALED) their scale."""
     m = tl.program_id(0).to(tl.int64)
     both_sum = tl.zeros((BLOCK,), tl.float32)
     total_sum = tl.zeros((BLOCK,), tl.float32)
@@ -170,8 +247,15 @@ def _sums_kernel(probability, labels, both, total, num_points, BLOCK: tl.constex
         t = tl.load(labels + m * num_points + k, mask=k < num_points, other=0.0)
         both_sum += s * t
         total_sum += s + t
+    sum = tl.sum(total_sum, axis=0)
     tl.store(both + m, tl.sum(both_sum, axis=0))
-    tl.store(total + m, tl.sum(total_sum, axis=0))
+    tl.store(total + m, sum)
+    # No term is larger: |s - t| <= 1, s (1 - s) <= 1/4, and |N / D - 2 t| <= 2.
+    bound = tl.abs(tl.load(grad_cross_entropy + m)) / num_points + tl.abs(tl.load(grad_dice + m)) / (2 * (sum + 1))
+    if SCALED:  # as `fixed_point_scale` has it
+        scale = tl.where(bound - bound == 0, 2.0**BITS / bound, float("nan"))
+        bound = tl.where(bound == 0, 1.0, scale)
+    tl.store(largest + m, bound)
 
 
 @triton.jit(do_not_specialize=["num_points"])
@@ -209,21 +293,143 @@ def point_mask_loss_backward(
     width: int,
 ) -> Tensor:
     """`m2f::point_mask_loss_backward`: the gradient [P, h, w] of the logits."""
-    m, k = points.shape[:2]
-    sums = torch.zeros(planes, height, width, dtype=torch.int64, device=points.device)
     scale = torch.ones(planes, dtype=torch.float32, device=points.device)
-    if m:
+    sums = torch.zeros(planes, height, width, dtype=torch.int64, device=points.device)
+    if rows.shape[0]:
         points, probability, labels = points.contiguous(), probability.contiguous(), labels.contiguous()
         # A gradient of stride 0 is what sum() sends.
-        grad_cross_entropy, grad_dice = grad_cross_entropy.contiguous(), grad_dice.contiguous()
-        both, total = (torch.empty(m, dtype=torch.float32, device=points.device) for _ in range(2))
-        launch(_sums_kernel, (m,), probability, labels, both, total, k, BLOCK=1024, num_warps=4)
-        # No term is larger: |s - t| <= 1, s (1 - s) <= 1/4, and |N / D - 2 t| <= 2.
-        largest = grad_cross_entropy.abs() / k + grad_dice.abs() / (2 * (total + 1))
+        grads = grad_cross_entropy.contiguous(), grad_dice.contiguous()
+        both, total, largest = _sums(*grads, probability, labels, scaled=False)
         largest = torch.zeros(planes, device=points.device).scatter_reduce(0, rows, largest, "amax")
         scale = fixed_point_scale(largest)
-        launch(
-            _loss_backward_kernel, (m, triton.cdiv(k, 256)), grad_cross_entropy, grad_dice, rows, points, probability,
-            labels, both, total, scale, sums, k, height, width, BLOCK=256, num_warps=4,
-        )  # fmt: skip
+        _launch_backward(*grads, rows, points, probability, labels, both, total, scale, sums)
     return to_float(sums, scale, torch.float32)
+
+
+def _sums(
+    grad_cross_entropy: Tensor, grad_dice: Tensor, probability: Tensor, labels: Tensor, scaled: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    m, k = probability.shape
+    both, total, largest = (torch.empty(m, dtype=torch.float32, device=labels.device) for _ in range(3))
+    launch(
+        _sums_kernel, (m,), probability, labels, grad_cross_entropy, grad_dice, both, total, largest, k,
+        SCALED=scaled, BITS=FRACTION_BITS, BLOCK=1024, num_warps=4,
+    )  # fmt: skip
+    return both, total, largest
+
+
+def _launch_backward(
+    grad_cross_entropy: Tensor, grad_dice: Tensor, rows: Tensor, points: Tensor, *rest: Tensor
+) -> None:
+    m, k = points.shape[:2]
+    launch(
+        _loss_backward_kernel, (m, triton.cdiv(k, _POINTS)), grad_cross_entropy, grad_dice, rows, points, *rest, k,
+        *rest[-1].shape[1:], BLOCK=_POINTS, num_warps=4,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- factored masks
+# As `factored.py` on other devices, but that what each chunk does not need is done once for all.
+
+
+@torch.no_grad()
+def factored_point_mask_loss(
+    mask_embed: Tensor,
+    mask_features: Tensor,
+    rows: Tensor,
+    counts: list[int],
+    targets: list[Tensor],
+    target_rows: Tensor,
+    points: Tensor | None,
+    seed: Tensor | None,
+    candidates: int,
+    keep: int,
+    fresh: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`m2f::factored_point_mask_loss`; targets of a mask are those of its image."""
+    k = keep + fresh if points is None else points.shape[1]
+    m = rows.shape[0]
+    drawn = torch.empty((m, k, 2) if points is None else (0,), dtype=torch.float32, device=rows.device)
+    at = drawn if points is None else points.contiguous()
+    probability, labels = (torch.empty(m, k, dtype=torch.float32, device=rows.device) for _ in range(2))
+    sums = torch.empty(m, triton.cdiv(k, _POINTS), 4, dtype=torch.float32, device=rows.device)
+    firsts = [0, *itertools.accumulate(x.shape[0] for x in targets)]
+    if points is None and m:
+        launch_fresh(seed, drawn, 0, candidates, keep, fresh)
+    # A chunk is planes and keys; together they may take what the gradient of the features takes in the backward pass.
+    n, c, h, w = mask_features.shape
+    bound = max(CHUNK_BYTES, 4 * n * c * h * w)
+    needed = 4 * (h * w + (candidates if points is None else 0))
+    largest = max((last - first for _, first, last in chunk_bounds(counts, needed, bound)), default=0)
+    own = torch.arange(largest, device=rows.device)
+    keys = torch.empty(largest if points is None else 0, candidates, dtype=torch.int32, device=rows.device)
+    for chunk in product_chunks(mask_embed, mask_features, rows, counts, needed, bound):
+        here, number = chunk.slice, own[: chunk.embed.shape[0]]
+        if points is None:
+            launch_kept(chunk.logits, number, seed, keys, drawn[here], chunk.first, candidates, keep)
+        outs = at[here], probability[here], labels[here], sums[here]
+        image = chunk.image
+        _launch_loss(chunk.logits, number, targets[image], firsts[image], target_rows[here], *outs)
+    return *_loss_of_blocks(sums, k), drawn, probability, labels
+
+
+@torch.no_grad()
+def factored_point_mask_loss_backward(
+    grad_cross_entropy: Tensor,
+    grad_dice: Tensor,
+    mask_embed: Tensor,
+    mask_features: Tensor,
+    rows: Tensor,
+    counts: list[int],
+    points: Tensor,
+    probability: Tensor,
+    labels: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`m2f::factored_point_mask_loss_backward`."""
+    n, q, c = mask_embed.shape
+    h, w = mask_features.shape[2:]
+    m, device = rows.shape[0], rows.device
+    grad_embed = torch.empty_like(mask_embed, memory_format=torch.contiguous_format)
+    grad_features = mask_features.new_empty(n, c, h * w)
+    if m == 0:
+        return grad_embed.zero_(), grad_features.zero_().view(n, c, h, w)
+    embed = mask_embed.flatten(0, 1)[rows].float()
+    points, probability, labels = points.contiguous(), probability.contiguous(), labels.contiguous()
+    # A gradient of stride 0 is what sum() sends.
+    grads = grad_cross_entropy.contiguous(), grad_dice.contiguous()
+    both, total, scale = _sums(*grads, probability, labels, scaled=True)
+    bounds = list(chunk_bounds(counts, mask_bytes(mask_features, points.shape[1], torch.float32)))
+    own = torch.arange(max(n * q, m), device=device)
+    grad_rows = embed.new_empty(m, c)
+    largest = max(last - first for _, first, last in bounds)
+    buffer = torch.zeros(largest, h, w, dtype=torch.int64, device=device)
+    with without_autocast(device):
+        for image, (start, end) in enumerate(itertools.pairwise([0, *itertools.accumulate(counts)])):
+            if start == end:
+                grad_embed[image].zero_()
+                grad_features[image].zero_()
+                continue
+            features = exact(mask_features[image])
+            gathered = grad_features[image] if grad_features.dtype == torch.float32 else embed.new_empty(c, h * w)
+            for _, first, last in (chunk for chunk in bounds if chunk[0] == image):
+                here = slice(first, last)
+                planes = buffer[: last - first]
+                _launch_backward(
+                    *(x[here] for x in grads), own[: last - first],
+                    *(x[here] for x in (points, probability, labels, both, total, scale)), planes,
+                )  # fmt: skip
+                gradient = to_float(planes, scale[here], torch.float32, clear=True).flatten(1)
+                torch.mm(gradient, features.T, out=grad_rows[here])
+                if first == start:
+                    torch.mm(embed[here].T, gradient, out=gathered)
+                else:
+                    gathered.addmm_(embed[here].T, gradient)
+            # A query may have several targets. A product with zeros and ones adds its rows, in the same order always.
+            chosen = (rows[start:end] == own[image * q : image * q + q, None]).float()
+            if grad_embed.dtype == torch.float32:
+                torch.mm(chosen, grad_rows[start:end], out=grad_embed[image])
+            else:
+                grad_embed[image] = chosen @ grad_rows[start:end]
+            if grad_features.dtype != torch.float32:
+                grad_features[image] = gathered
+    return grad_embed, grad_features.view(n, c, h, w)

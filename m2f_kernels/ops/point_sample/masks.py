@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels._checks import check_indices, describe
-from m2f_kernels._dtypes import accumulation_dtype
+from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.ops._autograd import transformed
 
@@ -34,13 +34,13 @@ class Chunk:
         return torch.arange(self.embed.shape[0], device=self.embed.device)
 
 
-def chunk_bounds(counts: Sequence[int], mask_bytes: int) -> Iterator[tuple[int, int, int]]:
+def chunk_bounds(counts: Sequence[int], mask_bytes: int, bound: int = CHUNK_BYTES) -> Iterator[tuple[int, int, int]]:
     """(image, first, last) of chunks of bounded size that divide each image's masks evenly."""
     start = 0
     for image, count in enumerate(counts):
         if count == 0:
             continue
-        parts = min(count, -(-count * mask_bytes // CHUNK_BYTES))
+        parts = min(count, -(-count * mask_bytes // bound))
         for part in range(parts):
             yield image, start + count * part // parts, start + count * (part + 1) // parts
         start += count
@@ -48,7 +48,7 @@ def chunk_bounds(counts: Sequence[int], mask_bytes: int) -> Iterator[tuple[int, 
 
 def multiply(embed: Tensor, features: Tensor, out: Tensor | None = None) -> Tensor:
     """embed [m, C] times features [C, S], whatever autocast says; the accumulation dtype goes in and comes out."""
-    with torch.autocast(embed.device.type, enabled=False):
+    with without_autocast(embed.device):
         return torch.mm(embed, features, out=None if transformed() else out)  # torch.vmap knows no out=
 
 
@@ -78,7 +78,8 @@ class MaskRows:
     def chunks(self) -> Iterator[Chunk]:
         """The logits of factored masks, in the accumulation dtype; a chunk's memory is used again for the next."""
         assert isinstance(self.masks, FactoredMasks)
-        yield from product_chunks(*self.masks, self.rows, self.counts, 0)
+        needed = mask_bytes(self.masks.mask_features, 0, accumulation_dtype(self.masks.mask_embed.dtype))
+        yield from product_chunks(*self.masks, self.rows, self.counts, needed)
 
 
 def mask_bytes(mask_features: Tensor, points: int, dtype: torch.dtype) -> int:
@@ -87,13 +88,18 @@ def mask_bytes(mask_features: Tensor, points: int, dtype: torch.dtype) -> int:
 
 
 def product_chunks(
-    mask_embed: Tensor, mask_features: Tensor, rows: Tensor, counts: Sequence[int], points: int
+    mask_embed: Tensor,
+    mask_features: Tensor,
+    rows: Tensor,
+    counts: Sequence[int],
+    mask_bytes: int,
+    bound: int = CHUNK_BYTES,
 ) -> Iterator[Chunk]:
-    """The masks that `rows` names, multiplied out; `points` of each will be looked at while a chunk exists."""
+    """The masks that `rows` names, multiplied out; each takes `mask_bytes` while its chunk exists."""
     dtype = accumulation_dtype(mask_embed.dtype)
     h, w = mask_features.shape[2:]
     embed = mask_embed.flatten(0, 1)[rows].to(dtype)
-    bounds = list(chunk_bounds(counts, mask_bytes(mask_features, points, dtype)))
+    bounds = list(chunk_bounds(counts, mask_bytes, bound))
     largest = max((last - first for _, first, last in bounds), default=0)
     buffer = embed.new_empty(largest, h * w)
     features, held = None, -1

@@ -141,13 +141,15 @@ def _sample_backward_kernel(
 
 
 @triton.jit(do_not_specialize=["num_pixels"])
-def _float_kernel(sums, scale, out, num_pixels, BLOCK: tl.constexpr):
+def _float_kernel(sums, scale, out, num_pixels, CLEAR: tl.constexpr, BLOCK: tl.constexpr):
     """Fixed-point planes back to numbers; a plane whose scale is no number becomes NaN."""
     plane = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     at = plane * num_pixels + i
     value = tl.load(sums + at, mask=i < num_pixels, other=0).to(tl.float32) / tl.load(scale + plane)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=i < num_pixels)
+    if CLEAR:
+        tl.store(sums + at, tl.zeros((BLOCK,), tl.int64), mask=i < num_pixels)
 
 
 def fixed_point_scale(largest: Tensor) -> Tensor:
@@ -156,13 +158,13 @@ def fixed_point_scale(largest: Tensor) -> Tensor:
     return torch.where(largest == 0, 1.0, torch.where(largest.isfinite(), scale, torch.nan)).float()
 
 
-def to_float(sums: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Planes [P, h, w] of fixed-point numbers divided by their scale [P]."""
+def to_float(sums: Tensor, scale: Tensor, dtype: torch.dtype, clear: bool = False) -> Tensor:
+    """Planes [P, h, w] of fixed-point numbers divided by their scale [P]; `clear` leaves zeros in `sums`."""
     planes, height, width = sums.shape
     out = torch.empty_like(sums, dtype=dtype)
     if out.numel():
         grid = (planes, triton.cdiv(height * width, 1024))
-        launch(_float_kernel, grid, sums, scale, out, height * width, BLOCK=1024, num_warps=4)
+        launch(_float_kernel, grid, sums, scale, out, height * width, CLEAR=clear, BLOCK=1024, num_warps=4)
     return out
 
 
@@ -359,24 +361,40 @@ def uncertain_points(
     points = torch.empty(m, keep + fresh, 2, dtype=torch.float32, device=rows.device)
     if m == 0:
         return points
-    height, width = mask_logits.shape[1:]
-    if keep:
-        logits = dense_planes(mask_logits)
-        keys = torch.empty(m, candidates, dtype=torch.int32, device=rows.device)
-        launch(
-            _candidates_kernel, (m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed, keys,
-            first_stream, candidates, height, width, BLOCK=512, num_warps=4,
-        )  # fmt: skip
-        # A histogram costs its 2048 bins whatever it counts: few large blocks. With 16 warps the largest spills with
-        # Triton 3.6 and 3.7.
-        block = min(max(triton.next_power_of_2(candidates), 1024), 4096)
-        launch(
-            _keep_kernel, (m,), keys, seed, points, first_stream, candidates, keep, keep + fresh,
-            BLOCK=block, num_warps=8,
-        )  # fmt: skip
+    keys = torch.empty(m if keep else 0, candidates, dtype=torch.int32, device=rows.device)
+    launch_kept(mask_logits, rows, seed, keys, points, first_stream, candidates, keep)
+    launch_fresh(seed, points, first_stream, candidates, keep, fresh)
+    return points
+
+
+def launch_kept(
+    mask_logits: Tensor, rows: Tensor, seed: Tensor | None, keys: Tensor, points: Tensor, first_stream: int,
+    candidates: int, keep: int,
+) -> None:  # fmt: skip
+    """Write the uncertain points of the planes `rows` [m] to the beginning of `points` [m, K, 2]; `keys` is memory for
+    at least m candidates' keys."""
+    (m, total), (height, width) = points.shape[:2], mask_logits.shape[1:]
+    if not keep:
+        return
+    logits = dense_planes(mask_logits)
+    launch(
+        _candidates_kernel, (m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed, keys,
+        first_stream, candidates, height, width, BLOCK=512, num_warps=4,
+    )  # fmt: skip
+    # A histogram costs its 2048 bins whatever it counts: few large blocks. With 16 warps the largest spills with
+    # Triton 3.6 and 3.7.
+    block = min(max(triton.next_power_of_2(candidates), 1024), 4096)
+    launch(
+        _keep_kernel, (m,), keys, seed, points, first_stream, candidates, keep, total, BLOCK=block, num_warps=8
+    )  # fmt: skip
+
+
+def launch_fresh(
+    seed: Tensor | None, points: Tensor, first_stream: int, candidates: int, keep: int, fresh: int
+) -> None:
+    """Write the uniform points to the end of `points` [m, keep + fresh, 2]."""
     if fresh:
         launch(
-            _fresh_kernel, (m, triton.cdiv(fresh, 256)), seed, points, first_stream, candidates, keep, fresh,
-            BLOCK=256, num_warps=4,
+            _fresh_kernel, (points.shape[0], triton.cdiv(fresh, 256)), seed, points, first_stream, candidates, keep,
+            fresh, BLOCK=256, num_warps=4,
         )  # fmt: skip
-    return points

@@ -1,0 +1,79 @@
+"""Tensors that depend on sizes alone, kept between calls: their many small kernels run once for each size."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from m2f_kernels.ops._autograd import transformed
+
+
+def plain(tensor: Tensor) -> bool:
+    """Whether tensors like this one may be kept: nothing traces, transforms or wraps them."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor)
+        or transformed()
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured: what is made then lives in the graph's memory."""
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class ConstantCache:
+    """The least recently used go first. Threads and streams may share it. Nothing is kept under `torch.compile`, export,
+    tracing or `torch.func`, nor while a CUDA graph is captured.
+
+    Args:
+        entries: how many tensors to keep.
+    """
+
+    def __init__(self, entries: int) -> None:
+        self.entries = entries
+        self._kept: OrderedDict[Hashable, Tensor] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, make: Callable[[], Tensor], key: Hashable, like: Tensor) -> Tensor:
+        """What `make` returns for `key` and the device and dtype of `like`; not to be changed in place."""
+        if not plain(like):
+            return make()
+        mode: Any = like.fake_mode if isinstance(like, FakeTensor) else None
+        full = key, like.device, like.dtype, mode
+        real_cuda = like.is_cuda and mode is None
+        with self._lock:
+            kept = self._kept.get(full)
+            if kept is not None:
+                self._kept.move_to_end(full)
+        if kept is None:
+            # Else it could not be saved for a backward pass later.
+            with torch.inference_mode(False), torch.no_grad():
+                kept = make()
+            if capturing(like.device):
+                return kept
+            if real_cuda:  # once for each size: other streams may read it from now on
+                torch.cuda.current_stream(like.device).synchronize()
+            with self._lock:
+                self._kept[full] = kept
+                while len(self._kept) > self.entries:
+                    self._kept.popitem(last=False)
+        if real_cuda:
+            kept.record_stream(torch.cuda.current_stream(like.device))
+        return kept
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._kept.clear()
