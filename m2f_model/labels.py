@@ -80,15 +80,25 @@ class Labels:
         return cls(tuple(n[0] for n in names), stuff, tuple(tuple(map(_words, n)) for n in names))
 
     def match(self, names: Sequence[str]) -> bool:
-        """True if `names` are these labels, in this order: each has all words of its label's name, or the reverse."""
+        """True if `names` are these labels, in this order."""
         return len(names) == len(self.names) and all(
-            any(w and (w <= ours or ours <= w) for w in map(_words, name.split(",")) for ours in known)
+            any(_alike(_words(part), ours) for part in name.split(",") for ours in known)
             for known, name in zip(self._known, names, strict=True)
         )
 
 
 #: Words of COCO's stuff that others leave out.
 _OPTIONAL = {"merged", "other", "stuff"}
+
+
+def same_labels(a: Sequence[str], b: Sequence[str]) -> bool:
+    """True if both name the same labels in the same order, up to words that one of them leaves out."""
+    return len(a) == len(b) and all(x == y or _alike(_words(x), _words(y)) for x, y in zip(a, b, strict=True))
+
+
+def _alike(a: frozenset[str], b: frozenset[str]) -> bool:
+    """One has all words of the other."""
+    return bool(a and b) and (a <= b or b <= a)
 
 
 def _words(name: str) -> frozenset[str]:

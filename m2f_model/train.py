@@ -10,10 +10,11 @@ import math
 import os
 import shutil
 import signal
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from m2f_model.config import Mask2FormerConfig
 from m2f_model.data import Batches, Dataset, Guarded, Relabelled, Sample, Steps, identity, unpack
 from m2f_model.evaluate import evaluate
 from m2f_model.files import remove_leftovers, write_atomically
 from m2f_model.interrupts import Interrupted, Interrupts, leave_signals_to_the_parent
+from m2f_model.labels import same_labels
 from m2f_model.model import Mask2Former
 from m2f_model.parallel import (
     PARALLEL,
@@ -184,12 +187,49 @@ def _set_random_state(state: dict[str, Any]) -> None:
 # ---------------------------------------------------------------- the loop
 
 
+def _check_labels(data: Dataset, config: Mask2FormerConfig) -> None:
+    names = config.label_names
+    if len(data.label_names) != config.num_labels:
+        raise ValueError(f"data: expected {config.num_labels} labels, the model's; got {data.label_names}")
+    if names is not None and not same_labels(names, data.label_names):
+        pairs = zip(names, data.label_names, strict=True)
+        i, (theirs, ours) = next((i, pair) for i, pair in enumerate(pairs) if not same_labels(*([x] for x in pair)))
+        raise ValueError(
+            f"data: expected the labels that the model was trained for, in their order; label {i} is {ours!r} here and "
+            f"{theirs!r} there"
+        )
+
+
+def of_data(config: Mask2FormerConfig, data: Dataset, recipe: Recipe) -> Mask2FormerConfig:
+    """`config` with what a model trained on `data` has: its names and stuff, and the size at which it saw images.
+
+    That is the published proportion, 800 and 1333 for large-scale jitter to 1024; without jitter the median short side
+    of some images, and the longest side or twice the short one.
+    """
+    if recipe.size is not None:
+        size = tuple(max(1, round(recipe.size * side / 1024)) for side in (800, 1333))
+    else:
+        step = max(1, len(data) // 16)
+        shapes = [data[i]["image"].shape[1:] for i in range(0, len(data), step)]
+        short = int(statistics.median(min(shape) for shape in shapes))
+        size = (short, max(2 * short, *(max(shape) for shape in shapes)))
+    return replace(
+        config,
+        label_names=tuple(data.label_names),
+        stuff_labels=tuple(data.stuff_labels),
+        image_size=(size[0], size[1]),
+        keep_aspect_ratio=True,
+        semantic_only=False,
+    )
+
+
 class Trainer:
     """One training run in the directory `out`, which goes on where a former one was stopped.
 
     Args:
-        model: what to train, on the process' device.
-        data: training samples.
+        model: what to train, on the process' device. Its configuration gets the names and stuff of the data, and the
+            size of the images that it sees.
+        data: training samples, of the model's labels in their order.
         recipe: how.
         out: directory of checkpoints, TensorBoard's events and, at the end, the model in Hugging Face's format.
         process: which process this is.
@@ -216,14 +256,14 @@ class Trainer:
     ) -> None:
         if len(data) == 0:
             raise ValueError("data: expected at least one sample; got none")
-        if len(data.label_names) != model.config.num_labels:
-            raise ValueError(f"data: expected {model.config.num_labels} labels, the model's; got {data.label_names}")
+        _check_labels(data, model.config)
         self.model, self.data, self.recipe = model, data, recipe
         self.validation = None if validation is None else Relabelled(validation, data)
         self.process = process or Process()
         self.out, self.log = Path(out), log
         self.step = 0
         self._check_data(progress)
+        model.config = of_data(model.config, data, recipe)
         model.to(self.process.device).train()
         model.set_activation_checkpointing(recipe.activation_checkpointing)
         self.parallel: nn.Module = model

@@ -14,7 +14,7 @@ from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model import train as training
 from m2f_model.cli import app
 from m2f_model.data import Shapes
-from m2f_model.train import Recipe, Trainer, build_optimizer
+from m2f_model.train import Recipe, Trainer, build_optimizer, of_data
 
 DATA = Shapes(length=12, size=64)
 #: Four steps with everything on that could make a difference: milestones, jitter, evaluation.
@@ -25,7 +25,7 @@ RECIPE = Recipe.shapes(
 
 def small(**changes):
     sizes = {"encoder_layers": 1, "decoder_layers": 2, "num_queries": 8, "num_points": 64}
-    return Mask2FormerConfig.tiny(5, stuff_labels=DATA.stuff_labels, **{**sizes, **changes})
+    return Mask2FormerConfig.tiny(5, **{"stuff_labels": DATA.stuff_labels, **sizes, **changes})
 
 
 def trainer(out, recipe=RECIPE, lines=None, **changes):
@@ -60,6 +60,31 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     saved = Mask2Former.from_pretrained(tmp_path / "parts")
     same(saved.state_dict(), whole.model.state_dict())
     assert saved.config.stuff_labels == DATA.stuff_labels
+
+
+def test_a_trained_model_has_what_its_data_have(tmp_path):
+    """Names, stuff and image size, whatever the configuration that training began with."""
+    trainer(tmp_path, stuff_labels=None, image_size=(800, 1333)).run()
+    config = Mask2Former.from_pretrained(tmp_path).config
+    assert (config.label_names, config.stuff_labels) == (DATA.label_names, DATA.stuff_labels)
+    assert config.image_size == (50, 83)  # 800 and 1333 for jitter to 1024, here to 64
+    assert of_data(config, DATA, Recipe()).image_size == (800, 1333)
+    assert of_data(config, DATA, dataclasses.replace(RECIPE, size=None)).image_size == (64, 128)
+    published = Mask2FormerConfig.preset("r50-cityscapes-semantic", num_labels=5, keep_aspect_ratio=False)
+    changed = of_data(published, DATA, RECIPE)
+    assert (changed.semantic_only, changed.keep_aspect_ratio, changed.frozen_batch_norm) == (False, True, False)
+
+
+def test_weights_of_other_classes_are_an_error(tmp_path):
+    """As many classes are not the same classes; other words for the same are."""
+    for names, i, ours, theirs in [
+        (("square", "disc", *DATA.label_names[2:]), 0, "disc", "square"),
+        ((*DATA.label_names[:3], "bird", "plane"), 3, "sky", "bird"),
+    ]:
+        with pytest.raises(ValueError, match=f"label {i} is '{ours}' here and '{theirs}' there"):
+            trainer(tmp_path, label_names=names)
+    names = ("Disc", "red square", "triangle", "sky-other-merged", "ground")
+    assert trainer(tmp_path, label_names=names).model.config.label_names == DATA.label_names
 
 
 def test_every_step_changes_every_parameter(tmp_path):
