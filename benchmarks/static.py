@@ -69,6 +69,17 @@ def attention_inputs(dtype: torch.dtype, d: int, queries: int = 100) -> tuple[An
     return query, key, value, meta(1, queries, 512, dtype=torch.int32), meta(1, queries, dtype=torch.bool)
 
 
+def self_attention_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
+    """One image of 640 x 640 in an encoder-only model: 200 queries under a mask, 5 prefix tokens, 1600 patches."""
+    x = meta(1, 1805, 16 * d, dtype=dtype).unflatten(-1, (16, d)).transpose(1, 2)
+    return x, x, x, meta(1, 200, 57, dtype=torch.int32), meta(1, 200, dtype=torch.bool)
+
+
+def self_attention_backward_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
+    output = meta(1, 1805, 16, d, dtype=dtype)
+    return output, *self_attention_inputs(dtype, d), output, meta(1, 16, 1805, dtype=torch.float32), d**-0.5
+
+
 def backward_inputs(dtype: torch.dtype, d: int, queries: int) -> tuple[Any, ...]:
     """The gradient of the output, the forward's inputs and results."""
     output = meta(1, queries, 8, d, dtype=dtype)
@@ -115,6 +126,12 @@ CASES += [
         (32, 16, 64, 128, 80),
     )
     for queries in (100, 200)
+]
+CASES += [
+    Case(
+        _ATTENTION, "masked_attention", lambda dtype, d: (*self_attention_inputs(dtype, d), d**-0.5), (64, 32, 80, 128)
+    ),
+    Case(_ATTENTION, "masked_attention_backward", self_attention_backward_inputs, (64, 32, 80, 128)),
 ]
 
 

@@ -32,6 +32,29 @@ def unpack(bits: Tensor, row_any: Tensor, num_keys: int) -> Tensor:
     return attend.bool().flatten(-2)[..., :num_keys] | ~row_any.unsqueeze(-1)
 
 
+def widen(bits: Tensor, first_key: int, num_keys: int, all_keys: int) -> Tensor:
+    """Bits for `all_keys` keys of bits for keys [first_key, first_key + num_keys); all others are attended to.
+
+    Args:
+        bits: int32 [N, R, ceil(num_keys/32)], zero beyond num_keys.
+        first_key, num_keys, all_keys: first_key + num_keys <= all_keys.
+
+    Returns:
+        int32 [N, R, ceil(all_keys/32)].
+    """
+    outside = torch.ones(1, 1, all_keys, dtype=torch.bool, device=bits.device)
+    outside[..., first_key : first_key + num_keys] = False
+    around = pack(outside)[0]
+    skipped, shift = divmod(first_key, WORD)
+    words = around.shape[2]
+    moved = F.pad(bits, (skipped, words - skipped - bits.shape[2]))
+    if shift:
+        before = F.pad(moved, (1, -1)) >> (WORD - shift) & ((1 << shift) - 1)
+        # What leaves the last word of `bits` enters one more; where there is none, it was zero.
+        moved = moved << shift | before
+    return moved | around
+
+
 class PackedMask(NamedTuple):
     """Which keys each query attends to, one bit each, shared by all heads.
 

@@ -70,8 +70,10 @@ struct Call {
     STD_TORCH_CHECK(args.q < INT32_MAX, "query: expected fewer than 2^31 queries");
     check_sizes(key, "key", {args.n, args.h, args.s, args.d});
     check_sizes(value, "value", {args.n, args.h, args.s, args.d});
-    check_sizes(bits, "bits", {args.n, args.q, args.words});
-    check_sizes(row_any, "row_any", {args.n, args.q});
+    STD_TORCH_CHECK(bits.dim() == 3 && bits.size(1) <= args.q, "bits: expected [N, R, words], R at most the queries");
+    args.masked = bits.size(1);
+    check_sizes(bits, "bits", {args.n, args.masked, args.words});
+    check_sizes(row_any, "row_any", {args.n, args.masked});
     STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Int, "bits: expected int32");
     STD_TORCH_CHECK(row_any.scalar_type() == ScalarType::Bool, "row_any: expected bool");
     bits = torch::stable::contiguous(bits);

@@ -14,9 +14,10 @@ struct MaskedAttentionArgs {
   int64_t n, h, q, s, d;
   double scale;
   Rows query, key, value;  // rows of D by (n, h, position)
-  const int32_t* bits;     // [N, Q, words]
-  const bool* row_any;     // [N, Q]
+  const int32_t* bits;  // [N, masked, words]
+  const bool* row_any;  // [N, masked]
   int64_t words;
+  int64_t masked;  // queries [0, masked) have bits; the others attend everywhere
 
   int64_t parts;        // into how many the keys are divided
   int64_t head_groups;  // into how many the heads are; does not change a result

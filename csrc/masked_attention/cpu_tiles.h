@@ -159,8 +159,9 @@ struct ActiveQueries {
     }
     const int64_t available = args.words - tile * kWords;
     for (int64_t q = 0; q < args.q; ++q) {
-      const int32_t* row = args.bits + (image * args.q + q) * args.words + tile * kWords;
-      const bool everywhere = !args.row_any[image * args.q + q];
+      const int64_t at = image * args.masked + q;
+      const bool everywhere = q >= args.masked || !args.row_any[at];
+      const int32_t* row = everywhere ? nullptr : args.bits + at * args.words + tile * kWords;
       const uint32_t low = (everywhere ? ~0u : static_cast<uint32_t>(row[0])) & valid[0];
       const uint32_t high = available < 2 ? 0 : (everywhere ? ~0u : static_cast<uint32_t>(row[1])) & valid[1];
       bits[q * kWords] = low;

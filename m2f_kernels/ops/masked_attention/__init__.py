@@ -1,10 +1,11 @@
-"""Masked cross-attention: schemas, checks, fake kernels, autograd."""
+"""Masked attention: schemas, checks, fake kernels, autograd."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_kernels import dispatch
@@ -19,7 +20,7 @@ from m2f_kernels._checks import (
 )
 from m2f_kernels._dtypes import accumulation_dtype, autocast
 from m2f_kernels._library import LIBRARY
-from m2f_kernels.masks import WORD, PackedMask, unpack
+from m2f_kernels.masks import WORD, PackedMask, unpack, widen
 from m2f_kernels.ops._autograd import (
     call,
     differentiable_once,
@@ -52,7 +53,13 @@ _PLAIN = {"fallback": reference, "reference": reference}
 
 
 def masked_attention(
-    query: Tensor, key: Tensor, value: Tensor, mask: PackedMask | Tensor, *, scale: float | None = None
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: PackedMask | Tensor,
+    *,
+    scale: float | None = None,
+    first_key: int | None = None,
 ) -> Tensor:
     """Cross-attention in which each query attends only to its own mask (Cheng et al. 2022, section 3.2.1, equation 1).
 
@@ -67,6 +74,10 @@ def masked_attention(
         mask: from :func:`predict_attention_mask` or :func:`pack_attention_mask`; or bool [N, Q, S] or [N, 1, Q, S],
             True = attend, which is packed first.
         scale: factor of the scores; None for 1/sqrt(D).
+        first_key: None where the mask is for all queries and keys. Otherwise `mask` [N, R, M] is for queries [0, R) and
+            keys [first_key, first_key + M) alone, and all other pairs are open: the self-attention of encoder-only
+            models (EoMT, Kerssies et al. 2025, section 3.2), in which queries attend to patches under a mask. Of those
+            queries one attends everywhere only where its mask is empty and is for all keys.
 
     The three floating tensors have one dtype; under autocast they are cast to autocast's. Arithmetic is float32;
     float64 runs through the reference.
@@ -94,16 +105,38 @@ def masked_attention(
     for name, tensor in (("key", key), ("value", value)):
         check_same_dtype(name, tensor, "query", query)
     scale = d**-0.5 if scale is None else check_number("scale", scale)
-    packed = _packed(mask, query, s)
+    packed = _packed(mask, query.shape[2], query, s) if first_key is None else _packed_part(mask, query, s, first_key)
     if (plain := dispatch.plain("masked_attention", query)) is not None:
-        return _PLAIN[plain].masked_attention(query, key, value, packed.to_bool(), scale)[0]
+        attend = _attend(packed.bits, packed.row_any, query, key)
+        return _PLAIN[plain].masked_attention(query, key, value, attend, scale)[0]
     output, _ = call("masked_attention", query, key, value, packed.bits, packed.row_any, scale)
     return output.transpose(1, 2)
 
 
-def _packed(mask: PackedMask | Tensor, query: Tensor, keys: int) -> PackedMask:
-    """The mask, packed, after checking that it belongs to these queries and keys."""
-    n, _, q, _ = query.shape
+def _packed_part(mask: PackedMask | Tensor, query: Tensor, keys: int, first_key: int) -> PackedMask:
+    """The mask of some queries and keys as one of the same queries and all keys."""
+    bits = mask.bits if isinstance(mask, PackedMask) else mask
+    if not isinstance(bits, Tensor) or bits.dim() not in (3, 4):
+        raise TypeError(f"mask: expected a PackedMask or a bool tensor [N, R, M]; got {describe(mask)}")
+    if isinstance(first_key, bool) or not isinstance(first_key, (int, torch.SymInt)):
+        raise TypeError(f"first_key: expected an integer or None; got {describe(first_key)}")
+    rows, covered = bits.shape[-2], mask.num_keys if isinstance(mask, PackedMask) else bits.shape[-1]
+    if rows > query.shape[2]:
+        raise ValueError(f"mask: expected R of at most {query.shape[2]} queries; got {describe(bits)}")
+    packed = _packed(mask, rows, query, covered)
+    if not 0 <= first_key <= keys - covered:
+        raise ValueError(
+            f"first_key: expected an integer in [0, {keys - covered}], so that the mask's {covered} keys lie within "
+            f"key's {keys}; got {first_key}"
+        )
+    if covered == keys:
+        return packed
+    return PackedMask(widen(packed.bits, first_key, covered, keys), torch.ones_like(packed.row_any), keys)
+
+
+def _packed(mask: PackedMask | Tensor, q: int, query: Tensor, keys: int) -> PackedMask:
+    """The mask of `q` queries, packed, after checking that it belongs to them and to the keys."""
+    n = query.shape[0]
     if isinstance(mask, PackedMask):
         if isinstance(mask.num_keys, bool) or not isinstance(mask.num_keys, (int, torch.SymInt)):
             raise TypeError(f"mask: expected a PackedMask of an integer num_keys; got {describe(mask.num_keys)}")
@@ -141,10 +174,16 @@ def _packed(mask: PackedMask | Tensor, query: Tensor, keys: int) -> PackedMask:
 # Behind the registered operators, for whoever calls those where no kernel serves.
 
 
+def _attend(bits: Tensor, row_any: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """bool [N, Q, S] of bits of the first queries; those after them attend everywhere."""
+    attend = unpack(bits, row_any, key.shape[2])
+    return F.pad(attend, (0, 0, 0, query.shape[2] - attend.shape[1]), value=True)
+
+
 def _masked_attention_plain(
     query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    attend = unpack(bits, row_any, key.shape[2])
+    attend = _attend(bits, row_any, query, key)
     output, logsumexp = reference.masked_attention(query, key, value, attend, scale)
     return output.transpose(1, 2).contiguous(), logsumexp
 
@@ -160,7 +199,7 @@ def _masked_attention_backward_plain(
     logsumexp: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    attend = unpack(bits, row_any, key.shape[2])
+    attend = _attend(bits, row_any, query, key)
     gradients = reference_gradients(
         lambda q, k, v: reference.masked_attention(q, k, v, attend, scale)[0].transpose(1, 2),
         grad_output,

@@ -277,6 +277,14 @@ def masked_attention(
     logsumexp = query.new_empty(n, heads, q, dtype=torch.float32)
     if output.numel() == 0:
         return output, logsumexp
+    if (masked := bits.shape[1]) < q:
+        from m2f_kernels.ops.masked_attention import open_queries  # which imports this module
+
+        if masked:
+            first = masked_attention(query[:, :, :masked], key, value, bits, row_any, scale)
+            output[:, :masked], logsumexp[:, :, :masked] = first
+        open_queries.forward(query, key, value, output, logsumexp, masked, scale)
+        return output, logsumexp
     query, key, value = contiguous_last(query), contiguous_last(key), contiguous_last(value)
     bits, row_any = bits.contiguous(), row_any.contiguous()
     device = architecture(query.device)
@@ -525,6 +533,20 @@ def masked_attention_backward(
     dquery = query.new_empty(n, q, heads, d)
     if dquery.numel() == 0:
         return dquery, key.new_zeros(n, s, heads, d), value.new_zeros(n, s, heads, d)
+    if (masked := bits.shape[1]) < q:
+        from m2f_kernels.ops.masked_attention import open_queries  # which imports this module
+
+        if masked:
+            dquery[:, :masked], dkey, dvalue = masked_attention_backward(
+                grad_output[:, :masked], query[:, :, :masked], key, value, bits, row_any,
+                output[:, :masked], logsumexp[:, :, :masked], scale,
+            )  # fmt: skip
+        else:
+            dkey, dvalue = key.new_empty(n, s, heads, d), value.new_empty(n, s, heads, d)
+        open_queries.backward(
+            grad_output, query, key, value, output, logsumexp, dquery, dkey, dvalue, masked, scale
+        )  # fmt: skip
+        return dquery, dkey, dvalue
     dkey, dvalue = key.new_empty(n, s, heads, d), value.new_empty(n, s, heads, d)
     query, key, value, grad = (contiguous_last(x) for x in (query, key, value, grad_output))
     bits, row_any, output, logsumexp = (x.contiguous() for x in (bits, row_any, output, logsumexp))

@@ -1,0 +1,187 @@
+"""Triton kernels of the queries that have no mask: of `masked_attention` with a mask for its first queries alone.
+
+The first queries run the kernels of `triton.py`. Those after them attend to every key; here they do, at no more memory
+than the output and one number per query: no parts of the keys' range, so nothing grows with queries times keys.
+Gradients of keys and values are added to those that the masked queries left, in a fixed order.
+"""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from m2f_kernels._triton import contiguous_last, dot, launch
+from m2f_kernels.ops.masked_attention import configs
+from m2f_kernels.ops.masked_attention.triton import _LN2, _load_query_block, _load_rows, _store_rows
+
+
+@triton.jit
+def _place(blocks, heads):
+    """Block, head and image of this program. One axis for all three: the others of a grid end at 65535."""
+    program = tl.program_id(0)
+    head = program // blocks
+    return program % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["first", "num_queries", "num_keys", "blocks"])
+def _open_forward_kernel(
+    query, key, value, output, logsumexp,
+    query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s,
+    first, num_queries, num_keys, blocks, heads, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_Q queries of one head, from query `first` on, against all keys, with online softmax."""
+    block, h, n = _place(blocks, heads)
+    first_query = first + block * BLOCK_Q
+    queries = first_query + tl.arange(0, BLOCK_Q)
+    key += n * key_n + h * key_h
+    value += n * value_n + h * value_h
+    q = _load_rows(query + n * query_n + h * query_h, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
+    maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for first_key in range(0, num_keys, BLOCK_K):
+        k = _load_rows(key, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+        v = _load_rows(value, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+        exists = first_key + tl.arange(0, BLOCK_K) < num_keys
+        scores = tl.where(exists[None, :], dot(q, tl.trans(k)) * scale_log2, float("-inf"))
+        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - shift[:, None])
+        decay = tl.exp2(maximum - shift)
+        total = total * decay + tl.sum(weights, axis=1)
+        acc = acc * decay[:, None] + dot(weights.to(v.dtype), v)
+        maximum = new_maximum
+    output += (n * num_queries * heads + h) * D
+    _store_rows(output, first_query, heads * D, num_queries, acc / total[:, None], D, BLOCK_Q, BLOCK_D)
+    at = logsumexp + (n * heads + h) * num_queries + queries
+    tl.store(at, (maximum + tl.log2(total)) * _LN2, mask=queries < num_queries)
+
+
+@triton.jit
+def _pair_weights(k, q, lse2, scale_log2):
+    """The weights [keys, queries] from the saved log-sum-exp. No weight exceeds 1, whatever was rounded."""
+    exponent = dot(k, tl.trans(q)) * scale_log2 - lse2[None, :]
+    return tl.exp2(tl.where(exponent > 0, 0.0, exponent))
+
+
+@triton.jit(do_not_specialize=["first", "num_queries", "num_keys", "blocks"])
+def _open_keys_kernel(
+    query, key, value, grad, output, logsumexp, dkey, dvalue,
+    query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s, grad_n, grad_h, grad_q,
+    first, num_queries, num_keys, blocks, heads, scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
+):  # fmt: skip
+    """One program: what all queries from `first` on add to dK and dV of BLOCK_K keys of one head.
+
+    ADD: dkey and dvalue hold what the masked queries gave.
+    """
+    block, h, n = _place(blocks, heads)
+    first_key = block * BLOCK_K
+    query += n * query_n + h * query_h
+    grad += n * grad_n + h * grad_h
+    output += (n * num_queries * heads + h) * D
+    logsumexp += (n * heads + h) * num_queries
+    dkey += (n * num_keys * heads + h) * D
+    dvalue += (n * num_keys * heads + h) * D
+    k = _load_rows(key + n * key_n + h * key_h, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+    v = _load_rows(value + n * value_n + h * value_h, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+    dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
+    for first_query in range(first, num_queries, BLOCK_Q):
+        # Those beyond the last are zero, and so are their gradients: they add nothing.
+        q, g, lse2, delta = _load_query_block(
+            query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads, D, BLOCK_Q, BLOCK_D
+        )  # fmt: skip
+        weights = _pair_weights(k, q, lse2, scale_log2)
+        dv += dot(weights.to(g.dtype), g)
+        ds = weights * (dot(v, tl.trans(g)) - delta[None, :])
+        dk += dot(ds.to(q.dtype), q)
+    dk *= scale
+    if ADD:
+        dk += _load_rows(dkey, first_key, heads * D, num_keys, D, BLOCK_K, BLOCK_D).to(tl.float32)
+        dv += _load_rows(dvalue, first_key, heads * D, num_keys, D, BLOCK_K, BLOCK_D).to(tl.float32)
+    _store_rows(dkey, first_key, heads * D, num_keys, dk, D, BLOCK_K, BLOCK_D)
+    _store_rows(dvalue, first_key, heads * D, num_keys, dv, D, BLOCK_K, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["first", "num_queries", "num_keys", "blocks"])
+def _open_queries_kernel(
+    query, key, value, grad, output, logsumexp, dquery,
+    query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s, grad_n, grad_h, grad_q,
+    first, num_queries, num_keys, blocks, heads, scale, scale_log2,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: dQ of BLOCK_Q queries of one head, from query `first` on."""
+    block, h, n = _place(blocks, heads)
+    first_query = first + block * BLOCK_Q
+    key += n * key_n + h * key_h
+    value += n * value_n + h * value_h
+    q, g, lse2, delta = _load_query_block(
+        query + n * query_n + h * query_h, grad + n * grad_n + h * grad_h, output + (n * num_queries * heads + h) * D,
+        logsumexp + (n * heads + h) * num_queries, first_query, query_q, grad_q, num_queries, heads,
+        D, BLOCK_Q, BLOCK_D,
+    )  # fmt: skip
+    dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+    for first_key in range(0, num_keys, BLOCK_K):
+        # Keys beyond the last are zero: they add nothing.
+        k = _load_rows(key, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+        v = _load_rows(value, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+        ds = _pair_weights(k, q, lse2, scale_log2) * (dot(v, tl.trans(g)) - delta[None, :])
+        dq += dot(tl.trans(ds.to(k.dtype)), k)
+    dquery += (n * num_queries * heads + h) * D
+    _store_rows(dquery, first_query, heads * D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor, first: int, scale: float
+) -> None:
+    """Write output [N, Q, H, D] and logsumexp [N, H, Q] of the queries from `first` on."""
+    n, heads, q, d = query.shape
+    query, key, value = contiguous_last(query), contiguous_last(key), contiguous_last(value)
+    config = configs.open_forward(query.element_size(), d)
+    blocks = triton.cdiv(q - first, config["BLOCK_Q"])
+    launch(
+        _open_forward_kernel, (blocks * heads * n,),
+        query, key, value, output, logsumexp, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        first, q, key.shape[2], blocks, heads, scale * math.log2(math.e), D=d, BLOCK_D=configs.padded(d), **config,
+    )  # fmt: skip
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    dquery: Tensor,
+    dkey: Tensor,
+    dvalue: Tensor,
+    first: int,
+    scale: float,
+) -> None:
+    """Write dquery [N, Q, H, D] of the queries from `first` on; their share of dkey and dvalue [N, S, H, D] is added
+    to what the tensors hold where `first` > 0, else written."""
+    n, heads, q, d = query.shape
+    s = key.shape[2]
+    query, key, value, grad = (contiguous_last(x) for x in (query, key, value, grad))
+    output, logsumexp = output.contiguous(), logsumexp.contiguous()
+    grad_n, grad_q, grad_h, _ = grad.stride()
+    config = configs.open_backward(query.element_size(), d)
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], grad_n, grad_h, grad_q)
+    numbers = (float(scale), scale * math.log2(math.e))
+    constants = {"D": d, "BLOCK_D": configs.padded(d), **config}
+    blocks = triton.cdiv(s, config["BLOCK_K"])
+    launch(
+        _open_keys_kernel, (blocks * heads * n,), query, key, value, grad, output, logsumexp, dkey, dvalue,
+        *strides, first, q, s, blocks, heads, *numbers, ADD=first > 0, **constants,
+    )  # fmt: skip
+    blocks = triton.cdiv(q - first, config["BLOCK_Q"])
+    launch(
+        _open_queries_kernel, (blocks * heads * n,), query, key, value, grad, output, logsumexp, dquery,
+        *strides, first, q, s, blocks, heads, *numbers, **constants,
+    )  # fmt: skip
