@@ -70,9 +70,10 @@ def photograph(name, height, width):
     return ((torch.from_numpy(image).float().permute(2, 0, 1) - MEAN) / STD)[None]
 
 
-def fix_points(set_attribute):
+def fix_points(set_attribute, module=published, loss="Mask2FormerLoss"):
     """Make both criteria look at the same points, whatever their random numbers: the first k of one sequence wherever
-    they want k. `set_attribute` is what setattr is, for example that of pytest's monkeypatch."""
+    they want k. `set_attribute` is what setattr is, for example that of pytest's monkeypatch; `loss` is the criterion
+    in `module`."""
     points = torch.rand(20000, 2, generator=torch.Generator().manual_seed(7))
 
     class Random:
@@ -83,6 +84,8 @@ def fix_points(set_attribute):
         def rand(*shape, **_):
             if shape == ([],):  # whether to skip a layer: asked for without dropout, too, in older versions
                 return torch.rand([])
+            if shape[-1] != 2:  # which queries attend everywhere
+                return torch.rand(*shape)
             return points[: shape[-2]].expand(*shape)
 
     def ours(masks, targets, target_rows, counts, _):
@@ -96,8 +99,8 @@ def fix_points(set_attribute):
 
     set_attribute(hungarian_matcher, "torch", Random())
     set_attribute(point_mask_criterion, "uncertain_loss", ours)
-    set_attribute(published, "torch", Random())
-    set_attribute(published.Mask2FormerLoss, "sample_points_using_uncertainty", theirs)
+    set_attribute(module, "torch", Random())
+    set_attribute(getattr(module, loss), "sample_points_using_uncertainty", theirs)
 
 
 __all__ = ["CONFIGS", "fix_points", "photograph", "published", "their_config", "their_model"]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import nn
 
 #: Modules beside this one, each with a `REPLACEMENTS`.
-FAMILIES = ("deformable", "mask2former", "oneformer")
+FAMILIES = ("deformable", "eomt", "mask2former", "oneformer")
 
 if TYPE_CHECKING:
     Mixin = nn.Module

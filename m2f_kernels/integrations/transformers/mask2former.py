@@ -347,6 +347,9 @@ class Model(Mixin):
 class Criterion(Mixin):
     """`forward` of the loss: masks may be factored, and may be of any floating dtype."""
 
+    #: The matcher whose work is done here too.
+    _m2f_matcher = _MATCHER
+
     # Attributes of the original class.
     num_labels: int
 
@@ -359,7 +362,7 @@ class Criterion(Mixin):
         auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
         auxiliary = list(auxiliary_predictions or ())
-        if reason := matcher_problem(self, _MATCHER):
+        if reason := matcher_problem(self, self._m2f_matcher):
             warn_unfused(self, reason)
             unfused: dict[str, Tensor] = super().forward(
                 logits_of(masks_queries_logits),

@@ -88,7 +88,7 @@ def open_forward(element_size: int, d: int) -> Configuration:
     if element_size == 4:
         return {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
     queries = 128 if channels <= 64 else 64
-    return {"BLOCK_Q": queries, "BLOCK_K": 64 if channels <= 128 else 32, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_Q": queries, "BLOCK_K": 64 if channels < 128 else 32, "num_warps": 8, "num_stages": 2}
 
 
 def open_backward(element_size: int, d: int) -> Configuration:
@@ -96,7 +96,7 @@ def open_backward(element_size: int, d: int) -> Configuration:
     channels = padded(d)
     if element_size == 4:
         return {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_Q": 64 if channels <= 64 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
+    return {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
 
 
 def candidates(default: Configuration) -> list[Configuration]:

@@ -278,12 +278,12 @@ def masked_attention(
     if output.numel() == 0:
         return output, logsumexp
     if (masked := bits.shape[1]) < q:
-        from m2f_kernels.ops.masked_attention import open_queries  # which imports this module
+        from m2f_kernels.ops.masked_attention import triton_open  # which imports this module
 
         if masked:
             first = masked_attention(query[:, :, :masked], key, value, bits, row_any, scale)
             output[:, :masked], logsumexp[:, :, :masked] = first
-        open_queries.forward(query, key, value, output, logsumexp, masked, scale)
+        triton_open.forward(query, key, value, output, logsumexp, masked, scale)
         return output, logsumexp
     query, key, value = contiguous_last(query), contiguous_last(key), contiguous_last(value)
     bits, row_any = bits.contiguous(), row_any.contiguous()
@@ -534,7 +534,7 @@ def masked_attention_backward(
     if dquery.numel() == 0:
         return dquery, key.new_zeros(n, s, heads, d), value.new_zeros(n, s, heads, d)
     if (masked := bits.shape[1]) < q:
-        from m2f_kernels.ops.masked_attention import open_queries  # which imports this module
+        from m2f_kernels.ops.masked_attention import triton_open  # which imports this module
 
         if masked:
             dquery[:, :masked], dkey, dvalue = masked_attention_backward(
@@ -543,7 +543,7 @@ def masked_attention_backward(
             )  # fmt: skip
         else:
             dkey, dvalue = key.new_empty(n, s, heads, d), value.new_empty(n, s, heads, d)
-        open_queries.backward(
+        triton_open.backward(
             grad_output, query, key, value, output, logsumexp, dquery, dkey, dvalue, masked, scale
         )  # fmt: skip
         return dquery, dkey, dvalue

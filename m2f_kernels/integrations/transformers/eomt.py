@@ -1,0 +1,313 @@
+"""EoMT, EoMT-DINOv3 and VidEoMT of `transformers`: attention under packed masks, losses from factored masks.
+
+In the last blocks of these encoders queries are tokens among others; in training they attend to patches under the mask
+that they predict, and all other pairs are open. The published model writes that mask for all pairs of tokens and every
+head, in floating point; here the bits of the queries' patches are all there is.
+
+VidEoMT has the same blocks and loss, but its `forward` neither masks nor trains: only the loss is replaced.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from m2f_kernels.integrations.transformers import mask2former
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
+from m2f_kernels.integrations.transformers.mask_classification import (
+    DROPPED,
+    LOSSES,
+    matcher_problem,
+    subclass_problem,
+    warn_unfused,
+)
+from m2f_kernels.masks import WORD, FactoredMasks, PackedMask
+from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
+from m2f_kernels.ops.masked_attention import masked_attention
+
+_MODULES = {
+    name: f"transformers.models.{family}.modeling_{family}"
+    for name, family in (("Eomt", "eomt"), ("EomtDinov3", "eomt_dinov3"), ("Videomt", "videomt"))
+}
+
+
+class QueryMask(NamedTuple):
+    """The mask of a block: of the first tokens, for those from `first_key` on."""
+
+    packed: PackedMask
+    first_key: int
+
+
+# ---------------------------------------------------------------- attention
+
+
+class Attention(Mixin):
+    """`forward` of a block's attention: with a :class:`QueryMask`, fused."""
+
+    # Attributes of the original class.
+    num_heads: int
+    scale: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    out_proj: nn.Module
+
+    def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if not isinstance(attention_mask, QueryMask):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        out = _attend(self, hidden_states, attention_mask, self.scale)
+        return self.out_proj(out), None
+
+
+class RotaryAttention(Mixin):
+    """The same with rotary position embeddings."""
+
+    # Attributes of the original class.
+    num_heads: int
+    scaling: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+
+    def forward(
+        self, hidden_states: Tensor, attention_mask: Any = None, position_embeddings: Any = None, **kwargs: Any
+    ) -> Any:
+        if not isinstance(attention_mask, QueryMask):
+            return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
+        out = _attend(self, hidden_states, attention_mask, self.scaling, position_embeddings)
+        return self.o_proj(out), None
+
+
+def _attend(attention: Any, tokens: Tensor, mask: QueryMask, scale: float, positions: Any = None) -> Tensor:
+    """[N, T, C] of the tokens [N, T, C], before the last projection."""
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    query, key, value = (p(tokens).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p in projections)
+    if positions is not None:
+        query, key = sys.modules[_MODULES["EomtDinov3"]].apply_rotary_pos_emb(query, key, *positions)
+    out = masked_attention(query, key, value, mask.packed, scale=scale, first_key=mask.first_key)
+    return out.transpose(1, 2).flatten(2)
+
+
+# ---------------------------------------------------------------- losses
+
+
+class EomtCriterion(mask2former.Criterion):
+    _m2f_matcher = f"{_MODULES['Eomt']}.EomtHungarianMatcher"
+
+
+class EomtDinov3Criterion(mask2former.Criterion):
+    _m2f_matcher = f"{_MODULES['EomtDinov3']}.EomtDinov3HungarianMatcher"
+
+
+class VideomtCriterion(mask2former.Criterion):
+    _m2f_matcher = f"{_MODULES['Videomt']}.VideomtHungarianMatcher"
+
+
+# ---------------------------------------------------------------- the model
+
+
+class ForUniversalSegmentation(Mixin):
+    """`forward` of the model: no mask of all pairs of tokens, and logits of the last output alone."""
+
+    _m2f_family = "Eomt"
+
+    # Attributes of the original class.
+    config: Any
+    training: bool
+    num_hidden_layers: int
+    grid_size: tuple[int, int]
+    embeddings: Any
+    layers: nn.ModuleList
+    layernorm: nn.Module
+    query: nn.Embedding
+    mask_head: nn.Module
+    upscale_block: nn.Module
+    class_predictor: nn.Module
+    criterion: nn.Module
+    attn_mask_probs: Tensor
+    get_loss_dict: Any
+    get_loss: Any
+
+    def forward(
+        self,
+        pixel_values: Any,
+        mask_labels: Any = None,
+        class_labels: Any = None,
+        patch_offsets: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        given = (pixel_values, mask_labels, class_labels, patch_offsets)
+        if pixel_values is None or not self._m2f_fusable(kwargs):
+            return super().forward(*given, **kwargs)
+        # The original's decorator: it collects hidden states and makes a tuple where that is asked for.
+        captured = sys.modules[_MODULES[self._m2f_family]].capture_outputs(_forward)
+        return captured(self, *given, **kwargs)
+
+    def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
+        if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
+            return False
+        reason = None
+        for layer in self._m2f_masked_layers():
+            attention: Any = layer.attention
+            dropped = attention.training and attention.dropout > 0
+            if not isinstance(attention, (Attention, RotaryAttention)):
+                reason = f"its attention is {qualified_name(type(attention))}, which is left alone"
+            elif dropped:
+                reason = DROPPED
+            elif _weights_seen(attention):
+                reason = "its attention has hooks, which see the weights and the mask of all pairs"
+        if reason is not None:
+            warn_unfused(self, reason)
+        return reason is None
+
+    def _m2f_masked_layers(self) -> list[Any]:
+        return list(self.layers)[self.num_hidden_layers - self.config.num_blocks :]
+
+    def _m2f_embed(self, pixel_values: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        """The tokens before the first block, and what every block gets besides."""
+        return self.embeddings(pixel_values), {}
+
+    def _m2f_predict(self, tokens: Tensor) -> tuple[Tensor, FactoredMasks]:
+        """Class logits and masks from normalised tokens."""
+        queries = tokens[:, : self.config.num_queries]
+        patches = tokens[:, self.config.num_queries + self.embeddings.num_prefix_tokens :].transpose(1, 2)
+        features = self.upscale_block(patches.reshape(*patches.shape[:2], *self.grid_size))
+        return self.class_predictor(queries), FactoredMasks(self.mask_head(queries), features)
+
+    def _m2f_mask(self, masks: FactoredMasks, probability: Tensor) -> QueryMask:
+        """The mask of a block; each query keeps its own with some probability, and attends everywhere without it."""
+        (features,) = resize_mask_features(masks.mask_features, [self.grid_size])
+        packed = predict_attention_mask(masks.mask_embed, features)
+        if probability < 1:
+            n, q = packed.row_any.shape
+            freed = torch.rand(n, q, device=packed.bits.device) > probability
+            packed = packed._replace(bits=torch.where(freed[..., None], _every_key(packed), packed.bits))
+        return QueryMask(packed, self.config.num_queries + self.embeddings.num_prefix_tokens)
+
+
+class RotaryForUniversalSegmentation(ForUniversalSegmentation):
+    """The same of EoMT-DINOv3."""
+
+    _m2f_family = "EomtDinov3"
+
+    # Attributes of the original class.
+    dropout: nn.Module
+    rope_embeddings: nn.Module
+
+    def _m2f_embed(self, pixel_values: Tensor) -> tuple[Tensor, dict[str, Any]]:
+        tokens = self.dropout(self.embeddings(pixel_values))
+        return tokens, {"position_embeddings": self.rope_embeddings(pixel_values.to(tokens.dtype))}
+
+
+def _weights_seen(attention: nn.Module) -> bool:
+    """Whether someone looks at an attention's results, besides the collectors of `transformers`, which stay in place
+    once hidden states or weights were asked for, and are idle otherwise."""
+    hooks = (*attention._forward_hooks.values(), *attention._forward_pre_hooks.values())
+    foreign = any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+    return foreign and observed(attention)
+
+
+def _every_key(packed: PackedMask) -> Tensor:
+    """The bits of a row that attends to all keys, [words]."""
+    bits = packed.bits.new_full(packed.bits.shape[-1:], -1)
+    if used := packed.num_keys % WORD:
+        bits[-1] = (1 << used) - 1
+    return bits
+
+
+def _forward(
+    model: Any, pixel_values: Tensor, mask_labels: Any, class_labels: Any, patch_offsets: Any, **kwargs: Any
+) -> Any:
+    config = model.config
+    tokens, given = model._m2f_embed(pixel_values)
+    first_block = model.num_hidden_layers - config.num_blocks
+    supervised = mask_labels is not None and class_labels is not None
+    outputs: list[tuple[Tensor, FactoredMasks]] = []
+    mask: QueryMask | None = None
+    for i, layer in enumerate(model.layers):
+        if i == first_block:
+            query = model.query.weight[None].expand(tokens.shape[0], -1, -1).to(tokens.device)
+            tokens = torch.cat((query, tokens), 1)
+        if i >= first_block and (model.training or model.attn_mask_probs[i - first_block] > 0):
+            outputs.append(model._m2f_predict(model.layernorm(tokens)))
+            mask = model._m2f_mask(outputs[-1][1], model.attn_mask_probs[i - first_block])
+        # A block without a mask of its own has that of the block before it, as published.
+        tokens = layer(tokens, mask, **given)
+    last = model.layernorm(tokens)
+    outputs.append(model._m2f_predict(last))
+    classes, masks = outputs[-1]
+    logits = masks.logits()
+    loss = _loss(model, outputs, logits, mask_labels, class_labels) if supervised else None
+    published = sys.modules[_MODULES[model._m2f_family]]
+    return getattr(published, f"{model._m2f_family}ForUniversalSegmentationOutput")(
+        loss=loss,
+        masks_queries_logits=logits,
+        class_queries_logits=classes,
+        last_hidden_state=last,
+        patch_offsets=patch_offsets,
+    )
+
+
+def _loss(
+    model: Any, outputs: list[tuple[Tensor, FactoredMasks]], logits: Tensor, mask_labels: Any, class_labels: Any
+) -> Tensor:
+    """The sum over all outputs: in one call where the criterion knows factored masks, else one by one as published."""
+    # Hooks of the criterion see one call per output, with logits.
+    fused = isinstance(model.criterion, mask2former.Criterion) and not observed(model.criterion)
+    predictions: list[dict[str, Any]] = [
+        {"masks_queries_logits": masks if fused else masks.logits(), "class_queries_logits": classes}
+        for classes, masks in outputs[:-1]
+    ]
+    last = {"masks_queries_logits": outputs[-1][1] if fused else logits, "class_queries_logits": outputs[-1][0]}
+    labels = {"mask_labels": mask_labels, "class_labels": class_labels}
+    if fused:
+        total: Tensor = model.get_loss(model.get_loss_dict(**last, **labels, auxiliary_predictions=predictions))
+        return total
+    losses = (model.get_loss_dict(**x, **labels, auxiliary_predictions=None) for x in (*predictions, last))
+    return sum((model.get_loss(x) for x in losses), torch.zeros((), device=logits.device))
+
+
+# ---------------------------------------------------------------- what is left alone
+
+
+def check_criterion(criterion: Any) -> str | None:
+    family = next(name for name, module in _MODULES.items() if _derives(criterion, f"{module}.{name}Loss"))
+    matcher = f"{_MODULES[family]}.{family}HungarianMatcher"
+    methods = ("loss_labels", "loss_masks", "calculate_uncertainty", "sample_points_using_uncertainty")
+    return subclass_problem(criterion, f"{_MODULES[family]}.{family}Loss", methods) or matcher_problem(
+        criterion, matcher
+    )
+
+
+def check_model(model: Any) -> str | None:
+    derived = (
+        "EomtDinov3" if _derives(model, f"{_MODULES['EomtDinov3']}.EomtDinov3ForUniversalSegmentation") else "Eomt"
+    )
+    if not hasattr(sys.modules[_MODULES[derived]], "capture_outputs"):
+        return "its forward is not the one that m2f_kernels knows from transformers 5"
+    methods = ("get_loss_dict", "get_loss", "predict", "_disable_attention_mask")
+    return subclass_problem(model, f"{_MODULES[derived]}.{derived}ForUniversalSegmentation", methods)
+
+
+def _derives(module: nn.Module, name: str) -> bool:
+    return any(qualified_name(cls) == name for cls in type(module).__mro__)
+
+
+_ATTENTION = "attention under the packed mask of the queries' patches, no mask of all pairs"
+_MODEL = "masks of blocks from resized features, hands on masks as factors, multiplied only where they are returned"
+
+REPLACEMENTS = {
+    f"{_MODULES['Eomt']}.EomtAttention": Replacement(Attention, _ATTENTION),
+    f"{_MODULES['Eomt']}.EomtLoss": Replacement(EomtCriterion, LOSSES, check_criterion),
+    f"{_MODULES['Eomt']}.EomtForUniversalSegmentation": Replacement(ForUniversalSegmentation, _MODEL, check_model),
+    f"{_MODULES['EomtDinov3']}.EomtDinov3Attention": Replacement(RotaryAttention, _ATTENTION),
+    f"{_MODULES['EomtDinov3']}.EomtDinov3Loss": Replacement(EomtDinov3Criterion, LOSSES, check_criterion),
+    f"{_MODULES['EomtDinov3']}.EomtDinov3ForUniversalSegmentation": Replacement(
+        RotaryForUniversalSegmentation, _MODEL, check_model
+    ),
+    f"{_MODULES['Videomt']}.VideomtLoss": Replacement(VideomtCriterion, LOSSES, check_criterion),
+}

@@ -1,0 +1,316 @@
+"""EoMT and EoMT-DINOv3 of `transformers` before and after: outputs, masks of blocks, loss, gradients, and no mask of
+all pairs of tokens. VidEoMT: its loss."""
+
+import copy
+import pickle
+import warnings
+
+import pytest
+import torch
+import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import m2f_kernels
+from m2f_kernels.integrations.transformers import eomt, patch, unpatch
+from tests.integrations.families import modeling, photograph
+from tests.integrations.published import assert_same, assert_same_gradients, targets, train
+from tests.model import peers
+
+SIZE, QUERIES, LABELS, BLOCKS = 64, 7, 5, 3
+COMMON = {
+    "hidden_size": 32,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": SIZE,
+    "patch_size": 8,
+    "num_blocks": BLOCKS,
+    "num_queries": QUERIES,
+    "num_register_tokens": 2,
+    "num_upscale_blocks": 1,
+    "num_labels": LABELS,
+    "train_num_points": 200,
+    "layerscale_value": 1.0,
+}
+CONFIGS = {
+    "Eomt": {"mlp_ratio": 2},
+    "EomtDinov3": {"intermediate_size": 64},
+}
+pytestmark = pytest.mark.skipif(
+    not hasattr(transformers, "EomtDinov3ForUniversalSegmentation"), reason="this transformers has no EoMT-DINOv3"
+)
+models = pytest.mark.parametrize("name", CONFIGS)
+TOKENS = QUERIES + 3 + (SIZE // 8) ** 2
+
+
+def make(name, probabilities=None, **changes):
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{name}Config")(**{**COMMON, **CONFIGS.get(name, {}), **changes})
+    model = getattr(transformers, f"{name}ForUniversalSegmentation")(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=(parameter.dim() / 2 / parameter[0].numel()) ** 0.5)
+    # As if trained: masks that differ between queries, and prefix and position embeddings that count.
+    if probabilities is not None:
+        model.attn_mask_probs.copy_(torch.tensor(probabilities))
+    return model
+
+
+def both(name, **changes):
+    model = make(name, **changes)
+    accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
+    assert not report.left
+    return model, accelerated
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    image = photograph((SIZE, SIZE))
+    return torch.stack([image, image.flip(-1)])
+
+
+@pytest.fixture
+def fixed_points(monkeypatch):
+    """All draw the same points: the original and the operators have other generators."""
+    for name, family in (("Eomt", "eomt"), ("EomtDinov3", "eomt_dinov3"), ("Videomt", "videomt")):
+        peers.fix_points(monkeypatch.setattr, modeling(family), f"{name}Loss")
+
+
+class Pairs(TorchDispatchMode):
+    """Counts the tensors with as many elements as there are pairs of tokens, in any image."""
+
+    def __init__(self, pairs):
+        super().__init__()
+        self.pairs, self.count = pairs, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.count += sum(isinstance(x, torch.Tensor) and x.numel() >= self.pairs for x in tree_leaves(result))
+        return result
+
+
+# ---------------------------------------------------------------- outputs
+@models
+@pytest.mark.parametrize("probabilities", [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.5, 1.0]], ids=str)
+def test_outputs(name, probabilities, pixels):
+    """With masks in every block, with that of the first in all (as published), without, and with some queries freed."""
+    model, accelerated = both(name, probabilities=probabilities)
+    results = []
+    for one in (model, accelerated):
+        torch.manual_seed(1)
+        with torch.no_grad():
+            results.append(one(pixels, output_hidden_states=True))
+    assert type(results[0]) is type(results[1])
+    assert_same(*results)
+    assert len(results[0].hidden_states) == 5
+
+
+@models
+def test_masks_are_seen(name, pixels, monkeypatch):
+    """This test's comparisons can fail: the operator is called once a block, and its masks reach the outputs."""
+    model, accelerated = both(name)
+    operator, calls = eomt.predict_attention_mask, []
+
+    def wrong(*args):
+        calls.append(1)
+        found = operator(*args)
+        return found._replace(bits=~found.bits)
+
+    with torch.no_grad():
+        before = model(pixels)
+        monkeypatch.setattr(eomt, "predict_attention_mask", wrong)
+        after = accelerated(pixels)
+    assert len(calls) == BLOCKS
+    with pytest.raises(AssertionError):
+        assert_same(before, after, 1e-2)
+
+
+@models
+def test_contract(name, pixels):
+    """A tuple where it is asked for, hidden states and attentions where they are, patch offsets handed through."""
+    model, accelerated = both(name, attn_implementation="eager")
+    for flags in (
+        {"return_dict": False},
+        {"output_hidden_states": True, "return_dict": False},
+        {"output_attentions": True},
+        {"patch_offsets": [torch.tensor([0, 0, 4])]},
+    ):
+        with torch.no_grad():
+            assert_same(model(pixels, **flags), accelerated(pixels, **flags))
+    with torch.no_grad():
+        assert accelerated(pixels, output_attentions=True).attentions[0].shape == (
+            2,
+            4,
+            TOKENS - QUERIES,
+            TOKENS - QUERIES,
+        )
+
+
+# ---------------------------------------------------------------- training
+@models
+@pytest.mark.parametrize("probabilities", [[1.0, 1.0, 1.0], [0.9, 0.3, 0.0]], ids=str)
+def test_loss_and_gradients(name, probabilities, pixels, fixed_points, generator):
+    model, accelerated = both(name, probabilities=probabilities)
+    inputs = {"pixel_values": pixels, **targets([3, 2], [(SIZE, SIZE)] * 2, generator, LABELS)}
+    before, gradients = train(model, **inputs)
+    after, gradients_after = train(accelerated, **inputs)
+    assert_same(before, after)
+    assert_same_gradients(gradients, gradients_after)
+    assert any("layers.3.attention.q_proj" in n and g.any() for n, g in gradients.items())
+
+
+@models
+def test_no_tensor_of_all_pairs(name, pixels, generator):
+    """In a training step nothing of tokens x tokens is made, by any operator outside the fused ones."""
+    model, accelerated = both(name, image_size=192, num_queries=3, train_num_points=50)
+    tokens = 3 + 3 + 24**2
+    inputs = {"pixel_values": torch.randn(1, 3, 192, 192), **targets([2], [(48, 48)], generator, LABELS)}
+    counts = []
+    for one in (model, accelerated):
+        with Pairs(tokens**2) as seen:
+            train(one, **inputs)
+        counts.append(seen.count)
+    assert counts[0] > 0
+    assert counts[1] == 0
+
+
+@models
+def test_criterion_left_alone(name, pixels, fixed_points, generator):
+    """With a matcher of the user's own, the loss is the original's, from logits."""
+    model, accelerated = both(name)
+
+    class Matcher(type(model.criterion.matcher)):
+        pass
+
+    for one in (model, accelerated):
+        one.criterion.matcher.__class__ = Matcher
+    m2f_kernels.restore(accelerated.criterion)
+    left = m2f_kernels.accelerate(accelerated).report.left
+    assert len(left) == 1
+    assert "matcher" in left[0].text
+    inputs = {"pixel_values": pixels, **targets([3, 2], [(SIZE, SIZE)] * 2, generator, LABELS)}
+    assert_same(train(model, **inputs)[0], train(accelerated, **inputs)[0])
+
+
+@models
+def test_dropout_runs_as_in_transformers(name, pixels):
+    model, accelerated = both(name, attention_dropout=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for one in (model, accelerated):
+            one.train()
+        results = []
+        for one in (model, accelerated):
+            torch.manual_seed(0)
+            results.append(one(pixels))
+    assert_same(*results, 0)
+    assert [w for w in caught if "dropped out" in str(w.message)]
+
+
+@models
+def test_hooks_see_what_they_saw(name, pixels, generator):
+    """The weights of an attention, its mask, and one call of the criterion per output with logits."""
+    seen = []
+    inputs = {"pixel_values": pixels, **targets([3, 2], [(SIZE, SIZE)] * 2, generator, LABELS)}
+    for one in both(name, attn_implementation="eager"):
+        shapes = []
+
+        def look(module, args, kwargs, output, shapes=shapes):
+            shapes.append([x.shape for x in tree_leaves((args, kwargs, output)) if isinstance(x, torch.Tensor)])
+
+        handles = [m.register_forward_hook(look, with_kwargs=True) for m in (one.layers[-1].attention, one.criterion)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            train(one, **inputs)
+        for handle in handles:
+            handle.remove()
+        seen.append(shapes)
+    assert len(seen[0]) == 1 + BLOCKS + 1
+    assert seen[0] == seen[1]
+
+
+@models
+def test_collected_once_is_fused_afterwards(name):
+    """Hooks that transformers leaves behind do not send later calls the slow way."""
+    _, accelerated = both(name, image_size=192, num_queries=3)
+    pixels = torch.randn(1, 3, 192, 192)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        accelerated(pixels, output_hidden_states=True)
+        with Pairs((3 + 3 + 24**2) ** 2) as seen:
+            accelerated(pixels)
+    assert not seen.count
+
+
+@models
+def test_gradient_checkpointing_of_layers(name, pixels):
+    """A block that is computed again for its gradients gives the same ones."""
+    _, accelerated = both(name)
+    results = []
+    for checkpointed in (False, True):
+        model = copy.deepcopy(accelerated)
+        for layer in model.layers:
+            layer.gradient_checkpointing = checkpointed
+            layer._gradient_checkpointing_func = torch.utils.checkpoint.checkpoint
+        model.train()
+        torch.manual_seed(0)
+        model(pixels).masks_queries_logits.square().mean().backward()
+        results.append({n: p.grad for n, p in model.named_parameters()})
+    assert_same_gradients(*results, 1e-6)
+
+
+@models
+def test_bfloat16(name, pixels):
+    """Not further from float32 than the original is."""
+    model, accelerated = both(name)
+    with torch.no_grad():
+        truth = model(pixels).masks_queries_logits
+        errors = [
+            (one.bfloat16()(pixels.bfloat16()).masks_queries_logits.float() - truth).norm() / truth.norm()
+            for one in (model, accelerated)
+        ]
+    assert errors[1] <= 1.5 * errors[0] + 0.01
+
+
+# ---------------------------------------------------------------- and back
+@models
+def test_copies_pickles_and_takes_back(name, pixels):
+    model, accelerated = both(name)
+    with torch.no_grad():
+        expected = accelerated(pixels).masks_queries_logits
+        for other in (copy.deepcopy(accelerated), pickle.loads(pickle.dumps(accelerated))):
+            assert torch.equal(other(pixels).masks_queries_logits, expected)
+        assert list(accelerated.state_dict()) == list(model.state_dict())
+        restored = m2f_kernels.restore(accelerated)
+        assert torch.equal(restored(pixels).masks_queries_logits, model(pixels).masks_queries_logits)
+
+
+def test_patched_classes(pixels):
+    original = make("Eomt")
+    try:
+        patch("eomt")
+        patched = transformers.models.eomt.modeling_eomt.EomtForUniversalSegmentation(original.config).eval()
+    finally:
+        unpatch()
+    patched.load_state_dict(original.state_dict())
+    assert isinstance(patched, eomt.ForUniversalSegmentation)
+    with torch.no_grad():
+        assert_same(original(pixels), patched(pixels))
+
+
+def test_videomt(pixels):
+    """Its forward has no masks and no loss: only its loss, called by itself, changes."""
+    model, accelerated = both("Videomt", mlp_ratio=2)
+    video = pixels[:, None].expand(-1, 2, -1, -1, -1)
+    with torch.no_grad():
+        assert_same(model(video), accelerated(video))
+    assert type(accelerated.criterion).__name__ == "VideomtLoss"
+    assert isinstance(accelerated.criterion, eomt.VideomtCriterion)
+
+
+def test_videomt_loss(fixed_points, generator):
+    model, accelerated = both("Videomt", mlp_ratio=2)
+    masks = torch.randn(2, QUERIES, 16, 16, generator=generator)
+    classes = torch.randn(2, QUERIES, LABELS + 1, generator=generator)
+    labels = targets([3, 2], [(SIZE, SIZE)] * 2, generator, LABELS)
+    assert_same(model.criterion(masks, classes, **labels), accelerated.criterion(masks, classes, **labels))
