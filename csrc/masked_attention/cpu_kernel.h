@@ -14,8 +14,8 @@ struct MaskedAttentionArgs {
   int64_t n, h, q, s, d;
   double scale;
   Rows query, key, value;  // rows of D by (n, h, position)
-  const int32_t* bits;  // [N, masked, words]
-  const bool* row_any;  // [N, masked]
+  const int32_t* bits;     // [N, masked, words]
+  const bool* row_any;     // [N, masked]
   int64_t words;
   int64_t masked;  // queries [0, masked) have bits; the others attend everywhere
 
