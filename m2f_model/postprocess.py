@@ -7,7 +7,8 @@ its size. `compatible` is what `transformers`' image processor gives, by its own
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -20,8 +21,9 @@ from m2f_kernels import FactoredMasks
 from m2f_model.model import Mask2FormerOutput
 
 MODES = ("original", "compatible")
-#: Masks that exist at full resolution at once.
-_CHUNK = 16
+#: Bytes of masks and scores at full resolution that exist at once, a strip of the image's rows. On a GPU each strip
+#: costs its launches.
+_STRIP_BYTES, _STRIP_BYTES_GPU = 16 * 2**20, 256 * 2**20
 
 
 class Frame(NamedTuple):
@@ -83,13 +85,14 @@ def semantic(
     results = []
     for i, frame in enumerate(frames):
         probability = output.class_logits[i].float().softmax(-1)[:, :-1]
-        scores = probability.new_zeros(probability.shape[1], *(frame.padded if resize_scores else frame.original))
-        for start in range(0, len(probability), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            masks = _resize(_logits(output.masks, i, part), frame.padded)
-            masks = masks if resize_scores else _to_image(masks, frame)
-            scores += torch.einsum("qc,qhw->chw", probability[part], masks.sigmoid())
-        results.append((_to_image(scores, frame) if resize_scores else scores).argmax(0))
+        found = torch.empty(frame.original, dtype=torch.int64, device=probability.device)
+        for strip in _strips(output.masks, i, slice(None), frame, planes=probability.shape[1]):
+            if resize_scores:
+                scores = strip.to_image(torch.tensordot(probability.T, strip.masks().sigmoid(), 1))
+            else:
+                scores = torch.tensordot(probability.T, strip.to_image(strip.masks()).sigmoid(), 1)
+            found[strip.rows] = scores.argmax(0)
+        results.append(found)
     return results
 
 
@@ -130,13 +133,15 @@ def instance(
         keep = (scores >= threshold) & ~torch.isin(labels, labels.new_tensor(sorted(stuff_labels)))
         scores, queries, labels = scores[keep], queries[keep], labels[keep]
         masks = torch.zeros(len(queries), *frame.original, dtype=torch.bool, device=scores.device)
-        for start in range(0, len(queries), _CHUNK):
-            part = slice(start, start + _CHUNK)
-            logits = _to_image(_resize(_logits(output.masks, i, queries[part]), frame.padded), frame)
-            masks[part] = logits > 0
-            inside = masks[part].flatten(1)
-            scores[part] *= (logits.sigmoid().flatten(1) * inside).sum(1) / (inside.sum(1) + 1e-6)
-        keep = (scores >= threshold) & masks.flatten(1).any(1)
+        total, area = scores.new_zeros(len(queries)), labels.new_zeros(len(queries))
+        for strip in _strips(output.masks, i, queries, frame):
+            logits = strip.to_image(strip.masks())
+            inside = logits > 0
+            masks[:, strip.rows] = inside
+            total += (logits.sigmoid() * inside).sum((1, 2))
+            area += inside.sum((1, 2))
+        scores = scores * (total / (area + 1e-6))
+        keep = (scores >= threshold) & (area > 0)
         results.append(Instances(labels[keep], scores[keep], masks[keep]))
     return results
 
@@ -180,23 +185,32 @@ def panoptic(
         segments: list[Segment] = []
         if len(queries):
             scores, labels = scores[queries], labels[queries]
-            masks = _to_image(_resize(_logits(output.masks, i, queries), frame.padded), frame).sigmoid()
-            owner = (masks * scores[:, None, None]).argmax(0)
-            masks = masks >= mask_threshold
+            # Of each query the pixels that it owns, those of them that its mask has, and those that its mask has.
+            owned, seen, full = (labels.new_zeros(len(queries)) for _ in range(3))
+            owners = torch.empty(frame.original, dtype=torch.int16, device=scores.device)  # -1 where not in its mask
+            for strip in _strips(output.masks, i, queries, frame):
+                masks = strip.to_image(strip.masks()).sigmoid()
+                owner = (masks * scores[:, None, None]).argmax(0)
+                inside = masks >= mask_threshold
+                visible = inside.gather(0, owner[None])[0]
+                full += inside.sum((1, 2))
+                owned += _counts(owner, None, len(queries))
+                seen += _counts(owner, visible, len(queries))
+                owners[strip.rows] = torch.where(visible, owner, -1).short()
             fused: dict[int, int] = {}
-            for k, (label, score) in enumerate(zip(labels.tolist(), scores.tolist(), strict=True)):
-                owned = owner == k
-                visible = owned & masks[k]
-                area, full = int(owned.sum()), int(masks[k].sum())
-                if not visible.any() or area / full < overlap_threshold:
+            ids = [0] * len(queries)
+            found = zip(*(x.tolist() for x in (labels, scores, owned, seen, full)), strict=True)
+            for k, (label, score, area, shown, whole) in enumerate(found):
+                if not shown or area / whole < overlap_threshold:
                     continue
-                if label in fused:
-                    segment_ids[visible] = fused[label]
-                    continue
-                segments.append(Segment(len(segments) + 1, label, score, label in stuff_labels))
-                segment_ids[visible] = len(segments)
+                if label not in fused:
+                    segments.append(Segment(len(segments) + 1, label, score, label in stuff_labels))
+                ids[k] = fused.get(label, len(segments))
                 if label in stuff_labels:
-                    fused[label] = len(segments)
+                    fused[label] = ids[k]
+            # The last is what -1 takes.
+            table = torch.tensor([*ids, 0], dtype=torch.int32, device=scores.device)
+            segment_ids = table[owners.int()]
         results.append(Panoptic(segment_ids, segments))
     return results
 
@@ -204,18 +218,70 @@ def panoptic(
 # ---------------------------------------------------------------- resizing, as published
 
 
-def _logits(masks: FactoredMasks, image: int, queries: Tensor | slice) -> Tensor:
-    """[q, h, w] of some queries of one image; the others are never multiplied out."""
-    return FactoredMasks(masks.mask_embed[image, queries][None], masks.mask_features[image][None]).logits()[0].float()
+@dataclass(frozen=True)
+class _Strip:
+    """Some rows of one image's result: masks are multiplied out and resized for them alone."""
+
+    embed: Tensor  # [q, C]
+    features: Tensor  # [C, h, w] of the whole input
+    frame: Frame
+    rows: slice  # of the image
+    content: slice  # the rows of the input that these are made of
+
+    def masks(self) -> Tensor:
+        """Logits [q, r, w] of `content`, without the padding at the right."""
+        (height, width), h = self.frame.padded, self.features.shape[1]
+        rows = _source(h, height, self.content)
+        logits = FactoredMasks(self.embed[None], self.features[None, :, rows]).logits()[0].float()
+        return _resize(logits, rows, h, height, self.content, width)[..., : self.frame.content[1]]
+
+    def to_image(self, x: Tensor) -> Tensor:
+        """[., R, W] of the image's rows, from [., r, w] of `content`."""
+        height, width = self.frame.original
+        return _resize(x, self.content, self.frame.content[0], height, self.rows, width)
 
 
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
+def _strips(
+    masks: FactoredMasks, image: int, queries: Tensor | slice, frame: Frame, planes: int = 0
+) -> Iterator[_Strip]:
+    """All rows of one image's result, a few at a time; `planes` of them are made beside those of `queries`."""
+    embed, features = masks.mask_embed[image, queries], masks.mask_features[image]
+    if not len(embed):
+        return
+    (height, width), (content, _) = frame.original, frame.content
+    # Of the input more rows than of the result where images are made smaller.
+    row_bytes = 4 * (len(embed) + planes) * max(width, frame.padded[1] * content / height)
+    step = max(1, int((_STRIP_BYTES if features.device.type == "cpu" else _STRIP_BYTES_GPU) / max(1, row_bytes)))
+    for first in range(0, height, step):
+        rows = slice(first, min(first + step, height))
+        yield _Strip(embed, features, frame, rows, _source(content, height, rows))
 
 
-def _to_image(x: Tensor, frame: Frame) -> Tensor:
-    """Cut the padding off, and give the rest the image's size."""
-    return _resize(x[:, : frame.content[0], : frame.content[1]], frame.original)
+def _coordinates(old: int, new: int, rows: slice, device: torch.device | None = None) -> Tensor:
+    """Where rows of `new` lie among `old` ones, in the arithmetic of `F.interpolate`."""
+    centres = torch.arange(rows.start, rows.stop, dtype=torch.float32, device=device) + 0.5
+    return (centres * (old / new) - 0.5).clamp(min=0)
+
+
+def _source(old: int, new: int, rows: slice) -> slice:
+    """The rows of `old` that some rows of `new` are made of."""
+    at = _coordinates(old, new, rows)
+    return slice(min(int(at[0]), old - 1), min(int(at[-1]) + 2, old))
+
+
+def _resize(x: Tensor, source: slice, old: int, new: int, rows: slice, width: int) -> Tensor:
+    """Rows of the bilinear resizing of [., old, w] to [., new, width], of which `x` holds the rows `source`."""
+    at = _coordinates(old, new, rows, x.device)
+    low = at.long().clamp(max=old - 1)
+    high = (low + 1).clamp(max=old - 1)
+    x = torch.lerp(x[:, low - source.start], x[:, high - source.start], (at - low)[:, None])
+    return F.interpolate(x[None], size=(x.shape[1], width), mode="bilinear", align_corners=False)[0]
+
+
+def _counts(owner: Tensor, where: Tensor | None, queries: int) -> Tensor:
+    """How many pixels each query owns, of those in `where`; unlike bincount it does not wait for a GPU."""
+    weights = torch.ones_like(owner) if where is None else where.to(owner.dtype)
+    return owner.new_zeros(queries).scatter_add(0, owner.flatten(), weights.flatten())
 
 
 # ---------------------------------------------------------------- transformers' own code

@@ -130,7 +130,7 @@ class Segmenter:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a list of files: those done, and those that could not be read, with the reason."""
+    """What became of a list of files: those done, and those that could not be read or were too large, and why."""
 
     done: list[Path]
     failed: list[tuple[Path, str]]
@@ -146,7 +146,8 @@ def segment_files(
 
     Writes NAME.overlay.png for each image; and panoptic.json with NAME.panoptic.png (COCO's panoptic format),
     instance.json (COCO's results, run-length encoded) or semantic.json with NAME.semantic.png (labels as pixels).
-    Category ids are the model's labels. A file that is no image is reported and the others are done.
+    Category ids are the model's labels. A file that is no image, or one too large for the memory, is reported and the
+    others are done.
 
     Args:
         segmenter: what to do.
@@ -174,8 +175,18 @@ def segment_files(
         except (ValueError, OSError) as error:
             failed.append((path, str(error)))
             continue
-        result = segmenter(image)
-        records += _write(result, image, path, out, segmenter)
+        except MemoryError:
+            failed.append((path, "not enough memory to read it"))
+            continue
+        try:
+            records += _write(segmenter(image), image, path, out, segmenter)
+        except Exception as error:
+            if not _is_out_of_memory(error):
+                raise
+            failed.append((path, f"not enough memory for {image.width} x {image.height} pixels"))
+            for name in (f"{path.stem}.{segmenter.task}.png", f"{path.stem}.overlay.png"):
+                (out / name).unlink(missing_ok=True)  # half of a result
+            continue
         done.append(path)
     names_of_labels = segmenter.model.config.label_names or [str(i) for i in range(segmenter.model.config.num_labels)]
     content: Any = records
@@ -186,9 +197,17 @@ def segment_files(
     return Summary(done, failed)
 
 
+def _is_out_of_memory(error: Exception) -> bool:
+    """PyTorch has no type of its own for the memory of a CPU."""
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "not enough memory" in str(error))
+
+
 def _write(result: Result, image: Image.Image, path: Path, out: Path, segmenter: Segmenter) -> list[dict[str, Any]]:
     """Write one image's files; its records for the JSON file."""
     records: list[dict[str, Any]]
+    masks: Iterable[np.ndarray]  # one at a time, where they are not there anyway
     if isinstance(result, Panoptic):
         ids = result.segment_ids.cpu().numpy()
         file_name = f"{path.stem}.panoptic.png"
@@ -205,8 +224,8 @@ def _write(result: Result, image: Image.Image, path: Path, out: Path, segmenter:
             for segment in result.segments
         ]
         records = [{"image_id": path.stem, "file_name": file_name, "segments_info": segments}]
-        masks = [ids == segment.id for segment in result.segments]
-        colours = list(range(len(masks)))
+        masks = (ids == segment.id for segment in result.segments)
+        colours = list(range(len(result.segments)))
     elif isinstance(result, Instances):
         masks = list(result.masks.cpu().numpy())
         records = [
@@ -221,23 +240,23 @@ def _write(result: Result, image: Image.Image, path: Path, out: Path, segmenter:
         found, areas = np.unique(labels, return_counts=True)
         areas_of = [{"category_id": int(c), "area": int(a)} for c, a in zip(found, areas, strict=True)]
         records = [{"image_id": path.stem, "file_name": file_name, "segments_info": areas_of}]
-        masks = [labels == c for c in found]
+        masks = (labels == c for c in found)
         colours = [int(c) for c in found]
     _save(overlay(image, masks, colours), out / f"{path.stem}.overlay.png")
     return records
 
 
-def overlay(image: Image.Image, masks: Sequence[np.ndarray], colours: Sequence[int]) -> Image.Image:
+def overlay(image: Image.Image, masks: Iterable[np.ndarray], colours: Sequence[int]) -> Image.Image:
     """The image with each mask [h, w] in a colour of its own, and its outline."""
-    pixels = np.array(image, dtype=np.float32)
+    pixels = np.array(image)
     for mask, number in zip(masks, colours, strict=True):
         # Successive hues a golden section apart: neighbours in the list never look alike.
         colour = 255 * np.array(colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.75, 1.0), dtype=np.float32)
-        pixels[mask] = 0.5 * pixels[mask] + 0.5 * colour
+        pixels[mask] = (0.5 * pixels[mask] + 0.5 * colour).astype(np.uint8)
         inner = np.pad(mask, 1, mode="edge")
         inner = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-        pixels[mask & ~inner] = colour
-    return Image.fromarray(pixels.astype(np.uint8))
+        pixels[mask & ~inner] = colour.astype(np.uint8)
+    return Image.fromarray(pixels)
 
 
 def encode(mask: np.ndarray) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What own data cost before and while they are learned from: figures that the documentation quotes. Minutes."""
+"""What own data cost, in training and in results: figures that the documentation quotes. Minutes."""
 
 import json
 import subprocess
@@ -84,3 +84,33 @@ print(before, peak(), most)
     print(f"process that prepares batches: {peak:.0f} MiB, {before:.0f} before the first; up to {most:.0f} instances")
     assert most > 900
     assert peak < 1024
+
+
+@pytest.mark.parametrize("semantic_only", [False, True])
+def test_memory_of_semantic_results(semantic_only):
+    """150 labels, an image of 3 megapixels, 100 queries: less than 200 MB above what the model itself takes."""
+    program = """
+import resource, sys, torch
+from m2f_kernels import FactoredMasks
+from m2f_model import Mask2FormerOutput
+from m2f_model.postprocess import Frame, semantic
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+torch.set_num_threads(1)
+torch.manual_seed(0)
+size = 1536, 2048
+output = Mask2FormerOutput(
+    torch.randn(1, 100, 151), FactoredMasks(torch.randn(1, 100, 256), torch.randn(1, 256, 160, 214)), []
+)
+semantic(output, [Frame((640, 856), (640, 853), (8, 8))])
+before = peak()
+(labels,) = semantic(output, [Frame((640, 856), (640, 853), size)], resize_scores=sys.argv[1] == "True")
+assert labels.shape == size and labels.unique().numel() > 50
+print(peak() - before)
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program, str(semantic_only)], capture_output=True, text=True, check=True
+    )
+    mib = float(result.stdout)
+    which = "scores" if semantic_only else "masks"
+    print(f"semantic result of 150 labels at 3 megapixels, {which} resized: {mib:.0f} MiB above the model")
+    assert mib < 190

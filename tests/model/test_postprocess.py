@@ -7,7 +7,7 @@ import torch.nn.functional as F
 import transformers
 
 from m2f_kernels import FactoredMasks
-from m2f_model import Mask2Former, Mask2FormerOutput
+from m2f_model import Mask2Former, Mask2FormerOutput, postprocess
 from m2f_model.postprocess import Frame, instance, panoptic, semantic
 from tests.model.peers import photograph, their_model
 
@@ -161,6 +161,57 @@ def test_compatible_from_weights_to_maps(tmp_path):
         )
     (found,) = semantic(ours, [Frame((96, 160), (96, 160), (200, 333))], mode="compatible")
     assert (found == expected[0]).float().mean() > 0.9999
+
+
+def in_one(output, frame, resize_scores):
+    """Masks [q, h, w] at the image's size, or scores [C, h, w], by the published steps for the whole image at once."""
+
+    def resize(x, size):
+        return F.interpolate(x[None], size=size, mode="bilinear", align_corners=False)[0]
+
+    masks = resize(output.masks.logits()[0].float(), frame.padded)
+    probability = output.class_logits[0].softmax(-1)[:, :-1]
+    cut = lambda x: resize(x[:, : frame.content[0], : frame.content[1]], frame.original)  # noqa: E731
+    scores = torch.einsum("qc,qhw->chw", probability, masks.sigmoid() if resize_scores else cut(masks).sigmoid())
+    return cut(masks), cut(scores) if resize_scores else scores
+
+
+@pytest.mark.parametrize(
+    "frame",
+    [
+        Frame((96, 160), (90, 140), (211, 301)),
+        Frame((96, 160), (96, 160), (37, 53)),
+        Frame((64, 64), (64, 10), (160, 25)),
+        Frame((32, 64), (1, 64), (1, 200)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("strip", [1, 20_000, 10**9])
+def test_strips_are_the_whole(frame, strip, monkeypatch, generator):
+    """Enlarged and reduced images in strips of one row, of a few, and at once."""
+    monkeypatch.setattr(postprocess, "_STRIP_BYTES", strip)
+    h, w = (side // 4 for side in frame.padded)
+    masks = FactoredMasks(torch.randn(1, 12, 4, generator=generator), 2 * torch.randn(1, 4, h, w, generator=generator))
+    output = Mask2FormerOutput(3 * torch.randn(1, 12, 6, generator=generator), masks, [])
+    for resize_scores in (False, True):
+        expected, scores = in_one(output, frame, resize_scores)
+        (found,) = postprocess.semantic(output, [frame], resize_scores=resize_scores)
+        chosen = scores.gather(0, found[None])[0]
+        torch.testing.assert_close(chosen, scores.amax(0), rtol=0, atol=1e-5)  # equals up to rounding
+        assert (found == scores.argmax(0)).float().mean() > 0.999
+    (found,) = postprocess.instance(output, [frame], top_k=20)
+    probability, pairs = output.class_logits[0].softmax(-1)[:, :-1].flatten().topk(20)
+    inside = expected[pairs // 5] > 0
+    mean = (expected[pairs // 5].sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
+    keep = inside.flatten(1).any(1)
+    assert found.labels.tolist() == (pairs % 5)[keep].tolist()
+    torch.testing.assert_close(found.scores, (probability * mean)[keep], rtol=1e-4, atol=1e-6)
+    assert (found.masks != inside[keep]).float().mean() < 1e-3
+    (found,) = postprocess.panoptic(output, [frame], threshold=0.3, overlap_threshold=0.1, stuff_labels=[0])
+    monkeypatch.setattr(postprocess, "_STRIP_BYTES", 10**12)
+    (whole,) = postprocess.panoptic(output, [frame], threshold=0.3, overlap_threshold=0.1, stuff_labels=[0])
+    assert found.segments == whole.segments
+    assert (found.segment_ids != whole.segment_ids).float().mean() < 1e-3
 
 
 @pytest.mark.parametrize("mode", ["original", "compatible"])

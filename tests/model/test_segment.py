@@ -196,3 +196,42 @@ def test_info(weights):
     assert code == 0
     assert "0.6 M parameters" in output
     assert "num_labels 5" in output
+
+
+@pytest.mark.parametrize("where", ["allocator", "numpy", "GPU", "reading"])
+def test_an_image_too_large_for_the_memory(where, weights, photos, tmp_path, monkeypatch):
+    """It is named, the others are done, and the JSON file holds them; other errors are not taken for it."""
+    from m2f_model import segment
+
+    segmenter = Segmenter(Mask2Former.from_pretrained(weights), "semantic")
+    files = sorted(photos.iterdir())
+    Image.open(files[1]).resize((91, 70)).save(files[1])
+
+    def fail(*_):
+        if where == "allocator":
+            torch.empty(2**60)
+        if where == "numpy":
+            np.empty(2**55)
+        if where == "reading":
+            raise MemoryError
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    if where == "reading":
+        read = segment.read_image
+        monkeypatch.setattr(segment, "read_image", lambda p: fail() if p == files[1] else read(p))
+    else:
+        draw = segment.overlay
+        monkeypatch.setattr(
+            segment, "overlay", lambda image, *rest: (fail if image.width == 91 else draw)(image, *rest)
+        )
+    summary = segment_files(segmenter, files, tmp_path / "out")
+    assert summary.done == [files[0], files[2]]
+    reason = "not enough memory to read it" if where == "reading" else "not enough memory for 91 x 70 pixels"
+    assert summary.failed == [(files[1], reason)]
+    content = json.loads((tmp_path / "out" / "semantic.json").read_text())
+    assert [x["image_id"] for x in content["annotations"]] == ["first", "third"]
+    assert not list((tmp_path / "out").glob("second*"))
+
+    monkeypatch.setattr(segment, "overlay", lambda *_: torch.ones(2) + torch.ones(3))
+    with pytest.raises(RuntimeError, match="must match"):
+        segment_files(segmenter, files, tmp_path / "out")
