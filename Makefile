@@ -1,5 +1,7 @@
 # `make test` and `make bench` set everything up by themselves in .venv; nothing else needs to be installed but
-# Python >= 3.10, a C++ compiler and make. PYTHON chooses the interpreter, M2F_CUDA=auto|on|off the CUDA library.
+# Python >= 3.10, a C++ compiler and make. PYTHON chooses the interpreter, M2F_CUDA=auto|on|off the CUDA library. Where no
+# CUDA toolkit is on PATH, nvcc comes from PyPI (105 MB).
+SHELL := bash
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,17 +15,20 @@ CXX_FILES := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o 
 .PHONY: test test-slow fuzz sanitize coverage docs docs-figures bench lint format gpu gpu-bundle resources clean
 
 # torch is pinned and goes first: resolved as somebody's dependency it may arrive with gigabytes of CUDA.
-$(STAMP)-venv: pyproject.toml
+$(STAMP)-venv: pyproject.toml build_backend/cuda_compiler.py
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
 	$(PIP) install 'setuptools>=77' numpy cmake ninja
+	$(BIN)/python build_backend/m2f_build.py > $(VENV)/needed.txt
+	$(PIP) install numpy -r $(VENV)/needed.txt
 	@touch $@
 
-# The isolated build would download torch again.
+# Without isolation, so that a change compiles what it touches. Shows the summary, and each file when it is compiled.
 $(STAMP)-package: $(STAMP)-venv $(SOURCES)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pip --disable-pip-version-check install --no-build-isolation -v -e '.[test]' \
-		> $(VENV)/install.log 2>&1 || { cat $(VENV)/install.log; exit 1; }
-	@sed -n '/^ *m2f-kernels$$/,/ into /p' $(VENV)/install.log
+	@PATH="$(abspath $(BIN)):$$PATH"; set -o pipefail; \
+		$(BIN)/python -m pip --disable-pip-version-check install --no-build-isolation -v -e '.[test]' 2>&1 \
+		| tee $(VENV)/install.log | sed -un '/^ *m2f-kernels$$/,/ into /p; /^ *\[[0-9]*\/[0-9]*\] /p; /m2f-kernels: /p' \
+		|| { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
 # The peers measured against. One that cannot be built here is reported in the tables as not installed.
@@ -84,7 +89,7 @@ format: $(STAMP)-lint
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CXX_FILES)
 
-# Registers, shared memory and spills of every CUDA and Triton kernel on every shipped architecture; needs nvcc, no GPU.
+# Registers, shared memory and spills of every CUDA and Triton kernel on every shipped architecture; needs no GPU.
 resources: $(STAMP)-package
 	$(BIN)/python -m benchmarks.static --check --output benchmarks/results/static/triton_resources.md
 	$(BIN)/python -m benchmarks.static_cuda --check --output benchmarks/results/static/ms_deform_attn_resources.md

@@ -32,6 +32,7 @@ class Multiprocessor:
 
 
 MULTIPROCESSORS = {
+    75: Multiprocessor(32, 16, 64 << 10),
     80: Multiprocessor(64, 32, 164 << 10, "A100 SXM 80 GB", 108, 2.039e12, 312e12),
     86: Multiprocessor(48, 16, 100 << 10),
     89: Multiprocessor(48, 24, 100 << 10),

@@ -2,7 +2,7 @@
 
     python -m benchmarks.static_cuda --output benchmarks/results/static/ms_deform_attn_resources.md --check
 
-Needs nvcc and the headers of any installed torch; no GPU.
+Needs nvcc, of a toolkit or from PyPI, and the headers of any installed torch; no GPU.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks import sass
 
 SOURCE = Path("ms_deform_attn/cuda.cu")
-ARCHITECTURES = ("80", "86", "89", "90", "100", "120")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 #: Threads of a block: the launch bound of every kernel (`kMaxThreads`).
 THREADS = 256
 _CSRC = Path(__file__).parents[1] / "csrc"
@@ -43,6 +43,15 @@ class Kernel:
     def occupancy(self) -> float:
         """By registers and static shared memory; what the launch adds may lower it."""
         return sass.occupancy(int(self.architecture), THREADS // 32, self.registers, self.shared)
+
+
+def compiler() -> str | None:
+    """nvcc, as the build finds it."""
+    sys.path.append(str(_CSRC.parent / "build_backend"))
+    import cuda_compiler
+
+    found = cuda_compiler.find()
+    return None if found is None else str(found.path)
 
 
 def disassembler() -> str | None:
@@ -146,9 +155,9 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
     parser.add_argument("--check", action="store_true", help="fail if a forward kernel spills registers")
     options = parser.parse_args()
-    nvcc = shutil.which("nvcc")
+    nvcc = compiler()
     if nvcc is None:
-        print("static_cuda: nvcc is not on PATH", file=sys.stderr)
+        print("static_cuda: no nvcc here, neither on PATH nor PyPI's (build_backend/cuda_compiler.py)", file=sys.stderr)
         return 2
     kernels: list[Kernel] = []
     for architecture in re.split("[;,]", options.archs):
