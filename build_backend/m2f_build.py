@@ -19,6 +19,7 @@ from typing import Any
 
 import cuda_compiler
 import native
+import setuptools
 import torch_headers
 from setuptools import build_meta
 
@@ -29,6 +30,8 @@ SOURCES = (
     *("LICENSE", "README.md", "CHANGELOG.md", "CITATION.cff"),
     *(f"{folder}/requirements.txt" for folder in ("tests", "benchmarks", "m2f_model")),
 )
+#: As in pyproject.toml.
+OLDEST_SETUPTOOLS = (77,)
 _IGNORED = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.egg-info")
 
 
@@ -55,6 +58,12 @@ def copy_of_sources() -> Iterator[None]:
 def one_line() -> Iterator[None]:
     """Errors that a user can do something about, without a traceback."""
     try:
+        found = native.version_of(setuptools.__version__)
+        if found < OLDEST_SETUPTOOLS:  # pip sees to that in an isolated build only
+            raise native.BuildError(
+                f"building needs setuptools >= {OLDEST_SETUPTOOLS[0]}, and {setuptools.__version__} is installed: "
+                "pip install -U setuptools"
+            )
         yield
     except native.BuildError as error:
         raise SystemExit(f"m2f-kernels: {error}") from None
@@ -101,13 +110,13 @@ get_requires_for_build_editable = get_requires_for_build_wheel
 
 def build_sdist(sdist_directory: str, config_settings: Any = None) -> str:
     target = os.path.abspath(sdist_directory)
-    with copy_of_sources():
+    with one_line(), copy_of_sources():
         return build_meta.build_sdist(target, config_settings)
 
 
 def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: Any = None) -> str:
     target = os.path.abspath(metadata_directory)
-    with copy_of_sources():
+    with one_line(), copy_of_sources():
         return build_meta.prepare_metadata_for_build_wheel(target, config_settings)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib.metadata
 import json
 import os
 import re
@@ -51,8 +52,10 @@ def tool(name: str) -> str:
         BuildError: it is not there.
     """
     found = shutil.which(name) or shutil.which(name, path=sysconfig.get_path("scripts"))
-    if found is None and (spec := importlib.util.find_spec(name)) is not None and spec.origin is not None:
-        found = shutil.which(name, path=str(Path(spec.origin).parent / "data" / "bin"))
+    if found is None:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            files = [f for f in importlib.metadata.files(name) or () if f.parts[-2:] == ("bin", name)]
+            found = next((path for f in files if (path := shutil.which(str(f.locate())))), None)
     if found is None:
         raise BuildError(f"building needs {name}, which is not on PATH: pip install {name}")
     return found

@@ -272,6 +272,15 @@ def test_what_a_user_can_mend_is_said_in_one_line(environment: dict[str, str], m
     assert len((done.stdout + done.stderr).splitlines()) == 1
 
 
+def test_an_old_setuptools_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Python's own virtual environments have, and `--no-build-isolation` keeps."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'"setuptools>={m2f_build.OLDEST_SETUPTOOLS[0]}"' in project
+    monkeypatch.setattr(m2f_build.setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"^m2f-kernels: building needs setuptools >= 77, and 65.5.0 is installed"):
+        m2f_build.prepare_metadata_for_build_wheel("unused")
+
+
 def test_cuda_on_without_any_nvcc_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("M2F_CUDA", "on")
     monkeypatch.setattr(cuda_compiler, "find", lambda: None)
