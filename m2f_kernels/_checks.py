@@ -22,6 +22,12 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
+def host_size(value: Any) -> Any:
+    """A size as an integer where `torch.jit.trace` made it a tensor, which it does to every size; others as they are."""
+    traced = torch.jit.is_tracing() and isinstance(value, Tensor) and value.dim() == 0
+    return int(value) if traced else value
+
+
 def check_dense(name: str, value: Tensor) -> None:
     """Require an ordinary tensor, with strides: not a sparse one."""
     if value.layout != torch.strided:

@@ -91,16 +91,26 @@ _FORMULAS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
-    """`torch.ops.m2f.<name>(*args)`, with the right derivatives under `torch.func` too.
+    """`torch.ops.m2f.<name>(*args)`, with the right derivatives under `torch.func` too, and in ONNX' operators for it.
 
     Raises:
         NotImplementedError: forward-mode AD reaches an operator without a formula for it.
     """
+    if (torch.jit.is_tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+        return _for_onnx(name)(*args)
     function = _FORMULAS.get(name)
     if function is None or not transformed():
         return getattr(torch.ops.m2f, name)(*args)
     # Tensors in a list are targets, which have no gradient: only those at the top can be told apart.
     return function.apply(*args)
+
+
+def _for_onnx(name: str) -> Callable[..., Any]:
+    """An operator as PyTorch's ONNX exporters know it: in standard operators, where there is a decomposition."""
+    from m2f_kernels.integrations.decompositions import decompositions
+
+    op = getattr(torch.ops.m2f, name)
+    return decompositions().get(op.default, op)
 
 
 def register_autograd(

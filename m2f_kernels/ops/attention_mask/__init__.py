@@ -8,11 +8,19 @@ import torch
 from torch import Tensor
 
 from m2f_kernels import dispatch
-from m2f_kernels._checks import check_dense, check_floating, check_same_device, check_same_dtype, check_shape, describe
+from m2f_kernels._checks import (
+    check_dense,
+    check_floating,
+    check_same_device,
+    check_same_dtype,
+    check_shape,
+    describe,
+    host_size,
+)
 from m2f_kernels._dtypes import autocast
 from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import WORD, PackedMask
-from m2f_kernels.ops._autograd import register_vmap
+from m2f_kernels.ops._autograd import call, register_vmap
 from m2f_kernels.ops.attention_mask import reference
 
 __all__ = ["pack_attention_mask", "predict_attention_mask", "resize_mask_features"]
@@ -58,7 +66,7 @@ def resize_mask_features(mask_features: Tensor, sizes: Sequence[tuple[int, int]]
     if (plain := dispatch.plain("resize_mask_features", features)) is not None:
         resized = _PLAIN[plain].resize_mask_features(features, flat)
     else:
-        resized = torch.ops.m2f.resize_mask_features(features, flat)
+        resized = call("resize_mask_features", features, flat)
     levels, start = [], 0
     for h, w in pairs:
         levels.append(resized[:, :, start : start + h * w].unflatten(2, (h, w)))
@@ -99,8 +107,8 @@ def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> Packed
     if (plain := dispatch.plain("predict_attention_mask", embed)) is not None:
         packed = _PLAIN[plain].predict_attention_mask(embed, features)
     else:
-        packed = torch.ops.m2f.predict_attention_mask(embed, features)
-    return PackedMask(packed[0], packed[1], features.shape[2])
+        packed = call("predict_attention_mask", embed, features)
+    return PackedMask(packed[0], packed[1], host_size(features.shape[2]))
 
 
 def pack_attention_mask(mask: Tensor) -> PackedMask:
@@ -130,14 +138,14 @@ def pack_attention_mask(mask: Tensor) -> PackedMask:
     if (plain := dispatch.plain("pack_attention_mask", flat)) is not None:
         packed = _PLAIN[plain].pack_attention_mask(flat)
     else:
-        packed = torch.ops.m2f.pack_attention_mask(flat)
-    return PackedMask(packed[0], packed[1], flat.shape[2])
+        packed = call("pack_attention_mask", flat)
+    return PackedMask(packed[0], packed[1], host_size(flat.shape[2]))
 
 
 def _sizes(sizes: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     expected = "pairs (h, w) of integers of at least 1"
     try:
-        pairs = [(h, w) for h, w in sizes]
+        pairs = [(host_size(h), host_size(w)) for h, w in sizes]
     except (TypeError, ValueError):
         raise TypeError(f"sizes: expected {expected}; got {describe(sizes)}") from None
     if not pairs:

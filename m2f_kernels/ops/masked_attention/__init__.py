@@ -17,6 +17,7 @@ from m2f_kernels._checks import (
     check_same_dtype,
     check_shape,
     describe,
+    host_size,
 )
 from m2f_kernels._dtypes import accumulation_dtype, autocast
 from m2f_kernels._library import LIBRARY
@@ -104,7 +105,7 @@ def masked_attention(
     query, key, value = autocast(query), autocast(key), autocast(value)
     for name, tensor in (("key", key), ("value", value)):
         check_same_dtype(name, tensor, "query", query)
-    scale = d**-0.5 if scale is None else check_number("scale", scale)
+    scale = host_size(d) ** -0.5 if scale is None else check_number("scale", scale)
     packed = _packed(mask, query.shape[2], query, s) if first_key is None else _packed_part(mask, query, s, first_key)
     if (plain := dispatch.plain("masked_attention", query)) is not None:
         attend = _attend(packed.bits, packed.row_any, query, key)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels import dispatch
-from m2f_kernels._checks import check_floating, check_number, check_same_device, check_shape, describe
+from m2f_kernels._checks import check_floating, check_number, check_same_device, check_shape, describe, host_size
 from m2f_kernels._dtypes import autocast
 from m2f_kernels._library import CUDA_LIBRARY, LIBRARY
 from m2f_kernels.ops._autograd import (
@@ -190,7 +190,7 @@ def _flatten_points(
                 f"{name}: expected [N, Q, H, L, P{tail}] with L = {levels}, the levels of spatial_shapes, and P >= 1; "
                 f"got {describe(tensor)}"
             )
-        return tensor.flatten(3, 4), [tensor.shape[4]] * levels
+        return tensor.flatten(3, 4), [host_size(tensor.shape[4])] * levels
     try:
         points = list(points_per_level)
     except TypeError:

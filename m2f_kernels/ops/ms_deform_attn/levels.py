@@ -16,7 +16,7 @@ import torch
 from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from m2f_kernels._checks import check_dense, check_same_device, describe
+from m2f_kernels._checks import check_dense, check_same_device, describe, host_size
 
 MAX_LEVELS = 16
 
@@ -33,11 +33,12 @@ class Levels(NamedTuple):
 
     @property
     def num_levels(self) -> int:
-        return len(self.levels) // 3 if self.spatial_shapes is None else self.spatial_shapes.shape[0]
+        return len(self.levels) // 3 if self.spatial_shapes is None else host_size(self.spatial_shapes.shape[0])
 
 
 def _unreadable(tensor: Tensor) -> bool:
-    return tensor.device.type != "cpu" or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
+    traced = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
+    return tensor.device.type != "cpu" or traced or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
 def _check_integers(name: str, tensor: Tensor, ndim: int, layout: str) -> None:
@@ -91,6 +92,29 @@ def _host_levels(sizes: list[tuple[int, int]], starts: Sequence[int] | None, len
     return flat
 
 
+def _traced_sizes(sizes: Any) -> Any:
+    """Pairs of sizes, which `torch.jit.trace` makes tensors, as one tensor [L, 2]: the trace then follows them.
+
+    The ONNX exporter that traces gets integers, and writes `GridSample` for these sizes alone.
+    """
+    try:
+        pairs = [list(pair) for pair in sizes]
+    except TypeError:
+        return sizes
+    if isinstance(sizes, Tensor) or not any(isinstance(side, Tensor) for pair in pairs for side in pair):
+        return sizes
+
+    if torch.onnx.is_in_onnx_export():
+        return [[host_size(side) for side in pair] for pair in pairs]
+
+    def scalar(side: Any) -> Tensor:
+        if not isinstance(side, Tensor):
+            return torch.tensor(side, dtype=torch.int64, device="cpu")
+        return side.to("cpu", torch.int64)
+
+    return torch.stack([torch.stack([scalar(side) for side in pair]) for pair in pairs])
+
+
 def resolve_levels(
     spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None, value: Tensor
 ) -> Levels:
@@ -107,9 +131,11 @@ def resolve_levels(
         ValueError, TypeError: naming the argument.
     """
     length = value.shape[1]
+    if torch.jit.is_tracing():
+        spatial_shapes = _traced_sizes(spatial_shapes)
     if isinstance(spatial_shapes, Tensor):
         _check_integers("spatial_shapes", spatial_shapes, 2, "[L, 2]")
-        count = spatial_shapes.shape[0]
+        count = host_size(spatial_shapes.shape[0])
     else:
         expected = "a tensor [L, 2] or pairs (h, w) of integers"
         try:
