@@ -22,10 +22,14 @@ def describe(value: object) -> str:
     return f"{value!r} ({type(value).__name__})"
 
 
+def tracing() -> bool:
+    """Whether `torch.jit.trace` runs, or the ONNX exporter on it."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
+
+
 def host_size(value: Any) -> Any:
-    """A size as an integer where `torch.jit.trace` made it a tensor, which it does to every size; others as they are."""
-    traced = torch.jit.is_tracing() and isinstance(value, Tensor) and value.dim() == 0
-    return int(value) if traced else value
+    """A size as an integer: `torch.jit.trace` makes every size a tensor. Anything else as it is."""
+    return int(value) if tracing() and isinstance(value, Tensor) and value.dim() == 0 else value
 
 
 def check_dense(name: str, value: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 import m2f_kernels as m
 import m2f_model
 from m2f_model.data import Shapes
-from tests.integrations.families import FAMILIES
+from tests.integrations.families import FAMILIES, quick
 
 #: What makes a tensor from nothing, on the default device where no other is named.
 FACTORIES = {
@@ -122,7 +122,7 @@ def test_model_and_data():
     torch.testing.assert_close(same, sample)
 
 
-@pytest.mark.parametrize("family", [x for x in FAMILIES.values() if x.installed], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", quick([x for x in FAMILIES.values() if x.installed]), ids=lambda family: family.name)
 def test_families(family):
     """Accelerated models with another default device, where the untouched ones have none that matters either."""
     model = family.make()

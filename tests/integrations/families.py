@@ -12,6 +12,7 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
+import pytest
 import torch
 from skimage import data, transform
 
@@ -418,6 +419,15 @@ FAMILIES = {
         Family("oneformer", "OneFormerForUniversalSegmentation", _oneformer, outputs=_MASKS, labels=None, extra=_task),
     )
 }
+
+
+#: Families whose models differ most in what is replaced; the others are alike.
+_QUICK = ("deformable_detr", "grounding_dino", "d_fine", "mask2former", "oneformer")
+
+
+def quick(families: list[Family], names: tuple[str, ...] = _QUICK) -> list[Any]:
+    """Families as parameters of a test; all but a few only run with `make test-slow`."""
+    return [f if f.name in names else pytest.param(f, marks=pytest.mark.slow) for f in families]
 
 
 def modeling(family: str) -> Any:

@@ -7,7 +7,7 @@ import torch
 from torch.utils import _pytree
 
 import m2f_kernels
-from tests.integrations.families import FAMILIES
+from tests.integrations.families import FAMILIES, quick
 
 INSTALLED = [family for family in FAMILIES.values() if family.installed]
 MASKS = [family for family in INSTALLED if family.name in ("mask2former", "oneformer")]
@@ -49,7 +49,7 @@ def assert_same(expected, found, plain):
                     assert error < 1e-2, f"{where}: {error}"
 
 
-@pytest.mark.parametrize("family", INSTALLED, ids=by_name)
+@pytest.mark.parametrize("family", quick(INSTALLED), ids=by_name)
 def test_hooks_on_every_module(family):
     plain = family.make()
     model = m2f_kernels.accelerate(copy.deepcopy(plain)).model

@@ -8,9 +8,12 @@ levels are taken as integers where the family has them, so that a GPU is not wai
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -35,6 +38,32 @@ _PARAMETERS = {
 }
 
 
+#: Set while a module around layers that do not hand on the flag for the weights runs with it.
+_ASKED: ContextVar[bool] = ContextVar("m2f_weights_asked", default=False)
+
+#: What transformers 5 calls the hooks that record outputs.
+_RECORDING_HOOK = "output_capturing_hook"
+
+
+class AsksForWeights(Mixin):
+    """`forward` of an encoder or decoder whose layers drop the flag for the weights of deformable attention."""
+
+    # Attributes of the original classes.
+    config: Any
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        asked = kwargs.get("output_attentions")
+        if asked is None:
+            asked = self.config.output_attentions
+        if not asked or torch.compiler.is_compiling():
+            return super().forward(*args, **kwargs)
+        before = _ASKED.set(True)
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            _ASKED.reset(before)
+
+
 class _Attention(Mixin):
     """`forward` of an attention module: value is projected from the encoder's states, or is those states."""
 
@@ -51,7 +80,9 @@ class _Attention(Mixin):
     output_proj: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        if args or not self._m2f_fusable(kwargs):
+        # In the fused operator's graph there are no weights that could have a gradient.
+        differentiated = torch.is_grad_enabled() and self._m2f_weights_asked(kwargs)
+        if args or differentiated or not self._m2f_fusable(kwargs):
             return super().forward(hidden_states, *args, **kwargs)
         position = kwargs.get("position_embeddings")
         if position is not None:
@@ -70,9 +101,20 @@ class _Attention(Mixin):
             offset_scale=self._m2f_offset_scale(),
         )
         # The weights are no by-product of the kernel; only those who look get them.
-        hooks = self._forward_hooks
-        watched = self._m2f_always_weights or kwargs.get("output_attentions") or hooks
-        return self._m2f_project(out), self._m2f_weights(logits) if watched else None
+        looked_at = self._m2f_always_weights or kwargs.get("output_attentions") or self._forward_hooks
+        return self._m2f_project(out), self._m2f_weights(logits) if looked_at else None
+
+    def _m2f_weights_asked(self, kwargs: dict[str, Any]) -> bool:
+        """Whether someone asked for the weights, and not only gets them with everything else."""
+        if kwargs.get("output_attentions"):
+            return True
+        # transformers 5 records outputs by hooks that stay; they do something while this is set.
+        recording = sys.modules.get("transformers.utils.output_capturing")
+        # By name, since the hooks are made in a function.
+        own = [hook for hook in self._forward_hooks.values() if getattr(hook, "__name__", "") != _RECORDING_HOOK]
+        if own or recording is None or torch.compiler.is_compiling():
+            return bool(own)
+        return _ASKED.get() or any("attentions" in key for key in recording._active_collector.get() or ())
 
     def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
         """Whether these arguments are what the operator takes; the original deals with all others, errors included."""
@@ -271,6 +313,12 @@ _DETECTORS = {
     "pp_doclayout_v3": ("PPDocLayoutV3", DetectorAttention),
     "pp_doclayout_v4": ("PPDocLayoutV4", DetectorAttention),
 }
+#: Families whose layers drop the flag for the weights, and the classes around those layers.
+_DROPPING = {
+    "grounding_dino": ("GroundingDinoEncoder", "GroundingDinoDecoder"),
+    "mm_grounding_dino": ("MMGroundingDinoEncoder", "MMGroundingDinoDecoder"),
+    "omdet_turbo": ("OmDetTurboDecoder",),
+}
 _WITHOUT_CORE = ("rt_detr_v2", "d_fine", "deimv2")
 
 
@@ -288,6 +336,11 @@ def _replacements() -> dict[str, Replacement]:
         if family not in _WITHOUT_CORE:
             table[f"{module}.MultiScaleDeformableAttention"] = Replacement(
                 Core, "deformable attention from sampling locations, where another module calls it", check_core
+            )
+    for family, names in _DROPPING.items():
+        for name in names:
+            table[f"transformers.models.{family}.modeling_{family}.{name}"] = Replacement(
+                AsksForWeights, "tells deformable attention whether its weights are asked for"
             )
     return table
 

@@ -16,7 +16,7 @@ import torch
 from torch import SymInt, Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from m2f_kernels._checks import check_dense, check_same_device, describe, host_size
+from m2f_kernels._checks import check_dense, check_same_device, describe, host_size, tracing
 
 MAX_LEVELS = 16
 
@@ -37,7 +37,7 @@ class Levels(NamedTuple):
 
 
 def _unreadable(tensor: Tensor) -> bool:
-    traced = torch.jit.is_tracing() and not torch.onnx.is_in_onnx_export()
+    traced = tracing() and not torch.onnx.is_in_onnx_export()
     return tensor.device.type != "cpu" or traced or torch.compiler.is_compiling() or isinstance(tensor, FakeTensor)
 
 
@@ -131,7 +131,7 @@ def resolve_levels(
         ValueError, TypeError: naming the argument.
     """
     length = value.shape[1]
-    if torch.jit.is_tracing():
+    if tracing():
         spatial_shapes = _traced_sizes(spatial_shapes)
     if isinstance(spatial_shapes, Tensor):
         _check_integers("spatial_shapes", spatial_shapes, 2, "[L, 2]")
