@@ -32,8 +32,13 @@ import torch
 
 from benchmarks import sass
 
-#: Compute capability -> bytes of shared memory that one program may have.
-SHARED_LIMITS = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+#: Target (compute capability, or AMD's name) -> bytes of shared memory that one program may have.
+SHARED_LIMITS: dict[int | str, int] = {
+    75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
+    "gfx90a": 64 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10,
+}  # fmt: skip
+#: The data centre parts, which the reports in this folder are about.
+DATA_CENTRE: tuple[int | str, ...] = (80, 90, 100)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -46,6 +51,9 @@ class Case:
         function: the one to call.
         arguments: makes its arguments, on the meta device, from the dtype and the channels per head.
         head_dims: channels per head to compile for; the first is the representative one.
+        targets: what it is compiled for.
+        representative: CI compiles it on every change.
+        deterministic: compile what torch.use_deterministic_algorithms(True) asks for.
         flops: operations of matrix products by the name of the kernel that makes them, from the channels per head.
     """
 
@@ -53,6 +61,9 @@ class Case:
     function: str
     arguments: Callable[[torch.dtype, int], tuple[Any, ...]]
     head_dims: tuple[int, ...] = (32,)
+    targets: tuple[int | str, ...] = DATA_CENTRE
+    representative: bool = True
+    deterministic: bool = False
     flops: Callable[[int], dict[str, int]] = lambda d: {}
 
 
@@ -225,12 +236,61 @@ CASES += [
 ]
 
 
+_DEFORMABLE = "m2f_kernels.ops.ms_deform_attn.triton"
+#: Three levels of a 1024 x 1024 image at strides 32, 16, 8.
+_LEVELS = [32, 32, 0, 64, 64, 1024, 128, 128, 5120]
+
+
+def deformable_inputs(dtype: torch.dtype, d: int, coordinates: int = 0, points: int = 4) -> tuple[Any, ...]:
+    """The encoder's call for two images: 21504 queries, 8 heads, 3 levels; `coordinates` 2 or 4: from offsets.
+
+    Offsets and logits in value's dtype; locations and weights in float32, as autocast leaves them."""
+    n, q, heads = 2, 21504, 8
+    value = meta(n, q, heads, d, dtype=dtype)
+    if not coordinates:
+        sampled = (meta(n, q, heads, 3 * points, *last, dtype=torch.float32) for last in ((2,), ()))
+        return value, _LEVELS, None, None, *sampled, [points] * 3
+    sampled = (meta(n, q, heads, 3 * points, *last, dtype=dtype) for last in ((2,), ()))
+    return value, _LEVELS, None, None, meta(n, q, 3, coordinates, dtype=torch.float32), *sampled, [points] * 3, 0.5
+
+
+def deformable_backward_inputs(dtype: torch.dtype, d: int, coordinates: int = 0) -> tuple[Any, ...]:
+    """The gradient of the output, the forward's inputs, and every gradient wanted."""
+    inputs = deformable_inputs(dtype, d, coordinates)
+    return meta(2, 21504, 8 * d, dtype=dtype), *inputs, *([True] * (3 if coordinates else 2))
+
+
+_HEADS = (32, 16, 64, 256, 20)
+_ALL = tuple(SHARED_LIMITS)
+CASES += [
+    Case(_DEFORMABLE, "ms_deform_attn", deformable_inputs, _HEADS, _ALL),
+    Case(_DEFORMABLE, "ms_deform_attn_from_offsets", lambda dtype, d: deformable_inputs(dtype, d, 2), _HEADS, _ALL),
+    Case(_DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, _HEADS, _ALL, representative=False),
+    Case(
+        _DEFORMABLE,
+        "ms_deform_attn_from_offsets_backward",
+        lambda dtype, d: deformable_backward_inputs(dtype, d, 4),
+        _HEADS,
+        _ALL,
+    ),
+    Case(
+        _DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, (32,), _ALL, representative=False,
+        deterministic=True,
+    ),
+    # More samples than are unrolled.
+    Case(
+        _DEFORMABLE, "ms_deform_attn_from_offsets", lambda dtype, d: deformable_inputs(dtype, d, 4, 8), (32,), _ALL,
+        representative=False,
+    ),
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Resources:
     """One compiled kernel: registers and stack bytes per thread, shared memory bytes per program.
 
-    `spills` counts the instructions that read or write local memory. A stack alone is no spill: the assembler keeps a
-    frame without using it.
+    `spills` counts the instructions that read or write local memory; on AMD the registers that its compiler reports as
+    spilled. A stack alone is no spill: the assembler keeps a frame without using it.
     """
 
     function: str
@@ -253,7 +313,10 @@ class Resources:
     mix: sass.Mix | None = None
 
     @property
-    def occupancy(self) -> float:
+    def occupancy(self) -> float | None:
+        """Share of a multiprocessor's warps that fit; None where its limits are not known here."""
+        if self.capability not in sass.MULTIPROCESSORS or not self.registers:
+            return None
         return sass.occupancy(self.capability, self.num_warps, self.registers, self.shared)
 
     @property
@@ -290,7 +353,7 @@ def specialise(
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     aligned = [["tt.divisibility", 16]]
-    names = {torch.bool: "i1", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+    names = {torch.bool: "i1", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64"}
     names.update({dtype: name for name, dtype in DTYPES.items()})
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
@@ -302,6 +365,8 @@ def specialise(
                 attributes[(index,)] = aligned
         elif isinstance(value, float):
             signature[parameter.name] = "fp32"
+        elif isinstance(value, tuple):  # of integers whose values nothing depends on
+            signature[parameter.name] = tuple("i32" if -(2**31) <= v < 2**31 else "i64" for v in value)
         elif _is_int(value):
             signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
             if value % 16 == 0 and _specialised(parameter):
@@ -319,6 +384,18 @@ def _specialised(parameter: Any) -> bool:
     return not parameter.do_not_specialize
 
 
+def amd_usage(assembly: str) -> tuple[int, int, int]:
+    """Vector registers, bytes of stack per thread and spilled registers, by the metadata in AMD's assembly."""
+    found = {
+        name: re.findall(rf"\.{name}:\s+(\d+)", assembly)
+        for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
+    }
+    if any(len(values) != 1 for values in found.values()):
+        raise RuntimeError(f"expected the metadata of one kernel in the assembly; got {found}")
+    registers, stack, *spilled = (int(values[0]) for values in found.values())
+    return registers, stack, sum(spilled)
+
+
 def resource_usage(cubin: bytes) -> tuple[int, int]:
     """Registers and stack bytes per thread, by the tool that comes with triton."""
     import triton
@@ -334,7 +411,7 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[0][0]), int(found[0][1])
 
 
-def compile_case(index: int, dtype: str, head_dim: int, capability: int) -> list[Resources]:
+def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> list[Resources]:
     """Compile every kernel that `CASES[index]` launches."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -342,28 +419,42 @@ def compile_case(index: int, dtype: str, head_dim: int, capability: int) -> list
 
     from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
 
-    case, architecture = CASES[index], ARCHITECTURES[capability]
+    case, architecture = CASES[index], ARCHITECTURES[target]
     function = getattr(importlib.import_module(case.module), case.function)
+    torch.use_deterministic_algorithms(case.deterministic)
     with recording(architecture) as launches:
         function(*case.arguments(DTYPES[dtype], head_dim))
+    torch.use_deterministic_algorithms(False)
     if not launches:
         raise RuntimeError(f"{case.function} launched no kernel")
+    compiler = (
+        GPUTarget("hip", architecture.gfx, architecture.warp_size)
+        if architecture.gfx
+        else GPUTarget("cuda", architecture.capability, 32)
+    )
     results: dict[str, Resources] = {}
     for launch in launches:
         signature, constants, attributes = specialise(launch.kernel, launch.arguments)
         source = ASTSource(launch.kernel, signature, constants, attributes)
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
-        compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-        registers, stack = resource_usage(compiled.asm["cubin"])
+        compiled = triton.compile(source, target=compiler, options=options)
+        mix = None
+        if architecture.gfx:
+            registers, stack, spills = amd_usage(compiled.asm["amdgcn"])
+        else:
+            registers, stack = resource_usage(compiled.asm["cubin"])
+            spills = len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"]))
+            mix = sass.mix(compiled.asm["sass"])
         # Small letters are arguments that happened to be 1, not choices.
         shown = ", ".join(f"{name}={value}" for name, value in constants.items() if name.isupper())
         result = Resources(
             function=case.function, kernel=launch.kernel.__name__, dtype=dtype, head_dim=head_dim,
             architecture=architecture.name, constants=shown, num_warps=launch.num_warps,
-            num_stages=launch.num_stages, shared=compiled.metadata.shared, shared_limit=SHARED_LIMITS[capability],
-            registers=registers, stack=stack, spills=len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"])),
-            capability=capability, programs=math.prod(launch.grid), bytes_moved=_bytes(launch.arguments.values()),
-            flops=case.flops(head_dim).get(launch.kernel.__name__, 0), mix=sass.mix(compiled.asm["sass"]),
+            num_stages=launch.num_stages, shared=compiled.metadata.shared, shared_limit=SHARED_LIMITS[target],
+            registers=registers, stack=stack, spills=spills,
+            capability=architecture.capability, programs=math.prod(launch.grid),
+            bytes_moved=_bytes(launch.arguments.values()),
+            flops=case.flops(head_dim).get(launch.kernel.__name__, 0), mix=mix,
         )  # fmt: skip
         results.setdefault(f"{result}", result)
     return list(results.values())
@@ -374,19 +465,20 @@ def _bytes(arguments: Iterable[Any]) -> int:
     return sum(x.numel() * x.element_size() for x in arguments if isinstance(x, torch.Tensor))
 
 
-def jobs(representative: bool, capabilities: Iterable[int], select: str = "") -> list[tuple[int, str, int, int]]:
+def jobs(representative: bool, targets: Iterable[int | str], select: str = "") -> list[tuple[int, str, int, int | str]]:
     """Arguments of `compile_case`: all, or those that CI compiles on every change (fp32, bf16, one D)."""
     return [
-        (index, dtype, head_dim, capability)
+        (index, dtype, head_dim, target)
         for index, case in enumerate(CASES)
-        if select in case.function
+        if select in case.function and (case.representative or not representative)
         for dtype in (("fp32", "bf16") if representative else DTYPES)
         for head_dim in (case.head_dims[:1] if representative else case.head_dims)
-        for capability in capabilities
+        for target in targets
+        if target in case.targets
     ]
 
 
-def compile_all(work: list[tuple[int, str, int, int]], processes: int) -> list[Resources]:
+def compile_all(work: list[tuple[int, str, int, int | str]], processes: int) -> list[Resources]:
     """Compile in parallel processes."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return [result for results in pool.map(compile_case, *zip(*work, strict=True)) for result in results]
@@ -403,7 +495,7 @@ def table(results: list[Resources]) -> str:
         lines.append(
             f"| {r.function} | `{r.kernel}` | {r.dtype} | {r.head_dim} | {r.architecture} | {r.constants} "
             f"| {r.num_warps} | {r.num_stages} | {r.shared} | {r.registers} | {r.stack} | {r.spills} "
-            f"| {r.occupancy:.0%} |"
+            f"| {'' if r.occupancy is None else f'{r.occupancy:.0%}'} |"
         )
     return "\n".join(lines)
 
@@ -418,7 +510,8 @@ def mix_table(results: list[Resources]) -> str:
         "|---|---|---|---|---:|---:|---:|---|---:|",
     ]
     for r in results:
-        if r.mix is not None and r.head_dim == first[r.function, r.kernel]:
+        known = r.mix is not None and sass.MULTIPROCESSORS[r.capability].bandwidth
+        if known and r.mix is not None and r.head_dim == first[r.function, r.kernel]:
             lines.append(
                 f"| {r.function} | `{r.kernel}` | {r.dtype} | {r.architecture} | {r.programs} ({r.waves:.1f}) "
                 f"| {r.bytes_moved / 2**20:.2f} | {r.floor()} | {r.mix.text()} | {r.mix.memory()} |"
@@ -427,7 +520,8 @@ def mix_table(results: list[Resources]) -> str:
 
 
 def _parts(results: list[Resources]) -> str:
-    found = (sass.MULTIPROCESSORS[capability] for capability in sorted({r.capability for r in results}))
+    known = sorted({r.capability for r in results} & sass.MULTIPROCESSORS.keys())
+    found = (part for capability in known if (part := sass.MULTIPROCESSORS[capability]).bandwidth)
     return "; ".join(f"{p.part}, {p.bandwidth / 1e12:g} TB/s, {p.tensor_flops / 1e12:g} TFLOP/s" for p in found)
 
 
@@ -436,14 +530,22 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="fail if a kernel spills or wants too much shared memory")
     parser.add_argument("--representative", action="store_true", help="what CI compiles: fp32 and bf16, one D")
     parser.add_argument("--select", default="", help="only operators whose name contains this")
-    parser.add_argument("--archs", default=",".join(map(str, SHARED_LIMITS)), help="separated by ','; default: all")
+    parser.add_argument(
+        "--archs", default=",".join(map(str, SHARED_LIMITS)),
+        help="compute capabilities and AMD's names, separated by ','; default: all, %(default)s",
+    )  # fmt: skip
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("benchmarks.static: TRITON_INTERPRET=1 is set: the interpreter compiles nothing", file=sys.stderr)
         return 2
-    work = jobs(options.representative, [int(a) for a in options.archs.split(",")], options.select)
+    targets: list[int | str] = [int(a) if a.isdecimal() else a for a in options.archs.split(",")]
+    if unknown := [a for a in targets if a not in SHARED_LIMITS]:
+        known = ", ".join(map(str, SHARED_LIMITS))
+        print(f"benchmarks.static: --archs: expected some of {known}; got {unknown[0]}", file=sys.stderr)
+        return 2
+    work = jobs(options.representative, targets, options.select)
     if not work:
         print(f"benchmarks.static: no operator's name contains {options.select!r}", file=sys.stderr)
         return 2

@@ -28,26 +28,38 @@ class Architecture:
     """What launch configurations depend on.
 
     Attributes:
-        capability: compute capability, 90 for sm_90.
+        capability: compute capability, 90 for sm_90; 0 for AMD.
         multiprocessors: how many there are to fill with programs.
+        warp_size: threads of a warp.
+        gfx: AMD's name, such as "gfx942"; empty for NVIDIA.
     """
 
     capability: int
     multiprocessors: int
+    warp_size: int = 32
+    gfx: str = ""
 
     @property
     def name(self) -> str:
-        return f"sm_{self.capability}"
+        return self.gfx or f"sm_{self.capability}"
 
 
 #: Options of every kernel. Triton 3.10 will no longer fuse multiplication and addition unless told to.
 OPTIONS = {"enable_fp_fusion": True}
 
-#: The data centre part of each generation (A100, H100, B200), for which kernels are compiled ahead of time.
-ARCHITECTURES = {
+#: A part of each kind that kernels are compiled ahead of time for: T4, A100, RTX 3090, RTX 4090, H100, B200, RTX 5090;
+#: MI250X (one of its two dies), MI300X, RX 7900 XTX.
+ARCHITECTURES: dict[int | str, Architecture] = {
+    75: Architecture(75, 40),
     80: Architecture(80, 108),
+    86: Architecture(86, 82),
+    89: Architecture(89, 128),
     90: Architecture(90, 132),
     100: Architecture(100, 148),
+    120: Architecture(120, 170),
+    "gfx90a": Architecture(0, 110, 64, "gfx90a"),
+    "gfx942": Architecture(0, 304, 64, "gfx942"),
+    "gfx1100": Architecture(0, 96, 32, "gfx1100"),
 }
 
 
@@ -87,6 +99,9 @@ def recording(architecture: Architecture) -> Iterator[list[Launch]]:
 @cache
 def _cuda_architecture(index: int) -> Architecture:
     properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        gfx = str(properties.gcnArchName).split(":")[0]
+        return Architecture(0, properties.multi_processor_count, properties.warp_size, gfx)
     return Architecture(10 * properties.major + properties.minor, properties.multi_processor_count)
 
 
@@ -140,3 +155,14 @@ def dot(a, b):  # type: ignore[no-untyped-def]
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def narrow(x, dtype: tl.constexpr):  # type: ignore[no-untyped-def]
+    """float32 in another floating dtype, rounded to nearest."""
+    if _INTERPRETED and dtype == tl.bfloat16:
+        # The interpreter does not round.
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        x = tl.where(x == x, bits.to(tl.float32, bitcast=True), x)
+    return x.to(dtype)

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from benchmarks import static
+from m2f_kernels import _triton
 from m2f_kernels.ops.masked_attention import triton as masked_attention
+from m2f_kernels.ops.ms_deform_attn import triton as ms_deform_attn
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,15 +29,39 @@ def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess
 
 def test_kernels_compile_without_spills(tmp_path: Path) -> None:
     # Masked attention refuses sm_100 with an older Triton: test_masked_attention_guarantees.py.
-    architectures = [a for a in static.SHARED_LIMITS if a != 100 or masked_attention._TRITON >= (3, 8)]
+    architectures = [a for a in static.DATA_CENTRE if a != 100 or masked_attention._TRITON >= (3, 8)]
     chosen = ",".join(map(str, architectures))
     done = run("--check", "--representative", "--archs", chosen, "--output", str(tmp_path / "resources.md"))
     assert done.returncode == 0, done.stdout + done.stderr
     written = (tmp_path / "resources.md").read_text()
-    for case in static.CASES:
+    for case in (case for case in static.CASES if case.representative):
         for architecture in architectures:
             rows = [line for line in written.splitlines() if line.startswith(f"| {case.function} |")]
             assert any(f" sm_{architecture} " in row for row in rows), f"{case.function} on sm_{architecture}"
+
+
+@pytest.mark.parametrize("target", [75, "gfx942", "gfx1100"])
+def test_deformable_attention_compiles_without_spills_elsewhere(target: int | str) -> None:
+    """The oldest NVIDIA generation, AMD with warps of 64 and of 32."""
+    done = run("--check", "--representative", "--select", "ms_deform_attn_from_offsets", "--archs", str(target))
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "_forward_kernel" in done.stdout
+    assert "_softmax_backward_kernel" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", list(static.SHARED_LIMITS))
+def test_every_kernel_compiles_for_its_targets(target: int | str) -> None:
+    """Every dtype and every number of channels per head that the tables list; minutes per target."""
+    assert any(target in case.targets for case in static.CASES)
+    done = run("--check", "--archs", str(target))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_unknown_target_is_an_error() -> None:
+    done = run("--archs", "90,gfx1")
+    assert done.returncode == 2
+    assert "gfx1100; got gfx1" in done.stderr
 
 
 def test_interpreter_is_refused() -> None:
@@ -87,3 +113,20 @@ def test_launch_arguments_are_specialised_as_triton_does() -> None:
     }  # fmt: skip
     assert constants == {"one": 1, "BLOCK": 64}
     assert set(attributes) == {(0,), (2,)}
+
+
+def test_sizes_and_queries_of_deformable_attention_do_not_recompile() -> None:
+    """Images of other sizes are served by the kernels that are there."""
+
+    def specialised(sizes: tuple[tuple[int, int], ...], q: int) -> tuple[dict[str, object], int]:
+        length = sum(h * w for h, w in sizes)
+        tensors = [
+            static.meta(*shape, dtype=torch.float32) for shape in ((1, length, 8, 32), (1, q, 8, 2, 2), (1, q, 8, 2))
+        ]
+        levels = [n for i, (h, w) in enumerate(sizes) for n in (h, w, i * sizes[0][0] * sizes[0][1])]
+        with _triton.recording(_triton.ARCHITECTURES[90]) as launches:
+            ms_deform_attn.ms_deform_attn(tensors[0], levels, None, None, *tensors[1:], [1, 1])
+        constants = {k: v for k, v in launches[0].arguments.items() if k.isupper()}
+        return constants, launches[0].num_warps
+
+    assert specialised(((64, 64), (1, 1)), 4097) == specialised(((48, 50), (31, 17)), 5000)
