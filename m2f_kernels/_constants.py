@@ -31,8 +31,9 @@ def capturing(device: torch.device) -> bool:
 
 
 class ConstantCache:
-    """The least recently used go first. Threads and streams may share it. Nothing is kept under `torch.compile`, export,
-    tracing or `torch.func`, nor while a CUDA graph is captured.
+    """The least recently used go first. Threads and streams may share it.
+
+    Nothing is kept under `torch.compile`, export, tracing or `torch.func`, nor while a CUDA graph is captured.
 
     Args:
         entries: how many tensors to keep.

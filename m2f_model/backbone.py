@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from m2f_kernels._constants import capturing, plain
+from m2f_kernels._dtypes import without_autocast
 from m2f_model.config import Mask2FormerConfig
 
 
@@ -18,25 +22,105 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+        ctx: Any, x: Tensor, scale: Tensor, mean: Tensor, var: Tensor, weight: Tensor, bias: Tensor, eps: float
     ) -> Tensor:
-        scale = (var + eps).rsqrt()
-        ctx.save_for_backward((scale if weight is None else weight * scale)[:, None, None])
+        ctx.save_for_backward(scale[:, None, None])
         return F.batch_norm(x, mean, var, weight, bias, eps=eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
-        return (grad * scale).to(grad.dtype), None, None, None, None, None
+        return (grad * scale).to(grad.dtype), *[None] * 6
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm as a fixed affine map (detectron2's FrozenBatchNorm2d), kept without the activations before it."""
+    """Batch norm as a fixed affine map (detectron2's FrozenBatchNorm2d), kept without the activations before it.
+
+    Its scale is computed once, and anew where a parameter or statistic is not what it was.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    #: The convolution before it, where that is known, which does its work without gradients.
+    convolution: list[nn.Conv2d] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        return _FrozenBatchNorm.apply(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if self.convolution is not None and _folded(self.convolution[0], self) is not None:
+            return x
+        if not torch.is_grad_enabled():
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        scale = _kept(self, "scale", self.tensors(), self.scale)
+        out: Tensor = _FrozenBatchNorm.apply(
+            x, scale, self.running_mean, self.running_var, self.weight, self.bias, self.eps
+        )
+        return out
+
+    def scale(self) -> Tensor:
+        scale = (self.running_var + self.eps).rsqrt()
+        return scale if self.weight is None else self.weight * scale
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.running_mean, self.running_var, self.weight, self.bias) if x is not None]
+
+
+class FoldedConv2d(nn.Conv2d):
+    """A convolution that without gradients does the work of the frozen batch norm behind it.
+
+    Its weights times the norm's scale are kept in memory, in the dtype that they are multiplied in, until `train()`.
+    """
+
+    normalization: list[FrozenBatchNorm2d]
+
+    def forward(self, input: Tensor) -> Tensor:
+        folded = _folded(self, self.normalization[0])
+        return super().forward(input) if folded is None else self._conv_forward(input, *folded)
+
+
+#: By module, what is made from its parameters and the stamp of those: not in the module, so that it is not saved.
+_KEPT: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
+
+
+def _kept(module: nn.Module, name: str, sources: list[Tensor], make: Callable[[], Any]) -> Any:
+    """What `make` returns, until one of the tensors that it is made from is changed or exchanged."""
+    device = sources[0].device
+    if not plain(sources[0]) or any(x.is_inference() for x in sources):
+        return make()
+    stamp = [(id(x), x._version, None if isinstance(x, FakeTensor) else x.data_ptr(), x.dtype) for x in sources]
+    found = _KEPT.get(module, {}).get(name)
+    if found is not None and found[0] == stamp:
+        return found[1]
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
+        made = make()
+    if not capturing(device):
+        if device.type == "cuda" and torch.cuda.is_available():  # other streams may read it from now on
+            torch.cuda.current_stream(device).synchronize()
+        _KEPT.setdefault(module, {})[name] = stamp, made
+    return made
+
+
+def _folded(convolution: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of both at once; None where gradients, `torch.compile` or a hook want them apart."""
+    weight, bias = convolution.weight, convolution.bias
+    hooked = any(x._forward_hooks or x._forward_pre_hooks for x in (convolution, norm))
+    if torch.is_grad_enabled() or hooked or not plain(weight) or weight.is_inference():
+        return None
+    kind = weight.device.type
+    dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else weight.dtype
+
+    def make() -> tuple[Tensor, Tensor]:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = norm.scale().to(wide)
+        shift = -norm.running_mean * scale if norm.bias is None else norm.bias - norm.running_mean * scale
+        if bias is not None:
+            shift = shift + bias * scale
+        folded = (weight * scale[:, None, None, None]).to(dtype)
+        if kind == "cpu":  # the layout of the activations, see `Backbone.forward`
+            folded = folded.contiguous(memory_format=torch.channels_last)
+        return folded, shift.to(dtype)
+
+    sources = [weight, *norm.tensors(), *([] if bias is None else [bias])]
+    found: tuple[Tensor, Tensor] = _kept(convolution, str(dtype), sources, make)
+    return found
 
 
 class Backbone(nn.Module):
@@ -63,6 +147,15 @@ class Backbone(nn.Module):
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.track_running_stats:
                 module.__class__ = FrozenBatchNorm2d
                 module.requires_grad_(False)
+        for module in body.modules():
+            if type(module).__module__ == "transformers.models.resnet.modeling_resnet":
+                _prepare_resnet(module)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """As every module's; training frees the memory of folded weights."""
+        for module in self.modules() if mode else ():
+            _KEPT.pop(module, None)
+        return super().train(mode)
 
     @classmethod
     def from_config(cls, config: Mask2FormerConfig) -> Backbone:
@@ -80,3 +173,15 @@ class Backbone(nn.Module):
             pixel_values = pixel_values.clone(memory_format=torch.channels_last)
         out = self.body(pixel_values)
         return list(getattr(out, "feature_maps", out))
+
+
+def _prepare_resnet(module: Any) -> None:
+    """Pair a ResNet's convolutions with the norms behind them; apply activations in place, which nothing else reads."""
+    convolution, norm = getattr(module, "convolution", None), getattr(module, "normalization", None)
+    if type(convolution) is nn.Conv2d and isinstance(norm, FrozenBatchNorm2d):
+        convolution.__class__ = FoldedConv2d
+        # In lists, so that neither becomes a child of the other.
+        convolution.__dict__["normalization"] = [norm]
+        norm.convolution = [convolution]
+    if type(getattr(module, "activation", None)) is nn.ReLU:
+        module.activation.inplace = True

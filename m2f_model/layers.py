@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from m2f_kernels._constants import ConstantCache
 
 
 class CheckpointedLayer(nn.Module):
@@ -36,7 +40,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # The hidden activations are the largest tensor of either decoder: one copy of them, not two.
-        return self.norm(x + self.fc2(F.relu(self.fc1(x), inplace=True)))
+        return self.norm(x + self.fc2(linear_relu(self.fc1, x)))
+
+
+#: Positions of a row or a column, and centres of pixels: a few KiB each.
+_CONSTANTS = ConstantCache(64)
 
 
 def gathers(module: nn.Module) -> bool:
@@ -49,17 +57,42 @@ def gathers(module: nn.Module) -> bool:
 def sine_positions(size: tuple[int, int], channels: int, like: Tensor) -> Tensor:
     """Sine position embedding [h*w, channels] in like's dtype (DETR, Carion et al. 2020): rows first, then columns.
 
-    A row's part depends on the row alone and a column's on the column alone, so only h + w of them are computed.
+    A row's part depends on the row alone and a column's on the column alone, so only h + w of them are computed, once
+    for each length.
     """
-    dtype = torch.promote_types(like.dtype, torch.float32)
     half = channels // 2
-    exponent = 2 * torch.arange(half // 2, device=like.device, dtype=dtype) / half
 
     def axis(length: int) -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        exponent = 2 * torch.arange(half // 2, device=like.device, dtype=dtype) / half
         position = torch.arange(1, length + 1, device=like.device, dtype=dtype) / (length + 1e-6) * (2 * math.pi)
         angle = position[:, None] / 10000**exponent
-        return torch.stack([angle.sin(), angle.cos()], -1).flatten(1)
+        return torch.stack([angle.sin(), angle.cos()], -1).flatten(1).to(like.dtype)
 
     h, w = size
-    rows, columns = axis(h)[:, None].expand(h, w, half), axis(w)[None].expand(h, w, half)
-    return torch.cat([rows, columns], -1).flatten(0, 1).to(like.dtype)
+    rows, columns = (_CONSTANTS.get(partial(axis, n), ("sine", n, half), like) for n in size)
+    return torch.cat([rows[:, None].expand(h, w, half), columns[None].expand(h, w, half)], -1).flatten(0, 1)
+
+
+def pixel_centres(sizes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
+    """Normalised (x, y) of every pixel of every level [S, 2]; computed once for each list of sizes."""
+
+    def make() -> Tensor:
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        grids = []
+        for h, w in sizes:
+            y = (torch.arange(h, device=like.device, dtype=dtype) + 0.5) / h
+            x = (torch.arange(w, device=like.device, dtype=dtype) + 0.5) / w
+            grids.append(torch.stack([x[None].expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
+        return torch.cat(grids)
+
+    return _CONSTANTS.get(make, ("centres", *sizes), like)
+
+
+def linear_relu(linear: nn.Linear, x: Tensor) -> Tensor:
+    """`relu(linear(x))`, without gradients as one kernel where the device has one."""
+    fused = x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
+    if not fused or type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
+        return F.relu(linear(x), inplace=True)
+    found: Tensor = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t())
+    return found.view(*x.shape[:-1], -1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from m2f_kernels.nn import MSDeformAttn
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.layers import CheckpointedLayer, FeedForward, sine_positions
+from m2f_model.layers import CheckpointedLayer, FeedForward, pixel_centres, sine_positions
 
 NUM_LEVELS = 3
 NUM_POINTS = 4
@@ -26,17 +26,6 @@ class Level(NamedTuple):
 
     features: Tensor
     size: tuple[int, int]
-
-
-def pixel_centres(sizes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
-    """Normalised (x, y) of every pixel of every level [S, 2]."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    grids = []
-    for h, w in sizes:
-        y = (torch.arange(h, device=like.device, dtype=dtype) + 0.5) / h
-        x = (torch.arange(w, device=like.device, dtype=dtype) + 0.5) / w
-        grids.append(torch.stack([x[None].expand(h, w), y[:, None].expand(h, w)], -1).flatten(0, 1))
-    return torch.cat(grids)
 
 
 class EncoderLayer(CheckpointedLayer):

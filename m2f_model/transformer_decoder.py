@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels import FactoredMasks, PackedMask, predict_attention_mask, resize_mask_features
 from m2f_kernels.nn import MaskedCrossAttention, project_keys_values
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.layers import CheckpointedLayer, FeedForward, gathers, sine_positions
+from m2f_model.layers import CheckpointedLayer, FeedForward, gathers, linear_relu, sine_positions
 from m2f_model.pixel_decoder import NUM_LEVELS, Level
 
 
@@ -43,6 +45,36 @@ class Prediction(NamedTuple):
     masks: FactoredMasks
 
 
+class SelfAttention(nn.MultiheadAttention):
+    """Attention of the queries among themselves: parameters of the base class, queries and keys in one product."""
+
+    def forward(self, placed: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+        """[N, Q, C] from the queries with and without their positions."""
+        c = self.embed_dim
+        weights, biases = self.in_proj_weight.split([2 * c, c]), self.in_proj_bias.split([2 * c, c])
+        query, key = F.linear(placed, weights[0], biases[0]).chunk(2, -1)
+        value = F.linear(x, weights[1], biases[1])
+        heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
+        attended = F.scaled_dot_product_attention(*heads)
+        return F.linear(attended.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
+
+
+class MaskHead(nn.Sequential):
+    """Three linear layers with ReLU between them, as published; its parameters are named by their place."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(
+            *(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU()),
+            nn.Linear(channels, out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mask embeddings [N, Q, out_channels]."""
+        first, _, second, _, last = self
+        found: Tensor = last(linear_relu(second, linear_relu(first, x)))  # type: ignore[arg-type]
+        return found
+
+
 class DecoderLayer(CheckpointedLayer):
     """Masked cross-attention first, then self-attention, then the FFN (section 3.2.2)."""
 
@@ -51,7 +83,7 @@ class DecoderLayer(CheckpointedLayer):
         channels = config.hidden_dim
         self.cross_attention = MaskedCrossAttention(channels, config.num_heads)
         self.cross_norm = nn.LayerNorm(channels)
-        self.self_attention = nn.MultiheadAttention(channels, config.num_heads, batch_first=True)
+        self.self_attention = SelfAttention(channels, config.num_heads, batch_first=True)
         self.self_norm = nn.LayerNorm(channels)
         self.ffn = FeedForward(channels, config.decoder_ffn_dim)
         for parameter in self.parameters():
@@ -69,7 +101,7 @@ class DecoderLayer(CheckpointedLayer):
     ) -> Tensor:
         x = self.cross_norm(x + self.cross_attention(x, pixels, mask, positions, key_pos, key_value=key_value))
         placed = x + positions
-        x = self.self_norm(x + self.self_attention(placed, placed, x, need_weights=False)[0])
+        x = self.self_norm(x + self.self_attention(placed, x))
         return self.ffn(x)
 
 
@@ -89,10 +121,7 @@ class TransformerDecoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.decoder_layers))
         self.norm = nn.LayerNorm(channels)
         self.class_head = nn.Linear(channels, config.num_labels + 1)
-        self.mask_head = nn.Sequential(
-            *(nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels), nn.ReLU()),
-            nn.Linear(channels, config.mask_feature_size),
-        )
+        self.mask_head = MaskHead(channels, config.mask_feature_size)
 
     def forward(self, mask_features: Tensor, levels: Sequence[Level]) -> list[Prediction]:
         """Predictions of the queries before the first layer and after each layer, the last one last.
@@ -107,16 +136,19 @@ class TransformerDecoder(nn.Module):
         memory = self._project_levels(levels)
         positions = self.query_positions.weight.expand(n, -1, -1)
         x = self.query_features.weight.expand(n, -1, -1)
-        predictions = [self._predict(x, mask_features)]
+        normed = [self.norm(x)]
+        embeds = [self.mask_head(normed[-1])]
         for i, layer in enumerate(self.layers):
-            mask = predict_attention_mask(predictions[-1].masks.mask_embed, mask_levels[i % NUM_LEVELS])
+            mask = predict_attention_mask(embeds[-1], mask_levels[i % NUM_LEVELS])
             x = layer(x, positions, *memory[i], mask)
-            predictions.append(self._predict(x, mask_features))
-        return predictions
-
-    def _predict(self, x: Tensor, mask_features: Tensor) -> Prediction:
-        x = self.norm(x)
-        return Prediction(self.class_head(x), FactoredMasks(self.mask_head(x), mask_features))
+            normed.append(self.norm(x))
+            embeds.append(self.mask_head(normed[-1]))
+        # Nothing waits for the classes: one product for all.
+        classes = self.class_head(torch.stack(normed)).unbind()
+        return [
+            Prediction(logits, FactoredMasks(embed, mask_features))
+            for logits, embed in zip(classes, embeds, strict=True)
+        ]
 
     def _project_levels(self, levels: Sequence[Level]) -> list[Memory]:
         """What every layer attends to: one product of keys and one of values for layers that share a level."""
