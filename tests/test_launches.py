@@ -8,9 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
+import m2f_kernels
 from benchmarks import launches
 from benchmarks.launches import Launches
 from m2f_kernels import predict_attention_mask
+from tests.model.peers import their_model
 
 
 def counted(run):
@@ -113,3 +115,33 @@ def test_loss(case):
     assert found.total <= LOSS[case]
     assert found.copies == {"down": 1, "up, pinned": 1}
     assert found.waits == {"copy to the host": 1}
+
+
+MODEL = """
+from benchmarks import launches
+most = {"ours, fp32": 539, "ours, weights in bf16": 539, "ours, bf16 autocast": 887, "accelerated, fp32": 679}
+for what, bound in most.items():
+    found = launches.inference(what)
+    assert found.total <= bound, (what, found.total)
+    assert not found.copies and not found.waits, (what, found.copies, found.waits)
+"""
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="fake CUDA tensors need a device guard compiled by g++")
+def test_inference():
+    """R50 at 512 x 512: not more launches than when this was written, no copy and no wait."""
+    done = subprocess.run([sys.executable, "-c", MODEL], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_accelerated_forward_neither_copies_nor_waits(training):
+    model = m2f_kernels.accelerate(their_model("resnet").to("meta")).model.train(training)
+    pixels = torch.empty(1, 3, 64, 96, device="meta")
+    with torch.set_grad_enabled(training):
+        model(pixels)
+        with Launches().counting() as found:
+            model(pixels)
+    assert found.total > 100
+    assert not found.copies
+    assert not found.waits

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import m2f_kernels
 from m2f_kernels.integrations.transformers import mask2former, patch, unpatch
+from m2f_kernels.integrations.transformers.pixel_decoder import clamp_overflow
 from m2f_kernels.nn import HungarianMatcher
 from tests.integrations.published import (
     OPERATORS,
@@ -536,3 +537,25 @@ def test_another_matcher_gets_logits(pixels, generator):
             losses.append(x(pixels, **labels).loss)
     assert_same(*losses)
     assert any("its matcher is" in str(x.message) for x in caught)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+@pytest.mark.parametrize("value", [1.0, float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_overflow_is_clamped_without_asking_the_host(dtype, value, in_place):
+    """Values and gradients as the original's, which asks whether all are finite."""
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x[1, 2], x[2, 0] = value, torch.finfo(dtype).max
+    grad = torch.randn(3, 4).to(dtype)
+    leaves = [x.clone().requires_grad_() for _ in range(2)]
+    given = leaves[0] * 1
+    found = clamp_overflow(given, in_place)
+    expected = leaves[1] * 1
+    if not torch.isfinite(expected).all():
+        limit = torch.finfo(dtype).max - 1000
+        expected = expected.clamp(-limit, limit)
+    assert torch.equal(found.nan_to_num(7.0), expected.nan_to_num(7.0))
+    found.backward(grad)
+    expected.backward(grad)
+    finite = x.abs() < torch.finfo(dtype).max
+    assert torch.equal(leaves[0].grad[finite], leaves[1].grad[finite])

@@ -1,13 +1,14 @@
 """Frozen batch norm: the affine map it is, without what the backward pass of `nn.BatchNorm2d` keeps."""
 
 import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 
 from m2f_model import Mask2FormerConfig
-from m2f_model.backbone import Backbone, FrozenBatchNorm2d
+from m2f_model.backbone import _KEPT, Backbone, FoldedConv2d, FrozenBatchNorm2d
 from m2f_model.pixel_decoder import _pointwise
 from tests.model.peers import photograph
 
@@ -99,3 +100,97 @@ def test_pointwise_is_the_convolution_in_planes(n, layout):
         strict=True,
     ):
         torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------- folded norms
+def backbone():
+    torch.manual_seed(0)
+    body = Backbone.from_config(Mask2FormerConfig.tiny(5)).body
+    for module in body.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+            module.running_mean.normal_(std=0.1)
+            module.running_var.uniform_(0.5, 2)
+    return Backbone(body, frozen_batch_norm=True).eval()
+
+
+def unfolded(model, pixels):
+    """As with gradients, where convolution and norm run one after the other."""
+    with torch.enable_grad():
+        return [x.detach() for x in model(pixels)]
+
+
+def equals_unfolded(model, pixels, tolerance=1e-5):
+    with torch.no_grad():
+        for a, b in zip(model(pixels), unfolded(model, pixels), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+
+
+def test_folded_weights_follow_training():
+    """Train, validate, train, validate; every way in which weights change between."""
+    model, pixels = backbone(), torch.randn(1, 3, 64, 64)
+    pairs = sum(isinstance(x, FoldedConv2d) for x in model.modules())
+    assert pairs == sum(isinstance(x, FrozenBatchNorm2d) for x in model.modules()) > 5
+    optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(2):
+        equals_unfolded(model, pixels)
+        assert sum(bool(_KEPT.get(x)) for x in model.modules() if isinstance(x, FoldedConv2d)) == pairs
+        model.train()
+        assert not any(x in _KEPT for x in model.modules()), "training needs the memory"
+        sum(x.mean() for x in model(pixels)).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+    model.eval()
+    equals_unfolded(model, pixels)
+    before = model(pixels)[-1].detach()
+    optimiser.step()  # without train() in between
+    model.load_state_dict({k: v * 1.01 for k, v in model.state_dict().items() if v.is_floating_point()}, strict=False)
+    equals_unfolded(model, pixels)
+    with torch.no_grad():
+        assert not torch.allclose(model(pixels)[-1], before)
+        next(x for x in model.modules() if isinstance(x, FrozenBatchNorm2d)).running_var.mul_(2)
+    equals_unfolded(model, pixels)
+    equals_unfolded(model.double(), pixels.double(), 1e-12)
+    equals_unfolded(model.float(), pixels)
+    equals_unfolded(copy.deepcopy(model), pixels)
+    with torch.no_grad():
+        copied = copy.deepcopy(model)
+        next(x for x in copied.modules() if isinstance(x, FoldedConv2d)).weight.zero_()
+    equals_unfolded(copied, pixels)
+    equals_unfolded(model, pixels)
+
+
+def test_hooks_see_convolution_and_norm_apart():
+    model, pixels = backbone(), torch.randn(1, 3, 64, 64)
+    convolution = next(x for x in model.modules() if isinstance(x, FoldedConv2d))
+    seen = []
+    handle = convolution.register_forward_hook(lambda *args: seen.append(args[2]))
+    with torch.no_grad():
+        model(pixels)
+    given = pixels.clone(memory_format=torch.channels_last)
+    assert torch.equal(seen[0], convolution._conv_forward(given, convolution.weight, convolution.bias))
+    handle.remove()
+
+
+def test_folded_weights_are_not_saved():
+    model, pixels = backbone(), torch.randn(1, 3, 64, 64)
+    before, after = io.BytesIO(), io.BytesIO()
+    torch.save(model, before)
+    with torch.no_grad():
+        model(pixels)
+    torch.save(model, after)
+    assert len(before.getvalue()) == len(after.getvalue())
+    after.seek(0)
+    equals_unfolded(torch.load(after, weights_only=False), pixels)
+
+
+def test_autocast_keeps_folded_weights_in_its_dtype():
+    model, pixels = backbone(), torch.randn(1, 3, 64, 64)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        found = model(pixels)
+    with torch.no_grad():
+        for a, b in zip(found, model(pixels), strict=True):
+            assert float((a - b).norm() / b.norm()) < 0.03
+    kept = [v for x in model.modules() for v in _KEPT.get(x, {})]
+    assert kept.count("torch.bfloat16") == kept.count("torch.float32") > 5

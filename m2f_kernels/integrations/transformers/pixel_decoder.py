@@ -10,11 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f_kernels._constants import ConstantCache, plain
 from m2f_kernels.integrations.transformers._swap import Mixin, observed, watched
 
 #: Pixels whose FFN activations exist at a time without gradients: few enough that they stay in the cache.
 _FFN_ROWS = 1024
 
+
+_CONSTANTS = ConstantCache(64)
 
 #: What is replaced, for the report.
 POSITIONS = "sine positions of a row and a column, not of every pixel"
@@ -30,12 +33,47 @@ class PositionEmbedding(Mixin):
             return super().forward(shape, device, dtype, mask)
         n, c, h, w = shape
         # The original, for one column and for one row: the same numbers, h + w of them and not h * w.
-        rows = super().forward(torch.Size((1, c, h, 1)), device, dtype)
-        columns = super().forward(torch.Size((1, c, 1, w)), device, dtype)
+        rows = self._m2f_axis(torch.Size((1, c, h, 1)), device, dtype)
+        columns = self._m2f_axis(torch.Size((1, c, 1, w)), device, dtype)
         half = rows.shape[1] // 2
         parts = [rows[:, :half].expand(n, -1, h, w), columns[:, half:].expand(n, -1, h, w)]
         # In memory [N, h, w, C], as the original's.
         return torch.cat([part.permute(0, 2, 3, 1) for part in parts], 3).permute(0, 3, 1, 2)
+
+    def _m2f_axis(self, shape: torch.Size, device: Any, dtype: torch.dtype) -> Tensor:
+        """Computed once for each length, device, dtype and setting."""
+        settings = tuple((k, v) for k, v in vars(self).items() if isinstance(v, (bool, int, float, str)))
+        key = type(self), shape[2:], settings
+        forward = super().forward
+        return _CONSTANTS.get(lambda: forward(shape, device, dtype), key, torch.empty(0, device=device, dtype=dtype))
+
+
+class _Clamp(torch.autograd.Function):
+    """Clamps in place, and keeps what comes out: what the next layer keeps, too."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.mark_dirty(x)
+        x.clamp_(-limit, limit)
+        ctx.save_for_backward(x)
+        ctx.limit = limit
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = ctx.saved_tensors
+        return torch.ops.aten.hardtanh_backward(grad, x, -ctx.limit, ctx.limit), None
+
+
+def clamp_overflow(x: Tensor, in_place: bool) -> Tensor:
+    """`x`, and where any of it is infinite or NaN all of it clamped, as the original does; without asking the host."""
+    largest = torch.finfo(x.dtype).max
+    limit = largest - 1000
+    if in_place and limit == largest and plain(x) and x.grad_fn is not None:
+        # Finite numbers stay as they are.
+        clamped: Tensor = _Clamp.apply(x, limit)
+        return clamped
+    return torch.where(x.isfinite().all(), x, x.clamp(-limit, limit))
 
 
 class EncoderLayer(Mixin):
@@ -67,9 +105,9 @@ class EncoderLayer(Mixin):
         )
         hidden_states = self.self_attn_layer_norm(hidden_states + F.dropout(attended, self.dropout, training))
         hidden_states = self.final_layer_norm(hidden_states + self._m2f_feed_forward(hidden_states, training))
-        if training and not torch.isfinite(hidden_states).all():
-            limit = torch.finfo(hidden_states.dtype).max - 1000
-            hidden_states = hidden_states.clamp(-limit, limit)
+        if training:
+            # What a hook has kept is not to be changed.
+            hidden_states = clamp_overflow(hidden_states, in_place=not watched(self.final_layer_norm))
         if not kwargs.get("output_attentions"):
             return (hidden_states,)
         # Mask2Former hands the weights on transposed.
@@ -155,8 +193,9 @@ class PixelDecoder(Mixin):
         tokens.clear()
         positions.clear()
         del projected, position
-        shapes = torch.as_tensor(sizes, dtype=torch.long, device=states.device)
-        starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+        # One copy to the device for each list of sizes, not one for each call.
+        both = _CONSTANTS.get(lambda: _levels(sizes, states.device), ("levels", *sizes), states)
+        shapes, starts = both[:, :2], both[:, 2]
         return self.encoder(
             inputs_embeds=states,
             attention_mask=None,
@@ -178,6 +217,13 @@ class PixelDecoder(Mixin):
 
     def _m2f_output(self, mask_features: Tensor, maps: list[Tensor], attentions: Any) -> Any:
         raise NotImplementedError
+
+
+def _levels(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Height, width and first token of every level, int64 [L, 3]."""
+    shapes = torch.as_tensor(sizes, dtype=torch.long, device=device)
+    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
+    return torch.cat((shapes, starts[:, None]), 1)
 
 
 def check_pixel_decoder(module: Any) -> str | None:
