@@ -48,6 +48,14 @@ STAGES = {
 }
 
 
+class MeasurementError(RuntimeError):
+    """A figure that could not be measured."""
+
+
+class Disagreement(MeasurementError):
+    """Both implementations do not predict the same."""
+
+
 @dataclass(frozen=True)
 class Case:
     """One comparison: `size` is the side of the square input, `targets` the number of masks in a training step."""
@@ -64,6 +72,9 @@ class Case:
     def __post_init__(self) -> None:
         if self.backbone not in BACKBONES:
             raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}; got {self.backbone!r}")
+        for name in ("batch", "targets"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}")
         if self.size < 32 or self.size % 32:
             raise ValueError(f"size: expected a multiple of 32; got {self.size}")
         if self.autocast not in ("none", "bf16", "fp16"):
@@ -197,7 +208,7 @@ def peak_memory(case: Case, implementation: str) -> float:
     """MiB that a call needs above what the model holds, measured in a fresh process.
 
     Raises:
-        RuntimeError: if that process fails; on CPU anywhere but on Linux.
+        MeasurementError: if that process fails; on CPU anywhere but on Linux.
     """
     # Fixed thresholds: a freed tensor leaves the process at once, and the peak is that of live memory.
     fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -205,7 +216,7 @@ def peak_memory(case: Case, implementation: str) -> float:
     command.append(str(torch.get_num_threads()))
     done = subprocess.run(command, env=os.environ | fixed, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"measuring the memory of {implementation} failed:\n{done.stderr[-2000:]}")
+        raise MeasurementError(f"measuring the memory of {implementation} failed:\n{done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])
 
 
@@ -238,11 +249,15 @@ def measure(case: Case, rounds: int = 5, memory: bool = True) -> dict[str, Any]:
     """Everything about a case: its error, seconds by stage and peak MiB by implementation.
 
     Raises:
-        RuntimeError: where both implementations disagree: such a case has no times.
+        ValueError: where `rounds` is less than 1.
+        Disagreement: where both implementations disagree: such a case has no times.
+        MeasurementError: where measuring memory fails.
     """
+    if rounds < 1:
+        raise ValueError(f"rounds: expected at least 1; got {rounds}")
     found = error(case)
     if not found < TOLERANCE:
-        raise RuntimeError(f"{case}: expected the same predictions up to {TOLERANCE}; they differ by {found:.2g}")
+        raise Disagreement(f"{case}: expected the same predictions up to {TOLERANCE}; they differ by {found:.2g}")
     peaks = {name: peak_memory(case, name) for name in IMPLEMENTATIONS} if memory else {}
     row = {"case": asdict(case), "error": found, "seconds": times(case, rounds), "peak_mib": peaks}
     if case.autocast != "none":

@@ -1,140 +1,93 @@
-"""The command `m2f`; `python -m m2f_model` is the same."""
+"""The command `m2f`; `python -m m2f_model` is the same.
+
+Nothing that takes time is imported before a command runs, nor any package that only `m2f-kernels[model]` brings: help
+comes at once, and without them.
+"""
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
-from collections.abc import Iterable
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
-import torch
-import typer
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
+from m2f_model.config import BACKBONES
 
-import m2f_kernels.info
-from m2f_kernels.backend import BACKENDS
-from m2f_model.bench import IMPLEMENTATIONS, Case, measure
-from m2f_model.config import BACKBONES, Mask2FormerConfig
-from m2f_model.data import CocoInstances, CocoPanoptic, Dataset, Shapes
-from m2f_model.files import write_atomically
-from m2f_model.model import Mask2Former
-from m2f_model.segment import Segmenter, segment_files
-from m2f_model.train import Process, Recipe, Trainer
-
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Mask2Former on fused kernels.")
-console = Console(stderr=True)
+if TYPE_CHECKING:
+    from m2f_model.data import Dataset
+    from m2f_model.model import Mask2Former
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
-Weights = Annotated[str, typer.Option(help="directory in Hugging Face's format, its hub name, or a detectron2 file.")]
-Preset = Annotated[
-    str | None, typer.Option("--config", help="preset that a detectron2 file is of, as in r50-coco-panoptic.")
-]
+_AUTOCAST = "none, bf16 or fp16"
 
 
-def _device(name: str) -> str:
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise typer.BadParameter(f"expected cpu, cuda or cuda:N; got {name!r}") from error
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"expected cpu, cuda or cuda:N; got {name!r}")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise typer.BadParameter(f"{name}: {torch.cuda.device_count()} CUDA devices here")
-    return name
+class UsageError(ValueError):
+    """A mistake on the command line: one line, exit code 2."""
 
 
-Device = Annotated[str, typer.Option(callback=_device, help="where to run: cpu, cuda, cuda:1, ...")]
+# ---------------------------------------------------------------- what the commands do
 
 
-def load(weights: str, preset: str | None) -> Mask2Former:
-    """A model from any kind of weights."""
-    if Path(weights).suffix in (".pkl", ".pth"):
-        if preset is None:
-            raise typer.BadParameter("a detectron2 checkpoint does not say what it is: give --config PRESET")
-        return Mask2Former.load_detectron2(weights, Mask2FormerConfig.preset(preset))
-    if preset is not None:
-        raise typer.BadParameter("--config is for detectron2 checkpoints; this one brings its own configuration")
-    return Mask2Former.from_pretrained(weights)
-
-
-def collect(paths: Iterable[Path]) -> list[Path]:
-    """Files as given, and all images of directories."""
-    files: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            files += sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES)
-        else:
-            files.append(path)
-    if not files:
-        raise typer.BadParameter(f"no image in {', '.join(map(str, paths))}")
-    return files
-
-
-@app.command()
-def segment(
-    images: Annotated[list[Path], typer.Argument(help="image files, or directories of them.")],
-    weights: Weights,
-    task: Annotated[str, typer.Option(help="panoptic, instance or semantic.")] = "panoptic",
-    out: Annotated[Path, typer.Option("--out", "-o", help="directory of the results.")] = Path("segmented"),
-    config: Preset = None,
-    mode: Annotated[str, typer.Option(help="post-processing: original, or compatible with transformers.")] = "original",
-    threshold: Annotated[float | None, typer.Option(help="smallest score of a segment.")] = None,
-    device: Device = "cpu",
-) -> None:
+def segment(given: argparse.Namespace) -> int:
     """Segment images: a coloured overlay of each, and results in COCO's formats."""
-    files = collect(images)
-    try:
-        segmenter = Segmenter(load(weights, config).to(device), task, mode=mode, threshold=threshold)
-        summary = segment_files(segmenter, files, out, lambda paths: track(paths, "segmenting", console=console))
-    except (ValueError, OSError) as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True)
-        raise typer.Exit(2) from error
-    console.print(f"{len(summary.done)} of {len(files)} images segmented into {out}")
+    files, root = collect(given.images)
+    _need("transformers", "PIL", "pycocotools", "rich")
+    from rich.progress import track
+
+    from m2f_model.segment import Segmenter, segment_files
+
+    model = load(given.weights, given.config).to(resolve_device(given.device))
+    stuff = None if given.stuff is None else stuff_labels(given.stuff, model)
+    size = None if given.size is None else tuple(given.size)
+    segmenter = Segmenter(
+        model, given.task, mode=given.mode, threshold=given.threshold, image_size=size, stuff_labels=stuff
+    )
+    progress = lambda paths: track(paths, "segmenting", console=_console())  # noqa: E731
+    summary = segment_files(segmenter, files, given.out, progress, root=root)
+    _say(f"{len(summary.done)} of {len(files)} images segmented into {given.out}")
     for path, reason in summary.failed:
-        console.print(f"[red]failed:[/] {path}: {reason}", soft_wrap=True)
-    if summary.failed:
-        raise typer.Exit(1)
+        _say(f"failed: {path}: {_one_line(reason)}")
+    return 1 if summary.failed else 0
 
 
-@app.command()
-def info(weights: Annotated[str | None, typer.Option(help="describe this model, too.")] = None) -> None:
+def info(given: argparse.Namespace) -> int:
     """What is installed, which kernels run where, and what a model is."""
+    import m2f_kernels.info
+
+    if given.weights is None:
+        print(m2f_kernels.info.report())
+        return 0
+    model = load(given.weights, given.config)
     print(m2f_kernels.info.report())
-    if weights is not None:
-        try:
-            model = Mask2Former.from_pretrained(weights)
-        except (ValueError, OSError) as error:
-            console.print(f"[red]error:[/] {error}", soft_wrap=True)
-            raise typer.Exit(2) from error
-        parameters = sum(p.numel() for p in model.parameters())
-        print(f"\n{weights}: {parameters / 1e6:.1f} M parameters")
-        for name, value in vars(model.config).items():
-            print(f"  {name:26} {value}")
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"\n{given.weights}: {parameters / 1e6:.1f} M parameters")
+    for name, value in vars(model.config).items():
+        print(f"  {name:26} {value}")
+    return 0
 
 
-@app.command()
-def bench(
-    backbone: Annotated[str, typer.Option(help=f"one of {', '.join(BACKBONES)}.")] = "r50",
-    size: Annotated[int, typer.Option(help="side of the square input.")] = 512,
-    training: Annotated[bool, typer.Option(help="a training step in place of inference.")] = False,
-    batch: Annotated[int, typer.Option(help="images at once.")] = 1,
-    autocast: Annotated[str, typer.Option(help="none, bf16 or fp16.")] = "none",
-    activation_checkpointing: Annotated[bool, typer.Option(help="for this package's training step.")] = False,
-    rounds: Annotated[int, typer.Option(help="timed runs of each.")] = 5,
-    output: Annotated[Path | None, typer.Option(help="also write the figures as JSON.")] = None,
-    device: Device = "cpu",
-) -> None:
+def bench(given: argparse.Namespace) -> int:
     """Time and peak memory of the whole model beside transformers', same weights, runs interleaved."""
-    try:
-        case = Case(backbone, size, training, batch, 10, device, autocast, activation_checkpointing)
-        row = measure(case, rounds)
-    except (ValueError, RuntimeError) as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True)
-        raise typer.Exit(2) from error
+    _need("transformers", "PIL", "rich")
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from m2f_model.bench import IMPLEMENTATIONS, Case, measure
+    from m2f_model.files import write_atomically
+
+    device = resolve_device(given.device)
+    checkpointing = given.activation_checkpointing
+    case = Case(given.backbone, given.size, given.training, given.batch, 10, device, given.autocast, checkpointing)
+    row = measure(case, given.rounds)
     theirs, ours = (row["seconds"][name] for name in IMPLEMENTATIONS)
-    table = Table(title=f"{backbone} {size}² {'training step' if training else 'inference'}, batch {batch}, {device}")
+    kind = "training step" if given.training else "inference"
+    table = Table(title=f"{given.backbone} {given.size}² {kind}, batch {given.batch}, {device}")
     for column in ("", *IMPLEMENTATIONS, "ratio"):
         table.add_column(column, justify="left" if not column else "right")
     for stage in ("total", *(s for s in theirs if s != "total")):
@@ -149,105 +102,322 @@ def bench(
     if "mask_iou" in row:
         overlaps = ", ".join(f"{name} {row['mask_iou'][name]:.3f}" for name in IMPLEMENTATIONS)
         print(f"intersection over union with float32's masks, random weights: {overlaps}")
-    if output is not None:
-        write_atomically(output, lambda file: file.write(json.dumps(row, indent=1).encode()))
+    if given.output is not None:
+        write_atomically(given.output, lambda file: file.write(json.dumps(row, indent=1).encode()))
+    return 0
 
 
 def _ratio(theirs: dict[str, float], ours: dict[str, float], key: str) -> str:
     return f"{theirs[key] / ours[key]:.2f}x" if ours[key] > 0 else "-"
 
 
-@app.command()
-def train(
-    out: Annotated[Path, typer.Option("--out", "-o", help="directory of checkpoints, events and the trained model.")],
-    data: Annotated[str, typer.Option(help="shapes (synthetic, tiny model), instance or panoptic (COCO formats).")],
-    annotations: Annotated[Path | None, typer.Option(help="COCO's JSON file.")] = None,
-    images: Annotated[Path | None, typer.Option(help="directory of its images.")] = None,
-    validation_annotations: Annotated[Path | None, typer.Option(help="JSON file of validation data.")] = None,
-    validation_images: Annotated[Path | None, typer.Option(help="directory of its images.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help=f"of a new model with random weights: {', '.join(BACKBONES)}.")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="start from this model, in Hugging Face's format, of the same labels.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="steps of the optimiser.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="images per step of each process.")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate.")] = None,
-    size: Annotated[int | None, typer.Option(help="side of the inputs that large-scale jitter makes.")] = None,
-    autocast: Annotated[str, typer.Option(help="none, bf16 or fp16.")] = "none",
-    parallel: Annotated[str, typer.Option(help="several processes: ddp, or fsdp (a share of the model each).")] = "ddp",
-    activation_checkpointing: Annotated[bool, typer.Option(help="less memory, more time.")] = False,
-    seed: int = 0,
-    workers: Annotated[int | None, typer.Option(help="processes that prepare data.")] = None,
-    backend: Annotated[str, typer.Option(help="kernels: auto, or reference (plain PyTorch).")] = "auto",
-    device: Device = "cpu",
-) -> None:
+def train(given: argparse.Namespace) -> int:
     """Train; started again with the same options, go on. Several processes: torchrun ... -m m2f_model train ..."""
-    given = {"steps": steps, "batch_size": batch_size, "lr": lr, "size": size, "workers": workers}
-    changes: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
-    changes |= {"autocast": autocast, "activation_checkpointing": activation_checkpointing, "seed": seed}
-    changes["parallel"] = parallel
-    try:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}; got {backend!r}")
-        if backbone is not None and (weights is not None or data == "shapes"):
-            raise ValueError("backbone: expected none with --weights or --data shapes, which bring their own")
-        if backbone is not None and backbone not in BACKBONES:
-            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}; got {backbone!r}")
-        samples, validation = _datasets(data, annotations, images, validation_annotations, validation_images)
-        recipe = Recipe.shapes(**changes) if data == "shapes" else Recipe(**changes)
-        torch.manual_seed(seed)  # of the initial weights: the same in all processes
-        if weights is not None:
-            model = Mask2Former.from_pretrained(weights)
+    _need("transformers", "PIL", "pycocotools", "tensorboard", "rich")
+    import torch
+    from rich.progress import track
+
+    import m2f_kernels
+    from m2f_kernels.dispatch import BACKENDS
+    from m2f_model.config import Mask2FormerConfig
+    from m2f_model.model import Mask2Former
+    from m2f_model.train import Process, Recipe, Trainer
+
+    changes = {
+        name: getattr(given, name)
+        for name in ("steps", "batch_size", "lr", "size", "workers")
+        if getattr(given, name) is not None
+    }
+    changes |= {name: getattr(given, name) for name in ("autocast", "activation_checkpointing", "seed", "parallel")}
+    if given.backend not in BACKENDS:
+        raise UsageError(f"backend: expected one of {', '.join(BACKENDS)}; got {given.backend!r}")
+    backbone, weights, data = given.backbone, given.weights, given.data
+    if backbone is not None and (weights is not None or data == "shapes"):
+        raise UsageError("backbone: expected none with --weights or --data shapes, which bring their own")
+    if backbone is not None and backbone not in BACKBONES:
+        raise UsageError(f"backbone: expected one of {', '.join(BACKBONES)}; got {backbone!r}")
+    device = resolve_device(given.device)
+    samples, validation = _datasets(given)
+    recipe = Recipe.shapes(**changes) if data == "shapes" else Recipe(**changes)
+    torch.manual_seed(given.seed)  # of the initial weights: the same in all processes
+    if weights is not None:
+        model = load(weights, given.config)
+    else:
+        labels: dict[str, Any] = {"label_names": samples.label_names, "stuff_labels": samples.stuff_labels}
+        if data == "shapes":
+            config = Mask2FormerConfig.tiny(len(samples.label_names), **labels)
         else:
-            labels: dict[str, Any] = {"label_names": samples.label_names, "stuff_labels": samples.stuff_labels}
-            if data == "shapes":
-                config = Mask2FormerConfig.tiny(len(samples.label_names), **labels)
-            else:
-                # Batch norm is frozen where it is pre-trained; nothing is, here.
-                labels["frozen_batch_norm"] = False
-                config = Mask2FormerConfig(len(samples.label_names), BACKBONES[backbone or "r50"], **labels)
-            model = Mask2Former(config)
-        with Process.joined(device) as process, m2f_kernels.use_backend(backend):
-            quiet = process.rank > 0
-            log = (lambda _: None) if quiet else console.print
-            progress: Any = iter if quiet else lambda entries: track(entries, "checking", console=console)
-            trainer = Trainer(
-                model, samples, recipe, out, process=process, validation=validation, log=log, progress=progress
-            )
-            trainer.run()
-    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
-        console.print(f"[red]error:[/] {error}", soft_wrap=True)
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:  # the checkpoint is written, and that is said
-        raise typer.Exit(130) from error
+            # Batch norm is frozen where it is pre-trained; nothing is, here.
+            labels["frozen_batch_norm"] = False
+            config = Mask2FormerConfig(len(samples.label_names), BACKBONES[backbone or "r50"], **labels)
+        model = Mask2Former(config)
+    with Process.joined(device) as process, m2f_kernels.use_backend(given.backend):
+        quiet = process.rank > 0
+        log = (lambda _: None) if quiet else _say
+        progress: Any = iter if quiet else lambda entries: track(entries, "checking", console=_console())
+        trainer = Trainer(
+            model, samples, recipe, given.out, process=process, validation=validation, log=log, progress=progress
+        )
+        trainer.run()
+    return 0
 
 
-def _datasets(
-    kind: str,
-    annotations: Path | None,
-    images: Path | None,
-    validation_annotations: Path | None,
-    validation_images: Path | None,
-) -> tuple[Dataset, Dataset | None]:
+# ---------------------------------------------------------------- what they share
+
+
+def load(weights: str, preset: str | None) -> Mask2Former:
+    """A model from any kind of weights; whatever is wrong with the arguments is said before anything is imported."""
+    from m2f_model.config import Mask2FormerConfig
+
+    path = Path(weights)
+    original = path.suffix in (".pkl", ".pth")
+    if original and preset is None:
+        raise UsageError("--weights: a detectron2 checkpoint does not say what it is: give --config PRESET")
+    if preset is not None and not original:
+        raise UsageError("--config is for detectron2 checkpoints; this one brings its own configuration")
+    config = None if preset is None else Mask2FormerConfig.preset(preset)
+    if original and not path.is_file():
+        raise UsageError(f"--weights: no file {weights}")
+    _need("transformers", "PIL")
+    import transformers
+
+    from m2f_model.model import Mask2Former
+
+    transformers.logging.disable_progress_bar()
+    return Mask2Former.from_pretrained(weights) if config is None else Mask2Former.load_detectron2(path, config)
+
+
+def collect(paths: Sequence[Path]) -> tuple[list[Path], Path]:
+    """Files as given and all images of directories, below them too; and the directory that all of them are in."""
+    files: dict[Path, None] = {}
+    for path in paths:
+        if path.is_dir():
+            found = (p for p in path.rglob("*") if p.suffix.lower() in _SUFFIXES and p.is_file())
+            files |= dict.fromkeys(sorted(found))
+        elif path.exists():
+            files[path] = None
+        else:
+            raise UsageError(f"images: no file or directory {path}")
+    if not files:
+        raise UsageError(f"no image in {', '.join(map(str, paths))}")
+    root = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths])
+    return list(files), Path(root)
+
+
+def stuff_labels(text: str, model: Mask2Former) -> list[int]:
+    """Labels from names or numbers with commas between; none from "none"."""
+    names = [part.strip() for part in text.split(",") if part.strip()]
+    known = [name.strip().lower() for name in model.config.label_names or ()]
+    labels = []
+    for name in [] if names == ["none"] else names:
+        if name.lower() in known:
+            labels.append(known.index(name.lower()))
+        elif name.isdecimal() and int(name) < model.config.num_labels:
+            labels.append(int(name))
+        else:
+            expected = f"one of {', '.join(known[:5])}, ..." if known else f"a number below {model.config.num_labels}"
+            raise UsageError(f"--stuff: expected {expected}; got {name!r}")
+    return labels
+
+
+def resolve_device(name: str) -> str:
+    """The device that `name` means: "auto" is CUDA where there is one."""
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device: expected auto, cpu, cuda or cuda:N; got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UsageError(f"--device {name}: {torch.cuda.device_count()} CUDA devices here")
+    return name
+
+
+def _datasets(given: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+    from m2f_model.data import CocoInstances, CocoPanoptic, Shapes
+
+    kind, annotations, images = given.data, given.annotations, given.images
     if kind == "shapes":
-        if any((annotations, images, validation_annotations, validation_images)):
-            raise ValueError("annotations, images: expected none with shapes, which are made as they are needed")
+        if any((annotations, images, given.validation_annotations, given.validation_images)):
+            raise UsageError("annotations, images: expected none with shapes, which are made as they are needed")
         return Shapes(), Shapes(length=200, seed=1)
     if kind not in ("instance", "panoptic"):
-        raise ValueError(f"data: expected shapes, instance or panoptic; got {kind!r}")
+        raise UsageError(f"data: expected shapes, instance or panoptic; got {kind!r}")
     if annotations is None or images is None:
-        raise ValueError(f"annotations, images: expected both for {kind} data")
+        raise UsageError(f"annotations, images: expected both for {kind} data")
     build = CocoInstances if kind == "instance" else CocoPanoptic
-    if validation_images is not None and validation_annotations is None:
-        raise ValueError("validation_annotations: expected a file where validation_images is given; got none")
+    if given.validation_images is not None and given.validation_annotations is None:
+        raise UsageError("validation_annotations: expected a file where validation_images is given; got none")
     validation = None
-    if validation_annotations is not None:
-        validation = build(validation_annotations, validation_images or images)
+    if given.validation_annotations is not None:
+        validation = build(given.validation_annotations, given.validation_images or images)
     return build(annotations, images), validation
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
+def _need(*modules: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f"this command needs {', '.join(missing)}: pip install 'm2f-kernels[model]'")
+
+
+def _console() -> Any:
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _one_line(error: Exception | str) -> str:
+    """The message of an error without line breaks; the first and the last of many lines."""
+    text = getattr(error, "summary", None) or str(error) or type(error).__name__
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return "; ".join(lines if len(lines) < 4 else [lines[0], "...", lines[-1]])
+
+
+# ---------------------------------------------------------------- the command line
+
+
+class _Parser(argparse.ArgumentParser):
+    """One line for a mistake, without the usage; options may stand between images."""
+
+    _intermixed = False
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        if self._intermixed or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._intermixed = True  # what follows calls this method
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._intermixed = False
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} ({self.prog} --help)\n")
+
+
+def _command(commands: Any, run: Callable[[argparse.Namespace], int]) -> _Parser:
+    parser: _Parser = commands.add_parser(
+        run.__name__,
+        help=run.__doc__,
+        description=run.__doc__,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def _device_option(parser: _Parser) -> None:
+    parser.add_argument(
+        "--device", default="auto", help="where to run: auto (CUDA where there is one), cpu, cuda, cuda:1"
+    )
+
+
+def _config_option(parser: _Parser) -> None:
+    parser.add_argument("--config", metavar="PRESET", help="what a detectron2 file is, as in r50-coco-panoptic")
+
+
+_WEIGHTS = "directory in Hugging Face's format, its name on the hub, or a detectron2 file (.pkl, .pth)"
+
+
+def parser() -> argparse.ArgumentParser:
+    """What `m2f` takes."""
+    main = _Parser("m2f", description="Mask2Former on fused kernels.", allow_abbrev=False)
+    commands = main.add_subparsers(metavar="COMMAND", parser_class=_Parser)
+
+    p = _command(commands, segment)
+    p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or directories of them")
+    p.add_argument("--weights", required=True, help=_WEIGHTS)
+    _config_option(p)
+    p.add_argument("--task", default="panoptic", help="panoptic, instance or semantic")
+    p.add_argument("-o", "--out", type=Path, default=Path("segmented"), help="directory of the results")
+    p.add_argument("--mode", default="original", help="post-processing: original, or compatible with transformers")
+    p.add_argument(
+        "--threshold", type=float, help="smallest score of a segment; panoptic 0.8, instance 0.5 if not given"
+    )
+    p.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("SHORT", "LONG"),
+        help="images are resized until a side is that; else as trained",
+    )
+    p.add_argument("--stuff", help="labels of one segment per image, names or numbers with commas, or none")
+    _device_option(p)
+
+    p = _command(commands, info)
+    p.add_argument("--weights", help=f"describe this model, too: {_WEIGHTS}")
+    _config_option(p)
+
+    p = _command(commands, bench)
+    p.add_argument("--backbone", default="r50", help=f"one of {', '.join(BACKBONES)}")
+    p.add_argument("--size", type=int, default=512, help="side of the square input")
+    p.add_argument("--training", action="store_true", help="a training step in place of inference")
+    p.add_argument("--batch", type=int, default=1, help="images at once")
+    p.add_argument("--autocast", default="none", help=_AUTOCAST)
+    p.add_argument("--activation-checkpointing", action="store_true", help="for this package's training step")
+    p.add_argument("--rounds", type=int, default=5, help="timed runs of each")
+    p.add_argument("--output", type=Path, help="also write the figures as JSON")
+    _device_option(p)
+
+    p = _command(commands, train)
+    p.add_argument(
+        "-o", "--out", type=Path, required=True, help="directory of checkpoints, events and the trained model"
+    )
+    p.add_argument("--data", required=True, help="shapes (synthetic, tiny model), instance or panoptic (COCO formats)")
+    p.add_argument("--annotations", type=Path, help="COCO's JSON file")
+    p.add_argument("--images", type=Path, help="directory of its images")
+    p.add_argument("--validation-annotations", type=Path, help="JSON file of validation data")
+    p.add_argument("--validation-images", type=Path, help="directory of its images; else --images")
+    p.add_argument("--backbone", help=f"of a new model with random weights: {', '.join(BACKBONES)}; r50 if not given")
+    p.add_argument("--weights", help=f"start from this model, of the same labels: {_WEIGHTS}")
+    _config_option(p)
+    p.add_argument("--steps", type=int, help="steps of the optimiser; else the recipe's, as are the next four")
+    p.add_argument("--batch-size", type=int, help="images per step of each process")
+    p.add_argument("--lr", type=float, help="learning rate")
+    p.add_argument("--size", type=int, help="side of the inputs that large-scale jitter makes")
+    p.add_argument("--workers", type=int, help="processes that prepare data")
+    p.add_argument("--autocast", default="none", help=_AUTOCAST)
+    p.add_argument("--parallel", default="ddp", help="several processes: ddp, or fsdp (a share of the model each)")
+    p.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
+    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument(
+        "--backend", default="auto", help="kernels: auto, cuda, triton, fallback or reference (plain PyTorch)"
+    )
+    _device_option(p)
+    return main
+
+
+def main(arguments: Iterable[str] | None = None) -> NoReturn:
+    """Entry point of the console script. Exit codes: 0 done, 1 some images failed, 2 a mistake, 130 Ctrl-C."""
+    whole = parser()
+    given = whole.parse_args(None if arguments is None else list(arguments))
+    if not hasattr(given, "run"):
+        whole.print_help()
+        sys.exit(2)
+    warnings.showwarning = lambda message, *_args, **_kwargs: _say(f"warning: {_one_line(str(message))}")
+    try:
+        code = given.run(given)
+    except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError, RuntimeError) as error:
+        if os.environ.get("M2F_TRACEBACK") or not _is_expected(error):
+            raise
+        _say(f"error: {_one_line(error)}")
+        sys.exit(2)
+    except KeyboardInterrupt:  # what was to be said is said
+        sys.exit(130)
+    sys.exit(code)
+
+
+def _is_expected(error: Exception) -> bool:
+    """Errors that say what to do about them; all others are ours, and want a traceback."""
+    import torch
+
+    kinds = (ValueError, OSError, FloatingPointError, MemoryError, ImportError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or type(error).__module__ == "m2f_model.bench"

@@ -8,8 +8,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import transformers
-
 from m2f_model.labels import DATASETS, recognise
 
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -205,6 +203,8 @@ class Mask2FormerConfig:
         """The same in `transformers`' words; what those lack rides along under `m2f`."""
         if self.backbone is None:
             raise ValueError("backbone: expected a `transformers` backbone configuration, to be written down; got None")
+        import transformers  # takes seconds, and the names of backbones are wanted without it
+
         names = self.label_names or tuple(f"LABEL_{i}" for i in range(self.num_labels))
         values = asdict(self)
         backbone = transformers.AutoConfig.for_model(**values["backbone"])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import colorsys
 import json
+import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -141,6 +143,8 @@ def segment_files(
     paths: Sequence[str | Path],
     out: str | Path,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = lambda paths: paths,
+    *,
+    root: str | Path | None = None,
 ) -> Summary:
     """Segment image files into the directory `out`.
 
@@ -151,25 +155,24 @@ def segment_files(
 
     Args:
         segmenter: what to do.
-        paths: image files; their names without suffix differ.
+        paths: image files.
         out: directory, made if it is not there.
         progress: wraps the iteration over paths, for a progress bar.
+        root: directory that all files are in, by default the closest. NAME is a file's path below it without suffix
+            (with it where two files differ by nothing else), so that `out` has the folders of the images.
 
     Raises:
-        ValueError: if two results would have the same name.
+        ValueError: if a path is not below `root`, or is there twice.
         OSError: if a result cannot be written.
     """
     files = [Path(p) for p in paths]
-    names = [p.stem for p in files]
-    for i, name in enumerate(names):
-        if name in names[:i]:
-            raise ValueError(f"paths: expected different names; {files[names.index(name)]} and {files[i]} are alike")
+    names = _names(files, root)
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     records: list[Any] = []
     done: list[Path] = []
     failed: list[tuple[Path, str]] = []
-    for path in progress(files):
+    for path, name in zip(progress(files), names, strict=True):
         try:
             image = read_image(path)
         except (ValueError, OSError) as error:
@@ -179,13 +182,13 @@ def segment_files(
             failed.append((path, "not enough memory to read it"))
             continue
         try:
-            records += _write(segmenter(image), image, path, out, segmenter)
+            records += _write(segmenter(image), image, name, out, segmenter)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
             failed.append((path, f"not enough memory for {image.width} x {image.height} pixels"))
-            for name in (f"{path.stem}.{segmenter.task}.png", f"{path.stem}.overlay.png"):
-                (out / name).unlink(missing_ok=True)  # half of a result
+            for kind in (segmenter.task, "overlay"):
+                (out / f"{name}.{kind}.png").unlink(missing_ok=True)  # half of a result
             continue
         done.append(path)
     names_of_labels = segmenter.model.config.label_names or [str(i) for i in range(segmenter.model.config.num_labels)]
@@ -204,13 +207,32 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "not enough memory" in str(error))
 
 
-def _write(result: Result, image: Image.Image, path: Path, out: Path, segmenter: Segmenter) -> list[dict[str, Any]]:
+def _names(files: Sequence[Path], root: str | Path | None) -> list[str]:
+    """What to call the results of each: its path below `root`, without suffix where that is unique."""
+    places = [Path(os.path.abspath(file)) for file in files]  # links stay what they are called
+    if len(set(places)) < len(places):
+        twice = Counter(places).most_common(1)[0][0]
+        raise ValueError(f"paths: expected different files; {twice} is there twice")
+    if not places:
+        return []
+    base = Path(os.path.abspath(os.path.commonpath([p.parent for p in places]) if root is None else root))
+    try:
+        below = [place.relative_to(base) for place in places]
+    except ValueError as error:
+        raise ValueError(f"paths: expected files below {base}; {error}") from error
+    short = [path.with_suffix("").as_posix() for path in below]
+    times = Counter(short)
+    return [path.as_posix() if times[name] > 1 else name for path, name in zip(below, short, strict=True)]
+
+
+def _write(result: Result, image: Image.Image, name: str, out: Path, segmenter: Segmenter) -> list[dict[str, Any]]:
     """Write one image's files; its records for the JSON file."""
+    (out / name).parent.mkdir(parents=True, exist_ok=True)
     records: list[dict[str, Any]]
     masks: Iterable[np.ndarray]  # one at a time, where they are not there anyway
     if isinstance(result, Panoptic):
         ids = result.segment_ids.cpu().numpy()
-        file_name = f"{path.stem}.panoptic.png"
+        file_name = f"{name}.panoptic.png"
         _save(Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)), out / file_name)
         segments = [
             {
@@ -223,26 +245,26 @@ def _write(result: Result, image: Image.Image, path: Path, out: Path, segmenter:
             }
             for segment in result.segments
         ]
-        records = [{"image_id": path.stem, "file_name": file_name, "segments_info": segments}]
+        records = [{"image_id": name, "file_name": file_name, "segments_info": segments}]
         masks = (ids == segment.id for segment in result.segments)
         colours = list(range(len(result.segments)))
     elif isinstance(result, Instances):
         masks = list(result.masks.cpu().numpy())
         records = [
-            {"image_id": path.stem, "category_id": label, "score": round(score, 6), "segmentation": encode(mask)}
+            {"image_id": name, "category_id": label, "score": round(score, 6), "segmentation": encode(mask)}
             for label, score, mask in zip(result.labels.tolist(), result.scores.tolist(), masks, strict=True)
         ]
         colours = list(range(len(masks)))
     else:
         labels = result.cpu().numpy()
-        file_name = f"{path.stem}.semantic.png"
+        file_name = f"{name}.semantic.png"
         _save(Image.fromarray(labels.astype(np.uint8 if labels.max() < 256 else np.uint16)), out / file_name)
         found, areas = np.unique(labels, return_counts=True)
         areas_of = [{"category_id": int(c), "area": int(a)} for c, a in zip(found, areas, strict=True)]
-        records = [{"image_id": path.stem, "file_name": file_name, "segments_info": areas_of}]
+        records = [{"image_id": name, "file_name": file_name, "segments_info": areas_of}]
         masks = (labels == c for c in found)
         colours = [int(c) for c in found]
-    _save(overlay(image, masks, colours), out / f"{path.stem}.overlay.png")
+    _save(overlay(image, masks, colours), out / f"{name}.overlay.png")
     return records
 
 

@@ -4,11 +4,10 @@ import json
 
 import pytest
 import torch
-from typer.testing import CliRunner
 
 from m2f_model import bench
 from m2f_model.bench import IMPLEMENTATIONS, Case, build, measure, peak_memory
-from m2f_model.cli import app
+from tests.model.command import m2f
 
 TINY = Case("tiny", 96, targets=3)
 
@@ -54,7 +53,7 @@ def test_what_differs_has_no_times(monkeypatch):
 
 def test_command(tmp_path):
     arguments = ["bench", "--backbone", "tiny", "--size", "64", "--rounds", "1", "--output", str(tmp_path / "row.json")]
-    result = CliRunner().invoke(app, arguments)
+    result = m2f(*arguments)
     assert result.exit_code == 0, result.output
     assert "peak memory, MiB" in result.output
     assert json.loads((tmp_path / "row.json").read_text())["case"]["size"] == 64
@@ -65,10 +64,12 @@ def test_command(tmp_path):
     [
         (["--backbone", "vgg"], "backbone: expected one of r50"),
         (["--size", "100"], "size: expected a multiple of 32; got 100"),
+        (["--rounds", "0"], "rounds: expected at least 1; got 0"),
+        (["--batch", "0"], "batch: expected at least 1; got 0"),
         (["--autocast", "fp8"], "autocast: expected none, bf16 or fp16; got 'fp8'"),
     ],
 )
 def test_bad_commands(arguments, message):
-    result = CliRunner().invoke(app, ["bench", *arguments])
+    result = m2f("bench", *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())

@@ -3,18 +3,19 @@
 import dataclasses
 import json
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from pycocotools import mask as coco
-from typer.testing import CliRunner
 
 from m2f_model import Mask2Former, Mask2FormerConfig, Segmenter, segment_files
-from m2f_model.cli import app
 from m2f_model.data import Shapes
 from m2f_model.segment import TASKS, overlay, prepare, resized_size
 from m2f_model.train import Recipe, Trainer
+from m2f_model.weights import to_detectron2
+from tests.model import command
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +144,8 @@ def test_bad_arguments(arguments, message, weights):
 
 
 def m2f(*arguments):
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, " ".join(result.output.replace("│", " ").split())
+    code, output = command.m2f(*arguments)
+    return code, " ".join(output.split())
 
 
 def test_command(weights, photos, tmp_path):
@@ -171,24 +172,113 @@ def test_one_bad_file_does_not_stop_the_others(weights, photos, tmp_path):
     [
         (["--weights", "absent.pkl"], "give --config PRESET"),
         (["--weights", "absent.pkl", "--config", "r50"], "name: expected BACKBONE-DATASET"),
+        (["--weights", "absent.pkl", "--config", "r50-coco-panoptic"], "--weights: no file absent.pkl"),
+        (["--weights", "absent"], "absent: no such directory"),
+        (["--weights", "./absent/model"], "./absent/model: no such directory"),
+        (["--weights", __file__], "expected a directory in Hugging Face's format; got a file"),
         (["--task", "depth"], "task: expected one of"),
         (["--config", "r50-coco-panoptic"], "--config is for detectron2 checkpoints"),
+        (["--device", "abacus"], "--device: expected auto, cpu, cuda or cuda:N; got 'abacus'"),
+        (["--device", "cuda:77"], "--device cuda:77: "),
+        (["--stuff", "sky,moon"], "--stuff: expected one of disc, square, "),
+        (["--size", "9", "8"], "image_size: expected (short, long) sides of at least 1; got (9, 8)"),
+        (["--size", "9"], "argument --size: expected 2 arguments"),
+        (["absent.jpg"], "images: no file or directory absent.jpg"),
+        (["--threshold", "2"], "threshold: expected 0 to 1; got 2.0"),
+        (["--mod", "original"], "unrecognized arguments: --mod"),
     ],
 )
 def test_bad_commands(arguments, message, weights, photos, tmp_path):
-    code, output = m2f("segment", photos, "--weights", weights, "-o", tmp_path / "out", *arguments)
+    """One line, exit code 2, nothing written."""
+    code, output = command.m2f("segment", photos, "--weights", weights, "-o", tmp_path / "out", *arguments)
     assert code == 2
+    assert output.startswith("error: ")
     assert message in output
+    assert output.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_no_image_and_same_names(weights, photos, tmp_path):
+def test_no_image(weights, tmp_path):
     (tmp_path / "empty").mkdir()
     code, output = m2f("segment", tmp_path / "empty", "--weights", weights)
     assert (code, "no image in" in output) == (2, True)
-    Image.new("RGB", (8, 8)).save(photos / "second.jpg")
-    code, output = m2f("segment", photos, "--weights", weights, "-o", tmp_path / "out")
-    assert (code, "paths: expected different names" in output) == (2, True)
+
+
+def test_weights_that_are_no_model(weights, photos, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.pth").write_bytes(b"")
+    code, output = m2f("segment", photos, "--weights", tmp_path / "run")
+    assert (code, "no config.json there (an unfinished training run)" in output) == (2, True)
+    state = to_detectron2(Mask2Former.from_pretrained(weights).state_dict())
+    torch.save(state, tmp_path / "tiny.pth")
+    code, output = m2f("segment", photos, "--weights", tmp_path / "tiny.pth", "--config", "r50-coco-panoptic")
+    assert code == 2
+    assert "tiny.pth: expected the weights of this model; " in output
+    assert len(output) < 600
+
+
+def test_a_name_that_the_hub_does_not_know(monkeypatch):
+    """One question, and no retries."""
+    asked = []
+
+    def model_info(self, name, timeout):
+        asked.append(name)
+        raise OSError("offline\nsecond line")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    with pytest.raises(ValueError, match=r"^own/er: no such directory here, nor such a model on the hub \(offline\)$"):
+        Mask2Former.from_pretrained("own/er")
+    assert asked == ["own/er"]
+
+
+def test_folders_are_kept(weights, photos, tmp_path):
+    """Equal names in two folders, and two files that differ by their suffix, have results of their own."""
+    for folder in ("monday", "tuesday/late"):
+        (tmp_path / folder).mkdir(parents=True)
+        for name in ("a.png", "a.jpg", "b.png"):
+            Image.open(photos / "first.png").save(tmp_path / folder / name)
+    arguments = ["--weights", weights, "--task", "semantic", "-o", tmp_path / "out"]
+    code, output = m2f("segment", tmp_path / "monday", tmp_path / "tuesday", *arguments)
+    assert code == 0, output
+    content = json.loads((tmp_path / "out" / "semantic.json").read_text())
+    names = {f"{d}/{n}" for d in ("monday", "tuesday/late") for n in ("a.png", "a.jpg", "b")}
+    assert {r["image_id"] for r in content["annotations"]} == names
+    assert all((tmp_path / "out" / r["file_name"]).is_file() for r in content["annotations"])
+    assert all((tmp_path / "out" / f"{name}.overlay.png").is_file() for name in names)
+    code, output = m2f("segment", tmp_path / "monday", *arguments[:-1], tmp_path / "one")
+    assert (tmp_path / "one" / "b.overlay.png").is_file()
+    code, output = m2f("segment", tmp_path / "monday", tmp_path / "tuesday" / ".." / "monday" / "b.png", *arguments)
+    assert (code, "is there twice" in output) == (2, True)
+
+
+def test_stuff_and_size_of_the_command(weights, photos, tmp_path):
+    """What a checkpoint does not know can be said; that it does not know is."""
+    model = Mask2Former.from_pretrained(weights)
+    model.config = dataclasses.replace(model.config, stuff_labels=None)
+    model.save_pretrained(tmp_path / "model")
+    for arguments, warns, stuff in (
+        ([], True, set()),
+        (["--stuff", "Sky, 4"], False, {3, 4}),
+        (["--stuff", "none"], False, set()),
+    ):
+        out = tmp_path / f"out{len(arguments)}"
+        code, output = m2f(
+            "segment", photos, "--weights", tmp_path / "model", "-o", out, "--threshold", 0.3, *arguments
+        )
+        assert code == 0, output
+        assert ("warning: which labels are stuff is not known" in output) == warns
+        segments = [
+            s for r in json.loads((out / "panoptic.json").read_text())["annotations"] for s in r["segments_info"]
+        ]
+        assert segments
+        assert all(s["isthing"] == (s["category_id"] not in stuff) for s in segments)
+    small = Segmenter(model, "semantic", image_size=(64, 96))
+    code, output = m2f(
+        "segment", photos, "--weights", weights, "--task", "semantic", "--size", 64, 96, "-o", tmp_path / "s"
+    )
+    assert code == 0, output
+    found = np.asarray(Image.open(tmp_path / "s" / "first.semantic.png"))
+    assert np.array_equal(found, small(Image.open(photos / "first.png")).numpy())
 
 
 def test_info(weights):

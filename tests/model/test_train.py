@@ -8,13 +8,12 @@ import signal
 import pytest
 import torch
 from torch import nn
-from typer.testing import CliRunner
 
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model import train as training
-from m2f_model.cli import app
 from m2f_model.data import Shapes
 from m2f_model.train import Recipe, Trainer, build_optimizer, of_data
+from tests.model.command import m2f
 
 DATA = Shapes(length=12, size=64)
 #: Four steps with everything on that could make a difference: milestones, jitter, evaluation.
@@ -492,7 +491,7 @@ def test_batches_without_targets(tmp_path):
 
 def test_command(tmp_path):
     arguments = ["train", "--data", "shapes", "-o", str(tmp_path / "out"), "--steps", "1", "--batch-size", "2"]
-    result = CliRunner().invoke(app, arguments)
+    result = m2f(*arguments)
     assert result.exit_code == 0, result.output
     assert "step 1/1  loss" in result.output
     assert "PQ" in result.output
@@ -517,6 +516,6 @@ def test_command(tmp_path):
     ],
 )
 def test_bad_commands(arguments, message, tmp_path):
-    result = CliRunner().invoke(app, ["train", "-o", str(tmp_path / "out"), *arguments])
+    result = m2f("train", "-o", tmp_path / "out", *arguments)
     assert result.exit_code == 2
     assert message in " ".join(result.output.split())
