@@ -237,6 +237,8 @@ def test_folders_are_kept(weights, photos, tmp_path):
         (tmp_path / folder).mkdir(parents=True)
         for name in ("a.png", "a.jpg", "b.png"):
             Image.open(photos / "first.png").save(tmp_path / folder / name)
+    (tmp_path / "monday" / "b.png").unlink()
+    (tmp_path / "monday" / "b.png").symlink_to(photos / "first.png")  # it stays in its folder
     arguments = ["--weights", weights, "--task", "semantic", "-o", tmp_path / "out"]
     code, output = m2f("segment", tmp_path / "monday", tmp_path / "tuesday", *arguments)
     assert code == 0, output
