@@ -511,7 +511,7 @@ def test_command(tmp_path):
         (["--data", "instance", "--backbone", "r18"], "backbone: expected one of r50,"),
         (["--data", "shapes", "--annotations", "a.json"], "annotations, images: expected none with shapes"),
         (["--data", "shapes", "--backend", "fast"], "backend: expected one of auto, "),
-        (["--data", "shapes", "--device", "gpu"], "expected cpu, cuda or cuda:N"),
+        (["--data", "shapes", "--device", "gpu"], "expected auto, cpu, cuda or cuda:N"),
         (["--data", "shapes", "--device", "cuda:99"], "cuda:99: "),
     ],
 )
