@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 _LARGEST = sys.float_info.max
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -77,6 +78,13 @@ def check_number(name: str, value: Any) -> float:
     if not -_LARGEST <= value <= _LARGEST:
         raise ValueError(f"{name}: expected a finite number; got {describe(value)}")
     return float(value)
+
+
+def readable(value: Tensor) -> bool:
+    """Whether the numbers in a tensor can be looked at now, without waiting for a device and not while tracing."""
+    if value.device.type != "cpu" or torch.compiler.is_compiling() or tracing() or isinstance(value, FakeTensor):
+        return False
+    return not torch._C._functorch.is_batchedtensor(value)
 
 
 def check_indices(name: str, value: object, device: torch.device) -> Tensor:

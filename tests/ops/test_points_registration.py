@@ -122,3 +122,51 @@ def test_uncertain_points_compile(generator):
     logits = torch.randn(3, 9, 7, generator=generator)
     compiled = torch.compile(lambda x: m2f_kernels.uncertain_points(x, 30), fullgraph=True, backend="aot_eager")
     assert compiled(logits).shape == (3, 30, 2)
+
+
+def _points_and_losses():
+    """What a training step calls, with and without queries, by name: a function of tensors, and its arguments."""
+    generator = torch.Generator().manual_seed(0)
+
+    def rand(*size):
+        return torch.rand(*size, generator=generator)
+
+    logits, factors = rand(2, 3, 6, 5) - 0.5, (rand(2, 3, 4) - 0.5, rand(2, 4, 6, 5) - 0.5)
+    targets, points = (rand(3, 9, 8) > 0.5, rand(2, 9, 8) > 0.5), rand(3, 7, 2)
+    indices = torch.tensor([0, 2]), torch.tensor([2, 1]), torch.tensor([1]), torch.tensor([0])
+
+    def loss(masks, t0, t1, points, a, b, c, d):
+        return m2f_kernels.point_mask_loss(masks, [t0, t1], points, matches=[(a, b), (c, d)])
+
+    def draw(masks, *queries):
+        return m2f_kernels.uncertain_points(masks, 7, queries=list(queries) or None)
+
+    def factored(function):
+        return lambda embed, features, *rest: function(m2f_kernels.FactoredMasks(embed, features), *rest)
+
+    return {
+        "loss": (loss, (logits, *targets, points, *indices)),
+        "loss of factors": (factored(loss), (*factors, *targets, points, *indices)),
+        "points": (draw, (logits,)),
+        "points of some": (draw, (logits, indices[0], indices[2])),
+        "points of factors": (factored(draw), factors),
+    }
+
+
+@pytest.mark.parametrize("name", list(_points_and_losses()))
+def test_public_functions_compile_and_export(name):
+    function, arguments = _points_and_losses()[name]
+
+    class Module(torch.nn.Module):
+        def forward(self, *given):
+            return function(*given)
+
+    torch.manual_seed(3)
+    expected = function(*arguments)
+    torch._dynamo.reset()
+    for run in (
+        torch.compile(function, fullgraph=True, backend="aot_eager"),
+        torch.export.export(Module(), arguments).module(),
+    ):
+        torch.manual_seed(3)
+        torch.testing.assert_close(run(*arguments), expected)

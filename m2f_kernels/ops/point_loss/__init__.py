@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels import dispatch
-from m2f_kernels._checks import check_indices, check_same_device, check_shape, describe
+from m2f_kernels._checks import check_indices, check_same_device, check_shape, describe, readable
 from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import FactoredMasks
@@ -315,7 +315,7 @@ def pair_up(
         check_indices(f"matches[{i}]", chosen, first.device)
         check_shape(f"matches[{i}]", chosen, "[M] of the targets, like that of the queries,", queries.shape)
         count = targets[i].shape[0]
-        if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
+        if readable(chosen) and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
             raise ValueError(f"matches[{i}]: expected targets from 0 to {count - 1}; got {chosen.tolist()}")
         rows.append(chosen + first_row)
         first_row += count

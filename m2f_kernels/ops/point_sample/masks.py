@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from m2f_kernels._checks import check_indices, describe
+from m2f_kernels._checks import check_indices, describe, readable
 from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.ops._autograd import transformed
@@ -100,7 +100,7 @@ def product_chunks(
     h, w = mask_features.shape[2:]
     embed = mask_embed.flatten(0, 1)[rows].to(dtype)
     bounds = list(chunk_bounds(counts, mask_bytes, bound))
-    largest = max((last - first for _, first, last in bounds), default=0)
+    largest = max([0, *(last - first for _, first, last in bounds)])
     buffer = embed.new_empty(largest, h * w)
     features, held = None, -1
     for image, first, last in bounds:
@@ -124,7 +124,7 @@ def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None,
         raise ValueError(f"{name}: expected {n} tensors, one per image; got {len(queries)}")
     for i, chosen in enumerate(queries):
         check_indices(f"{name}[{i}]", chosen, device)
-        if chosen.device.type == "cpu" and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < q:
+        if readable(chosen) and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < q:
             raise ValueError(f"{name}[{i}]: expected queries from 0 to {q - 1}; got {chosen.tolist()}")
     shifted = [chosen + i * q for i, chosen in enumerate(queries)]
     rows = torch.cat(shifted) if shifted else torch.zeros(0, dtype=torch.int64, device="cpu")
