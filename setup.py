@@ -29,7 +29,8 @@ class CMakeBuild(build_ext):
     def run(self) -> None:
         in_place = self.inplace or getattr(self, "editable_mode", False)
         package = ROOT if in_place else Path(self.build_lib).resolve()
-        build = Path(self.build_temp).resolve() / "cmake"
+        # Of an editable install setuptools makes a temporary directory, whose files would be compiled every time.
+        build = ROOT / "build" / "in-place" if in_place else Path(self.build_temp).resolve() / "cmake"
         try:
             native.configure(package / "m2f_kernels" / "lib", build)
             native.compile_all(build)
