@@ -7,7 +7,7 @@ on tensors of the meta device: that is how they are compiled ahead of time on a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -81,6 +81,9 @@ class Launch:
     num_stages: int
 
 
+#: Programs along the axes y and z of a grid; along x there may be 2^31 - 1.
+MAX_GRID = 65535
+
 _recording: tuple[Architecture, list[Launch]] | None = None
 
 
@@ -121,11 +124,16 @@ def launch(
 
     Args:
         kernel: what `triton.jit` returned.
-        grid: numbers of programs, all positive; axis 0 may be as large as 2^31 - 1, the others 65535.
+        grid: numbers of programs, all positive; axis 0 may be as large as 2^31 - 1, the others `MAX_GRID`.
         args: the kernel's leading parameters: tensors and numbers.
         num_warps, num_stages: Triton's options.
         constants: its remaining parameters, by name.
+
+    Raises:
+        ValueError: the grid is larger.
     """
+    if any(count > (MAX_GRID if axis else 2**31 - 1) for axis, count in enumerate(grid)):
+        raise ValueError(f"{kernel.__name__}: expected at most 2^31 - 1 x {MAX_GRID} x {MAX_GRID} programs; got {grid}")
     if _recording is not None:
         arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
         _recording[1].append(Launch(kernel, arguments, grid, num_warps, num_stages))
@@ -140,6 +148,36 @@ def launch(
             kernel[grid](*args, **constants, **options)
     else:
         kernel[grid](*args, **constants, **options)
+
+
+def rows_and_blocks(rows: int, blocks: int) -> tuple[int, int, int]:
+    """The grid of a kernel that takes each of many rows a block at a time; its programs ask `block_id`."""
+    layers = triton.cdiv(blocks, MAX_GRID)
+    return rows, triton.cdiv(blocks, layers), layers
+
+
+@triton.jit
+def block_id():  # type: ignore[no-untyped-def]
+    """Which block of its row a program of a `rows_and_blocks` grid has."""
+    return tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
+
+
+def in_parts(
+    function: Callable[..., tuple[Tensor, ...]], limit: int, axes: tuple[int, ...], *tensors: Tensor, joined: int = 0
+) -> tuple[Tensor, ...]:
+    """`function(*tensors)`, at most `limit` elements at a time along one axis.
+
+    Args:
+        axes: that axis of each tensor; -1 for one that goes into every part whole.
+        joined: that axis of the results.
+    """
+    count = next(x.shape[axis] for x, axis in zip(tensors, axes, strict=True) if axis >= 0)
+    found = []
+    for first in range(0, count, limit):
+        size = min(limit, count - first)
+        parts = (x if axis < 0 else x.narrow(axis, first, size) for x, axis in zip(tensors, axes, strict=True))
+        found.append(function(*parts))
+    return tuple(torch.cat(results, joined) for results in zip(*found, strict=True))
 
 
 def contiguous_last(tensor: Tensor) -> Tensor:

@@ -10,17 +10,9 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
-#include <cstdio>
 
 // The block's dynamic shared memory.
 #define M2F_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-
-// Ends the kernel with a message; the launching stream reports an error at its next synchronisation.
-#define M2F_DEVICE_TRAP(...) \
-  do {                       \
-    printf(__VA_ARGS__);     \
-    __trap();                \
-  } while (0)
 
 namespace m2f {
 

@@ -361,13 +361,6 @@ inline Machine& Machine::machine() { return m2f_shim::machine(); }
 
 #define M2F_DYNAMIC_SHARED(name) unsigned char* const name = m2f_shim::machine().shared_memory()
 
-#define M2F_DEVICE_TRAP(...)                                \
-  do {                                                      \
-    char message_[512];                                     \
-    std::snprintf(message_, sizeof(message_), __VA_ARGS__); \
-    throw std::runtime_error(message_);                     \
-  } while (0)
-
 // ---------------------------------------------------------------- synchronisation
 
 inline void __syncthreads(int line = __builtin_LINE()) { m2f_shim::machine().barrier(line); }

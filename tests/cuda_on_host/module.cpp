@@ -154,8 +154,7 @@ void broken_kernel(int kind, float* memory) {
   if (kind == 2) __ldg(memory + lane);
   if (kind == 3) shared[lane] = 0;
   if (kind == 4) __ldg(reinterpret_cast<float*>(reinterpret_cast<unsigned char*>(memory) + 1));
-  if (kind == 5 && lane == 3) M2F_DEVICE_TRAP("trap %d", lane);
-  if (kind == 6 && lane != 0) __syncthreads();
+  if (kind == 5 && lane != 0) __syncthreads();
 }
 
 // Runs one warp of a kernel that makes the mistake `kind`, on 16 floats and 16 bytes of shared memory.

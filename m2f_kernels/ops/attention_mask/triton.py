@@ -7,7 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import architecture, contiguous_last, dot, launch
+from m2f_kernels._triton import (
+    MAX_GRID,
+    architecture,
+    block_id,
+    contiguous_last,
+    dot,
+    in_parts,
+    launch,
+    rows_and_blocks,
+)
 from m2f_kernels.masks import WORD
 from m2f_kernels.ops.attention_mask import configs
 
@@ -30,7 +39,7 @@ def _pack_kernel(
 ):  # fmt: skip
     """One program packs WORDS words of one row."""
     row = tl.program_id(0).to(tl.int64)
-    words = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
+    words = block_id() * WORDS + tl.arange(0, WORDS)
     keys = words[:, None] * _WORD + tl.arange(0, _WORD)[None, :]
     start = mask + (row // num_queries) * stride_n + (row % num_queries) * stride_q
     value = tl.load(start + keys.to(tl.int64) * stride_s, mask=keys < num_keys, other=0)
@@ -54,8 +63,9 @@ def pack_attention_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
         return bits, row_any
     words = bits.shape[2]
     block = min(triton.next_power_of_2(words), 32)
+    grid = rows_and_blocks(n * q, triton.cdiv(words, block))
     launch(
-        _pack_kernel, (n * q, triton.cdiv(words, block)), mask, bits, row_any, *mask.stride(), q, s, words,
+        _pack_kernel, grid, mask, bits, row_any, *mask.stride(), q, s, words,
         IS_BOOL=mask.dtype == torch.bool, WORDS=block, num_warps=4,
     )  # fmt: skip
     return bits, row_any
@@ -107,10 +117,17 @@ def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> tuple[
     """`m2f::predict_attention_mask`: mask_embed [N, Q, C], level_features [N, C, S], both of any strides."""
     n, q, c = mask_embed.shape
     s = level_features.shape[2]
+    if n > MAX_GRID:
+        bits, row_any = in_parts(predict_attention_mask, MAX_GRID, (0, 0), mask_embed, level_features)
+        return bits, row_any
     bits, row_any = _empty_mask(mask_embed, n, q, s)
     if bits.numel() == 0:
         return bits, row_any
     config = configs.predict(architecture(mask_embed.device).capability, mask_embed.element_size(), q)
+    limit = MAX_GRID * config["BLOCK_Q"]
+    if q > limit:
+        bits, row_any = in_parts(predict_attention_mask, limit, (1, -1), mask_embed, level_features, joined=1)
+        return bits, row_any
     launch(
         _predict_kernel, (triton.cdiv(s, config["BLOCK_S"]), triton.cdiv(q, config["BLOCK_Q"]), n),
         mask_embed, level_features, bits, row_any, *mask_embed.stride(), *level_features.stride(),
@@ -173,7 +190,7 @@ def _interpolate_kernel(
 ):  # fmt: skip
     """One program writes BLOCK pixels of one channel of one level: bilinear, any size."""
     plane = tl.program_id(0).to(tl.int64)
-    pixels = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    pixels = block_id() * BLOCK + tl.arange(0, BLOCK)
     y, dy, below = _coordinate(pixels // w, height, h, WIDE)
     x, dx, right = _coordinate(pixels % w, width, w, WIDE)
     inside = pixels < h * w
@@ -220,12 +237,14 @@ def resize_mask_features(mask_features: Tensor, sizes: list[int]) -> Tensor:
     shrunk: dict[int, int] = {}
     for h, w, start in levels:
         ratio = height // h
-        if ratio in (2, 4, 8) and ratio not in shrunk and (h * ratio, w * ratio) == (height, width):
+        whole = ratio in (2, 4, 8) and (h * ratio, w * ratio) == (height, width) and width <= MAX_GRID * 1024
+        if whole and ratio not in shrunk:
             shrunk[ratio] = start
         else:
             block = min(triton.next_power_of_2(h * w), 512)
+            grid = rows_and_blocks(n * c, triton.cdiv(h * w, block))
             launch(
-                _interpolate_kernel, (n * c, triton.cdiv(h * w, block)), features, out, *features.stride(),
+                _interpolate_kernel, grid, features, out, *features.stride(),
                 c, height, width, h, w, start, total,
                 WIDE=2 * max(h * height, w * width) >= 2**31, BLOCK=block, num_warps=4,
             )  # fmt: skip

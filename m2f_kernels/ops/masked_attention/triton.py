@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import Architecture, architecture, contiguous_last, dot, launch
+from m2f_kernels._triton import MAX_GRID, Architecture, architecture, contiguous_last, dot, in_parts, launch
 from m2f_kernels.masks import WORD
 from m2f_kernels.ops.masked_attention import configs
 
@@ -273,6 +273,18 @@ def masked_attention(
     """`m2f::masked_attention`: the output [N, Q, H, D] and the log-sum-exp [N, H, Q] in float32."""
     n, heads, q, d = query.shape
     s = key.shape[2]
+    if n > MAX_GRID:
+        output, logsumexp = in_parts(
+            lambda q_, k, v, b, r: masked_attention(q_, k, v, b, r, scale),
+            MAX_GRID,
+            (0,) * 5,
+            query,
+            key,
+            value,
+            bits,
+            row_any,
+        )
+        return output, logsumexp
     output = query.new_empty(n, q, heads, d)
     logsumexp = query.new_empty(n, heads, q, dtype=torch.float32)
     if output.numel() == 0:
@@ -351,8 +363,15 @@ def _backward_tile(
     # No weight exceeds 1; with scores so large that their rounding errors do, one would overflow. A NaN stays.
     weights = tl.where(attend, tl.exp2(tl.where(exponent > 0, 0.0, exponent)), 0.0)
     dv = dot(weights.to(g.dtype), g)
-    ds = tl.where(weights != 0, weights * (dot(v, tl.trans(g)) - delta[None, :]), 0.0).to(q.dtype)
-    return dot(ds, q), dv, dot(tl.trans(ds), k)
+    ds = tl.where(weights != 0, weights * (dot(v, tl.trans(g)) - delta[None, :]), 0.0)
+    if q.dtype == tl.float16:
+        # The gradient of a scaled loss fits float16, its products with the values need not.
+        largest = tl.max(tl.max(tl.abs(ds), axis=1), axis=0)
+        shrink = tl.where((largest > 32768.0) & (largest < float("inf")), largest / 32768.0, 1.0)
+        low = (ds / shrink).to(q.dtype)
+        return dot(low, q) * shrink, dv, dot(tl.trans(low), k) * shrink
+    low = ds.to(q.dtype)
+    return dot(low, q), dv, dot(tl.trans(low), k)
 
 
 @triton.jit
@@ -530,6 +549,15 @@ def masked_attention_backward(
     """`m2f::masked_attention_backward`: the gradients of query, key, value, as [N, Q, H, D] and [N, S, H, D]."""
     n, heads, q, d = query.shape
     s = key.shape[2]
+    if n > MAX_GRID:
+        given = (grad_output, query, key, value, bits, row_any, output, logsumexp)
+        dquery, dkey, dvalue = in_parts(
+            lambda g, q_, k, v, b, r, o, x: masked_attention_backward(g, q_, k, v, b, r, o, x, scale),
+            MAX_GRID,
+            (0,) * len(given),
+            *given,
+        )
+        return dquery, dkey, dvalue
     dquery = query.new_empty(n, q, heads, d)
     if dquery.numel() == 0:
         return dquery, key.new_zeros(n, s, heads, d), value.new_zeros(n, s, heads, d)

@@ -20,7 +20,7 @@ from m2f_kernels.ops._autograd import (
     register_vmap,
     saved_inputs,
 )
-from m2f_kernels.ops.ms_deform_attn import reference
+from m2f_kernels.ops.ms_deform_attn import fallback, reference
 from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes, read_levels, resolve_levels
 
 __all__ = ["ms_deform_attn", "ms_deform_attn_from_offsets"]
@@ -50,7 +50,7 @@ for _schema in _SCHEMAS:
     CUDA_LIBRARY.define(_schema)
 
 #: Plain PyTorch, by the name of the backend.
-_PLAIN = {"fallback": reference, "reference": reference}
+_PLAIN = {"fallback": fallback, "reference": reference}
 
 
 # ---------------------------------------------------------------- public functions
@@ -75,7 +75,8 @@ def ms_deform_attn(
         value: [N, S, H, D], S the sum of all levels' h*w. float64, float32, bfloat16 or float16.
             Any strides; unit stride in D avoids a copy.
         spatial_shapes: (h, w) of each of up to 16 levels, as pairs or as an integer tensor [L, 2]. A CUDA
-            tensor is read by the kernel, without synchronisation.
+            tensor is read by the kernel, without synchronisation; a level that does not lie within value then
+            contributes nothing, where on the host it is an error.
         level_start_index: [L], where each level starts in value; None when they follow each other.
         sampling_locations: [N, Q, H, L, P, 2], (x, y) normalised to [0, 1], pixel centres at
             (i + 0.5) / size. With `points_per_level`, [N, Q, H, sum(points_per_level), 2].

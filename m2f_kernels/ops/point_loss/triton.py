@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2f_kernels._dtypes import without_autocast
-from m2f_kernels._triton import dot, launch
+from m2f_kernels._triton import MAX_GRID, block_id, dot, in_parts, launch, rows_and_blocks
 from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, chunk_bounds, exact, mask_bytes, product_chunks
 from m2f_kernels.ops.point_sample.triton import (
     FRACTION_BITS,
@@ -23,6 +23,7 @@ from m2f_kernels.ops.point_sample.triton import (
     fixed_point_scale,
     launch_fresh,
     launch_kept,
+    scale_up,
     scatter,
     to_float,
 )
@@ -123,6 +124,9 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`m2f::mask_matching_cost`: logits [Q, K], labels [T, K], float32."""
     q, k = logits.shape
     t = labels.shape[0]
+    if t > 16 * MAX_GRID:
+        cross_entropy, dice = in_parts(mask_matching_cost, 16 * MAX_GRID, (-1, 0), logits, labels, joined=1)
+        return cross_entropy, dice
     if q * t == 0:
         return logits.new_empty(q, t), logits.new_empty(q, t)
     logits, labels = (x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous() for x in (logits, labels))
@@ -159,7 +163,7 @@ def _loss_kernel(
     m = tl.program_id(0).to(tl.int64)
     target = tl.load(target_rows + m)
     if (target >= first_target) & (target < last_target):
-        k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        k = block_id() * BLOCK + tl.arange(0, BLOCK)
         inside = k < num_points
         at = m * num_points + k
         x = tl.load(points + 2 * at, mask=inside, other=0.0)
@@ -169,7 +173,7 @@ def _loss_kernel(
         sigmoid, softplus = sigmoid_softplus(logit)
         tl.store(probability + at, sigmoid, mask=inside)
         tl.store(labels + at, label, mask=inside)
-        to = sums + (m * tl.num_programs(1) + tl.program_id(1)) * 4
+        to = sums + (m * tl.num_programs(1) * tl.num_programs(2) + block_id()) * 4
         tl.store(to, tl.sum(tl.where(inside, softplus - logit * label, 0.0), axis=0))
         sigmoid = tl.where(inside, sigmoid, 0.0)
         tl.store(to + 1, tl.sum(sigmoid, axis=0))
@@ -210,12 +214,18 @@ def point_mask_loss(
     m, k = points.shape[:2]
     points = points.contiguous()
     probability, labels = (torch.empty(m, k, dtype=torch.float32, device=points.device) for _ in range(2))
-    sums = torch.empty(m, triton.cdiv(k, _POINTS), 4, dtype=torch.float32, device=points.device)
+    sums = torch.empty(m, _blocks(k), 4, dtype=torch.float32, device=points.device)
     first = 0
     for masks in targets:
         _launch_loss(mask_logits, rows, masks, first, target_rows, points, probability, labels, sums)
         first += masks.shape[0]
     return *_loss_of_blocks(sums, k), probability, labels
+
+
+def _blocks(points: int) -> int:
+    """How many programs share a mask's points."""
+    _, along_y, along_z = rows_and_blocks(1, triton.cdiv(points, _POINTS))
+    return along_y * along_z
 
 
 def _launch_loss(
@@ -226,7 +236,8 @@ def _launch_loss(
     if m and count:
         logits, dense = dense_planes(mask_logits), dense_planes(targets)
         launch(
-            _loss_kernel, (m, triton.cdiv(k, _POINTS)), logits, logits.stride(0), rows, dense, dense.stride(0),
+            _loss_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)), logits, logits.stride(0), rows, dense,
+            dense.stride(0),
             target_rows, points, *outs, first, first + count, k, *logits.shape[1:], *dense.shape[1:], BLOCK=_POINTS,
             num_warps=4,
         )  # fmt: skip
@@ -253,9 +264,12 @@ def _sums_kernel(
     # No term is larger: |s - t| <= 1, s (1 - s) <= 1/4, and |N / D - 2 t| <= 2.
     bound = tl.abs(tl.load(grad_cross_entropy + m)) / num_points + tl.abs(tl.load(grad_dice + m)) / (2 * (sum + 1))
     if SCALED:  # as `fixed_point_scale` has it
-        scale = tl.where(bound - bound == 0, 2.0**BITS / bound, float("nan"))
-        bound = tl.where(bound == 0, 1.0, scale)
-    tl.store(largest + m, bound)
+        first = tl.minimum(2.0**BITS / bound, 2.0**100)
+        second = tl.where(bound - bound == 0, tl.minimum(2.0**BITS / first / bound, 2.0**100), float("nan"))
+        tl.store(largest + 2 * m, first)
+        tl.store(largest + 2 * m + 1, second)
+    else:
+        tl.store(largest + m, bound)
 
 
 @triton.jit(do_not_specialize=["num_points"])
@@ -265,7 +279,7 @@ def _loss_backward_kernel(
 ):  # fmt: skip
     """One program: BLOCK points of one mask. Gradients as in `csrc/point_loss/cpu_kernel.cpp`."""
     m = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = block_id() * BLOCK + tl.arange(0, BLOCK)
     inside = k < num_points
     at = m * num_points + k
     s = tl.load(probability + at, mask=inside, other=0.0)
@@ -278,7 +292,7 @@ def _loss_backward_kernel(
     gradient += s * (1 - s) * (ratio - 2 * t) * (tl.load(grad_dice + m) / denominator)
     row = tl.load(rows + m)
     plane = sums + row * height * width
-    scatter(plane, x, y, height, width, gradient * tl.load(scale + row), inside)
+    scatter(plane, x, y, height, width, scale_up(gradient, scale + 2 * row), inside)
 
 
 def point_mask_loss_backward(
@@ -293,7 +307,7 @@ def point_mask_loss_backward(
     width: int,
 ) -> Tensor:
     """`m2f::point_mask_loss_backward`: the gradient [P, h, w] of the logits."""
-    scale = torch.ones(planes, dtype=torch.float32, device=points.device)
+    scale = torch.ones(planes, 2, dtype=torch.float32, device=points.device)
     sums = torch.zeros(planes, height, width, dtype=torch.int64, device=points.device)
     if rows.shape[0]:
         points, probability, labels = points.contiguous(), probability.contiguous(), labels.contiguous()
@@ -310,7 +324,8 @@ def _sums(
     grad_cross_entropy: Tensor, grad_dice: Tensor, probability: Tensor, labels: Tensor, scaled: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     m, k = probability.shape
-    both, total, largest = (torch.empty(m, dtype=torch.float32, device=labels.device) for _ in range(3))
+    both, total = (torch.empty(m, dtype=torch.float32, device=labels.device) for _ in range(2))
+    largest = torch.empty((m, 2) if scaled else (m,), dtype=torch.float32, device=labels.device)
     launch(
         _sums_kernel, (m,), probability, labels, grad_cross_entropy, grad_dice, both, total, largest, k,
         SCALED=scaled, BITS=FRACTION_BITS, BLOCK=1024, num_warps=4,
@@ -323,8 +338,8 @@ def _launch_backward(
 ) -> None:
     m, k = points.shape[:2]
     launch(
-        _loss_backward_kernel, (m, triton.cdiv(k, _POINTS)), grad_cross_entropy, grad_dice, rows, points, *rest, k,
-        *rest[-1].shape[1:], BLOCK=_POINTS, num_warps=4,
+        _loss_backward_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)), grad_cross_entropy, grad_dice, rows, points,
+        *rest, k, *rest[-1].shape[1:], BLOCK=_POINTS, num_warps=4,
     )  # fmt: skip
 
 
@@ -352,7 +367,7 @@ def factored_point_mask_loss(
     drawn = torch.empty((m, k, 2) if points is None else (0,), dtype=torch.float32, device=rows.device)
     at = drawn if points is None else points.contiguous()
     probability, labels = (torch.empty(m, k, dtype=torch.float32, device=rows.device) for _ in range(2))
-    sums = torch.empty(m, triton.cdiv(k, _POINTS), 4, dtype=torch.float32, device=rows.device)
+    sums = torch.empty(m, _blocks(k), 4, dtype=torch.float32, device=rows.device)
     firsts = [0, *itertools.accumulate(x.shape[0] for x in targets)]
     if points is None and m:
         launch_fresh(seed, drawn, 0, candidates, keep, fresh)

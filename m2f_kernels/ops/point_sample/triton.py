@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import launch
+from m2f_kernels._triton import MAX_GRID, block_id, in_parts, launch, rows_and_blocks
 from m2f_kernels.ops.point_sample.reference import sample_dtype
 
 #: Bits of a fixed-point gradient below the largest single term.
@@ -112,6 +112,10 @@ def point_sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     """`m2f::point_sample`: input [N, C, h, w], points [N, K, 2]."""
     n, c, height, width = input.shape
     k = points.shape[1]
+    if n > MAX_GRID:
+        return in_parts(lambda x, p: (point_sample(x, p, exact),), MAX_GRID, (0, 0), input, points)[0]
+    if c > 8 * MAX_GRID:
+        return in_parts(lambda x, p: (point_sample(x, p, exact),), 8 * MAX_GRID, (1, -1), input, points, joined=1)[0]
     out = input.new_empty(n, c, k, dtype=sample_dtype(input.dtype, exact))
     if out.numel() == 0:
         return out
@@ -131,39 +135,50 @@ def _sample_backward_kernel(
 ):  # fmt: skip
     """One program: BLOCK_K points in one channel of one image."""
     plane = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = block_id() * BLOCK_K + tl.arange(0, BLOCK_K)
     at = points + plane // num_channels * points_n + k.to(tl.int64) * points_k
     x = tl.load(at, mask=k < num_points, other=0.0)
     y = tl.load(at + points_d, mask=k < num_points, other=0.0)
     g = tl.load(grad + plane * num_points + k, mask=k < num_points, other=0.0).to(tl.float32)
     target = sums + plane * height * width
-    scatter(target, x, y, height, width, g * tl.load(scale + plane), k < num_points)
+    scatter(target, x, y, height, width, scale_up(g, scale + 2 * plane), k < num_points)
 
 
 @triton.jit(do_not_specialize=["num_pixels"])
 def _float_kernel(sums, scale, out, num_pixels, CLEAR: tl.constexpr, BLOCK: tl.constexpr):
     """Fixed-point planes back to numbers; a plane whose scale is no number becomes NaN."""
     plane = tl.program_id(0).to(tl.int64)
-    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i = block_id() * BLOCK + tl.arange(0, BLOCK)
     at = plane * num_pixels + i
-    value = tl.load(sums + at, mask=i < num_pixels, other=0).to(tl.float32) / tl.load(scale + plane)
+    value = tl.load(sums + at, mask=i < num_pixels, other=0).to(tl.float32)
+    value = value / tl.load(scale + 2 * plane) / tl.load(scale + 2 * plane + 1)
     tl.store(out + at, value.to(out.dtype.element_ty), mask=i < num_pixels)
     if CLEAR:
         tl.store(sums + at, tl.zeros((BLOCK,), tl.int64), mask=i < num_pixels)
 
 
 def fixed_point_scale(largest: Tensor) -> Tensor:
-    """What to multiply terms with of which `largest` is the largest, so that they become fixed-point numbers."""
-    scale = 2.0**FRACTION_BITS / largest
-    return torch.where(largest == 0, 1.0, torch.where(largest.isfinite(), scale, torch.nan)).float()
+    """What to multiply terms with of which `largest` [P] is the largest, so that they become fixed-point numbers.
+
+    float32 [P, 2], two factors, since one alone is beyond float32 for terms below 3e-27. NaN in the second where a
+    term is not finite.
+    """
+    first = (2.0**FRACTION_BITS / largest).clamp(max=2.0**100)
+    return torch.stack([first, (2.0**FRACTION_BITS / first / largest).clamp(max=2.0**100)], 1)
+
+
+@triton.jit
+def scale_up(gradient, scale):
+    """`gradient` times both factors that `scale` points at."""
+    return gradient * tl.load(scale) * tl.load(scale + 1)
 
 
 def to_float(sums: Tensor, scale: Tensor, dtype: torch.dtype, clear: bool = False) -> Tensor:
-    """Planes [P, h, w] of fixed-point numbers divided by their scale [P]; `clear` leaves zeros in `sums`."""
+    """Planes [P, h, w] of fixed-point numbers divided by their scale [P, 2]; `clear` leaves zeros in `sums`."""
     planes, height, width = sums.shape
     out = torch.empty_like(sums, dtype=dtype)
     if out.numel():
-        grid = (planes, triton.cdiv(height * width, 1024))
+        grid = rows_and_blocks(planes, triton.cdiv(height * width, 1024))
         launch(_float_kernel, grid, sums, scale, out, height * width, CLEAR=clear, BLOCK=1024, num_warps=4)
     return out
 
@@ -236,6 +251,14 @@ def _gather_backward_kernel(
 def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     """grad [N, C, K] contiguous, points [N, K, 2]."""
     n, c, k = grad.shape
+    if n > MAX_GRID:
+        return in_parts(lambda g, p: (_backward_sorted(g, p, height, width),), MAX_GRID, (0, 0), grad, points)[0]
+    if c > 8 * MAX_GRID:
+        parts = in_parts(
+            lambda g, p: (_backward_sorted(g.contiguous(), p, height, width),), 8 * MAX_GRID, (1, -1), grad, points,
+            joined=1,
+        )  # fmt: skip
+        return parts[0]
     cells = torch.empty(n, k, dtype=torch.int32, device=grad.device)
     launch(
         _cell_kernel, (triton.cdiv(k, 256), n), points, cells, *points.stride(), k, height, width, BLOCK_K=256,
@@ -260,12 +283,12 @@ def point_sample_backward(grad_output: Tensor, points: Tensor, height: int, widt
         return _backward_sorted(grad_output.contiguous(), points, height, width)
     grad = grad_output.contiguous().view(n * c, k)
     sums = torch.zeros(n * c, height, width, dtype=torch.int64, device=grad.device)
-    scale = grad.new_ones(n * c, dtype=torch.float32)
+    scale = grad.new_ones(n * c, 2, dtype=torch.float32)
     if grad.numel():
         scale = fixed_point_scale(grad.float().abs().amax(1))
         launch(
-            _sample_backward_kernel, (n * c, triton.cdiv(k, 256)), grad, scale, points, sums, *points.stride(),
-            c, k, height, width, BLOCK_K=256, num_warps=4,
+            _sample_backward_kernel, rows_and_blocks(n * c, triton.cdiv(k, 256)), grad, scale, points, sums,
+            *points.stride(), c, k, height, width, BLOCK_K=256, num_warps=4,
         )  # fmt: skip
     return to_float(sums, scale, grad.dtype).view(n, c, height, width)
 
@@ -290,7 +313,7 @@ def _candidates_kernel(
 ):  # fmt: skip
     """One program: the keys of BLOCK candidates of one mask, which have the order of |logit|; 0 for NaN."""
     m = tl.program_id(0)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = block_id() * BLOCK + tl.arange(0, BLOCK)
     x, y = uniform_point(tl.load(seed), first_stream + m, k)
     plane = logits + tl.load(rows + m) * stride
     value = bilinear(plane, x, y, height, width, k < candidates)
@@ -346,7 +369,7 @@ def _keep_kernel(keys, seed, points, first_stream, candidates, keep, total, BLOC
 def _fresh_kernel(seed, points, first_stream, candidates, keep, fresh, BLOCK: tl.constexpr):
     """One program: BLOCK of a mask's uniform points."""
     m = tl.program_id(0)
-    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    k = block_id() * BLOCK + tl.arange(0, BLOCK)
     x, y = uniform_point(tl.load(seed), first_stream + m, candidates + k)
     out = points + (m.to(tl.int64) * (keep + fresh) + keep + k) * 2
     tl.store(out, x, mask=k < fresh)
@@ -378,8 +401,8 @@ def launch_kept(
         return
     logits = dense_planes(mask_logits)
     launch(
-        _candidates_kernel, (m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed, keys,
-        first_stream, candidates, height, width, BLOCK=512, num_warps=4,
+        _candidates_kernel, rows_and_blocks(m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed,
+        keys, first_stream, candidates, height, width, BLOCK=512, num_warps=4,
     )  # fmt: skip
     # A histogram costs its 2048 bins whatever it counts: few large blocks. With 16 warps the largest spills with
     # Triton 3.6 and 3.7.
@@ -395,6 +418,7 @@ def launch_fresh(
     """Write the uniform points to the end of `points` [m, keep + fresh, 2]."""
     if fresh:
         launch(
-            _fresh_kernel, (points.shape[0], triton.cdiv(fresh, 256)), seed, points, first_stream, candidates, keep,
+            _fresh_kernel, rows_and_blocks(points.shape[0], triton.cdiv(fresh, 256)), seed, points, first_stream,
+            candidates, keep,
             fresh, BLOCK=256, num_warps=4,
         )  # fmt: skip

@@ -1,0 +1,112 @@
+"""Multi-scale deformable attention in plain PyTorch for where no kernel serves: no more work than the published form.
+
+That form is Deformable DETR's `ms_deform_attn_core_pytorch` and its copies: `grid_sample` for each level, a product
+with the weights, a sum. Here it has the rules of `reference.py` (what is not finite contributes nothing), locations in
+float32 whatever the inputs, and PyTorch's autograd, which saves what it saves for the published one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2f_kernels._dtypes import accumulation_dtype
+from m2f_kernels.ops.ms_deform_attn import reference
+
+#: In the coordinates of `grid_sample`, from -1 to 1 inside: far enough outside for levels of one pixel too.
+_OUTSIDE = 4.0
+
+
+def _finite(grid: Tensor) -> Tensor:
+    """`grid` with what is not finite or far outside moved to where it contributes nothing, in place.
+
+    Not recorded by autograd: the gradient there is zero already, and elsewhere nothing changes.
+    """
+    with torch.no_grad():
+        grid.clamp_(-_OUTSIDE, _OUTSIDE).nan_to_num_(_OUTSIDE)
+    return grid
+
+
+def _attend(value: Tensor, levels: Sequence[int], grid: Tensor, weights: Tensor, points: Sequence[int]) -> Tensor:
+    """value [N, S, H, D], grid [N, Q, H, K, 2] in `grid_sample`'s coordinates, weights [N, Q, H, K] -> [N, Q, H*D]."""
+    n, _, heads, d = value.shape
+    q = weights.shape[1]
+    images = value.permute(0, 2, 3, 1)  # [N, H, D, S]
+    sampled = []
+    for level, level_grid in enumerate(grid.transpose(1, 2).split(list(points), 3)):
+        h, w, start = levels[3 * level : 3 * level + 3]
+        image = images[..., start : start + h * w].reshape(n * heads, d, h, w)
+        # Autograd of flatten would copy the gradient once more than that of reshape.
+        level_grid = level_grid.reshape(n * heads, q, points[level], 2)
+        sampled.append(F.grid_sample(image, level_grid, align_corners=False))
+    samples = sampled[0] if len(sampled) == 1 else torch.cat(sampled, -1)  # [N*H, D, Q, K]
+    weights = weights.transpose(1, 2).reshape(n * heads, 1, q, -1)
+    return (samples * weights).sum(-1).view(n, heads * d, q).transpose(1, 2).contiguous()
+
+
+def ms_deform_attn(
+    value: Tensor,
+    levels: Sequence[int],
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+    points_per_level: Sequence[int],
+) -> Tensor:
+    """As `reference.ms_deform_attn`."""
+    if value.numel() == 0 or attention_weights.numel() == 0:  # grid_sample refuses no channels, no images
+        return reference.ms_deform_attn(value, levels, sampling_locations, attention_weights, points_per_level)
+    dtype = accumulation_dtype(value.dtype)
+    grid = _finite(torch.rsub(sampling_locations.to(dtype), -1, alpha=-2))  # 2 x - 1 in one step
+    with torch.autocast(value.device.type, enabled=False):
+        out = _attend(value.to(dtype), levels, grid, attention_weights.to(dtype), points_per_level)
+    return out.to(value.dtype)
+
+
+def ms_deform_attn_from_offsets(
+    value: Tensor,
+    levels: Sequence[int],
+    reference_points: Tensor,
+    sampling_offsets: Tensor,
+    attention_logits: Tensor,
+    points_per_level: Sequence[int],
+    offset_scale: float,
+) -> Tensor:
+    """As `reference.ms_deform_attn_from_offsets`."""
+    if value.numel() == 0 or attention_logits.numel() == 0:
+        return reference.ms_deform_attn_from_offsets(
+            value, levels, reference_points, sampling_offsets, attention_logits, points_per_level, offset_scale
+        )
+    dtype = accumulation_dtype(value.dtype)
+    points, offsets = reference_points.to(dtype), sampling_offsets.to(dtype)
+    count = len(points_per_level)
+    centre = torch.rsub(points[..., :2], -1, alpha=-2)
+    if points.shape[-1] == 2:
+        sides = [2 / side for level in range(count) for side in (levels[3 * level + 1], levels[3 * level])]
+        step = offsets.new_tensor(sides).view(count, 2)
+    else:
+        # In the box's gradient an infinite offset times zero would be NaN, so products are made with finite numbers,
+        # and what was not finite is put back where the gradient does not see it: infinity times zero makes it NaN.
+        centre = torch.add(centre, points[..., 2:].detach(), alpha=0)
+        offsets = offsets.nan_to_num(nan=0, posinf=0, neginf=0)
+        shares = offsets.new_tensor([2 * offset_scale / p for p in points_per_level]).view(count, 1)
+        step = points[..., 2:].nan_to_num(nan=0, posinf=0, neginf=0) * shares  # [N, Q, L, 2]
+    if len(set(points_per_level)) == 1:
+        shape = (*offsets.shape[:3], count, points_per_level[0], 2)
+        centre, step = centre[:, :, None, :, None], step[..., None, :]
+        step = step if points.shape[-1] == 2 else step[:, :, None]
+        grid = torch.addcmul(centre, offsets.view(shape), step).flatten(3, 4)
+    else:
+        numbers = offsets.new_tensor(points_per_level, dtype=torch.int64)
+        total = sum(points_per_level)
+        centre = centre.repeat_interleave(numbers, 2, output_size=total)[:, :, None]
+        step = step.repeat_interleave(numbers, -2, output_size=total)
+        grid = torch.addcmul(centre, offsets, step if points.shape[-1] == 2 else step[:, :, None])
+    with torch.autocast(value.device.type, enabled=False):
+        weights = attention_logits.to(dtype).softmax(-1)
+        if points.shape[-1] == 4:
+            with torch.no_grad():
+                grid.add_(sampling_offsets, alpha=0)
+        out = _attend(value.to(dtype), levels, _finite(grid), weights, points_per_level)
+    return out.to(value.dtype)
