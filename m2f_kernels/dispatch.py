@@ -434,6 +434,18 @@ def plain(op: str, tensor: Tensor) -> str | None:
     return _plain(op, tensor.device, tensor.dtype, _forced, _wants_reproducible(tensor.requires_grad))
 
 
+def serves(op: str, tensor: Tensor) -> bool:
+    """Whether a kernel serves a call, or the user has forced plain PyTorch on it.
+
+    An integration calls the operator then, and otherwise the code that it stands for.
+
+    Args:
+        op: the public name.
+        tensor: the one that decides device and dtype.
+    """
+    return plain(op, tensor) is None or _forced_for(op, _forced) in PLAIN
+
+
 _Key = tuple[str, torch.device, torch.dtype, tuple[tuple[str, str], ...], bool]
 _plain_choices: dict[_Key, str | None] = {}
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import NamedTuple
 
 from torch import nn
 
+from m2f_kernels import dispatch
 from m2f_kernels._checks import describe
 from m2f_kernels.integrations.transformers import _swap
 
@@ -48,12 +50,15 @@ class Report:
         replaced: what was replaced.
         left: what is known and was left alone.
         already: what had been replaced before.
+        unserved: operators that have no kernel where the model is now, for its dtype, and what would change that.
+            Modules ask at every call, and call what they replaced where no kernel serves.
         modules: the modules of `replaced`, to be given back at the end of a `with` block.
     """
 
     replaced: tuple[Entry, ...]
     left: tuple[Entry, ...]
     already: tuple[Entry, ...]
+    unserved: tuple[str, ...] = ()
     modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
 
     def __str__(self) -> str:
@@ -66,6 +71,7 @@ class Report:
                 first = next(entry.name for entry in entries if (entry.cls, entry.text) == (cls, text))
                 where = "" if first == cls else f" ({first}{', ...' if count > 1 else ''})"
                 lines.append(f"  {title}: {count} x {cls}{where}: {text}")
+        lines += [f"  no kernel, so the published code runs: {text}" for text in self.unserved]
         return "\n".join(lines)
 
 
@@ -96,7 +102,9 @@ def accelerate(model: nn.Module) -> Acceleration:
     """Let the modules of a `transformers` model that this package knows run on its fused operators, in place.
 
     Whatever the model returns, its parameters and their names stay the same; calling it again changes nothing.
-    :func:`restore` undoes it, and so does the end of a `with` block.
+    :func:`restore` undoes it, and so does the end of a `with` block. At every call a module runs the code that it
+    replaced where no kernel serves its operators on the device and for the dtype that it is called with: nothing is
+    made slower.
 
         model, report = m2f_kernels.accelerate(model)
         with m2f_kernels.accelerate(model):
@@ -106,7 +114,8 @@ def accelerate(model: nn.Module) -> Acceleration:
         model: any module that contains modules of `transformers`; wrapped, compiled or on the meta device, too.
 
     Returns:
-        The model and a report, which says as a string what was replaced, what was left alone and why.
+        The model and a report, which says as a string what was replaced, what was left alone and why, and which
+        operators have no kernel where the model is now.
 
     Raises:
         TypeError: not a module.
@@ -120,11 +129,14 @@ def accelerate(model: nn.Module) -> Acceleration:
     left: list[Entry] = []
     already: list[Entry] = []
     swapped: list[nn.Module] = []
+    ops: set[str] = set()
     for name, module in model.named_modules():
         plan = _swap.plan(module)
         if plan is None:
             continue
         cls = type(module).__name__
+        if plan.reason is None:
+            ops.update(plan.replacement.ops)
         if plan.reason is not None:
             left.append(Entry(name, cls, plan.reason))
         elif plan.already:
@@ -133,7 +145,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             replaced.append(Entry(name, cls, plan.replacement.what))
             _swap.swap(module, plan.replacement)
             swapped.append(module)
-    report = Report(tuple(replaced), tuple(left), tuple(already), tuple(swapped))
+    report = Report(tuple(replaced), tuple(left), tuple(already), _unserved(model, ops), tuple(swapped))
     if not (replaced or left or already):
         raise ValueError(
             f"model: expected a model of transformers with deformable or masked attention; {type(model).__name__} "
@@ -142,6 +154,15 @@ def accelerate(model: nn.Module) -> Acceleration:
     if not (replaced or already):
         warnings.warn(f"m2f_kernels.accelerate changed nothing: {report}", stacklevel=2)
     return Acceleration(model, report)
+
+
+def _unserved(model: nn.Module, ops: Iterable[str]) -> tuple[str, ...]:
+    """Why plain PyTorch would serve some of the operators for tensors like the model's parameters."""
+    like = next((x for x in model.parameters() if x.is_floating_point()), None)
+    if like is None:
+        return ()
+    choices = [dispatch.choose(op, like.device, like.dtype) for op in sorted(ops)]
+    return tuple(str(choice) for choice in choices if choice.backend in dispatch.PLAIN)
 
 
 def restore(model: nn.Module) -> nn.Module:

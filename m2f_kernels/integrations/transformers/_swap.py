@@ -38,11 +38,13 @@ class Replacement:
             accelerated before it has instances, so the mixin itself takes `super()` for those that `check` refuses.
         what: one line for the report.
         check: why this instance is left alone; None where it is replaced.
+        ops: the operators that have to have a kernel where it runs; otherwise it calls the original at call time.
     """
 
     mixin: type
     what: str
     check: Callable[[nn.Module], str | None] = lambda module: None
+    ops: tuple[str, ...] = ()
 
 
 @cache

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f_kernels import dispatch
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, plan, qualified_name, watched
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
 from m2f_kernels.ops.ms_deform_attn.levels import MAX_LEVELS
@@ -120,6 +121,9 @@ class _Attention(Mixin):
         """Whether these arguments are what the operator takes; the original deals with all others, errors included."""
         states, points = kwargs.get("encoder_hidden_states"), kwargs.get("reference_points")
         if states is None or points is None or _shapes(kwargs) is None:
+            return False
+        # Where no kernel serves, the published code does, which costs no more.
+        if not dispatch.serves("ms_deform_attn_from_offsets", states):
             return False
         core = getattr(self, "attn", None)
         return points.shape[-1] in (2, 4) and not (core is not None and watched(core))
@@ -239,6 +243,17 @@ class Core(Mixin):
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
+        if not dispatch.serves("ms_deform_attn", value):
+            published: Tensor = super().forward(
+                value,
+                value_spatial_shapes,
+                value_spatial_shapes_list,
+                level_start_index,
+                sampling_locations,
+                attention_weights,
+                im2col_step,
+            )
+            return published
         # As in the original, the levels follow each other.
         return ms_deform_attn(value, value_spatial_shapes_list, None, sampling_locations, attention_weights)
 
@@ -295,6 +310,7 @@ def check_core(module: nn.Module) -> str | None:
 
 # ---------------------------------------------------------------- every family
 
+_OPS = ("ms_deform_attn_from_offsets",)
 _FUSED = "deformable attention; softmax and sampling locations inside the kernel"
 
 #: Family (directory of transformers/models), prefix of its classes' names, mixin.
@@ -327,15 +343,18 @@ def _replacements() -> dict[str, Replacement]:
     for family, prefix in (("mask2former", "Mask2Former"), ("oneformer", "OneFormer")):
         name = f"{prefix}PixelDecoderEncoderMultiscaleDeformableAttention"
         table[f"transformers.models.{family}.modeling_{family}.{name}"] = Replacement(
-            PixelDecoderAttention, _FUSED, check_attention
+            PixelDecoderAttention, _FUSED, check_attention, _OPS
         )
     for family, (prefix, mixin) in _DETECTORS.items():
         module = f"transformers.models.{family}.modeling_{family}"
         name = f"{prefix}MultiscaleDeformableAttention"
-        table[f"{module}.{name}"] = Replacement(mixin, _FUSED, check_attention)
+        table[f"{module}.{name}"] = Replacement(mixin, _FUSED, check_attention, _OPS)
         if family not in _WITHOUT_CORE:
             table[f"{module}.MultiScaleDeformableAttention"] = Replacement(
-                Core, "deformable attention from sampling locations, where another module calls it", check_core
+                Core,
+                "deformable attention from sampling locations, where another module calls it",
+                check_core,
+                ("ms_deform_attn",),
             )
     for family, names in _DROPPING.items():
         for name in names:

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name, watched
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
+    CRITERION_OPS,
+    DECODER_OPS,
     DROPPED,
     LOSSES,
     MASKS,
@@ -24,8 +26,10 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     attention_problem,
     drops,
     gathers,
+    kernels_serve,
     layers_problem,
     logits_of,
+    losses_served,
     matcher_problem,
     point_losses,
     project_levels,
@@ -165,7 +169,12 @@ class Decoder(Mixin):
     ) -> Any:
         if output_attentions is None:
             output_attentions = self.config.output_attentions
-        if inputs_embeds is None or pixel_embeddings is None or output_attentions or not self._m2f_fusable():
+        if (
+            inputs_embeds is None
+            or pixel_embeddings is None
+            or output_attentions
+            or not self._m2f_fusable(pixel_embeddings)
+        ):
             return super().forward(
                 inputs_embeds,
                 multi_stage_positional_embeddings,
@@ -203,7 +212,9 @@ class Decoder(Mixin):
             masks_queries_logits=masks,
         )
 
-    def _m2f_fusable(self) -> bool:
+    def _m2f_fusable(self, mask_features: Tensor) -> bool:
+        if not kernels_serve(DECODER_OPS, mask_features):
+            return False
         layers: list[Any] = list(self.layers)
         reason = predictor_problem(self.mask_predictor)
         for layer in layers:
@@ -362,8 +373,10 @@ class Criterion(Mixin):
         auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
         auxiliary = list(auxiliary_predictions or ())
-        if reason := matcher_problem(self, self._m2f_matcher):
+        reason = matcher_problem(self, self._m2f_matcher)
+        if reason is not None:
             warn_unfused(self, reason)
+        if reason is not None or not losses_served(masks_queries_logits):
             unfused: dict[str, Tensor] = super().forward(
                 logits_of(masks_queries_logits),
                 class_queries_logits,
@@ -508,10 +521,10 @@ REPLACEMENTS = {
         "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER_LAYER),
         "PixelDecoder": Replacement(Mask2FormerPixelDecoder, PIXEL_DECODER, check_pixel_decoder),
         "MaskedAttentionDecoderLayer": Replacement(DecoderLayer, ATTENTION, layer_problem),
-        "MaskedAttentionDecoder": Replacement(Decoder, MASKS, check_decoder),
+        "MaskedAttentionDecoder": Replacement(Decoder, MASKS, check_decoder, DECODER_OPS),
         "TransformerModule": Replacement(TransformerModule, _FACTORED),
         "Model": Replacement(Model, _FACTORED),
-        "Loss": Replacement(Criterion, LOSSES, check_criterion),
+        "Loss": Replacement(Criterion, LOSSES, check_criterion, CRITERION_OPS),
         "ForUniversalSegmentation": Replacement(ForUniversalSegmentation, _FACTORED, check_model),
     }.items()
 }

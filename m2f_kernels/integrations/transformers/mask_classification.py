@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f_kernels import dispatch
 from m2f_kernels.integrations.transformers._swap import plan, qualified_name, watched
 from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion, apart
@@ -180,6 +181,22 @@ def subclass_problem(module: nn.Module, original: str, methods: Iterable[str]) -
             return f"the subclass {qualified_name(cls)} overrides {', '.join(names)}"
     names = sorted(vars(module).keys() & set(methods))
     return f"this instance has its own {', '.join(names)}" if names else None
+
+
+#: What the decoder and the criterion call. Where no kernel serves one of them, the published code runs.
+DECODER_OPS = ("resize_mask_features", "predict_attention_mask", "masked_attention")
+CRITERION_OPS = ("point_sample", "uncertain_points", "mask_matching_cost", "point_mask_loss")
+
+
+def kernels_serve(ops: Sequence[str], tensor: Tensor) -> bool:
+    """Whether every one of them has a kernel on a tensor's device and for its dtype, or plain PyTorch is forced."""
+    return all([dispatch.serves(op, tensor) for op in ops])
+
+
+def losses_served(masks: Masks) -> bool:
+    """The same for the criterion. The published one takes masks in float32 only."""
+    tensor = masks.mask_embed if isinstance(masks, FactoredMasks) else masks
+    return tensor.dtype != torch.float32 or kernels_serve(CRITERION_OPS, tensor)
 
 
 def layers_problem(layers: Iterable[nn.Module], mixin: type) -> str | None:

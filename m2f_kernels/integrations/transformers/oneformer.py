@@ -17,6 +17,8 @@ from torch.utils import _pytree
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
+    CRITERION_OPS,
+    DECODER_OPS,
     DROPPED,
     LOSSES,
     MASKS,
@@ -26,7 +28,9 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     attention_problem,
     drops,
     gathers,
+    kernels_serve,
     layers_problem,
+    losses_served,
     matcher_problem,
     point_losses,
     project_levels,
@@ -240,7 +244,7 @@ class Decoder(Mixin):
         size_list: Any = None,
         output_attentions: bool | None = None,
     ) -> Any:
-        if output_attentions or not self._m2f_fusable():
+        if output_attentions or not (kernels_serve(DECODER_OPS, mask_features) and self._m2f_fusable()):
             return super().forward(
                 task_token,
                 multi_stage_features,
@@ -422,8 +426,10 @@ class Criterion(Mixin):
         auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
         calculate_contrastive_loss: bool = True,
     ) -> dict[str, Tensor]:
-        if reason := matcher_problem(self, _MATCHER):
+        reason = matcher_problem(self, _MATCHER)
+        if reason is not None:
             warn_unfused(self, reason)
+        if reason is not None or not losses_served(masks_queries_logits):
             return super().forward(
                 masks_queries_logits,
                 class_queries_logits,
@@ -497,7 +503,7 @@ REPLACEMENTS = {
         ),
         "TransformerDecoderCrossAttentionLayer": Replacement(CrossAttentionLayer, ATTENTION, check_cross_attention),
         "TransformerDecoderLayer": Replacement(DecoderLayer, "hands on what masked attention needs", check_layer),
-        "TransformerDecoder": Replacement(Decoder, MASKS, check_decoder),
-        "Loss": Replacement(Criterion, LOSSES, check_criterion),
+        "TransformerDecoder": Replacement(Decoder, MASKS, check_decoder, DECODER_OPS),
+        "Loss": Replacement(Criterion, LOSSES, check_criterion, CRITERION_OPS),
     }.items()
 }

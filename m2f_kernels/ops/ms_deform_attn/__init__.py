@@ -217,6 +217,13 @@ def _check_heads(value: Tensor) -> None:
 # of its own. The public functions call plain PyTorch itself.
 
 
+def _plain_module(op: str, value: Tensor, sums: bool = False) -> Any:
+    """`sums`: gradients are wanted that a fallback on a GPU would sum in no fixed order."""
+    if sums and value.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
+        return reference
+    return _PLAIN[dispatch.plain(op, value) or "fallback"]
+
+
 def _ms_deform_attn_plain(
     value: Tensor,
     levels: list[int],
@@ -227,7 +234,9 @@ def _ms_deform_attn_plain(
     points: list[int],
 ) -> Tensor:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
-    return reference.ms_deform_attn(value, sizes, locations, weights, points)
+    module = _plain_module("ms_deform_attn", value)
+    out: Tensor = module.ms_deform_attn(value, sizes, locations, weights, points)
+    return out
 
 
 def _ms_deform_attn_backward_plain(
@@ -243,8 +252,9 @@ def _ms_deform_attn_backward_plain(
     needs_sampling: bool,
 ) -> tuple[Tensor, ...]:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
+    module = _plain_module("ms_deform_attn", value, needs_value)
     return reference_gradients(
-        lambda v, x, a: reference.ms_deform_attn(v, sizes, x, a, points),
+        lambda v, x, a: module.ms_deform_attn(v, sizes, x, a, points),
         grad_output,
         [value, locations, weights],
         [needs_value, needs_sampling, needs_sampling],
@@ -263,7 +273,11 @@ def _from_offsets_plain(
     offset_scale: float,
 ) -> Tensor:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
-    return reference.ms_deform_attn_from_offsets(value, sizes, reference_points, offsets, logits, points, offset_scale)
+    module = _plain_module("ms_deform_attn_from_offsets", value)
+    out: Tensor = module.ms_deform_attn_from_offsets(
+        value, sizes, reference_points, offsets, logits, points, offset_scale
+    )
+    return out
 
 
 def _from_offsets_backward_plain(
@@ -282,8 +296,9 @@ def _from_offsets_backward_plain(
     needs_sampling: bool,
 ) -> tuple[Tensor, ...]:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
+    module = _plain_module("ms_deform_attn_from_offsets", value, needs_value)
     return reference_gradients(
-        lambda v, r, o, a: reference.ms_deform_attn_from_offsets(v, sizes, r, o, a, points, offset_scale),
+        lambda v, r, o, a: module.ms_deform_attn_from_offsets(v, sizes, r, o, a, points, offset_scale),
         grad_output,
         [value, reference_points, offsets, logits],
         [needs_value, needs_reference, needs_sampling, needs_sampling],

@@ -7,6 +7,7 @@ float32 whatever the inputs, and PyTorch's autograd, which saves what it saves f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -30,15 +31,25 @@ def _finite(grid: Tensor) -> Tensor:
     return grid
 
 
+def _images(value: Tensor, levels: Sequence[int]) -> Sequence[Tensor]:
+    """Each level's part of the last axis."""
+    sizes = [h * w for h, w in zip(levels[::3], levels[1::3], strict=True)]
+    starts = list(levels[2::3])
+    if starts == list(itertools.accumulate(sizes, initial=0))[:-1]:
+        # The gradients of one split are joined once; those of slices would each be as large as value.
+        return value.split(sizes, -1)
+    return [value[..., start : start + size] for start, size in zip(starts, sizes, strict=True)]
+
+
 def _attend(value: Tensor, levels: Sequence[int], grid: Tensor, weights: Tensor, points: Sequence[int]) -> Tensor:
     """value [N, S, H, D], grid [N, Q, H, K, 2] in `grid_sample`'s coordinates, weights [N, Q, H, K] -> [N, Q, H*D]."""
     n, _, heads, d = value.shape
     q = weights.shape[1]
-    images = value.permute(0, 2, 3, 1)  # [N, H, D, S]
     sampled = []
+    images = _images(value.permute(0, 2, 3, 1), levels)
     for level, level_grid in enumerate(grid.transpose(1, 2).split(list(points), 3)):
-        h, w, start = levels[3 * level : 3 * level + 3]
-        image = images[..., start : start + h * w].reshape(n * heads, d, h, w)
+        h, w, _ = levels[3 * level : 3 * level + 3]
+        image = images[level].reshape(n * heads, d, h, w)
         # Autograd of flatten would copy the gradient once more than that of reshape.
         level_grid = level_grid.reshape(n * heads, q, points[level], 2)
         sampled.append(F.grid_sample(image, level_grid, align_corners=False))
@@ -59,8 +70,7 @@ def ms_deform_attn(
         return reference.ms_deform_attn(value, levels, sampling_locations, attention_weights, points_per_level)
     dtype = accumulation_dtype(value.dtype)
     grid = _finite(torch.rsub(sampling_locations.to(dtype), -1, alpha=-2))  # 2 x - 1 in one step
-    with torch.autocast(value.device.type, enabled=False):
-        out = _attend(value.to(dtype), levels, grid, attention_weights.to(dtype), points_per_level)
+    out = _attend(value.to(dtype), levels, grid, attention_weights.to(dtype), points_per_level)
     return out.to(value.dtype)
 
 
@@ -89,9 +99,12 @@ def ms_deform_attn_from_offsets(
         # In the box's gradient an infinite offset times zero would be NaN, so products are made with finite numbers,
         # and what was not finite is put back where the gradient does not see it: infinity times zero makes it NaN.
         centre = torch.add(centre, points[..., 2:].detach(), alpha=0)
-        offsets = offsets.nan_to_num(nan=0, posinf=0, neginf=0)
         shares = offsets.new_tensor([2 * offset_scale / p for p in points_per_level]).view(count, 1)
-        step = points[..., 2:].nan_to_num(nan=0, posinf=0, neginf=0) * shares  # [N, Q, L, 2]
+        step = points[..., 2:] * shares  # [N, Q, L, 2]
+        offsets = offsets.clone()
+        with torch.no_grad():
+            for x in (offsets, step):
+                x.nan_to_num_(nan=0, posinf=0, neginf=0)
     if len(set(points_per_level)) == 1:
         shape = (*offsets.shape[:3], count, points_per_level[0], 2)
         centre, step = centre[:, :, None, :, None], step[..., None, :]
@@ -103,10 +116,9 @@ def ms_deform_attn_from_offsets(
         centre = centre.repeat_interleave(numbers, 2, output_size=total)[:, :, None]
         step = step.repeat_interleave(numbers, -2, output_size=total)
         grid = torch.addcmul(centre, offsets, step if points.shape[-1] == 2 else step[:, :, None])
-    with torch.autocast(value.device.type, enabled=False):
-        weights = attention_logits.to(dtype).softmax(-1)
-        if points.shape[-1] == 4:
-            with torch.no_grad():
-                grid.add_(sampling_offsets, alpha=0)
-        out = _attend(value.to(dtype), levels, _finite(grid), weights, points_per_level)
+    if points.shape[-1] == 4:
+        with torch.no_grad():
+            grid.add_(sampling_offsets, alpha=0)
+    weights = attention_logits.to(dtype).softmax(-1)
+    out = _attend(value.to(dtype), levels, _finite(grid), weights, points_per_level)
     return out.to(value.dtype)
