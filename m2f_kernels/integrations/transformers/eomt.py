@@ -18,8 +18,11 @@ from torch import Tensor, nn
 from m2f_kernels.integrations.transformers import mask2former
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
+    CRITERION_OPS,
+    DECODER_OPS,
     DROPPED,
     LOSSES,
+    kernels_serve,
     matcher_problem,
     subclass_problem,
     warn_unfused,
@@ -141,7 +144,8 @@ class ForUniversalSegmentation(Mixin):
         **kwargs: Any,
     ) -> Any:
         given = (pixel_values, mask_labels, class_labels, patch_offsets)
-        if pixel_values is None or not self._m2f_fusable(kwargs):
+        served = kernels_serve(DECODER_OPS, next(self.parameters()))
+        if pixel_values is None or not served or not self._m2f_fusable(kwargs):
             return super().forward(*given, **kwargs)
         # The original's decorator: it collects hidden states and makes a tuple where that is asked for.
         captured = sys.modules[_MODULES[self._m2f_family]].capture_outputs(_forward)
@@ -302,12 +306,16 @@ _MODEL = "masks of blocks from resized features, hands on masks as factors, mult
 
 REPLACEMENTS = {
     f"{_MODULES['Eomt']}.EomtAttention": Replacement(Attention, _ATTENTION),
-    f"{_MODULES['Eomt']}.EomtLoss": Replacement(EomtCriterion, LOSSES, check_criterion),
-    f"{_MODULES['Eomt']}.EomtForUniversalSegmentation": Replacement(ForUniversalSegmentation, _MODEL, check_model),
-    f"{_MODULES['EomtDinov3']}.EomtDinov3Attention": Replacement(RotaryAttention, _ATTENTION),
-    f"{_MODULES['EomtDinov3']}.EomtDinov3Loss": Replacement(EomtDinov3Criterion, LOSSES, check_criterion),
-    f"{_MODULES['EomtDinov3']}.EomtDinov3ForUniversalSegmentation": Replacement(
-        RotaryForUniversalSegmentation, _MODEL, check_model
+    f"{_MODULES['Eomt']}.EomtLoss": Replacement(EomtCriterion, LOSSES, check_criterion, CRITERION_OPS),
+    f"{_MODULES['Eomt']}.EomtForUniversalSegmentation": Replacement(
+        ForUniversalSegmentation, _MODEL, check_model, DECODER_OPS
     ),
-    f"{_MODULES['Videomt']}.VideomtLoss": Replacement(VideomtCriterion, LOSSES, check_criterion),
+    f"{_MODULES['EomtDinov3']}.EomtDinov3Attention": Replacement(RotaryAttention, _ATTENTION),
+    f"{_MODULES['EomtDinov3']}.EomtDinov3Loss": Replacement(
+        EomtDinov3Criterion, LOSSES, check_criterion, CRITERION_OPS
+    ),
+    f"{_MODULES['EomtDinov3']}.EomtDinov3ForUniversalSegmentation": Replacement(
+        RotaryForUniversalSegmentation, _MODEL, check_model, DECODER_OPS
+    ),
+    f"{_MODULES['Videomt']}.VideomtLoss": Replacement(VideomtCriterion, LOSSES, check_criterion, CRITERION_OPS),
 }
