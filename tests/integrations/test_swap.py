@@ -541,3 +541,25 @@ def test_without_transformers(monkeypatch):
         ImportError, match=r"^transformers: expected a version from 4.57 to below 6.0; none can be imported"
     ):
         m2f_kernels.accelerate(nn.Linear(2, 2))
+
+
+def test_models_made_before_patch_stay_instances():
+    from transformers.models.rt_detr import modeling_rt_detr
+
+    family = FAMILIES["rt_detr"]
+    name = "RTDetrMultiscaleDeformableAttention"
+    before = [x for x in family.make().modules() if type(x).__name__ == name]
+    patch("rt_detr")
+    try:
+        patched = getattr(modeling_rt_detr, name)
+        after = [x for x in family.make().modules() if type(x).__name__ == name]
+        assert type(after[0]) is patched is not type(before[0])
+        assert all(isinstance(x, patched) for x in (*before, *after))
+        assert not isinstance(torch.nn.Linear(1, 1), patched)
+
+        class Derived(patched):
+            pass
+
+        assert not isinstance(before[0], Derived)
+    finally:
+        unpatch()

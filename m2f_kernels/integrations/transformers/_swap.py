@@ -128,10 +128,20 @@ def _original(cls: type) -> type:
 
 
 @cache
+def _metaclass(of: type) -> type:
+    """Where a patched name stands for the original, its instances made before are instances of what it means now."""
+
+    def instance_check(cls: type, instance: object) -> bool:
+        return type.__instancecheck__(cls, instance) or (cls in _PAIRS and isinstance(instance, _PAIRS[cls].original))
+
+    return type(of.__name__, (of,), {"__instancecheck__": instance_check})
+
+
+@cache
 def accelerated_class(mixin: type, original: type) -> type:
     """The class of accelerated instances of `original`; always the same one."""
     names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    made: type = type(original.__name__, (mixin, _Accelerated, original), names)
+    made: type = _metaclass(type(original))(original.__name__, (mixin, _Accelerated, original), names)
     _PAIRS[made] = _Pair(mixin, original)
     return made
 
