@@ -158,6 +158,7 @@ def train(given: argparse.Namespace) -> int:
         trainer = Trainer(
             model, samples, recipe, given.out, process=process, validation=validation, log=log, progress=progress
         )
+        trainer.check_validation(progress)
         trainer.run()
     return 0
 

@@ -262,7 +262,7 @@ class Trainer:
         self.process = process or Process()
         self.out, self.log = Path(out), log
         self.step = 0
-        self._check_data(progress)
+        self._check(data, progress)
         model.config = of_data(model.config, data, recipe)
         model.to(self.process.device).train()
         model.set_activation_checkpointing(recipe.activation_checkpointing)
@@ -617,15 +617,22 @@ class Trainer:
 
     # ------------------------------------------------------------ data
 
-    def _check_data(self, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
+    def check_validation(self, progress: Callable[[list[Any]], Iterable[Any]] = iter) -> None:
+        """Look at the validation data before training, as is done with the training data.
+
+        Raises:
+            ValueError: naming what cannot be used; without this call the first validation that meets it says so, after
+                the checkpoint of its step is written.
+        """
+        self._check(self.validation, progress)
+
+    def _check(self, data: Dataset | None, progress: Callable[[list[Any]], Iterable[Any]]) -> None:
         """Of several processes the first one looks at the files, and all raise what it finds."""
         message = ""
-        if self.process.rank == 0:
+        check = getattr(data, "check", None)
+        if self.process.rank == 0 and check is not None:
             try:
-                for data in (self.data, self.validation):
-                    check = getattr(data, "check", None)
-                    if check is not None:
-                        check(progress)
+                check(progress)
             except (ValueError, OSError) as error:
                 if self.process.world_size == 1:
                     raise

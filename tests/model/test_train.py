@@ -293,6 +293,21 @@ def test_a_validation_that_fails_loses_nothing(tmp_path):
     assert torch.load(run.checkpoint, weights_only=True)["step"] == 3
 
 
+def test_data_are_checked_at_the_start(tmp_path):
+    """Those of training by the trainer itself; those of validation when it is asked, as `m2f train` does."""
+
+    class Checked(Shapes):
+        def check(self, progress):
+            raise ValueError(f"image {next(iter(progress([5])))} is missing")
+
+    broken = Checked(length=12, size=64)
+    with pytest.raises(ValueError, match="image 5 is missing"):
+        Trainer(Mask2Former(small()), broken, RECIPE, tmp_path)
+    run = Trainer(Mask2Former(small()), DATA, RECIPE, tmp_path, validation=broken)
+    with pytest.raises(ValueError, match="image 5 is missing"):
+        run.check_validation()
+
+
 class Interrupting(Shapes):
     """Validation data whose second sample is slow enough for a signal."""
 
