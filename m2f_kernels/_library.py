@@ -65,6 +65,9 @@ def _load_all() -> dict[str, NativeLibrary]:
         "it was not built; reinstall m2f-kernels with nvcc on PATH (M2F_CUDA=on makes its absence an error)",
         cuda_unusable,
     )
+    if cuda.loaded and not hasattr(cuda.handle, "m2f_cuda_code"):
+        # It cannot say what it was built for.
+        cuda = NativeLibrary(cuda.name, cuda.path, "it was built for another version of m2f-kernels; build it again")
     return {"cpu": cpu, "cuda": cuda}
 
 

@@ -337,3 +337,11 @@ def test_compiled_code_follows_use_backend(monkeypatch):
     seen.clear()
     compiled(*tensors)
     assert not seen
+
+
+def test_a_library_of_another_version_is_not_used(monkeypatch):
+    """One that cannot say what it was built for: the CPU library stands in for it."""
+    cpu = _library.LIBRARIES["cpu"]
+    older = NativeLibrary("m2f_cuda", Path("libm2f_cuda.so"), None, cpu.handle)
+    monkeypatch.setattr(_library, "_load", lambda name, *_: older if name == "m2f_cuda" else cpu)
+    assert "another version" in _library._load_all()["cuda"].problem
