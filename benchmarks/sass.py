@@ -6,9 +6,13 @@ takes its warps' registers, allocated per warp in units of 256, and its shared m
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -138,3 +142,89 @@ def mix(code: str) -> Mix:
         raise ValueError("expected a kernel's disassembly; found no instruction in it")
     wide = sum(".128" in opcode and kind_of(opcode) in ("load", "store", "async copy", "atomic") for opcode in found)
     return Mix(dict(Counter(map(kind_of, found))), wide)
+
+
+_LABEL = re.compile(r"^\.?(L[A-Z]*_?\w*):")
+_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+`?\(?\.?(L\w+)\)?")
+
+
+def executed(code: str, trips: Sequence[int] = ()) -> int:
+    """Instructions that a warp executes in one kernel's disassembly with labels, as Triton prints it.
+
+    Every forward branch counts as not taken, so parts that are skipped count as executed.
+
+    Args:
+        code: the disassembly.
+        trips: how often the body of each loop runs, in the order of where the loops begin. What nests multiplies.
+
+    Raises:
+        ValueError: there are more or fewer loops than `trips`.
+    """
+    labels: dict[str, int] = {}
+    loops: dict[int, int] = {}
+    count = 0
+    for line in code.splitlines():
+        if label := _LABEL.match(line.strip()):
+            labels[label[1]] = count
+        elif opcodes(line):
+            branch = _BRANCH.search(line)
+            # What branches to itself stands behind the end and is never reached.
+            if branch and branch[1] in labels and labels[branch[1]] < count:
+                loops[labels[branch[1]]] = max(count, loops.get(labels[branch[1]], 0))
+            if not (branch and labels.get(branch[1]) == count):
+                count += 1
+    if len(loops) != len(trips):
+        raise ValueError(f"trips: expected one number for each of {len(loops)} loops; got {list(trips)}")
+    total = count
+    for begin, repeats in sorted(zip(sorted(loops), trips, strict=True), reverse=True):
+        # From the inside out: what an inner loop adds is repeated by the outer ones.
+        around = [n for start, n in zip(sorted(loops), trips, strict=True) if start < begin <= loops[start]]
+        total += (loops[begin] - begin + 1) * (repeats - 1) * math.prod(around)
+    return total
+
+
+def main() -> None:
+    """Print what one sample of one query costs the Triton forward of deformable attention on sm_90.
+
+    python -m benchmarks.sass
+    """
+    import torch
+    import triton
+
+    from benchmarks import static
+    from m2f_kernels.ops.ms_deform_attn import triton as deformable
+
+    print("| forward of deformable attention, Triton, sm_90 | executed instructions of a warp per (query, sample) |")
+    print("|---|---:|")
+    for name, function, inputs in (
+        ("locations", deformable.ms_deform_attn, static.deformable_inputs),
+        ("offsets, 2-d", deformable.ms_deform_attn_from_offsets, partial(static.deformable_inputs, coordinates=2)),
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            print(f"| {name}, {str(dtype).removeprefix('torch.')} | {per_sample(function, inputs(dtype, 32)):.1f} |")
+    print(f"\ntriton {triton.__version__}; N = 2, 21504 queries, 8 heads of 32 channels, 3 levels of 4 points")
+
+
+def per_sample(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+    """Instructions that the warps of the launch execute, compiled for sm_90, per sample of each query and head."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from benchmarks import static
+    from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
+
+    with recording(ARCHITECTURES[90]) as launches:
+        function(*arguments)
+    (launch,) = launches
+    signature, constants, attributes = static.specialise(launch.kernel, launch.arguments)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    code = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["sass"]
+    n, queries, heads = launch.arguments["value"].shape[0], launch.arguments["queries"], launch.arguments["HEADS"]
+    samples = n * queries * heads * launch.arguments["FIRST"][-1]
+    return executed(code) * launch.num_warps * math.prod(launch.grid) / samples
+
+
+if __name__ == "__main__":
+    main()

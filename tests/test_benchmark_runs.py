@@ -452,6 +452,20 @@ def test_instructions_are_counted_by_kind():
         sass.mix("nothing")
 
 
+def test_executed_instructions_are_weighted_by_trips():
+    """Two loops in a row, the first with one inside; a branch forward, and the one to itself behind the end."""
+    line = "--:-:-:-:1\t{}\n".format
+    code = (
+        line("MOV R1, R2") + "LBB0:\n" + line("FADD R1, R1, R2") + "LBB1:\n" + line("FMUL R1, R1, R2")
+        + line("@P0 BRA LBB1") + line("@P1 BRA LBB0") + "LBB2:\n" + line("@P3 BRA LBB3") + line("IADD3 R1, R1, R2")
+        + "LBB3:\n" + line("@P2 BRA LBB2") + line("EXIT") + "LBB4:\n" + line("BRA LBB4")
+    )  # fmt: skip
+    assert sass.executed(code, [1, 1, 1]) == 9
+    assert sass.executed(code, [2, 3, 5]) == 1 + 2 * (1 + 3 * 2 + 1) + 5 * 3 + 1
+    with pytest.raises(ValueError, match="each of 3 loops"):
+        sass.executed(code)
+
+
 @pytest.mark.parametrize(
     ("opcode", "kind"),
     [("IMMA.16816.S8.S8", "matrix"), ("UTCHMMA", "matrix"), ("IMAD.MOV.U32", "integer"), ("ULOP3.LUT", "integer"),

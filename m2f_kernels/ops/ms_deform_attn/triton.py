@@ -185,6 +185,31 @@ def _add_sample(
     return tl.fma(d.to(tl.float32), (bottom * right)[:, None], total)
 
 
+@triton.jit
+def _add_level(
+    total, at_points, points_k, points_d, step_x, origin_x, step_y, origin_y, at_weights, weights_k, largest, scale,
+    rows, row_stride, width, height, end, mask, channel_mask, begin, stop, FIRST: tl.constexpr, COUNT: tl.constexpr,
+    UNROLL: tl.constexpr, FROM_OFFSETS: tl.constexpr, PACKED: tl.constexpr, HALF: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`total` [Q, D] plus a level's samples: COUNT from FIRST on, which are those from `begin` to `stop`."""
+    if UNROLL:
+        for p in tl.static_range(COUNT):
+            k = FIRST + p
+            total = _add_sample(
+                total, at_points + k * points_k, points_d, step_x, origin_x, step_y, origin_y,
+                at_weights + k * weights_k, largest, scale, rows, row_stride, width, height, end, mask, channel_mask,
+                FROM_OFFSETS, PACKED, HALF, WIDE,
+            )  # fmt: skip
+    else:
+        for k in range(begin, stop):
+            total = _add_sample(
+                total, at_points + k * points_k, points_d, step_x, origin_x, step_y, origin_y,
+                at_weights + k * weights_k, largest, scale, rows, row_stride, width, height, end, mask, channel_mask,
+                FROM_OFFSETS, PACKED, HALF, WIDE,
+            )  # fmt: skip
+    return total
+
+
 @triton.jit(do_not_specialize=["sizes", "bounds", "positions", "queries", "offset_scale"])
 def _forward_kernel(
     value, shapes, starts, reference, points, weights, out, sizes, bounds, value_n, value_s, value_h,
@@ -217,21 +242,11 @@ def _forward_kernel(
             at_reference + level * reference_l, reference_d, mask, width.to(tl.float32), height.to(tl.float32),
             offset_scale, POINTS[level], COORDINATES,
         )  # fmt: skip
-        if UNROLL:
-            for p in tl.static_range(POINTS[level]):
-                k = FIRST[level] + p
-                total = _add_sample(
-                    total, at_points + k * points_k, points_d, step_x, origin_x, step_y, origin_y,
-                    at_weights + k * weights_k, largest, scale, level_rows, row_stride, width, height, end, mask,
-                    channel_mask, COORDINATES > 0, PACKED, HALF, WIDE,
-                )  # fmt: skip
-        else:
-            for k in range(bounds[level], bounds[level + 1]):
-                total = _add_sample(
-                    total, at_points + k * points_k, points_d, step_x, origin_x, step_y, origin_y,
-                    at_weights + k * weights_k, largest, scale, level_rows, row_stride, width, height, end, mask,
-                    channel_mask, COORDINATES > 0, PACKED, HALF, WIDE,
-                )  # fmt: skip
+        total = _add_level(
+            total, at_points, points_k, points_d, step_x, origin_x, step_y, origin_y, at_weights, weights_k, largest,
+            scale, level_rows, row_stride, width, height, end, mask, channel_mask, bounds[level], bounds[level + 1],
+            FIRST[level], POINTS[level], UNROLL, COORDINATES > 0, PACKED, HALF, WIDE,
+        )  # fmt: skip
     to = out + ((n * queries + q) * HEADS + head)[:, None] * CHANNELS + channel[None, :]
     tl.store(to, narrow(total, out.dtype.element_ty), mask=mask[:, None] & channel_mask)
 
