@@ -188,6 +188,16 @@ CASES += [
         "point_sample",
         lambda dtype, _: (meta(1, 30, 1024, 1024, dtype=torch.bool), meta(*_POINTS, dtype=torch.float32), True),
     ),
+    # A map of numbers in place of 30 masks.
+    Case(
+        _SAMPLE,
+        "point_sample",
+        lambda dtype, _: (
+            meta(1, 1, 1024, 1024, dtype=torch.int32).expand(-1, 30, -1, -1),
+            meta(*_POINTS, dtype=torch.float32),
+            True,
+        ),
+    ),
     Case(
         _SAMPLE,
         "point_sample_backward",
@@ -228,7 +238,7 @@ CASES += [
     ),
     *(
         Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, kind))
-        for kind in (torch.bool, torch.float32)
+        for kind in (torch.bool, torch.float32, torch.int32)
     ),
     Case(_LOSS, "point_mask_loss_backward", lambda dtype, _: loss_backward_inputs()),
     Case(_LOSS, "factored_point_mask_loss", lambda dtype, _: factored_inputs(dtype)),

@@ -4,7 +4,7 @@ from m2f_kernels import nn
 from m2f_kernels._version import __version__
 from m2f_kernels.dispatch import BackendChoice, explain, use_backend
 from m2f_kernels.integrations.transformers import accelerate, restore
-from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
 from m2f_kernels.ops.attention_mask import pack_attention_mask, predict_attention_mask, resize_mask_features
 from m2f_kernels.ops.masked_attention import masked_attention
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
@@ -14,6 +14,7 @@ from m2f_kernels.ops.point_sample import point_sample, uncertain_points
 __all__ = [
     "BackendChoice",
     "FactoredMasks",
+    "InstanceMap",
     "PackedMask",
     "__version__",
     "accelerate",

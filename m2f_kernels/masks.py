@@ -77,6 +77,47 @@ class PackedMask(NamedTuple):
         return unpack(self.bits, self.row_any, self.num_keys)
 
 
+class InstanceMap(NamedTuple):
+    """Target masks of one image that do not overlap, as one map of ids: 4 bytes per pixel for any number of targets.
+
+    Taken in place of [T, H, W] by :func:`mask_matching_cost`, :func:`point_mask_loss`, the matcher and the criterion,
+    which sample the map where it lies: costs, losses and gradients have the bits that the dense masks give.
+
+    Attributes:
+        id_map: [H, W] of int64, int32, int16 or uint8.
+        ids: [T], the id of each target, all different. Pixels of any other id belong to none.
+    """
+
+    id_map: Tensor
+    ids: Tensor
+
+    def masks(self) -> Tensor:
+        """bool [T, H, W], the dense masks."""
+        return self.id_map == self.ids.to(self.id_map)[:, None, None]
+
+
+#: Pixels of an id map that are looked up at once.
+_PIXELS_AT_ONCE = 1 << 18
+
+
+def numbered_planes(id_map: Tensor, ids: Tensor) -> Tensor:
+    """int32 [T, H, W], a view of one map of the targets' numbers: plane t is 1 where it holds t, else 0.
+
+    That is how the operators on points take an :class:`InstanceMap`: as the only targets of this dtype, whose planes
+    are one and the same memory.
+    """
+    height, width = id_map.shape
+    numbers = torch.full((height * width,), -1, dtype=torch.int32, device=id_map.device)
+    if len(ids):
+        known, order = ids.long().sort()
+        pixels = id_map.flatten()
+        for part, out in zip(pixels.split(_PIXELS_AT_ONCE), numbers.split(_PIXELS_AT_ONCE), strict=True):
+            wide = part.long()
+            place = torch.bucketize(wide, known).clamp_(max=len(ids) - 1)
+            out.copy_(torch.where(known[place] == wide, order[place], -1))
+    return numbers.view(1, height, width).expand(len(ids), -1, -1)
+
+
 class FactoredMasks(NamedTuple):
     """Mask logits as the two factors whose product they are; Q + h*w vectors of C numbers instead of Q * h*w logits.
 

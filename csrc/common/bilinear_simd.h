@@ -98,7 +98,17 @@ M2F_INLINE void with_pixels(const Plane& plane, F&& f) {
     case PixelType::kBFloat16: return f(static_cast<const BFloat16*>(plane.data));
     case PixelType::kFloat16: return f(static_cast<const Float16*>(plane.data));
     case PixelType::kByte: return f(static_cast<const uint8_t*>(plane.data));
+    case PixelType::kIndex: return;  // see with_targets
   }
+}
+
+// The same where the plane may be one of indices.
+template <typename F>
+M2F_INLINE void with_targets(const Plane& plane, F&& f) {
+  if (plane.type == PixelType::kIndex)
+    f(IndexPixels{static_cast<const int32_t*>(plane.data), plane.number});
+  else
+    with_pixels(plane, f);
 }
 
 // ---------------------------------------------------------------- two neighbours of each lane
@@ -173,8 +183,29 @@ M2F_INLINE void gather_pair(const E* p, int64_t size, IntVec<float> index, IntVe
   b = gather(p, index + step);
 }
 
-template <typename E>
-M2F_INLINE FloatVec sample_plane(const E* plane, int64_t size, const SamplePoints& p) {
+M2F_INLINE FloatVec gather(IndexPixels pixels, IntVec<float> index) {
+#if defined(__AVX512F__)
+  const IntVec<float> found =
+      reinterpret_cast<IntVec<float>>(_mm512_i32gather_epi32(reinterpret_cast<__m512i>(index), pixels.data, 4));
+#elif defined(__AVX2__)
+  const IntVec<float> found =
+      reinterpret_cast<IntVec<float>>(_mm256_i32gather_epi32(pixels.data, reinterpret_cast<__m256i>(index), 4));
+#else
+  IntVec<float> found{};
+  for (int i = 0; i < kFloatLanes; ++i) found[i] = pixels.data[index[i]];
+#endif
+  return found == pixels.number ? splat(1.0f) : FloatVec{};
+}
+
+M2F_INLINE void gather_pair(IndexPixels pixels, int64_t, IntVec<float> index, IntVec<float> step, FloatVec& a,
+                            FloatVec& b) {
+  a = gather(pixels, index);
+  b = gather(pixels, index + step);
+}
+
+// `Pixels` points to pixels, or is IndexPixels.
+template <typename Pixels>
+M2F_INLINE FloatVec sample_plane(Pixels plane, int64_t size, const SamplePoints& p) {
   FloatVec a, b, c, d;
   gather_pair(plane, size, p.index, p.step, a, b);
   gather_pair(plane, size, p.index + p.down, p.step, c, d);

@@ -14,14 +14,23 @@ inline PixelType pixel_type_of(const Tensor& tensor, const char* name) {
     case ScalarType::Half: return PixelType::kFloat16;
     case ScalarType::Bool:
     case ScalarType::Byte: return PixelType::kByte;
+    case ScalarType::Int: return PixelType::kIndex;
     default: STD_TORCH_CHECK(false, name, ": expected a floating point type, bool or uint8");
   }
+}
+
+// The type of what is predicted.
+inline PixelType logit_type_of(const Tensor& tensor, const char* name) {
+  const PixelType type = pixel_type_of(tensor, name);
+  STD_TORCH_CHECK(type != PixelType::kIndex, name, ": expected a floating point type");
+  return type;
 }
 
 inline int64_t pixel_bytes(PixelType type) {
   switch (type) {
     case PixelType::kFloat64: return 8;
-    case PixelType::kFloat32: return 4;
+    case PixelType::kFloat32:
+    case PixelType::kIndex: return 4;
     case PixelType::kByte: return 1;
     default: return 2;
   }

@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> point_mask_loss(const Tensor& mask_lo
   args.height = logits.size(1);
   args.width = logits.size(2);
   args.logits = logits.data_ptr();
-  args.type = pixel_type_of(logits, "mask_logits");
+  args.type = logit_type_of(logits, "mask_logits");
   args.stride = logits.stride(0);
   args.rows = checked_rows(rows, "rows", logits.size(0));
   args.points = floats(points);
@@ -93,7 +93,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> point_mask_loss(const Tensor& mask_lo
     const PixelType type = pixel_type_of(masks, "targets");
     const char* data = static_cast<const char*>(masks.data_ptr());
     for (int64_t t = 0; t < masks.size(0); ++t)
-      planes.push_back({data + t * masks.stride(0) * pixel_bytes(type), type, masks.size(1), masks.size(2)});
+      planes.push_back({data + t * masks.stride(0) * pixel_bytes(type), type, masks.size(1), masks.size(2),
+                        static_cast<int32_t>(t)});
   }
   check_sizes(target_rows, "target_rows", {args.m});
   const int64_t* chosen = checked_rows(target_rows, "target_rows", static_cast<int64_t>(planes.size()));

@@ -158,8 +158,9 @@ struct LossSums {
   double cross_entropy, probability, label, both;
 };
 
-template <typename E, typename L>
-LossSums sample_losses(const PointLossArgs& args, const E* plane, const L* target, const Plane& shape, int64_t m) {
+// `target` points to pixels, or is IndexPixels.
+template <typename E, typename Target>
+LossSums sample_losses(const PointLossArgs& args, const E* plane, Target target, const Plane& shape, int64_t m) {
   const float* points = args.points + m * args.k * 2;
   float* probability = args.probability + m * args.k;
   float* labels = args.labels + m * args.k;
@@ -206,7 +207,7 @@ void loss(const PointLossArgs& args, int64_t first, int64_t last) {
     const Plane& target = args.targets[m];
     LossSums sums{};
     with_pixels({args.logits, args.type, args.height, args.width}, [&](auto logits) {
-      with_pixels(target, [&](auto labels) {
+      with_targets(target, [&](auto labels) {
         sums = sample_losses(args, logits + args.rows[m] * args.stride, labels, target, m);
       });
     });

@@ -104,7 +104,7 @@ Tensor uncertain_points(const Tensor& mask_logits, const Tensor& rows, const Ten
   args.height = logits.size(1);
   args.width = logits.size(2);
   args.logits = logits.data_ptr();
-  args.type = pixel_type_of(logits, "mask_logits");
+  args.type = logit_type_of(logits, "mask_logits");
   args.stride = logits.stride(0);
   args.rows = checked_rows(rows, "rows", args.planes);
   args.seed = *static_cast<const uint64_t*>(seed.data_ptr());

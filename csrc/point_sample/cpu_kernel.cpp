@@ -84,7 +84,24 @@ void sample_any(const PointSampleArgs& args, int64_t first, int64_t last, void* 
   }
 }
 
+// Planes of indices: each compares with its own number.
+void sample_indices(const PointSampleArgs& args, int64_t first, int64_t last, void* scratch) {
+  Prepared p{nullptr, 0, 0};
+  for (int64_t task = first; task < last; ++task) {
+    const int64_t c = task % args.c, part = task / args.c % args.parts, n = task / args.c / args.parts;
+    if (task == first || c == 0) p = prepare(args, n, part, scratch);
+    if (p.count <= 0) continue;
+    const IndexPixels plane{static_cast<const int32_t*>(args.input) + n * args.stride[0] + c * args.stride[1],
+                            static_cast<int32_t>(c)};
+    float* out = static_cast<float*>(args.output) + (n * args.c + c) * args.k + p.first;
+    for (int64_t i = 0; i < vectors(p.count); ++i)
+      store_samples(out + i * kFloatLanes, p.count - i * kFloatLanes,
+                    sample_plane(plane, args.height * args.width, p.points[i]));
+  }
+}
+
 void sample(const PointSampleArgs& args, int64_t first, int64_t last, void* scratch) {
+  if (args.type == PixelType::kIndex) return sample_indices(args, first, last, scratch);
   with_pixels({args.input, args.type, args.height, args.width}, [&](auto pixels) {
     sample_any<std::remove_const_t<std::remove_pointer_t<decltype(pixels)>>>(args, first, last, scratch);
   });

@@ -16,8 +16,8 @@ from m2f_kernels.ops.point_sample import check_masks
 
 #: For each decoder output "class_logits" [N, Q, num_labels + 1] and "masks", FactoredMasks or logits [N, Q, h, w].
 Predictions: TypeAlias = Sequence[Mapping[str, Any]]
-#: For each image "labels", int64 [T_i], and "masks" [T_i, H_i, W_i].
-Targets: TypeAlias = Sequence[Mapping[str, Tensor]]
+#: For each image "labels", int64 [T_i], and "masks", [T_i, H_i, W_i] or an InstanceMap.
+Targets: TypeAlias = Sequence[Mapping[str, Any]]
 
 
 @dataclass

@@ -160,6 +160,27 @@ def test_loss_and_gradients(name, probabilities, pixels, fixed_points, generator
 
 
 @models
+@pytest.mark.parametrize("known", [True, False])
+def test_targets_as_maps_of_ids(name, known, pixels, fixed_points, generator):
+    """Of different sizes; the same loss and gradients to the last bit, also where the original's criterion serves."""
+    _, accelerated = both(name)
+    if not known:
+        m2f_kernels.restore(accelerated.criterion)
+    maps = [
+        m2f_kernels.InstanceMap(torch.randint(0, 5, size, generator=generator), torch.tensor(ids))
+        for size, ids in (((SIZE, SIZE), [4, 0, 2]), ((40, 50), [1, 3]))
+    ]
+    labels = [torch.tensor([0, 3, 1]), torch.tensor([2, 2])]
+    results = [
+        train(accelerated, pixel_values=pixels, mask_labels=given, class_labels=labels)
+        for given in (maps, [one.masks().float() for one in maps])
+    ]
+    assert torch.equal(results[0][0].loss, results[1][0].loss)
+    for n, gradient in results[0][1].items():
+        assert gradient is None or torch.equal(gradient, results[1][1][n]), n
+
+
+@models
 def test_no_tensor_of_all_pairs(name, pixels, generator):
     """In a training step nothing of tokens x tokens is made, by any operator outside the fused ones."""
     model, accelerated = both(name, image_size=192, num_queries=3, train_num_points=50)

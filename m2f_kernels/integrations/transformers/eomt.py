@@ -22,6 +22,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     DECODER_OPS,
     DROPPED,
     LOSSES,
+    dense_masks,
     kernels_serve,
     matcher_problem,
     subclass_problem,
@@ -267,6 +268,8 @@ def _loss(
         for classes, masks in outputs[:-1]
     ]
     last = {"masks_queries_logits": outputs[-1][1] if fused else logits, "class_queries_logits": outputs[-1][0]}
+    if not isinstance(model.criterion, mask2former.Criterion):
+        mask_labels = [dense_masks(x) for x in mask_labels]
     labels = {"mask_labels": mask_labels, "class_labels": class_labels}
     if fused:
         total: Tensor = model.get_loss(model.get_loss_dict(**last, **labels, auxiliary_predictions=predictions))

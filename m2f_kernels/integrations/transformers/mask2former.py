@@ -24,6 +24,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     Memory,
     attend,
     attention_problem,
+    dense_masks,
     drops,
     gathers,
     kernels_serve,
@@ -45,7 +46,7 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
     PositionEmbedding,
     check_pixel_decoder,
 )
-from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
 
 _MODULE = "transformers.models.mask2former.modeling_mask2former"
@@ -368,7 +369,7 @@ class Criterion(Mixin):
         self,
         masks_queries_logits: Masks,
         class_queries_logits: Tensor,
-        mask_labels: Sequence[Tensor],
+        mask_labels: Sequence[Tensor | InstanceMap],
         class_labels: Sequence[Tensor],
         auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
@@ -380,7 +381,7 @@ class Criterion(Mixin):
             unfused: dict[str, Tensor] = super().forward(
                 logits_of(masks_queries_logits),
                 class_queries_logits,
-                mask_labels,
+                [dense_masks(x) for x in mask_labels],
                 class_labels,
                 [{**x, "masks_queries_logits": logits_of(x["masks_queries_logits"])} for x in auxiliary],
             )

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from m2f_kernels import dispatch
 from m2f_kernels.integrations.transformers._swap import plan, qualified_name, watched
-from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
 from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion, apart
 from m2f_kernels.nn.predictions import Targets, read_batch
 from m2f_kernels.ops.masked_attention import masked_attention
@@ -32,6 +32,11 @@ LOSSES = "matching and losses from factored masks at sampled points"
 def logits_of(masks: Masks) -> Tensor:
     """[N, Q, h, w], whatever `masks` is."""
     return masks.logits() if isinstance(masks, FactoredMasks) else masks
+
+
+def dense_masks(masks: Tensor | InstanceMap) -> Tensor:
+    """[T, H, W] as the original losses take it."""
+    return masks.masks().float() if isinstance(masks, InstanceMap) else masks
 
 
 # ---------------------------------------------------------------- cross-attention with weights of nn.MultiheadAttention
@@ -260,7 +265,7 @@ def point_losses(
     published: Any,
     num_labels: int,
     outputs: Iterable[tuple[Tensor, Masks]],
-    mask_labels: Iterable[Tensor],
+    mask_labels: Iterable[Tensor | InstanceMap],
     class_labels: Sequence[Tensor],
 ) -> list[dict[str, Tensor]]:
     """The losses of every output, a pair of class logits and masks, as the criterion `published` computes them.
@@ -269,7 +274,7 @@ def point_losses(
     numbers are other ones: the operators' generator draws those of the loss.
     """
     predictions = [{"class_logits": classes, "masks": masks} for classes, masks in outputs]
-    targets: list[Mapping[str, Tensor]] = [
+    targets: list[Mapping[str, Any]] = [
         {"labels": labels, "masks": masks} for labels, masks in zip(class_labels, mask_labels, strict=True)
     ]
     num_masks = published.get_num_masks(class_labels, device=class_labels[0].device)
@@ -279,4 +284,13 @@ def point_losses(
 def _pad_to_largest(masks: list[Tensor]) -> list[Tensor]:
     """Targets [T_i, H, W] of one size. `transformers` pads them for the loss, though not for the matching."""
     height, width = (max((x.shape[axis] for x in masks), default=0) for axis in (1, 2))
-    return [F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in masks]
+    return [_pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in masks]
+
+
+def _pad(masks: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
+    if not any(sides):
+        return masks
+    if masks.dtype != torch.int32 or not len(masks):
+        return F.pad(masks, sides)
+    # Planes of numbers share their memory, and outside there is none.
+    return F.pad(masks[:1], sides, value=-1).expand(len(masks), -1, -1)

@@ -26,6 +26,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     Memory,
     attend,
     attention_problem,
+    dense_masks,
     drops,
     gathers,
     kernels_serve,
@@ -46,7 +47,7 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
     PositionEmbedding,
     check_pixel_decoder,
 )
-from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
 
 _MODULE = "transformers.models.oneformer.modeling_oneformer"
@@ -420,7 +421,7 @@ class Criterion(Mixin):
         masks_queries_logits: Masks,
         class_queries_logits: Tensor,
         contrastive_queries_logits: Tensor | None,
-        mask_labels: Sequence[Tensor],
+        mask_labels: Sequence[Tensor | InstanceMap],
         class_labels: Sequence[Tensor],
         text_queries: Tensor | None,
         auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
@@ -434,7 +435,7 @@ class Criterion(Mixin):
                 masks_queries_logits,
                 class_queries_logits,
                 contrastive_queries_logits,
-                mask_labels,
+                [dense_masks(x) for x in mask_labels],
                 class_labels,
                 text_queries,
                 auxiliary_predictions,

@@ -12,7 +12,7 @@ from m2f_kernels import dispatch
 from m2f_kernels._checks import check_indices, check_same_device, check_shape, describe, readable
 from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels._library import LIBRARY
-from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.masks import FactoredMasks, InstanceMap, numbered_planes
 from m2f_kernels.ops._autograd import call, differentiable_once, register_autograd, register_vmap
 from m2f_kernels.ops.point_loss import factored, reference
 from m2f_kernels.ops.point_sample import (
@@ -72,7 +72,7 @@ _BLOCK_BYTES = 8 * 2**20
 
 
 def mask_matching_cost(
-    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Tensor], points: Tensor
+    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Tensor | InstanceMap], points: Tensor
 ) -> tuple[Any, Any]:
     """Cost of giving each query to each target: cross-entropy and dice over K points (Cheng et al. 2022, section 3.3).
 
@@ -83,7 +83,7 @@ def mask_matching_cost(
     Args:
         mask_logits: [N, Q, h, w], or factored masks. float64, float32, bfloat16 or float16.
         target_masks: [N, T, H, W], or a list over images of [T_i, H_i, W_i], of any sizes and counts. bool, uint8 or
-            floating point with values in [0, 1]; read in place.
+            floating point with values in [0, 1]; read in place. Of an image also an :class:`InstanceMap`.
         points: [N, K, 2], (x, y) in [0, 1], shared by all queries and targets of an image. float64 or float32.
 
     Returns:
@@ -115,7 +115,7 @@ def mask_matching_cost(
 
 def point_mask_loss(
     mask_logits: Tensor | FactoredMasks,
-    target_masks: Tensor | Sequence[Tensor],
+    target_masks: Tensor | Sequence[Tensor | InstanceMap],
     points: Tensor,
     *,
     matches: Matches | None = None,
@@ -129,7 +129,8 @@ def point_mask_loss(
         mask_logits: [N, Q, h, w], factored masks, or [M, h, w], which counts as one image. float64, float32, bfloat16
             or float16.
         target_masks: a list over images of [T_i, H_i, W_i], or a tensor: [N, T, H, W], or [M, H, W] with [M, h, w].
-            bool, uint8 or floating point with values in [0, 1]; read in place.
+            bool, uint8 or floating point with values in [0, 1]; read in place. Of an image also an
+            :class:`InstanceMap`.
         points: [M, K, 2], (x, y) in [0, 1], in order of images and then of matches. float64 or float32.
         matches: for each image the queries and their targets, int64 [M_i] both; None gives query j to target j.
 
@@ -151,7 +152,7 @@ def point_mask_loss(
 
 def uncertain_point_mask_loss(
     mask_logits: Tensor | FactoredMasks,
-    target_masks: Tensor | Sequence[Tensor],
+    target_masks: Tensor | Sequence[Tensor | InstanceMap],
     matches: Matches | None = None,
     num_points: int = 12544,
     oversample_ratio: float = 3.0,
@@ -273,10 +274,15 @@ def check_targets(name: str, targets: object, images: int, masks: Tensor) -> lis
         if targets.shape[0] != images:
             raise ValueError(f"{name}: expected [N, T, H, W] with N = {images}; got {describe(targets)}")
         found = list(targets.unbind())
-    elif isinstance(targets, Sequence) and not isinstance(targets, str):
+    elif isinstance(targets, Sequence) and not isinstance(targets, (str, InstanceMap)):
         if len(targets) != images:
             raise ValueError(f"{name}: expected {images} tensors [T, H, W], one per image; got {len(targets)}")
-        found = [check_pixels(f"{name}[{i}]", x, "[T, H, W]") for i, x in enumerate(targets)]
+        found = [
+            _planes_of(f"{name}[{i}]", x, masks)
+            if isinstance(x, InstanceMap)
+            else check_pixels(f"{name}[{i}]", x, "[T, H, W]")
+            for i, x in enumerate(targets)
+        ]
     else:
         raise TypeError(f"{name}: expected a tensor, or one tensor [T, H, W] per image; got {describe(targets)}")
     for i, x in enumerate(found):
@@ -286,8 +292,26 @@ def check_targets(name: str, targets: object, images: int, masks: Tensor) -> lis
     return found
 
 
+def _planes_of(name: str, target: InstanceMap, masks: Tensor) -> Tensor:
+    """int32 [T, H, W] that shares the memory of one map, after checking it."""
+    id_map, ids = target
+    kinds = (torch.int64, torch.int32, torch.int16, torch.uint8)
+    for field, x, layout, rank in (("id_map", id_map, "[H, W]", 2), ("ids", ids, "[T]", 1)):
+        if not isinstance(x, Tensor) or x.dtype not in kinds:
+            raise TypeError(f"{name}.{field}: expected int64, int32, int16 or uint8 {layout}; got {describe(x)}")
+        if x.dim() != rank:
+            raise ValueError(f"{name}.{field}: expected {layout}; got {describe(x)}")
+        check_same_device(f"{name}.{field}", x, "mask_logits", masks)
+    if not id_map.numel():
+        raise ValueError(f"{name}.id_map: expected at least one pixel in [H, W]; got {describe(id_map)}")
+    # Not on a GPU, which it would wait for.
+    if ids.device.type == "cpu" and len(ids.unique()) != len(ids):
+        raise ValueError(f"{name}.ids: expected different ids; got {ids.tolist()}")
+    return numbered_planes(id_map, ids)
+
+
 def pair_up(
-    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Tensor], matches: Matches | None
+    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Tensor | InstanceMap], matches: Matches | None
 ) -> tuple[MaskRows, list[Tensor], Tensor]:
     """The masks that have a target, the targets of each image, and the row [M] of each mask's target among all."""
     flat = isinstance(mask_logits, Tensor) and mask_logits.dim() == 3

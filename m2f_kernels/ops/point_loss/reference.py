@@ -40,7 +40,13 @@ def sampled_targets(targets: Sequence[Tensor], target_rows: Tensor, points: Tens
     first = 0
     for masks in targets:
         here = (target_rows >= first) & (target_rows < first + masks.shape[0])
-        found = reference.point_sample(masks[target_rows[here] - first, None], points[here], exact=True)[:, 0]
+        chosen = target_rows[here] - first
+        if masks.dtype == torch.int32:  # planes that share their memory
+            own = points[here].flatten(0, 1)
+            numbers = chosen.repeat_interleave(points.shape[1])
+            found = reference.point_sample(masks[None, :1], own[None], True, numbers).view(-1, points.shape[1])
+        else:
+            found = reference.point_sample(masks[chosen, None], points[here], exact=True)[:, 0]
         samples = samples.index_put((here,), found.to(samples.dtype))
         first += masks.shape[0]
     return samples

@@ -158,6 +158,7 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 def _loss_kernel(
     logits, stride, rows, targets, target_stride, target_rows, points, probability, labels, sums,
     first_target, last_target, num_points, height, width, target_height, target_width, BLOCK: tl.constexpr,
+    INDEXED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK points of one mask, if its target belongs to this image."""
     m = tl.program_id(0).to(tl.int64)
@@ -169,7 +170,9 @@ def _loss_kernel(
         x = tl.load(points + 2 * at, mask=inside, other=0.0)
         y = tl.load(points + 2 * at + 1, mask=inside, other=0.0)
         logit = bilinear(logits + tl.load(rows + m) * stride, x, y, height, width, inside)
-        label = bilinear(targets + (target - first_target) * target_stride, x, y, target_height, target_width, inside)
+        number = target - first_target
+        plane = targets + number * target_stride
+        label = bilinear(plane, x, y, target_height, target_width, inside, number, INDEXED)
         sigmoid, softplus = sigmoid_softplus(logit)
         tl.store(probability + at, sigmoid, mask=inside)
         tl.store(labels + at, label, mask=inside)
@@ -239,7 +242,7 @@ def _launch_loss(
             _loss_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)), logits, logits.stride(0), rows, dense,
             dense.stride(0),
             target_rows, points, *outs, first, first + count, k, *logits.shape[1:], *dense.shape[1:], BLOCK=_POINTS,
-            num_warps=4,
+            INDEXED=dense.dtype == torch.int32, num_warps=4,
         )  # fmt: skip
 
 

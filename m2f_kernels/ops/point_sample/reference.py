@@ -18,14 +18,16 @@ def sample_dtype(dtype: torch.dtype, exact: bool) -> torch.dtype:
     return accumulation_dtype(dtype) if exact or not dtype.is_floating_point else dtype
 
 
-def point_sample(input: Tensor, points: Tensor, exact: bool = False) -> Tensor:
+def point_sample(input: Tensor, points: Tensor, exact: bool = False, numbers: Tensor | None = None) -> Tensor:
     """Bilinear samples at `points * (w, h) - 0.5`; pixels outside are zero, and so is a sample at a NaN coordinate.
 
     Only the four corners of each point are read, so that a bool input is never cast as a whole.
 
     Args:
-        input: [N, C, h, w], floating point, bool or uint8.
+        input: [N, C, h, w], floating point, bool or uint8; or int32, the C planes one and the same, of which plane c is
+            1 where it holds c, else 0.
         points: [N, K, 2], (x, y) in [0, 1].
+        numbers: what planes of int32 are compared with instead, [N, C, K].
         exact: leave samples in the dtype of the arithmetic, which float64 points make float64.
 
     Returns:
@@ -41,14 +43,18 @@ def point_sample(input: Tensor, points: Tensor, exact: bool = False) -> Tensor:
     x, y = torch.where(contributes, x, 0), torch.where(contributes, y, 0)
     x0, y0 = x.floor(), y.floor()
     fx, fy = x - x0, y - y0
-    pixels = input.flatten(2)
+    indexed = input.dtype == torch.int32
+    pixels = input[:, :1].flatten(2) if indexed else input.flatten(2)
+    if indexed and numbers is None:
+        numbers = torch.arange(c, device=input.device)[:, None]
     total = torch.zeros((), dtype=dtype, device=input.device)
     for dy in (0, 1):
         for dx in (0, 1):
             cx, cy = x0.long() + dx, y0.long() + dy
             inside = contributes & (cx >= 0) & (cx < width) & (cy >= 0) & (cy < height)
             pixel = cy.clamp(0, height - 1) * width + cx.clamp(0, width - 1)
-            corner = pixels.gather(2, pixel[:, None].expand(-1, c, -1)).to(dtype)
+            corner = pixels.gather(2, pixel[:, None].expand(-1, pixels.shape[1], -1))
+            corner = corner.eq(numbers).to(dtype) if numbers is not None else corner.to(dtype)
             weight = (fx if dx else 1 - fx) * (fy if dy else 1 - fy)
             total = total + torch.where(inside[:, None], weight[:, None] * corner, 0)
     return total if exact else total.to(sample_dtype(input.dtype, exact))

@@ -49,18 +49,25 @@ def axis(coordinate, size):
 
 
 @triton.jit
-def bilinear(plane, x, y, height, width, inside):
-    """Samples of dense planes at points where `inside`; zero elsewhere."""
+def bilinear(plane, x, y, height, width, inside, number=0, INDEXED: tl.constexpr = False):
+    """Samples of dense planes at points where `inside`; zero elsewhere.
+
+    INDEXED: a pixel is 1 where it holds `number`, else 0.
+    """
+    OTHER: tl.constexpr = -1 if INDEXED else 0
     column, fx, in_x = axis(x, width)
     row, fy, in_y = axis(y, height)
     inside = inside & in_x & in_y
     at = plane + row * width + column
     left, right = inside & (column >= 0), inside & (column + 1 < width)
     top, bottom = row >= 0, row + 1 < height
-    a = tl.load(at, mask=left & top, other=0).to(tl.float32)
-    b = tl.load(at + 1, mask=right & top, other=0).to(tl.float32)
-    c = tl.load(at + width, mask=left & bottom, other=0).to(tl.float32)
-    d = tl.load(at + width + 1, mask=right & bottom, other=0).to(tl.float32)
+    a = tl.load(at, mask=left & top, other=OTHER)
+    b = tl.load(at + 1, mask=right & top, other=OTHER)
+    c = tl.load(at + width, mask=left & bottom, other=OTHER)
+    d = tl.load(at + width + 1, mask=right & bottom, other=OTHER)
+    if INDEXED:
+        a, b, c, d = a == number, b == number, c == number, d == number
+    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
     return (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
 
 
@@ -92,7 +99,7 @@ def fixed(value):
 @triton.jit(do_not_specialize=["num_channels", "num_points"])
 def _sample_kernel(
     pixels, points, out, stride_n, stride_c, points_n, points_k, points_d, num_channels, num_points, height, width,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, INDEXED: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_K points in BLOCK_C channels of one image."""
     n = tl.program_id(2).to(tl.int64)
@@ -103,7 +110,7 @@ def _sample_kernel(
     y = tl.load(at + points_d, mask=k < num_points, other=0.0)
     planes = pixels + n * stride_n + c.to(tl.int64) * stride_c
     inside = (c < num_channels)[:, None] & (k < num_points)[None, :]
-    value = bilinear(planes[:, None], x[None, :], y[None, :], height, width, inside)
+    value = bilinear(planes[:, None], x[None, :], y[None, :], height, width, inside, c[:, None], INDEXED)
     to = out + (n * num_channels + c.to(tl.int64))[:, None] * num_points + k[None, :]
     tl.store(to, value.to(out.dtype.element_ty), mask=inside)
 
@@ -123,7 +130,8 @@ def point_sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     block_c = min(triton.next_power_of_2(c), 8)
     launch(
         _sample_kernel, (triton.cdiv(k, 128), triton.cdiv(c, block_c), n), pixels, points, out, *pixels.stride()[:2],
-        *points.stride(), c, k, height, width, BLOCK_C=block_c, BLOCK_K=128, num_warps=4,
+        *points.stride(), c, k, height, width, BLOCK_C=block_c, BLOCK_K=128,
+        INDEXED=pixels.dtype == torch.int32, num_warps=4,
     )  # fmt: skip
     return out
 

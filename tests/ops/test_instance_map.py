@@ -1,0 +1,203 @@
+"""Targets as a map of ids: what is computed from them has the bits of the dense masks, and nothing dense exists."""
+
+import re
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import m2f_kernels
+from m2f_kernels import FactoredMasks, InstanceMap, masks
+from m2f_kernels.nn import PointMaskCriterion
+from m2f_kernels.ops.point_loss import reference as loss_reference
+from m2f_kernels.ops.point_sample import reference
+
+F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
+Q, T, K = 9, 5, 301
+
+
+def make(generator, size=(37, 53), ids=(7, 3, 250, 0, 90), dtype=torch.int32):
+    """A map of patches; id 12 belongs to no target, and the last target has no pixel."""
+    choices = torch.tensor([*ids[:-1], 12])
+    id_map = choices[torch.randint(0, len(choices), size, generator=generator)].to(dtype)
+    return InstanceMap(id_map, torch.tensor(ids))
+
+
+def both(generator, device, sizes=((37, 53), (20, 11)), **options):
+    maps = [make(generator, size, **options) for size in sizes]
+    maps = [InstanceMap(*(x.to(device) for x in one)) for one in maps]
+    return maps, [one.masks() for one in maps]
+
+
+def predictions(generator, device, dtype=F32, factored=False):
+    """Masks of two images as leaves, a function that makes the operators' argument of them."""
+    if factored:
+        leaves = [torch.randn(2, Q, 8, generator=generator), torch.randn(2, 8, 12, 14, generator=generator)]
+    else:
+        leaves = [torch.randn(2, Q, 12, 14, generator=generator)]
+    leaves = [x.to(device, dtype).requires_grad_() for x in leaves]
+    return leaves, FactoredMasks(*leaves) if factored else leaves[0]
+
+
+def points(generator, device, *shape):
+    """Beyond the image and on its edges, too."""
+    found = torch.rand(*shape, 2, generator=generator) * 1.2 - 0.1
+    found[..., 0, :] = torch.nan
+    found[..., 1, :] = 1.0
+    found[..., 2, :] = 0.0
+    return found.to(device)
+
+
+# ---------------------------------------------------------------- the same bits
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
+def test_planes(generator, dtype):
+    one = make(generator, dtype=dtype)
+    planes = masks.numbered_planes(*one)
+    assert planes.dtype == torch.int32
+    assert planes.untyped_storage().nbytes() == 4 * one.id_map.numel()
+    assert torch.equal(planes == torch.arange(T)[:, None, None], one.masks())
+    assert one.masks()[:-1].flatten(1).any(1).all()
+
+
+def test_planes_of_many_pixels(generator, monkeypatch):
+    """Looked up piece by piece."""
+    monkeypatch.setattr(masks, "_PIXELS_AT_ONCE", 100)
+    one = make(generator)
+    assert torch.equal(masks.numbered_planes(*one) == torch.arange(T)[:, None, None], one.masks())
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_matching_cost(implementation, dtype, factored, generator):
+    maps, dense = both(generator, implementation)
+    _, given = predictions(generator, implementation, dtype, factored)
+    at = points(generator, implementation, 2, K)
+    for first, second in zip(
+        m2f_kernels.mask_matching_cost(given, maps, at), m2f_kernels.mask_matching_cost(given, dense, at), strict=True
+    ):
+        for a, b in zip(first, second, strict=True):
+            assert a.shape == (Q, T)
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("factored", [False, True])
+@pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
+def test_loss_and_gradients(implementation, dtype, factored, generator):
+    maps, dense = both(generator, implementation)
+    matches = [(torch.tensor([0, 4, 8, 2]), torch.tensor([1, 4, 0, 2])), (torch.tensor([3]), torch.tensor([3]))]
+    at = points(generator, implementation, 5, K)
+    leaves, given = predictions(generator, implementation, dtype, factored)
+    results = []
+    for targets in (maps, dense):
+        losses = m2f_kernels.point_mask_loss(given, targets, at, matches=matches)
+        results.append((*losses, *torch.autograd.grad(losses[0].sum() + (losses[1] ** 2).sum(), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
+    assert results[0][0].std() > 0
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_criterion(implementation, mixed, generator):
+    """Matching and losses of several outputs; images may mix both forms."""
+    maps, dense = both(generator, implementation)
+    leaves, given = predictions(generator, implementation, factored=True)
+    classes = torch.randn(2, Q, 4, generator=generator).to(implementation)
+    labels = [torch.randint(0, 3, (T,), generator=generator).to(implementation) for _ in range(2)]
+    results = []
+    for targets in ([maps[0], dense[1]] if mixed else maps, dense):
+        torch.manual_seed(0)
+        losses = PointMaskCriterion(3, num_points=200).to(implementation)(
+            [{"class_logits": classes, "masks": given}] * 2,
+            [{"labels": x, "masks": y} for x, y in zip(labels, targets, strict=True)],
+        )
+        results.append((*losses.values(), *torch.autograd.grad(sum(losses.values()), leaves)))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_reference(generator):
+    """The truth itself, against dense masks."""
+    one = make(generator)
+    planes, at = masks.numbered_planes(*one), points(generator, "cpu", 1, K)
+    assert torch.equal(
+        reference.point_sample(planes[None], at, True), reference.point_sample(one.masks()[None], at, True)
+    )
+    rows, own = torch.tensor([4, 0, 2]), points(generator, "cpu", 3, K)
+    assert torch.equal(
+        loss_reference.sampled_targets([planes], rows, own), loss_reference.sampled_targets([one.masks()], rows, own)
+    )
+
+
+def test_no_targets(device, generator):
+    empty = InstanceMap(torch.zeros(8, 8, dtype=torch.int32, device=device), torch.zeros(0, dtype=torch.int64))
+    empty = empty._replace(ids=empty.ids.to(device))
+    _, given = predictions(generator, device)
+    cross_entropy, _ = m2f_kernels.mask_matching_cost(given, [empty, empty], points(generator, device, 2, K))
+    assert [x.shape for x in cross_entropy] == [(Q, 0)] * 2
+
+
+# ---------------------------------------------------------------- nothing dense
+class Largest(TorchDispatchMode):
+    """Bytes of the largest storage that operators make."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
+        self.bytes = max(self.bytes, *sizes, 0)
+        return result
+
+
+def test_nothing_dense(generator):
+    """200 targets of 256 x 256: dense they take 12.5 MiB, here no tensor takes more than one for the points."""
+    ids = torch.arange(200)
+    one = InstanceMap(torch.randint(0, 200, (256, 256), generator=generator, dtype=torch.int32), ids)
+    classes = torch.randn(1, 220, 4, generator=generator)
+    given = FactoredMasks(*(torch.randn(*s, generator=generator) for s in ((1, 220, 4), (1, 4, 16, 16))))
+    labels = torch.randint(0, 3, (200,), generator=generator)
+    sizes = []
+    for target in (one, one.masks()):
+        with Largest() as seen:
+            PointMaskCriterion(3, num_points=64)(
+                [{"class_logits": classes, "masks": given}], [{"labels": labels, "masks": target}]
+            )
+        sizes.append(seen.bytes)
+    assert sizes[0] <= 8 * 256 * 256
+
+
+# ---------------------------------------------------------------- bad input
+GOOD = InstanceMap(torch.zeros(8, 8, dtype=torch.int32), torch.tensor([0, 1]))
+BAD = {
+    "map of floats": ({"id_map": torch.zeros(8, 8)}, TypeError, "target_masks[0].id_map: expected int64, int32"),
+    "map of rank 3": ({"id_map": torch.zeros(1, 8, 8).int()}, ValueError, "target_masks[0].id_map: expected [H, W]"),
+    "no pixels": (
+        {"id_map": torch.zeros(0, 8).int()},
+        ValueError,
+        "target_masks[0].id_map: expected at least one pixel",
+    ),
+    "ids of rank 2": ({"ids": torch.zeros(1, 2).long()}, ValueError, "target_masks[0].ids: expected [T]"),
+    "ids in a list": ({"ids": [0, 1]}, TypeError, "target_masks[0].ids: expected int64"),
+    "equal ids": ({"ids": torch.tensor([3, 3])}, ValueError, "target_masks[0].ids: expected different ids; got [3, 3]"),
+    "map elsewhere": ({"id_map": GOOD.id_map.to("meta")}, ValueError, "target_masks[0].id_map: expected it on cpu"),
+}
+
+
+@pytest.mark.parametrize(("change", "error", "words"), BAD.values(), ids=BAD)
+def test_bad_input(change, error, words):
+    with pytest.raises(error, match=re.escape(words)):
+        m2f_kernels.mask_matching_cost(torch.zeros(1, 2, 4, 4), [GOOD._replace(**change)], torch.rand(1, 3, 2))
+
+
+def test_a_map_alone_is_no_list():
+    with pytest.raises(TypeError, match="one tensor"):
+        m2f_kernels.mask_matching_cost(torch.zeros(1, 2, 4, 4), GOOD, torch.rand(1, 3, 2))
+
+
+def test_integers_are_no_masks():
+    """What the operators mean by int32 within is not what a user's integers mean."""
+    with pytest.raises(TypeError, match="floating point, bool or uint8"):
+        m2f_kernels.mask_matching_cost(torch.zeros(1, 2, 4, 4), [torch.ones(2, 8, 8).int()], torch.rand(1, 3, 2))
