@@ -183,18 +183,24 @@ M2F_INLINE void gather_pair(const E* p, int64_t size, IntVec<float> index, IntVe
   b = gather(p, index + step);
 }
 
-M2F_INLINE FloatVec gather(IndexPixels pixels, IntVec<float> index) {
+M2F_INLINE IntVec<float> gather_numbers(const int32_t* data, IntVec<float> index) {
 #if defined(__AVX512F__)
-  const IntVec<float> found =
-      reinterpret_cast<IntVec<float>>(_mm512_i32gather_epi32(reinterpret_cast<__m512i>(index), pixels.data, 4));
+  return reinterpret_cast<IntVec<float>>(_mm512_i32gather_epi32(reinterpret_cast<__m512i>(index), data, 4));
 #elif defined(__AVX2__)
-  const IntVec<float> found =
-      reinterpret_cast<IntVec<float>>(_mm256_i32gather_epi32(pixels.data, reinterpret_cast<__m256i>(index), 4));
+  return reinterpret_cast<IntVec<float>>(_mm256_i32gather_epi32(data, reinterpret_cast<__m256i>(index), 4));
 #else
   IntVec<float> found{};
-  for (int i = 0; i < kFloatLanes; ++i) found[i] = pixels.data[index[i]];
+  for (int i = 0; i < kFloatLanes; ++i) found[i] = data[index[i]];
+  return found;
 #endif
-  return found == pixels.number ? splat(1.0f) : FloatVec{};
+}
+
+M2F_INLINE FloatVec one_where(IntVec<float> found, int32_t number) {
+  return found == number ? splat(1.0f) : FloatVec{};
+}
+
+M2F_INLINE FloatVec gather(IndexPixels pixels, IntVec<float> index) {
+  return one_where(gather_numbers(pixels.data, index), pixels.number);
 }
 
 M2F_INLINE void gather_pair(IndexPixels pixels, int64_t, IntVec<float> index, IntVec<float> step, FloatVec& a,
@@ -203,15 +209,20 @@ M2F_INLINE void gather_pair(IndexPixels pixels, int64_t, IntVec<float> index, In
   b = gather(pixels, index + step);
 }
 
+// The sample of the four pixels of each point: top left, top right, bottom left, bottom right.
+M2F_INLINE FloatVec weigh_corners(const SamplePoints& p, FloatVec a, FloatVec b, FloatVec c, FloatVec d) {
+  const FloatVec upper = fused(a, p.left, b * p.right), lower = fused(c, p.left, d * p.right);
+  const FloatVec value = fused(upper, p.top, lower * p.bottom);
+  return p.inside ? value : FloatVec{};
+}
+
 // `Pixels` points to pixels, or is IndexPixels.
 template <typename Pixels>
 M2F_INLINE FloatVec sample_plane(Pixels plane, int64_t size, const SamplePoints& p) {
   FloatVec a, b, c, d;
   gather_pair(plane, size, p.index, p.step, a, b);
   gather_pair(plane, size, p.index + p.down, p.step, c, d);
-  const FloatVec upper = fused(a, p.left, b * p.right), lower = fused(c, p.left, d * p.right);
-  const FloatVec value = fused(upper, p.top, lower * p.bottom);
-  return p.inside ? value : FloatVec{};
+  return weigh_corners(p, a, b, c, d);
 }
 
 // Adds `gradient` of each sample into the plane, lane after lane: two lanes may share a pixel.

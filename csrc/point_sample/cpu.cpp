@@ -44,6 +44,8 @@ Tensor point_sample(const Tensor& input_, const Tensor& points_, bool exact) {
   args.type = pixel_type_of(input, "input");
   args.stride[0] = input.stride(0);
   args.stride[1] = input.stride(1);
+  STD_TORCH_CHECK(args.type != PixelType::kIndex || args.c <= 1 || args.stride[1] == 0,
+                  "input: expected planes of int32 to be one and the same");
   args.points = static_cast<const float*>(points.data_ptr());
   const bool narrow = !exact && (args.type == PixelType::kBFloat16 || args.type == PixelType::kFloat16);
   STD_TORCH_CHECK(args.type != PixelType::kFloat64, "input: float64 runs through the reference");

@@ -10,6 +10,8 @@
 
 #include "point_sample/cpu_kernel.h"
 
+#include <algorithm>
+
 #include "common/bilinear_simd.h"
 #include "common/philox_simd.h"
 #include "common/variant.h"
@@ -84,19 +86,27 @@ void sample_any(const PointSampleArgs& args, int64_t first, int64_t last, void* 
   }
 }
 
-// Planes of indices: each compares with its own number.
+// Planes of indices, which are one and the same: its pixels are read once for all, and compared with each one's number.
 void sample_indices(const PointSampleArgs& args, int64_t first, int64_t last, void* scratch) {
-  Prepared p{nullptr, 0, 0};
-  for (int64_t task = first; task < last; ++task) {
+  for (int64_t task = first; task < last;) {
     const int64_t c = task % args.c, part = task / args.c % args.parts, n = task / args.c / args.parts;
-    if (task == first || c == 0) p = prepare(args, n, part, scratch);
-    if (p.count <= 0) continue;
-    const IndexPixels plane{static_cast<const int32_t*>(args.input) + n * args.stride[0] + c * args.stride[1],
-                            static_cast<int32_t>(c)};
+    const int64_t planes = std::min(args.c - c, last - task);
+    task += planes;
+    const Prepared p = prepare(args, n, part, scratch);
+    const int32_t* numbers = static_cast<const int32_t*>(args.input) + n * args.stride[0] + c * args.stride[1];
     float* out = static_cast<float*>(args.output) + (n * args.c + c) * args.k + p.first;
-    for (int64_t i = 0; i < vectors(p.count); ++i)
-      store_samples(out + i * kFloatLanes, p.count - i * kFloatLanes,
-                    sample_plane(plane, args.height * args.width, p.points[i]));
+    for (int64_t i = 0; i < (p.count > 0 ? vectors(p.count) : 0); ++i) {
+      const SamplePoints& at = p.points[i];
+      const IntVec<float> below = at.index + at.down;
+      const IntVec<float> corners[4] = {gather_numbers(numbers, at.index), gather_numbers(numbers, at.index + at.step),
+                                        gather_numbers(numbers, below), gather_numbers(numbers, below + at.step)};
+      for (int64_t plane = 0; plane < planes; ++plane) {
+        const int32_t number = static_cast<int32_t>(c + plane);
+        const FloatVec value = weigh_corners(at, one_where(corners[0], number), one_where(corners[1], number),
+                                             one_where(corners[2], number), one_where(corners[3], number));
+        store_samples(out + plane * args.k + i * kFloatLanes, p.count - i * kFloatLanes, value);
+      }
+    }
   }
 }
 
