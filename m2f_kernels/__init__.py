@@ -3,6 +3,7 @@
 from m2f_kernels import nn
 from m2f_kernels._version import __version__
 from m2f_kernels.dispatch import BackendChoice, explain, use_backend
+from m2f_kernels.graphs import CudaGraphs
 from m2f_kernels.integrations.transformers import accelerate, restore
 from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
 from m2f_kernels.ops.attention_mask import pack_attention_mask, predict_attention_mask, resize_mask_features
@@ -13,6 +14,7 @@ from m2f_kernels.ops.point_sample import point_sample, uncertain_points
 
 __all__ = [
     "BackendChoice",
+    "CudaGraphs",
     "FactoredMasks",
     "InstanceMap",
     "PackedMask",

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _AUTOCAST = "none, bf16 or fp16"
+#: What weights can be held in for inference, and PyTorch's names.
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 class UsageError(ValueError):
@@ -36,16 +38,24 @@ class UsageError(ValueError):
 def segment(given: argparse.Namespace) -> int:
     """Segment images: a coloured overlay of each, and results in COCO's formats."""
     files, root = collect(given.images)
+    if given.dtype not in DTYPES:
+        raise UsageError(f"--dtype: expected {', '.join(DTYPES)}; got {given.dtype!r}")
     _need("transformers", "PIL", "pycocotools", "rich")
     from rich.progress import track
 
     from m2f_model.segment import Segmenter, segment_files
 
-    model = load(given.weights, given.config).to(resolve_device(given.device))
+    model = load(given.weights, given.config, DTYPES[given.dtype]).to(resolve_device(given.device))
     stuff = None if given.stuff is None else stuff_labels(given.stuff, model)
     size = None if given.size is None else tuple(given.size)
     segmenter = Segmenter(
-        model, given.task, mode=given.mode, threshold=given.threshold, image_size=size, stuff_labels=stuff
+        model,
+        given.task,
+        mode=given.mode,
+        threshold=given.threshold,
+        image_size=size,
+        stuff_labels=stuff,
+        cuda_graphs=given.cuda_graphs,
     )
     progress = lambda paths: track(paths, "segmenting", console=_console())  # noqa: E731
     summary = segment_files(segmenter, files, given.out, progress, root=root)
@@ -166,8 +176,8 @@ def train(given: argparse.Namespace) -> int:
 # ---------------------------------------------------------------- what they share
 
 
-def load(weights: str, preset: str | None) -> Mask2Former:
-    """A model from any kind of weights; whatever is wrong with the arguments is said before anything is imported."""
+def load(weights: str, preset: str | None, dtype: str = "float32") -> Mask2Former:
+    """A model from any kind of weights, in `dtype`; what is wrong with the arguments is said before any import."""
     from m2f_model.config import Mask2FormerConfig
 
     path = Path(weights)
@@ -180,12 +190,16 @@ def load(weights: str, preset: str | None) -> Mask2Former:
     if original and not path.is_file():
         raise UsageError(f"--weights: no file {weights}")
     _need("transformers", "PIL")
+    import torch
     import transformers
 
     from m2f_model.model import Mask2Former
 
     transformers.logging.disable_progress_bar()
-    return Mask2Former.from_pretrained(weights) if config is None else Mask2Former.load_detectron2(path, config)
+    kept = getattr(torch, dtype)
+    if config is None:
+        return Mask2Former.from_pretrained(weights, dtype=kept)
+    return Mask2Former.load_detectron2(path, config, dtype=kept)
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[Path], Path]:
@@ -351,6 +365,8 @@ def parser() -> argparse.ArgumentParser:
         help="images are resized until a side is that; else as trained",
     )
     p.add_argument("--stuff", help="labels of one segment per image, names or numbers with commas, or none")
+    p.add_argument("--dtype", default="fp32", help="hold the weights in fp32, bf16 or fp16")
+    p.add_argument("--cuda-graphs", action="store_true", help="on a GPU, replay a CUDA graph for each size")
     _device_option(p)
 
     p = _command(commands, info)

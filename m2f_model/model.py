@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from m2f_kernels import FactoredMasks
 from m2f_kernels._checks import describe
-from m2f_model.backbone import Backbone
+from m2f_model.backbone import Backbone, FrozenBatchNorm2d
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.criterion import Targets, build_criterion, losses_of
 from m2f_model.files import give_mode_of_umask
@@ -87,11 +88,14 @@ class Mask2Former(nn.Module):
         return Mask2FormerOutput(last.class_logits, last.masks, auxiliary, losses)
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, config: Mask2FormerConfig | None = None) -> Mask2Former:
+    def from_pretrained(
+        cls, name_or_path: str | Path, config: Mask2FormerConfig | None = None, *, dtype: torch.dtype | None = None
+    ) -> Mask2Former:
         """A model in Hugging Face's format: a directory, or a name that `transformers` downloads.
 
         Args:
             name_or_path: where it is.
+            dtype: what to hold the weights in for inference, see :meth:`hold_in`; float32 by default.
             config: what to expect; by default what the checkpoint's config.json and preprocessor_config.json say. Where
                 the labels are those of a published data set (COCO, Cityscapes, ADE20K, Mapillary), so is the stuff.
 
@@ -104,7 +108,7 @@ class Mask2Former(nn.Module):
         config, backbone, state = read_huggingface(name_or_path, config)
         model = cls(config, backbone)
         load_exactly(model, state, str(name_or_path))
-        return model.eval()
+        return model.hold_in(dtype).eval()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the directory `path` in Hugging Face's format: weights, config.json and preprocessor_config.json.
@@ -117,12 +121,15 @@ class Mask2Former(nn.Module):
             give_mode_of_umask(file)
 
     @classmethod
-    def load_detectron2(cls, path: str | Path, config: Mask2FormerConfig) -> Mask2Former:
+    def load_detectron2(
+        cls, path: str | Path, config: Mask2FormerConfig, *, dtype: torch.dtype | None = None
+    ) -> Mask2Former:
         """A model from an original checkpoint, which does not say what it is.
 
         Args:
             path: `.pkl` or `.pth`, as published. Read without running code from it.
             config: what it is, for example `Mask2FormerConfig.preset("r50-coco-panoptic")`.
+            dtype: what to hold the weights in for inference, see :meth:`hold_in`; float32 by default.
 
         Raises:
             WeightsError: listing all missing, unexpected and differently shaped parameters.
@@ -135,7 +142,25 @@ class Mask2Former(nn.Module):
         except WeightsError as error:
             error.hint = fitting_presets(state)
             raise
-        return model.eval()
+        return model.hold_in(dtype).eval()
+
+    def hold_in(self, dtype: torch.dtype | None) -> Mask2Former:
+        """This model with its weights in `dtype`, for inference on pixels of that dtype; None leaves them.
+
+        Autocast converts weights in every call and keeps them in float32 beside; these are converted once. Frozen batch
+        norm stays in float32, as its statistics need. To train, use autocast.
+
+        Raises:
+            TypeError: not float32, bfloat16, float16 or float64.
+        """
+        if dtype is None:
+            return self
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+            raise TypeError(f"dtype: expected float32, bfloat16, float16 or float64; got {dtype!r}")
+        for module in self.modules():
+            if not isinstance(module, FrozenBatchNorm2d) or dtype.itemsize > 2:
+                module._apply(lambda x: x.to(dtype) if x.is_floating_point() else x, recurse=False)
+        return self
 
     def set_activation_checkpointing(self, on: bool = True) -> None:
         """Whether the layers of both decoders keep only their inputs for the backward pass and compute twice."""

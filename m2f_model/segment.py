@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from m2f_kernels import CudaGraphs
 from m2f_model import postprocess
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.files import read_image, to_rgb, write_atomically
@@ -70,13 +71,14 @@ class Segmenter:
     """A model with everything that turns an image into a segmentation.
 
     Args:
-        model: in eval mode; its device is used.
+        model: in eval mode; its device and the dtype of its weights are used.
         task: "panoptic", "instance" or "semantic".
         mode: of post-processing, "original" or "compatible" (see :mod:`m2f_model.postprocess`).
         threshold: of scores, for panoptic (default 0.8) and instance (default 0.5) segmentation.
         image_size: (short, long) side of the resized image; by default what the model's configuration says.
         stuff_labels: labels that have one segment per image and no instances; by default what the configuration says.
             Where that does not know, nothing is stuff, with a warning.
+        cuda_graphs: replay the model's kernels as a CUDA graph for each size, see :class:`m2f_kernels.CudaGraphs`.
 
     Raises:
         ValueError: naming the argument.
@@ -91,6 +93,7 @@ class Segmenter:
         threshold: float | None = None,
         image_size: tuple[int, int] | None = None,
         stuff_labels: Collection[int] | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         if task not in TASKS:
             raise ValueError(f"task: expected one of {', '.join(map(repr, TASKS))}; got {task!r}")
@@ -100,6 +103,7 @@ class Segmenter:
             expected = "none for semantic segmentation" if task == "semantic" else "0 to 1"
             raise ValueError(f"threshold: expected {expected}; got {threshold}")
         self.model, self.task, self.mode, self.config = model, task, mode, model.config
+        self._forward = CudaGraphs(model) if cuda_graphs else model
         if image_size is not None:
             self.config = replace(self.config, image_size=image_size, keep_aspect_ratio=True)
         if stuff_labels is not None:
@@ -122,9 +126,10 @@ class Segmenter:
     @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Result:
         """Segment one image: a `Panoptic`, `Instances`, or labels [h, w], at the image's size."""
-        device = next(self.model.parameters()).device
+        weight = next(self.model.parameters())
         pixels, frame = prepare(to_rgb(image, "image"), self.config)
-        return self._finish(self.model(pixels.to(device)), [frame], mode=self.mode)[0]
+        output = self._forward(pixels.to(weight.device, weight.dtype))
+        return self._finish(output, [frame], mode=self.mode)[0]
 
 
 # ---------------------------------------------------------------- files

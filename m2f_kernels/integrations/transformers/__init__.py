@@ -11,7 +11,7 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import NamedTuple
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from m2f_kernels import dispatch
 from m2f_kernels._checks import describe
+from m2f_kernels.graphs import CudaGraphs
 from m2f_kernels.integrations.transformers import _swap
 
 __all__ = ["Acceleration", "Entry", "Report", "accelerate", "patch", "restore", "unpatch"]
@@ -53,6 +54,7 @@ class Report:
         unserved: operators that have no kernel where the model is now, for its dtype, and what would change that.
             Modules ask at every call, and call what they replaced where no kernel serves.
         modules: the modules of `replaced`, to be given back at the end of a `with` block.
+        graphs: what `model.forward` was replaced by, where CUDA graphs were asked for.
     """
 
     replaced: tuple[Entry, ...]
@@ -60,6 +62,7 @@ class Report:
     already: tuple[Entry, ...]
     unserved: tuple[str, ...] = ()
     modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
+    graphs: CudaGraphs | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
         lines = [
@@ -92,13 +95,15 @@ class Acceleration(NamedTuple):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self.report.graphs is not None:
+            _remove_graphs([self.model], self.report.graphs)
         _warn_stuck(_swap.swap_back(self.report.modules))
 
     def __repr__(self) -> str:
         return f"Acceleration of {type(self.model).__name__}: {self.report}"
 
 
-def accelerate(model: nn.Module) -> Acceleration:
+def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
     """Let the modules of a `transformers` model that this package knows run on its fused operators, in place.
 
     Whatever the model returns, its parameters and their names stay the same; calling it again changes nothing.
@@ -112,6 +117,8 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     Args:
         model: any module that contains modules of `transformers`; wrapped, compiled or on the meta device, too.
+        cuda_graphs: let calls of `model` without gradients replay a CUDA graph for each shape of their input, see
+            :class:`m2f_kernels.CudaGraphs`, which `model.forward` is until :func:`restore`.
 
     Returns:
         The model and a report, which says as a string what was replaced, what was left alone and why, and which
@@ -153,6 +160,10 @@ def accelerate(model: nn.Module) -> Acceleration:
         )
     if not (replaced or already):
         warnings.warn(f"m2f_kernels.accelerate changed nothing: {report}", stacklevel=2)
+    if cuda_graphs and "forward" not in vars(model):
+        graphs = CudaGraphs(model)
+        vars(model)["forward"] = graphs
+        report = replace(report, graphs=graphs)
     return Acceleration(model, report)
 
 
@@ -165,6 +176,14 @@ def _unserved(model: nn.Module, ops: Iterable[str]) -> tuple[str, ...]:
     return tuple(str(choice) for choice in choices if choice.backend in dispatch.PLAIN)
 
 
+def _remove_graphs(modules: Iterable[nn.Module], graphs: CudaGraphs | None = None) -> None:
+    """Give modules their own `forward` back; only where it is `graphs`, if those are given."""
+    for module in modules:
+        found = vars(module).get("forward")
+        if isinstance(found, CudaGraphs) and graphs in (None, found):
+            del vars(module)["forward"]
+
+
 def restore(model: nn.Module) -> nn.Module:
     """Give every module of `model` its own class back; does nothing where none was replaced.
 
@@ -173,6 +192,7 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {describe(model)}")
+    _remove_graphs(model.modules())
     _warn_stuck(_swap.swap_back(model.modules()))
     return model
 
