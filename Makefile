@@ -12,7 +12,7 @@ STAMP := $(VENV)/.stamp
 SOURCES := pyproject.toml tests/requirements.txt setup.py CMakeLists.txt $(wildcard build_backend/*.py) $(shell find csrc -type f -name '*.[ch]*')
 CXX_FILES := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \))
 
-.PHONY: test test-slow fuzz sanitize coverage docs docs-figures bench lint format gpu gpu-bundle resources clean
+.PHONY: test test-slow test-peers fuzz sanitize coverage docs docs-figures bench lint format gpu gpu-bundle resources clean
 
 # torch is pinned and goes first: resolved as somebody's dependency it may arrive with gigabytes of CUDA.
 $(STAMP)-venv: pyproject.toml build_backend/cuda_compiler.py
@@ -52,6 +52,12 @@ test: $(STAMP)-package
 # Minutes and gigabytes.
 test-slow: $(STAMP)-package
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# transformers' model tests of the accelerated families, untouched and patched; any difference fails. PEERS=DIR names a
+# checkout of transformers, whose tests of each family run; without one, pip's source distribution has those of any model.
+test-peers: $(STAMP)-package
+	$(PIP) install parameterized
+	$(BIN)/python -m tests.peers --folder $(VENV)/peers $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 # Random arguments of every operator: 500 cases for each of 23 tests (25 in `make test`). Prints cases and failures.
 fuzz: $(STAMP)-package
