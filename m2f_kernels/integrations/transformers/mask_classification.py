@@ -256,6 +256,10 @@ class _Criterion(PointMaskCriterion):
         with torch.autocast(batch.device.type, enabled=False):
             found = self._unweighted(batch, indices)
             values = apart(*(found.sums / num_masks).unbind(), found.classes, weights=(1.0, 1.0, 1.0))
+            # OneFormer's number of masks is a float32 tensor [1], and so are these losses, whatever the masks are.
+            count = 2 * len(predictions)
+            sums = (x.to(torch.result_type(x, num_masks)).view(num_masks.shape) for x in values[:count])
+            values = (*sums, *values[count:])
             # Each a tensor of its own: the caller multiplies them by their weights in place.
             thirds = (values[i :: len(predictions)] for i in range(len(predictions)))
             return [dict(zip(("loss_mask", "loss_dice", "loss_cross_entropy"), third, strict=True)) for third in thirds]
