@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from m2f_model.config import BACKBONES
+from m2f_model.hub import locate
 
 if TYPE_CHECKING:
     from m2f_model.data import Dataset
@@ -41,11 +42,11 @@ def segment(given: argparse.Namespace) -> int:
     if given.dtype not in DTYPES:
         raise UsageError(f"--dtype: expected {', '.join(DTYPES)}; got {given.dtype!r}")
     _need("transformers", "PIL", "pycocotools", "rich")
+    model = load(given.weights, given.config, DTYPES[given.dtype]).to(resolve_device(given.device))
     from rich.progress import track
 
     from m2f_model.segment import Segmenter, segment_files
 
-    model = load(given.weights, given.config, DTYPES[given.dtype]).to(resolve_device(given.device))
     stuff = None if given.stuff is None else stuff_labels(given.stuff, model)
     size = None if given.size is None else tuple(given.size)
     segmenter = Segmenter(
@@ -190,6 +191,8 @@ def load(weights: str, preset: str | None, dtype: str = "float32") -> Mask2Forme
     if original and not path.is_file():
         raise UsageError(f"--weights: no file {weights}")
     _need("transformers", "PIL")
+    if not original:
+        locate(weights)
     import torch
     import transformers
 
@@ -434,7 +437,6 @@ def main(arguments: Iterable[str] | None = None) -> NoReturn:
 
 def _is_expected(error: Exception) -> bool:
     """Errors that say what to do about them; all others are ours, and want a traceback."""
-    import torch
-
-    kinds = (ValueError, OSError, FloatingPointError, MemoryError, ImportError, torch.OutOfMemoryError)
-    return isinstance(error, kinds) or type(error).__module__ == "m2f_model.bench"
+    kinds = (ValueError, OSError, FloatingPointError, MemoryError, ImportError)
+    named = (type(error).__module__ == "m2f_model.bench", type(error).__name__ == "OutOfMemoryError")
+    return isinstance(error, kinds) or any(named)

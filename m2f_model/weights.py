@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.files import write_atomically
+from m2f_model.hub import locate
 
 State = dict[str, Tensor]
 #: Pairs of prefixes, here and there; `*` stands for a number, equal on both sides. The first that fits is taken.
@@ -285,39 +286,6 @@ def load_exactly(model: nn.Module, state: State, source: str) -> None:
     if missing or unexpected or mismatched:
         raise WeightsError(source, missing, unexpected, mismatched)
     model.load_state_dict(state)
-
-
-#: What the hub calls models: an owner and a name.
-_HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-
-
-def locate(name_or_path: str | Path) -> str:
-    """`name_or_path`, if there is such a directory or, on the hub, such a model; else at once an error that says so.
-
-    Raises:
-        ValueError: naming what is missing.
-    """
-    text, path = str(name_or_path), Path(name_or_path).expanduser()
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            unfinished = " (an unfinished training run)" if (path / "checkpoint.pth").is_file() else ""
-            raise ValueError(f"{text}: expected a directory in Hugging Face's format; no config.json there{unfinished}")
-        return str(path)
-    if path.exists():
-        raise ValueError(f"{text}: expected a directory in Hugging Face's format; got a file")
-    is_name = isinstance(name_or_path, str) and _HUB_NAME.fullmatch(text) and not path.parent.is_dir()
-    if not is_name or path.suffix in (".pkl", ".pth", ".safetensors", ".bin"):
-        raise ValueError(f"{text}: no such directory")
-    import huggingface_hub
-
-    if not isinstance(huggingface_hub.try_to_load_from_cache(text, "config.json"), str):
-        # One question in place of many, each with its retries.
-        try:
-            huggingface_hub.HfApi().model_info(text, timeout=10)
-        except Exception as error:  # of whichever library the hub's client asks by
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise ValueError(f"{text}: no such directory here, nor such a model on the hub ({reason})") from error
-    return text
 
 
 def read_huggingface(
