@@ -210,13 +210,14 @@ def test_gradients_that_are_not_finite_stay_so(device, value):
     assert found[0, 1].isnan().all()
 
 
-def test_float16_attention_under_loss_scaling(device, generator):
+@pytest.mark.parametrize("rows", [5, 2], ids=["masked", "masked and open"])
+def test_float16_attention_under_loss_scaling(device, generator, rows):
     """Gradients of 2^16 times the loss: products with the values are beyond float16, the results are not."""
     n, heads, q, s, d = 1, 2, 5, 64, 32
     query, key = (torch.randn(n, heads, length, d, generator=generator) * 0.1 for length in (q, s))
     value = torch.randn(n, heads, s, d, generator=generator) * 40
     grad = torch.randn(n, q, heads, d, generator=generator) * 12000
-    bits, row_any = torch.full((n, q, 2), -1, dtype=torch.int32), torch.ones(n, q, dtype=torch.bool)
+    bits, row_any = torch.full((n, rows, 2), -1, dtype=torch.int32), torch.ones(n, rows, dtype=torch.bool)
 
     def run(dtype):
         x = [t.to(device, dtype) for t in (query, key, value)]

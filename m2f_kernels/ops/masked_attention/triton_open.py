@@ -68,6 +68,18 @@ def _pair_weights(k, q, lse2, scale_log2):
     return tl.exp2(tl.where(exponent > 0, 0.0, exponent))
 
 
+@triton.jit
+def _gradient_dot(ds, x):
+    """`ds` @ `x` in float32, where `ds` may be beyond float16: the gradient of a scaled loss fits, its products with
+    the values need not."""
+    if x.dtype == tl.float16:
+        largest = tl.max(tl.max(tl.abs(ds), axis=1), axis=0)
+        shrink = tl.where((largest > 32768.0) & (largest < float("inf")), largest / 32768.0, 1.0)
+        return dot((ds / shrink).to(x.dtype), x) * shrink
+    else:
+        return dot(ds.to(x.dtype), x)
+
+
 @triton.jit(do_not_specialize=["first", "num_queries", "num_keys", "blocks"])
 def _open_keys_kernel(
     query, key, value, grad, output, logsumexp, dkey, dvalue,
@@ -99,7 +111,7 @@ def _open_keys_kernel(
         weights = _pair_weights(k, q, lse2, scale_log2)
         dv += dot(weights.to(g.dtype), g)
         ds = weights * (dot(v, tl.trans(g)) - delta[None, :])
-        dk += dot(ds.to(q.dtype), q)
+        dk += _gradient_dot(ds, q)
     dk *= scale
     if ADD:
         dk += _load_rows(dkey, first_key, heads * D, num_keys, D, BLOCK_K, BLOCK_D).to(tl.float32)
@@ -131,7 +143,7 @@ def _open_queries_kernel(
         k = _load_rows(key, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
         v = _load_rows(value, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
         ds = _pair_weights(k, q, lse2, scale_log2) * (dot(v, tl.trans(g)) - delta[None, :])
-        dq += dot(tl.trans(ds.to(k.dtype)), k)
+        dq += _gradient_dot(tl.trans(ds), k)
     dquery += (n * num_queries * heads + h) * D
     _store_rows(dquery, first_query, heads * D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
 
