@@ -10,7 +10,8 @@ from m2f_kernels.nn import PointMaskCriterion
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.transformer_decoder import Prediction
 
-#: For each image "labels", int64 [T], and "masks" [T, H, W], bool, uint8 or floating point, of the input's extent.
+#: For each image "labels", int64 [T], and "masks" [T, H, W], bool, uint8 (not 0 is foreground) or floating point, of
+#: the input's extent.
 Targets = Sequence[Mapping[str, Tensor]]
 
 

@@ -70,8 +70,9 @@ class Mask2Former(nn.Module):
         Args:
             pixel_values: normalised images [N, 3, H, W], any size. Sizes that are multiples of 32 have masks whose
                 pixels cover exactly 4 x 4 of theirs.
-            targets: for each image "labels", int64 [T], and "masks" [T, h, w], bool, uint8 or floating point; of any
-                resolution, but of the extent of the input, padding included.
+            targets: for each image "labels", int64 [T], and "masks" [T, h, w], bool, uint8 (not 0 is foreground) or
+                floating point with values in [0, 1]; of any resolution, but of the extent of the input, padding
+                included.
 
         Raises:
             ValueError, TypeError: naming the argument, what was expected and what came.

@@ -112,6 +112,7 @@ M2F_INLINE void with_targets(const Plane& plane, F&& f) {
 }
 
 // ---------------------------------------------------------------- two neighbours of each lane
+// A byte is a mask's: 1 for any value but 0, so that masks of 0 and 255 are those of 0 and 1.
 template <typename E>
 M2F_INLINE FloatVec gather(const E* p, IntVec<float> index) {
   if constexpr (std::is_same_v<E, float>) {
@@ -127,7 +128,13 @@ M2F_INLINE FloatVec gather(const E* p, IntVec<float> index) {
     return load(found);
   } else {
     FloatVec found{};
-    for (int i = 0; i < kFloatLanes; ++i) found[i] = static_cast<float>(p[index[i]]);
+    for (int i = 0; i < kFloatLanes; ++i) {
+      if constexpr (std::is_same_v<E, uint8_t>) {
+        found[i] = p[index[i]] != 0 ? 1.0f : 0.0f;
+      } else {
+        found[i] = static_cast<float>(p[index[i]]);
+      }
+    }
     return found;
   }
 }
@@ -136,7 +143,7 @@ M2F_INLINE FloatVec gather(const E* p, IntVec<float> index) {
 // A pixel from the low bits of each lane.
 template <typename E>
 M2F_INLINE FloatVec from_low_bits(UInt32Vec word) {
-  if constexpr (std::is_same_v<E, uint8_t>) return to_float<float>(reinterpret_cast<IntVec<float>>(word & 0xffu));
+  if constexpr (std::is_same_v<E, uint8_t>) return (word & 0xffu) != 0 ? FloatVec{} + 1.0f : FloatVec{};
   if constexpr (std::is_same_v<E, BFloat16>) return reinterpret_cast<FloatVec>(word << 16);
   if constexpr (std::is_same_v<E, Float16>)
     return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(word)));

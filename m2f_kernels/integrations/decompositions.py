@@ -170,8 +170,10 @@ def ms_deform_attn_from_offsets(
 
 
 def point_sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
-    """One `grid_sample`; bool and uint8 inputs are cast whole."""
+    """One `grid_sample`; bool and uint8 inputs, which are masks, are cast whole."""
     dtype = torch.promote_types(accumulation_dtype(input.dtype), points.dtype)
+    if input.dtype == torch.uint8:
+        input = input != 0
     samples = _sample(input.to(dtype), _sampling_grid(points.to(dtype)).unsqueeze(1)).squeeze(2)
     return samples if exact else samples.to(sample_dtype(input.dtype, exact))
 

@@ -74,8 +74,8 @@ class HungarianMatcher(nn.Module):
         Args:
             predictions: a list over decoder outputs of `{"class_logits": [N, Q, num_labels + 1], "masks": M}`, M
                 being `FactoredMasks` or logits [N, Q, h, w].
-            targets: a list over images of `{"labels": int64 [T_i], "masks": [T_i, H_i, W_i]}`; masks bool, uint8 or
-                floating point.
+            targets: a list over images of `{"labels": int64 [T_i], "masks": [T_i, H_i, W_i]}`; masks bool, uint8
+                (not 0 is foreground) or floating point.
 
         Returns:
             for each output, for each image, the queries and their targets: two int64 tensors [min(Q, T_i)] on the CPU,

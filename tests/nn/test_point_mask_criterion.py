@@ -323,6 +323,19 @@ def test_dtypes_of_targets(generator, dtype):
     assert all(torch.allclose(losses[name], x, rtol=1e-5) for name, x in expected.items())
 
 
+@pytest.mark.parametrize("value", [2, 255])
+def test_targets_of_zero_and_another_byte(generator, value):
+    """Masks as PNG files hold them: the loss of bool masks."""
+    state = generator.get_state()
+    expected, _ = run(Scene(generator), PointMaskCriterion(LABELS, num_points=K))
+    generator.set_state(state)
+    scene = Scene(generator, dtype=torch.uint8)
+    for target in scene.targets:
+        target["masks"] = target["masks"] * value
+    losses, _ = run(scene, PointMaskCriterion(LABELS, num_points=K))
+    assert all(torch.equal(losses[name], x) for name, x in expected.items())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("factored", [True, False])
 def test_non_finite_costs(generator, value, factored):

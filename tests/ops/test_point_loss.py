@@ -22,6 +22,32 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(mask_rows, "CHUNK_BYTES", 4 * 1000)
 
 
+@pytest.mark.parametrize("forced", ["auto", "reference"])
+@pytest.mark.parametrize("factored", [False, True])
+def test_bytes_are_masks(implementation, generator, forced, factored):
+    """Of uint8 any value but 0 is foreground, in every operator that takes targets: the bits of the bool masks."""
+    masks = FactoredMasks(torch.randn(2, 3, 6, generator=generator), torch.randn(2, 6, 7, 9, generator=generator))
+    masks = FactoredMasks(*(x.to(implementation) for x in masks)) if factored else masks.logits().to(implementation)
+    targets = (torch.rand(2, 3, 21, 14, generator=generator) > 0.5).to(implementation)
+    values = torch.randint(1, 256, targets.shape, generator=generator, dtype=torch.uint8).to(implementation)
+    values[0], values[1, 0] = 255, 1
+    points = torch.rand(2, 60, 2, generator=generator).to(implementation)
+    own = torch.rand(6, 60, 2, generator=generator).to(implementation)
+    with m2f_kernels.use_backend(forced):
+        results = []
+        for given in (targets, targets * values):
+            seed = torch.Generator(implementation).manual_seed(3)
+            results.append(
+                [
+                    m2f_kernels.point_sample(given, points),
+                    *m2f_kernels.mask_matching_cost(masks, given, points),
+                    *m2f_kernels.point_mask_loss(masks, given, own),
+                    *uncertain_point_mask_loss(masks, given, num_points=60, generator=seed),
+                ]
+            )
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 # ---------------------------------------------------------------- matching cost
 @pytest.mark.parametrize("k", [1, 15, 16, 100, 1024, 2500])
 @pytest.mark.parametrize(("q", "t"), [(1, 1), (3, 5), (8, 4), (17, 30), (100, 0), (0, 3), (13, 2)])

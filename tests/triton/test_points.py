@@ -44,6 +44,18 @@ def test_sample(kernels, device, generator, size, dtype, exact):
     assert relative_error(actual, expected) <= tolerance(FORWARD, stored, stored)
 
 
+def test_bytes_are_masks(kernels, device, generator):
+    """Of uint8 any value but 0 is foreground."""
+    masks, points = make(generator, device, dtype=torch.bool)
+    values = masks * torch.randint(1, 256, masks.shape, generator=generator, dtype=torch.uint8).to(device)
+    assert values.max() > 1
+    assert torch.equal(kernels["point_sample"](values, points, True), kernels["point_sample"](masks, points, True))
+    rows, own = torch.arange(5, device=device), points.repeat(3, 1, 1)[:5]
+    logits = torch.randn(5, 9, 9, generator=generator).to(device)
+    losses = [kernels["point_mask_loss"](logits, rows, list(x), rows, own) for x in (masks, values)]
+    assert all(torch.equal(a, b) for a, b in zip(*losses, strict=True))
+
+
 @pytest.mark.parametrize(("c", "k"), [(1, 1), (9, 129), (20, 300)])
 def test_sample_blocks(kernels, device, generator, c, k):
     """Strided planes and points; more than one block of channels and of points."""

@@ -82,8 +82,9 @@ def mask_matching_cost(
 
     Args:
         mask_logits: [N, Q, h, w], or factored masks. float64, float32, bfloat16 or float16.
-        target_masks: [N, T, H, W], or a list over images of [T_i, H_i, W_i], of any sizes and counts. bool, uint8 or
-            floating point with values in [0, 1]; read in place. Of an image also an :class:`InstanceMap`.
+        target_masks: [N, T, H, W], or a list over images of [T_i, H_i, W_i], of any sizes and counts. bool, uint8
+            (any value but 0 is foreground) or floating point with values in [0, 1]; read in place. Of an image also an
+            :class:`InstanceMap`.
         points: [N, K, 2], (x, y) in [0, 1], shared by all queries and targets of an image. float64 or float32.
 
     Returns:
@@ -129,8 +130,8 @@ def point_mask_loss(
         mask_logits: [N, Q, h, w], factored masks, or [M, h, w], which counts as one image. float64, float32, bfloat16
             or float16.
         target_masks: a list over images of [T_i, H_i, W_i], or a tensor: [N, T, H, W], or [M, H, W] with [M, h, w].
-            bool, uint8 or floating point with values in [0, 1]; read in place. Of an image also an
-            :class:`InstanceMap`.
+            bool, uint8 (any value but 0 is foreground) or floating point with values in [0, 1]; read in place. Of an
+            image also an :class:`InstanceMap`.
         points: [M, K, 2], (x, y) in [0, 1], in order of images and then of matches. float64 or float32.
         matches: for each image the queries and their targets, int64 [M_i] both; None gives query j to target j.
 

@@ -51,7 +51,8 @@ def point_sample(input: Tensor | FactoredMasks, points: Tensor) -> Tensor:
 
     Args:
         input: [N, C, h, w]. float64, float32, bfloat16, float16; or bool or uint8 (target masks), which are read in
-            place and never cast whole. Or factored masks, whose features are sampled and then multiplied.
+            place and never cast whole: of uint8 any value but 0 is foreground, so masks of 0 and 255 are those of 0
+            and 1. Or factored masks, whose features are sampled and then multiplied.
         points: [N, K, 2], (x, y) in [0, 1]; outside is allowed. float64 or float32.
 
     Returns:

@@ -21,7 +21,8 @@ def sample_dtype(dtype: torch.dtype, exact: bool) -> torch.dtype:
 def point_sample(input: Tensor, points: Tensor, exact: bool = False, numbers: Tensor | None = None) -> Tensor:
     """Bilinear samples at `points * (w, h) - 0.5`; pixels outside are zero, and so is a sample at a NaN coordinate.
 
-    Only the four corners of each point are read, so that a bool input is never cast as a whole.
+    Only the four corners of each point are read, so that a bool input is never cast as a whole. A uint8 input is a
+    mask, too: any value but 0 counts as 1.
 
     Args:
         input: [N, C, h, w], floating point, bool or uint8; or int32, the C planes one and the same, of which plane c is
@@ -54,7 +55,9 @@ def point_sample(input: Tensor, points: Tensor, exact: bool = False, numbers: Te
             inside = contributes & (cx >= 0) & (cx < width) & (cy >= 0) & (cy < height)
             pixel = cy.clamp(0, height - 1) * width + cx.clamp(0, width - 1)
             corner = pixels.gather(2, pixel[:, None].expand(-1, pixels.shape[1], -1))
-            corner = corner.eq(numbers).to(dtype) if numbers is not None else corner.to(dtype)
+            if not corner.is_floating_point():
+                corner = corner != 0 if numbers is None else corner == numbers
+            corner = corner.to(dtype)
             weight = (fx if dx else 1 - fx) * (fy if dy else 1 - fy)
             total = total + torch.where(inside[:, None], weight[:, None] * corner, 0)
     return total if exact else total.to(sample_dtype(input.dtype, exact))

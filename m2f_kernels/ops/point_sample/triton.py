@@ -50,7 +50,7 @@ def axis(coordinate, size):
 
 @triton.jit
 def bilinear(plane, x, y, height, width, inside, number=0, INDEXED: tl.constexpr = False):
-    """Samples of dense planes at points where `inside`; zero elsewhere.
+    """Samples of dense planes at points where `inside`; zero elsewhere. Bytes are masks: any value but 0 is 1.
 
     INDEXED: a pixel is 1 where it holds `number`, else 0.
     """
@@ -67,6 +67,8 @@ def bilinear(plane, x, y, height, width, inside, number=0, INDEXED: tl.constexpr
     d = tl.load(at + width + 1, mask=right & bottom, other=OTHER)
     if INDEXED:
         a, b, c, d = a == number, b == number, c == number, d == number
+    elif a.dtype == tl.uint8:
+        a, b, c, d = a != 0, b != 0, c != 0, d != 0
     a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
     return (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
 
