@@ -119,7 +119,7 @@ CASES = [
         "masked_attention",
         lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5),
         (32, 16, 64, 128, 80),
-        lambda d: {"_forward_kernel": 4 * 8 * d * 100 * 16384},
+        flops=lambda d: {"_forward_kernel": 4 * 8 * d * 100 * 16384},
     ),
     Case(
         _ATTENTION,

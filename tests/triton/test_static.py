@@ -41,7 +41,9 @@ def test_kernels_compile_without_spills(tmp_path: Path) -> None:
             assert any(f" sm_{architecture} " in row for row in rows), f"{case.function} on sm_{architecture}"
 
 
-@pytest.mark.parametrize("target", [75, "gfx942", "gfx1100"])
+@pytest.mark.parametrize(
+    "target", [pytest.param(75, marks=pytest.mark.slow), "gfx942", pytest.param("gfx1100", marks=pytest.mark.slow)]
+)
 def test_deformable_attention_compiles_without_spills_elsewhere(target: int | str) -> None:
     """The oldest NVIDIA generation, AMD with warps of 64 and of 32."""
     done = run("--check", "--representative", "--select", "ms_deform_attn_from_offsets", "--archs", str(target))

@@ -69,7 +69,6 @@ def _cost_kernel(
     sigmoid_total = tl.zeros((BLOCK_Q, BLOCK_T), tl.float32)
     softplus_sum = tl.zeros((BLOCK_Q,), tl.float32)
     sigmoid_sum = tl.zeros((BLOCK_Q,), tl.float32)
-    label_sum = tl.zeros((BLOCK_T,), tl.float32)
     for start in range(first, last, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (q < num_queries)[:, None] & (k < last)[None, :]
@@ -82,7 +81,6 @@ def _cost_kernel(
         sigmoid = tl.where(inside, sigmoid, 0.0)
         softplus_sum += tl.sum(tl.where(inside, softplus, 0.0), axis=1)
         sigmoid_sum += tl.sum(sigmoid, axis=1)
-        label_sum += tl.sum(y, axis=1)
         y = tl.trans(y)
         x_total += dot(x, y)
         sigmoid_total += dot(sigmoid, y)
@@ -94,6 +92,15 @@ def _cost_kernel(
         tl.store(sums + split * 2 * num_queries + q, softplus_sum, mask=q < num_queries)
         tl.store(sums + (split * 2 + 1) * num_queries + q, sigmoid_sum, mask=q < num_queries)
     if tl.program_id(0) == 0:
+        # A loop of its own, over what the cache still has: in the one above these sums made registers spill.
+        label_sum = tl.zeros((BLOCK_T,), tl.float32)
+        for start in range(first, last, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            y = tl.load(
+                labels + t.to(tl.int64)[:, None] * labels_t + k[None, :],
+                mask=(t < num_targets)[:, None] & (k < last)[None, :], other=0.0,
+            )  # fmt: skip
+            label_sum += tl.sum(y, axis=1)
         tl.store(label_sums + split * num_targets + t, label_sum, mask=t < num_targets)
 
 
