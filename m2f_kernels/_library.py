@@ -62,8 +62,8 @@ def _load_all() -> dict[str, NativeLibrary]:
     cpu = _load("m2f_cpu", f"it was not built; {reinstall}")
     cuda = _load(
         "m2f_cuda",
-        "it was not built; reinstall m2f-kernels, which fetches nvcc from PyPI where there is none (M2F_CUDA=on makes its "
-        "absence an error)",
+        "it was not built; reinstall m2f-kernels, which fetches nvcc from PyPI where there is none "
+        "(M2F_CUDA=on makes its absence an error)",
         cuda_unusable,
     )
     if cuda.loaded and not hasattr(cuda.handle, "m2f_cuda_code"):
