@@ -46,8 +46,10 @@ $(STAMP)-lint: $(STAMP)-venv
 	$(PIP) install ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	@touch $@
 
+# In as many processes as there are cores, at most eight: each takes about 1.5 GiB. JOBS=0 runs in one, for a debugger.
+JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$(( cores > 8 ? 8 : cores )))
 test: $(STAMP)-package
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 # Minutes and gigabytes.
 test-slow: $(STAMP)-package
@@ -73,7 +75,7 @@ sanitize: $(STAMP)-package
 
 # Lines of Python that the fast tests run; fails below 90 %.
 coverage: $(STAMP)-package
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal --cov --cov-report=term:skip-covered $(ARGS)
 
 docs: $(STAMP)-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
