@@ -256,7 +256,8 @@ def resolve_device(name: str) -> str:
 
 
 def _datasets(given: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
-    from m2f_model.data import CocoInstances, CocoPanoptic, Shapes
+    from m2f_model.coco import CocoInstances, CocoPanoptic
+    from m2f_model.data import Shapes
 
     kind, annotations, images = given.data, given.annotations, given.images
     if kind == "shapes":

@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from m2f_model.data import Dataset, Sample
+from m2f_model.data import Dataset
 from m2f_model.model import Mask2Former
 from m2f_model.postprocess import Frame, Panoptic, panoptic
+from m2f_model.samples import Sample
 from m2f_model.segment import prepare
 
 

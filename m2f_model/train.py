@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.data import Batches, Dataset, Guarded, Relabelled, Sample, Steps, identity, unpack
+from m2f_model.data import Batches, Dataset, Guarded, Relabelled, Steps, identity, unpack
 from m2f_model.evaluate import evaluate
 from m2f_model.files import remove_leftovers, write_atomically
 from m2f_model.interrupts import Interrupted, Interrupts, leave_signals_to_the_parent
@@ -43,6 +43,7 @@ from m2f_model.parallel import (
     training_loss,
     whole,
 )
+from m2f_model.samples import Sample
 from m2f_model.weights import load_exactly
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}

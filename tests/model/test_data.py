@@ -12,20 +12,9 @@ from PIL import Image
 from pycocotools import mask as coco
 
 from m2f_model import data as data_module
-from m2f_model.data import (
-    PACKED,
-    AnnotationError,
-    Batches,
-    CocoInstances,
-    CocoPanoptic,
-    Guarded,
-    Shapes,
-    _IdMap,
-    _RunLengths,
-    collate,
-    jitter,
-    unpack,
-)
+from m2f_model.coco import CocoInstances, CocoPanoptic
+from m2f_model.data import PACKED, Batches, Guarded, Shapes, collate, jitter, unpack
+from m2f_model.samples import AnnotationError, IdMap, RunLengths
 
 H, W = 40, 60
 
@@ -207,7 +196,7 @@ def test_polygons_a_little_outside(tmp_path, content):
 
 def test_runs_are_decoded_as_pycocotools_does(tmp_path, content):
     """Random masks, large ones too, whose lengths take several characters; the decoder is only for the sum."""
-    from m2f_model.data import _decoded_runs
+    from m2f_model.coco import _decoded_runs
 
     g = np.random.default_rng(0)
     for size, share in (((40, 60), 0.5), ((300, 500), 0.001), ((7, 5), 0.0), ((2000, 1500), 0.00001), ((9, 9), 1.0)):
@@ -425,8 +414,8 @@ def test_jitter_crops_first(seed):
     for other in (
         masks.byte() * 255,
         masks.float(),
-        _RunLengths(encoded, 83, 117),
-        _IdMap(ids.numpy(), list(range(6))),
+        RunLengths(encoded, 83, 117),
+        IdMap(ids.numpy(), list(range(6))),
     ):
         found = jitter({**sample, "masks": other}, 64, (0.3, 2.0), torch.Generator().manual_seed(seed))
         assert all(torch.equal(found[k], out[k]) for k in out)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from m2f_model.data import CocoInstances
+from m2f_model.coco import CocoInstances
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +66,8 @@ def test_memory_of_a_worker(tmp_path):
     paths = write(tmp_path, [(1024, 1024)], polygons, g.integers(0, 255, (1024, 1024, 3), np.uint8))
     program = """
 import resource, sys, torch
-from m2f_model.data import Batches, CocoInstances
+from m2f_model.coco import CocoInstances
+from m2f_model.data import Batches
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 torch.set_num_threads(1)
 before = peak()
