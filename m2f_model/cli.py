@@ -21,6 +21,7 @@ from m2f_model.hub import locate
 
 if TYPE_CHECKING:
     from m2f_model.data import Dataset
+    from m2f_model.finetune import Relabelling
     from m2f_model.model import Mask2Former
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
@@ -151,8 +152,10 @@ def train(given: argparse.Namespace) -> int:
     samples, validation = _datasets(given)
     recipe = Recipe.shapes(**changes) if data == "shapes" else Recipe(**changes)
     torch.manual_seed(given.seed)  # of the initial weights: the same in all processes
+    report = None
     if weights is not None:
         model = load(weights, given.config)
+        report = fit_labels(model, samples)
     else:
         labels: dict[str, Any] = {"label_names": samples.label_names, "stuff_labels": samples.stuff_labels}
         if data == "shapes":
@@ -165,6 +168,8 @@ def train(given: argparse.Namespace) -> int:
     with Process.joined(device) as process, m2f_kernels.use_backend(given.backend):
         quiet = process.rank > 0
         log = (lambda _: None) if quiet else _say
+        if report is not None:
+            log(str(report))
         progress: Any = iter if quiet else lambda entries: track(entries, "checking", console=_console())
         trainer = Trainer(
             model, samples, recipe, given.out, process=process, validation=validation, log=log, progress=progress
@@ -183,8 +188,9 @@ def load(weights: str, preset: str | None, dtype: str = "float32") -> Mask2Forme
 
     path = Path(weights)
     original = path.suffix in (".pkl", ".pth")
-    if original and preset is None:
-        raise UsageError("--weights: a detectron2 checkpoint does not say what it is: give --config PRESET")
+    unnamed = "--weights: a detectron2 checkpoint does not say what it is: give --config PRESET"
+    if original and preset is None and (path.suffix == ".pkl" or not path.is_file()):
+        raise UsageError(unnamed if path.suffix == ".pkl" else f"--weights: no file {weights}")
     if preset is not None and not original:
         raise UsageError("--config is for detectron2 checkpoints; this one brings its own configuration")
     config = None if preset is None else Mask2FormerConfig.preset(preset)
@@ -200,9 +206,24 @@ def load(weights: str, preset: str | None, dtype: str = "float32") -> Mask2Forme
 
     transformers.logging.disable_progress_bar()
     kept = getattr(torch, dtype)
+    if config is None and original:
+        try:
+            return Mask2Former.from_checkpoint(path, dtype=kept)
+        except ValueError as error:
+            raise UsageError(f"{error}; {unnamed}") from error
     if config is None:
         return Mask2Former.from_pretrained(weights, dtype=kept)
     return Mask2Former.load_detectron2(path, config, dtype=kept)
+
+
+def fit_labels(model: Mask2Former, data: Dataset) -> Relabelling | None:
+    """Give `model` the classes of `data`, where it has others; what was kept then."""
+    from m2f_model.labels import same_labels
+
+    known = model.config.label_names
+    if known is not None and same_labels(known, data.label_names):
+        return None
+    return model.relabel(data.label_names, data.stuff_labels)
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[Path], Path]:
@@ -343,7 +364,9 @@ def _config_option(parser: _Parser) -> None:
     parser.add_argument("--config", metavar="PRESET", help="what a detectron2 file is, as in r50-coco-panoptic")
 
 
-_WEIGHTS = "directory in Hugging Face's format, its name on the hub, or a detectron2 file (.pkl, .pth)"
+_WEIGHTS = (
+    "directory in Hugging Face's format, its name on the hub, a run's checkpoint.pth, or a detectron2 file (.pkl, .pth)"
+)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -398,7 +421,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--validation-annotations", type=Path, help="JSON file of validation data")
     p.add_argument("--validation-images", type=Path, help="directory of its images; else --images")
     p.add_argument("--backbone", help=f"of a new model with random weights: {', '.join(BACKBONES)}; r50 if not given")
-    p.add_argument("--weights", help=f"start from this model, of the same labels: {_WEIGHTS}")
+    p.add_argument("--weights", help=f"start from this model, of any classes: {_WEIGHTS}")
     _config_option(p)
     p.add_argument("--steps", type=int, help="steps of the optimiser; else the recipe's, as are the next four")
     p.add_argument("--batch-size", type=int, help="images per step of each process")

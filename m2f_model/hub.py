@@ -18,7 +18,9 @@ def locate(name_or_path: str | Path) -> str:
     text, path = str(name_or_path), Path(name_or_path).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            unfinished = " (an unfinished training run)" if (path / "checkpoint.pth").is_file() else ""
+            unfinished = (
+                " (an unfinished training run: give its checkpoint.pth)" if (path / "checkpoint.pth").is_file() else ""
+            )
             raise ValueError(f"{text}: expected a directory in Hugging Face's format; no config.json there{unfinished}")
         return str(path)
     if path.exists():

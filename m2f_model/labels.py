@@ -7,6 +7,7 @@ is stuff, are those that the published code registers (detectron2, Mask2Former).
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -94,6 +95,24 @@ _OPTIONAL = {"merged", "other", "stuff"}
 def same_labels(a: Sequence[str], b: Sequence[str]) -> bool:
     """True if both name the same labels in the same order, up to words that one of them leaves out."""
     return len(a) == len(b) and all(x == y or _alike(_words(x), _words(y)) for x, y in zip(a, b, strict=True))
+
+
+def rows_of(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
+    """For each of `names` the place in `known` of the class that it names, or None; no place is given twice.
+
+    Names are the same up to case, or have the same words but for "merged", "other" and "stuff", as in `sky` and
+    `sky-other-merged`; of names with commas, as ADE20K has them, any one will do. What could be two is neither.
+    """
+    rows: list[int | None] = [None] * len(names)
+    for keys in (lambda name: {name.strip().casefold()}, lambda name: {_words(part) for part in name.split(",")}):
+        open_names = [name if row is None else None for name, row in zip(names, rows, strict=True)]
+        free = [k for k in range(len(known)) if k not in rows]
+        fits = [[k for k in free if name is not None and keys(name) & keys(known[k])] for name in open_names]
+        wanted = Counter(k for found in fits for k in found)
+        for i, found in enumerate(fits):
+            if len(found) == 1 and wanted[found[0]] == 1:
+                rows[i] = found[0]
+    return rows
 
 
 def _alike(a: frozenset[str], b: frozenset[str]) -> bool:

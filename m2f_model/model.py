@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +16,7 @@ from m2f_model.backbone import Backbone, FrozenBatchNorm2d
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.criterion import Targets, build_criterion, losses_of
 from m2f_model.files import give_mode_of_umask
+from m2f_model.finetune import Relabelling, new_head
 from m2f_model.layers import CheckpointedLayer
 from m2f_model.pixel_decoder import PixelDecoder
 from m2f_model.transformer_decoder import Prediction, TransformerDecoder
@@ -22,6 +25,7 @@ from m2f_model.weights import (
     fitting_presets,
     is_unused,
     load_exactly,
+    read_checkpoint,
     read_detectron2,
     read_huggingface,
     write_huggingface,
@@ -90,7 +94,13 @@ class Mask2Former(nn.Module):
 
     @classmethod
     def from_pretrained(
-        cls, name_or_path: str | Path, config: Mask2FormerConfig | None = None, *, dtype: torch.dtype | None = None
+        cls,
+        name_or_path: str | Path,
+        config: Mask2FormerConfig | None = None,
+        *,
+        dtype: torch.dtype | None = None,
+        labels: Sequence[str] | None = None,
+        stuff_labels: Sequence[int] | None = None,
     ) -> Mask2Former:
         """A model in Hugging Face's format: a directory, or a name that `transformers` downloads.
 
@@ -99,6 +109,8 @@ class Mask2Former(nn.Module):
             dtype: what to hold the weights in for inference, see :meth:`hold_in`; float32 by default.
             config: what to expect; by default what the checkpoint's config.json and preprocessor_config.json say. Where
                 the labels are those of a published data set (COCO, Cityscapes, ADE20K, Mapillary), so is the stuff.
+            labels: names of other classes, to fine-tune to, see :meth:`relabel`.
+            stuff_labels: which of them are stuff.
 
         Warns:
             UserWarning: where the checkpoint does not say how images are prepared.
@@ -109,7 +121,55 @@ class Mask2Former(nn.Module):
         config, backbone, state = read_huggingface(name_or_path, config)
         model = cls(config, backbone)
         load_exactly(model, state, str(name_or_path))
+        if labels is not None:
+            model.relabel(labels, stuff_labels)
+        elif stuff_labels is not None:
+            raise ValueError("stuff_labels: expected none without labels, whose places they are")
         return model.hold_in(dtype).eval()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, *, dtype: torch.dtype | None = None) -> Mask2Former:
+        """A model from the `checkpoint.pth` of a run of `m2f train`, finished or not.
+
+        Args:
+            path: the file.
+            dtype: what to hold the weights in for inference, see :meth:`hold_in`; float32 by default.
+
+        Raises:
+            ValueError: where it is damaged, of another kind, or of a run with a backbone of one's own.
+        """
+        state = read_checkpoint(path)
+        config = Mask2FormerConfig(**state["config"])
+        if config.backbone is None:
+            raise ValueError(f"{path}: expected a run with a backbone of transformers; this one has its own")
+        model = cls(config)
+        load_exactly(model, state["model"], str(path))
+        return model.hold_in(dtype).eval()
+
+    def relabel(self, labels: Sequence[str], stuff_labels: Sequence[int] | None = None) -> Relabelling:
+        """What was kept and what is new, after giving this model other classes, in place, to be fine-tuned.
+
+        The class head is made anew. Rows of classes with the same name are kept, and that of "no object"; names are the
+        same up to case and the words "merged", "other" and "stuff". Everything else stays: masks do not depend on
+        classes. A model whose classes have no names keeps its rows if they are as many.
+
+        Args:
+            labels: names of the new classes, in the order of their numbers.
+            stuff_labels: numbers of those that are stuff; None where not known.
+
+        Raises:
+            ValueError: without names, or where a number of stuff is none of theirs.
+        """
+        names = tuple(labels)
+        if isinstance(labels, str) or not names or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"labels: expected the names of classes; got {labels!r}")
+        stuff = None if stuff_labels is None else tuple(stuff_labels)
+        config = replace(self.config, num_labels=len(names), label_names=names, stuff_labels=stuff, semantic_only=False)
+        head, report = new_head(self.transformer_decoder.class_head, names, self.config.label_names)
+        self.transformer_decoder.class_head = head
+        self.criterion = build_criterion(config).to(head.weight.device).train(self.training)
+        self.config = config
+        return report
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the directory `path` in Hugging Face's format: weights, config.json and preprocessor_config.json.

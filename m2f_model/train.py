@@ -44,7 +44,7 @@ from m2f_model.parallel import (
     whole,
 )
 from m2f_model.samples import Sample
-from m2f_model.weights import load_exactly
+from m2f_model.weights import load_exactly, read_checkpoint
 
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -530,6 +530,7 @@ class Trainer:
         model, optimizer = gather_state(self.model, self.optimizer)
         state = {
             "recipe": asdict(self.recipe),
+            "config": asdict(self.model.config),
             "data": identity(self.data),
             "step": self.step,
             "model": model,
@@ -573,7 +574,11 @@ class Trainer:
         Raises:
             ValueError: if it is damaged, or of another recipe, number of processes, model or data.
         """
-        state = self._read_checkpoint()
+        where = "cpu" if self.sharded else self.process.device
+        try:
+            state = read_checkpoint(self.checkpoint, where, needs_config=False)
+        except ValueError as error:
+            raise ValueError(f"{error}. Move it away to begin anew") from error
         found, wanted = {**state["recipe"], "processes": len(state["random"])}, asdict(self.recipe)
         wanted["processes"] = self.process.world_size
         different = [k for k in wanted if k not in _FREE and _plain(found.get(k)) != _plain(wanted[k])]
@@ -596,25 +601,6 @@ class Trainer:
         _set_random_state({k: v.cpu() for k, v in state["random"][self.process.rank].items()})
         if self.step < self.recipe.steps:
             self.log(f"going on from step {self.step} of {self.checkpoint}")
-
-    def _read_checkpoint(self) -> dict[str, Any]:
-        where = "cpu" if self.sharded else self.process.device
-        try:
-            state = torch.load(self.checkpoint, map_location=where, weights_only=True)
-            missing = {"recipe", "step", "model", "optimizer", "scaler", "random"} - set(state)
-            if missing:
-                raise KeyError(f"{', '.join(sorted(missing))} missing")
-        except PermissionError:
-            raise
-        except (torch.OutOfMemoryError, MemoryError):
-            raise
-        except Exception as error:  # of many types, from what was taken for a zip file or a pickle
-            reason = next(iter(str(error).splitlines()), "")[:200]
-            raise ValueError(
-                f"{self.checkpoint}: expected a checkpoint of `m2f train`; it is damaged or something else "
-                f"({type(error).__name__}: {reason}). Move it away to begin anew"
-            ) from error
-        return dict(state)
 
     # ------------------------------------------------------------ data
 

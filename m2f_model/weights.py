@@ -393,6 +393,37 @@ def write_huggingface(model: nn.Module, config: Mask2FormerConfig, path: str | P
     write_preprocessor(config, path)
 
 
+#: What the checkpoint of a run has; "config" is missing from those of the first releases.
+_CHECKPOINT = ("recipe", "step", "model", "optimizer", "scaler", "random")
+
+
+def read_checkpoint(path: str | Path, where: Any = "cpu", *, needs_config: bool = True) -> dict[str, Any]:
+    """The content of the `checkpoint.pth` of a training run.
+
+    Args:
+        path: the file.
+        where: device of its tensors.
+        needs_config: whether the model is to be made from it alone.
+
+    Raises:
+        ValueError: where it is damaged or something else.
+    """
+    try:
+        state = torch.load(path, map_location=where, weights_only=True)
+        missing = {*_CHECKPOINT, *(["config"] if needs_config else [])} - set(state)
+        if missing:
+            raise KeyError(f"{', '.join(sorted(missing))} missing")
+    except (PermissionError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of many types, from what was taken for a zip file or a pickle
+        reason = next(iter(str(error).splitlines()), "")[:200]
+        raise ValueError(
+            f"{path}: expected a checkpoint of `m2f train`; it is damaged or something else "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    return dict(state)
+
+
 class _ArraysOnly(pickle.Unpickler):
     """Unpickles containers and numpy arrays; anything else in a file could run code."""
 
