@@ -46,6 +46,7 @@ def segment(given: argparse.Namespace) -> int:
     model = load(given.weights, given.config, DTYPES[given.dtype]).to(resolve_device(given.device))
     from rich.progress import track
 
+    from m2f_model.results import Ids
     from m2f_model.segment import Segmenter, segment_files
 
     stuff = None if given.stuff is None else stuff_labels(given.stuff, model)
@@ -60,7 +61,8 @@ def segment(given: argparse.Namespace) -> int:
         cuda_graphs=given.cuda_graphs,
     )
     progress = lambda paths: track(paths, "segmenting", console=_console())  # noqa: E731
-    summary = segment_files(segmenter, files, given.out, progress, root=root)
+    ids = None if given.ids_from is None else Ids.read(given.ids_from, model.config)
+    summary = segment_files(segmenter, files, given.out, progress, root=root, batch_size=given.batch_size, ids=ids)
     _say(f"{len(summary.done)} of {len(files)} images segmented into {given.out}")
     for path, reason in summary.failed:
         _say(f"failed: {path}: {_one_line(reason)}")
@@ -393,6 +395,8 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--stuff", help="labels of one segment per image, names or numbers with commas, or none")
     p.add_argument("--dtype", default="fp32", help="hold the weights in fp32, bf16 or fp16")
+    p.add_argument("--batch-size", type=int, default=1, help="successive images of one resized size at once")
+    p.add_argument("--ids-from", type=Path, metavar="JSON", help="give results the ids of this COCO file's images")
     p.add_argument("--cuda-graphs", action="store_true", help="on a GPU, replay a CUDA graph for each size")
     _device_option(p)
 

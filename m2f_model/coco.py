@@ -323,6 +323,17 @@ def _read_ids(path: Path, wanted: list[int]) -> np.ndarray[Any, Any]:
     raise ValueError(f"{path}: expected pixels of every segment; segment {absent[0]} has none{which}")
 
 
+def read_tables(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Images and categories of any JSON file of COCO's.
+
+    Raises:
+        AnnotationError: naming the file.
+    """
+    content, _ = _read_json(path, ("images", "categories"))
+    images = _entries(path, content["images"], "image", ("id", "file_name"))
+    return images, _entries(path, content["categories"], "category", ("id", "name"))
+
+
 def _read_json(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], str]:
     """The content, in whatever encoding Unicode has, and a digest of it."""
     data = path.read_bytes()

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import colorsys
-import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,14 +19,12 @@ from torch import Tensor
 from m2f_kernels import CudaGraphs
 from m2f_model import postprocess
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.files import read_image, to_rgb, write_atomically
+from m2f_model.files import read_image, to_rgb
 from m2f_model.model import Mask2Former
-from m2f_model.postprocess import Frame, Instances, Panoptic
+from m2f_model.postprocess import Frame
+from m2f_model.results import TASKS, Ids, Result, Writer
 
-TASKS = ("panoptic", "instance", "semantic")
 STRIDE = 32
-
-Result = Panoptic | Instances | Tensor
 
 
 def prepare(image: Image.Image, config: Mask2FormerConfig) -> tuple[Tensor, Frame]:
@@ -123,13 +119,28 @@ class Segmenter:
             threshold = 0.8 if threshold is None else threshold
             self._finish = partial(postprocess.panoptic, threshold=threshold, stuff_labels=stuff)
 
-    @torch.inference_mode()
     def __call__(self, image: Image.Image) -> Result:
         """Segment one image: a `Panoptic`, `Instances`, or labels [h, w], at the image's size."""
+        return self.batch([self.prepare(image)])[0]
+
+    def prepare(self, image: Image.Image) -> tuple[Tensor, Frame]:
+        """The network's input [1, 3, H, W] from an image of any mode, and where the image lies in it."""
+        return prepare(to_rgb(image, "image"), self.config)
+
+    @torch.inference_mode()
+    def batch(self, prepared: Sequence[tuple[Tensor, Frame]]) -> list[Result]:
+        """Results of images that :meth:`prepare` has made, in one pass.
+
+        Raises:
+            ValueError: where inputs differ in size: the model has no mask for padding, which would change results.
+        """
+        sizes = {tuple(pixels.shape[1:]) for pixels, _ in prepared}
+        if len(sizes) != 1:
+            raise ValueError(f"prepared: expected inputs of one size; got {sorted(sizes)}")
         weight = next(self.model.parameters())
-        pixels, frame = prepare(to_rgb(image, "image"), self.config)
+        pixels = torch.cat([x for x, _ in prepared])
         output = self._forward(pixels.to(weight.device, weight.dtype))
-        return self._finish(output, [frame], mode=self.mode)[0]
+        return self._finish(output, [frame for _, frame in prepared], mode=self.mode)
 
 
 # ---------------------------------------------------------------- files
@@ -150,13 +161,14 @@ def segment_files(
     progress: Callable[[Iterable[Path]], Iterable[Path]] = lambda paths: paths,
     *,
     root: str | Path | None = None,
+    batch_size: int = 1,
+    ids: Ids | None = None,
 ) -> Summary:
     """Segment image files into the directory `out`.
 
     Writes NAME.overlay.png for each image; and panoptic.json with NAME.panoptic.png (COCO's panoptic format),
-    instance.json (COCO's results, run-length encoded) or semantic.json with NAME.semantic.png (labels as pixels).
-    Category ids are the model's labels. A file that is no image, or one too large for the memory, is reported and the
-    others are done.
+    instance.json (COCO's results, run-length encoded) or semantic.json with NAME.semantic.png (category ids as pixels).
+    A file that is no image, or one too large for the memory, is reported and the others are done.
 
     Args:
         segmenter: what to do.
@@ -165,44 +177,86 @@ def segment_files(
         progress: wraps the iteration over paths, for a progress bar.
         root: directory that all files are in, by default the closest. NAME is a file's path below it without suffix
             (with it where two files differ by nothing else), so that `out` has the folders of the images.
+        batch_size: images at once, where successive ones have the same size once they are resized.
+        ids: of images and categories in some data; by default an image's id is NAME, a category's the model's label.
 
     Raises:
-        ValueError: if a path is not below `root`, or is there twice.
+        ValueError: if a path is not below `root`, or is there twice, or its image has no id.
         OSError: if a result cannot be written.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1; got {batch_size}")
     files = [Path(p) for p in paths]
     names = _names(files, root)
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
-    records: list[Any] = []
-    done: list[Path] = []
+    image_ids = names if ids is None else [ids.of_image(path) for path in files]
+    writer = Writer(out, segmenter.task, segmenter.config, None if ids is None else ids.categories)
     failed: list[tuple[Path, str]] = []
-    for path, name in zip(progress(files), names, strict=True):
+    done: list[Path] = []
+    batch: list[_Pending] = []
+
+    def flush() -> None:
+        for pending, reason in _segment_batch(segmenter, batch, writer):
+            if reason is None:
+                done.append(pending.path)
+            else:
+                failed.append((pending.path, reason))
+        batch.clear()
+
+    for path, name, image_id in zip(progress(files), names, image_ids, strict=True):
         try:
             image = read_image(path)
+            prepared = segmenter.prepare(image)
         except (ValueError, OSError) as error:
             failed.append((path, str(error)))
             continue
         except MemoryError:
             failed.append((path, "not enough memory to read it"))
             continue
+        if batch and (len(batch) == batch_size or prepared[0].shape != batch[0].prepared[0].shape):
+            flush()
+        batch.append(_Pending(path, name, image_id, image, prepared))
+        if len(batch) == batch_size:
+            flush()
+    if batch:
+        flush()
+    writer.finish()
+    order = {path: i for i, path in enumerate(files)}
+    return Summary(done, sorted(failed, key=lambda entry: order[entry[0]]))
+
+
+class _Pending(NamedTuple):
+    path: Path
+    name: str
+    image_id: int | str
+    image: Image.Image
+    prepared: tuple[Tensor, Frame]
+
+
+def _segment_batch(
+    segmenter: Segmenter, batch: list[_Pending], writer: Writer
+) -> Iterator[tuple[_Pending, str | None]]:
+    """Segment and write some images; with each why it could not be, or None.
+
+    What is too large at once is tried one by one.
+    """
+    try:
+        results: list[Any] = list(segmenter.batch([p.prepared for p in batch])) if len(batch) > 1 else [None]
+    except Exception as error:
+        if not _is_out_of_memory(error):
+            raise
+        results = [None] * len(batch)
+    for pending, result in zip(batch, results, strict=True):
+        image = pending.image
         try:
-            records += _write(segmenter(image), image, name, out, segmenter)
+            (found,) = segmenter.batch([pending.prepared]) if result is None else (result,)
+            writer.add(found, pending.name, pending.image_id, image)
         except Exception as error:
             if not _is_out_of_memory(error):
                 raise
-            failed.append((path, f"not enough memory for {image.width} x {image.height} pixels"))
-            for kind in (segmenter.task, "overlay"):
-                (out / f"{name}.{kind}.png").unlink(missing_ok=True)  # half of a result
-            continue
-        done.append(path)
-    names_of_labels = segmenter.model.config.label_names or [str(i) for i in range(segmenter.model.config.num_labels)]
-    content: Any = records
-    if segmenter.task != "instance":
-        categories = [{"id": i, "name": name} for i, name in enumerate(names_of_labels)]
-        content = {"annotations": records, "categories": categories}
-    write_atomically(out / f"{segmenter.task}.json", lambda f: f.write(json.dumps(content, indent=1).encode()))
-    return Summary(done, failed)
+            writer.discard(pending.name)  # half of a result
+            yield pending, f"not enough memory for {image.width} x {image.height} pixels"
+        else:
+            yield pending, None
 
 
 def _is_out_of_memory(error: Exception) -> bool:
@@ -228,79 +282,3 @@ def _names(files: Sequence[Path], root: str | Path | None) -> list[str]:
     short = [path.with_suffix("").as_posix() for path in below]
     times = Counter(short)
     return [path.as_posix() if times[name] > 1 else name for path, name in zip(below, short, strict=True)]
-
-
-def _write(result: Result, image: Image.Image, name: str, out: Path, segmenter: Segmenter) -> list[dict[str, Any]]:
-    """Write one image's files; its records for the JSON file."""
-    (out / name).parent.mkdir(parents=True, exist_ok=True)
-    records: list[dict[str, Any]]
-    masks: Iterable[np.ndarray]  # one at a time, where they are not there anyway
-    if isinstance(result, Panoptic):
-        ids = result.segment_ids.cpu().numpy()
-        file_name = f"{name}.panoptic.png"
-        _save(Image.fromarray(np.stack([ids & 255, ids >> 8 & 255, ids >> 16], -1).astype(np.uint8)), out / file_name)
-        segments = [
-            {
-                "id": segment.id,
-                "category_id": segment.label,
-                "isthing": int(not segment.is_stuff),
-                "score": round(segment.score, 6),
-                "area": int((ids == segment.id).sum()),
-                "bbox": _box(ids == segment.id),
-            }
-            for segment in result.segments
-        ]
-        records = [{"image_id": name, "file_name": file_name, "segments_info": segments}]
-        masks = (ids == segment.id for segment in result.segments)
-        colours = list(range(len(result.segments)))
-    elif isinstance(result, Instances):
-        masks = list(result.masks.cpu().numpy())
-        records = [
-            {"image_id": name, "category_id": label, "score": round(score, 6), "segmentation": encode(mask)}
-            for label, score, mask in zip(result.labels.tolist(), result.scores.tolist(), masks, strict=True)
-        ]
-        colours = list(range(len(masks)))
-    else:
-        labels = result.cpu().numpy()
-        file_name = f"{name}.semantic.png"
-        _save(Image.fromarray(labels.astype(np.uint8 if labels.max() < 256 else np.uint16)), out / file_name)
-        found, areas = np.unique(labels, return_counts=True)
-        areas_of = [{"category_id": int(c), "area": int(a)} for c, a in zip(found, areas, strict=True)]
-        records = [{"image_id": name, "file_name": file_name, "segments_info": areas_of}]
-        masks = (labels == c for c in found)
-        colours = [int(c) for c in found]
-    _save(overlay(image, masks, colours), out / f"{name}.overlay.png")
-    return records
-
-
-def overlay(image: Image.Image, masks: Iterable[np.ndarray], colours: Sequence[int]) -> Image.Image:
-    """The image with each mask [h, w] in a colour of its own, and its outline."""
-    pixels = np.array(image)
-    for mask, number in zip(masks, colours, strict=True):
-        # Successive hues a golden section apart: neighbours in the list never look alike.
-        colour = 255 * np.array(colorsys.hsv_to_rgb(number * 0.618034 % 1, 0.75, 1.0), dtype=np.float32)
-        pixels[mask] = (0.5 * pixels[mask] + 0.5 * colour).astype(np.uint8)
-        inner = np.pad(mask, 1, mode="edge")
-        inner = inner[:-2, 1:-1] & inner[2:, 1:-1] & inner[1:-1, :-2] & inner[1:-1, 2:]
-        pixels[mask & ~inner] = colour.astype(np.uint8)
-    return Image.fromarray(pixels)
-
-
-def encode(mask: np.ndarray) -> dict[str, Any]:
-    """COCO's run-length encoding of a bool mask [h, w]."""
-    from pycocotools.mask import encode as rle
-
-    found = rle(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": found["size"], "counts": found["counts"].decode("ascii")}
-
-
-def _box(mask: np.ndarray) -> list[int]:
-    """[x, y, width, height]; zeros for an empty mask."""
-    if not mask.any():
-        return [0, 0, 0, 0]
-    y, x = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-    return [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]
-
-
-def _save(image: Image.Image, path: Path) -> None:
-    write_atomically(path, lambda file: image.save(file, format="png"))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import huggingface_hub
 import numpy as np
@@ -10,22 +11,18 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-from m2f_model import Mask2Former, Mask2FormerConfig, Segmenter, segment_files
+from m2f_model import Mask2Former, Mask2FormerConfig, Segmenter, results, segment, segment_files
 from m2f_model.data import Shapes
-from m2f_model.segment import TASKS, overlay, prepare, resized_size
-from m2f_model.train import Recipe, Trainer
+from m2f_model.results import TASKS, overlay
+from m2f_model.segment import prepare, resized_size
 from m2f_model.weights import to_detectron2
 from tests.model import command
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory):
-    """A tiny model that has seen enough shapes to find sky and ground."""
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    config = Mask2FormerConfig.tiny(5, stuff_labels=Shapes.stuff_labels, label_names=Shapes.label_names)
-    Trainer(Mask2Former(config), Shapes(), Recipe.shapes(steps=80), path, log=print).run()
-    return path
+def weights():
+    """The tiny model trained on shapes."""
+    return Path(__file__).parents[2] / "benchmarks" / "models" / "shapes"
 
 
 @pytest.fixture
@@ -126,6 +123,26 @@ def test_overlay_leaves_the_rest_alone():
     assert (pixels[mask] != 100).any(-1).all()
 
 
+def test_overlay_colours_stay_with_the_class():
+    """Whatever else is in the image; and names are drawn where the masks are."""
+    image, masks = Image.new("RGB", (120, 80)), np.zeros((3, 80, 120), bool)
+    masks[0, :40, :60], masks[1, 40:, 60:], masks[2, 50:70, 5:25] = True, True, True
+    first, second = (np.asarray(overlay(image, masks[i], n)) for i, n in (([0, 1, 2], [4, 7, 4]), ([1], [4])))
+    colours = [
+        picture[mask].max(0).tolist() for picture, mask in ((first, masks[0]), (first, masks[2]), (second, masks[1]))
+    ]
+    assert colours == [results.colour_of(4).tolist()] * 3
+    assert first[masks[1]].max(0).tolist() == results.colour_of(7).tolist()
+    assert len({tuple(results.colour_of(i)) for i in range(150)}) == 150
+    named = np.asarray(overlay(image, masks[:2], [4, 7], ["star", "sky"]))
+    bare = np.asarray(overlay(image, masks[:2], [4, 7]))
+    assert (named != bare)[:40, :60].any()
+    assert (named != bare)[40:, 60:].any()
+    assert named.min(-1).max() > 150 > bare.min(-1).max()  # white letters
+    nowhere = np.zeros((80, 120), bool)
+    assert np.array_equal(overlay(image, [nowhere], [4], ["star"]), image)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -184,6 +201,9 @@ def test_one_bad_file_does_not_stop_the_others(weights, photos, tmp_path):
         (["--size", "9", "8"], "image_size: expected (short, long) sides of at least 1; got (9, 8)"),
         (["--size", "9"], "argument --size: expected 2 arguments"),
         (["absent.jpg"], "images: no file or directory absent.jpg"),
+        (["--batch-size", "0"], "batch_size: expected at least 1; got 0"),
+        (["--dtype", "int8"], "--dtype: expected fp32, bf16, fp16; got 'int8'"),
+        (["--ids-from", "absent.json"], "absent.json"),
         (["--threshold", "2"], "threshold: expected 0 to 1; got 2.0"),
         (["--mod", "original"], "unrecognized arguments: --mod"),
     ],
@@ -283,6 +303,66 @@ def test_stuff_and_size_of_the_command(weights, photos, tmp_path):
     assert np.array_equal(found, small(Image.open(photos / "first.png")).numpy())
 
 
+def test_batches_change_nothing(weights, photos, tmp_path, monkeypatch):
+    """Images of one resized size go through the model together, others by themselves; what is too much at once does."""
+    for i in range(3, 6):
+        image = Image.fromarray(Shapes(seed=1)[i]["image"].permute(1, 2, 0).numpy())
+        image.resize((90, 70) if i < 5 else (70, 90)).save(photos / f"more{i}.png")
+    one, many = (tmp_path / name for name in ("one", "many"))
+    sizes, forward, batch = [], Mask2Former.forward, Segmenter.batch
+    monkeypatch.setattr(Mask2Former, "forward", lambda self, x: sizes.append(len(x)) or forward(self, x))
+    arguments = ("segment", photos, "--weights", weights, "--device", "cpu", "--mode", "original", "--task", "panoptic")
+    assert m2f(*arguments, "-o", one)[0] == 0
+    assert m2f(*arguments, "-o", many, "--batch-size", 4)[0] == 0
+    assert sizes == [1] * 6 + [3, 1, 2]
+    found = [json.loads((d / "panoptic.json").read_text())["annotations"] for d in (one, many)]
+    for a, b in zip(*found, strict=True):
+        scores = [[s.pop("score") for s in r["segments_info"]] for r in (a, b)]
+        assert scores[0] == pytest.approx(scores[1], abs=1e-4)
+        assert a["image_id"] == b["image_id"]
+        assert [s["category_id"] for s in a["segments_info"]] == [s["category_id"] for s in b["segments_info"]]
+        maps = [np.asarray(Image.open(d / a["file_name"])) for d in (one, many)]
+        assert (maps[0] != maps[1]).mean() < 0.002
+
+    def too_much(self, prepared):
+        if len(prepared) > 1:
+            raise MemoryError
+        return batch(self, prepared)
+
+    monkeypatch.setattr(Segmenter, "batch", too_much)
+    segmenter = Segmenter(Mask2Former.from_pretrained(weights), "semantic")
+    files = sorted(photos.iterdir())
+    assert segment_files(segmenter, files, tmp_path / "rest", batch_size=3) == segment.Summary(files, [])
+    monkeypatch.undo()
+    inputs = [segmenter.prepare(Image.new("RGB", size)) for size in ((40, 40), (400, 40))]
+    with pytest.raises(ValueError, match="prepared: expected inputs of one size"):
+        segmenter.batch(inputs)
+
+
+def test_ids_of_the_data(weights, photos, tmp_path):
+    """Results have ids of a COCO file, whose categories are in another order, and whose images are in folders."""
+    categories = [{"id": 10 + i, "name": n} for i, n in enumerate(("ground", "sky", "triangle", "square", "disc"))]
+    images = [{"id": 70, "file_name": "photos/first.png"}, {"id": "b", "file_name": "second.png"}]
+    content = {"images": [*images, {"id": 5, "file_name": "x/third.png"}], "categories": categories}
+    (tmp_path / "data.json").write_text(json.dumps(content))
+    arguments = ("segment", photos, "--weights", weights, "--ids-from", tmp_path / "data.json", "-o", tmp_path / "out")
+    assert m2f(*arguments)[0] == 0
+    found = json.loads((tmp_path / "out" / "panoptic.json").read_text())
+    assert [a["image_id"] for a in found["annotations"]] == [70, "b", 5]
+    names = {c["id"]: c["name"] for c in found["categories"]}
+    assert names == {c["id"]: c["name"] for c in categories}
+    segments = [s for a in found["annotations"] for s in a["segments_info"]]
+    assert all(s["isthing"] == (names[s["category_id"]] not in ("sky", "ground")) for s in segments)
+    for change, message in (
+        ({"categories": categories[1:]}, "expected the model's categories by name; ground is missing"),
+        ({"images": images}, "third.png: "),
+    ):
+        (tmp_path / "data.json").write_text(json.dumps(content | change))
+        code, output = command.m2f(*arguments)
+        assert (code, output.count("\n")) == (2, 1)
+        assert message in output
+
+
 def test_info(weights):
     code, output = m2f("info", "--weights", weights)
     assert code == 0
@@ -293,8 +373,6 @@ def test_info(weights):
 @pytest.mark.parametrize("where", ["allocator", "numpy", "GPU", "reading"])
 def test_an_image_too_large_for_the_memory(where, weights, photos, tmp_path, monkeypatch):
     """It is named, the others are done, and the JSON file holds them; other errors are not taken for it."""
-    from m2f_model import segment
-
     segmenter = Segmenter(Mask2Former.from_pretrained(weights), "semantic")
     files = sorted(photos.iterdir())
     Image.open(files[1]).resize((91, 70)).save(files[1])
@@ -312,9 +390,9 @@ def test_an_image_too_large_for_the_memory(where, weights, photos, tmp_path, mon
         read = segment.read_image
         monkeypatch.setattr(segment, "read_image", lambda p: fail() if p == files[1] else read(p))
     else:
-        draw = segment.overlay
+        draw = results.overlay
         monkeypatch.setattr(
-            segment, "overlay", lambda image, *rest: (fail if image.width == 91 else draw)(image, *rest)
+            results, "overlay", lambda image, *rest: (fail if image.width == 91 else draw)(image, *rest)
         )
     summary = segment_files(segmenter, files, tmp_path / "out")
     assert summary.done == [files[0], files[2]]
@@ -324,6 +402,6 @@ def test_an_image_too_large_for_the_memory(where, weights, photos, tmp_path, mon
     assert [x["image_id"] for x in content["annotations"]] == ["first", "third"]
     assert not list((tmp_path / "out").glob("second*"))
 
-    monkeypatch.setattr(segment, "overlay", lambda *_: torch.ones(2) + torch.ones(3))
+    monkeypatch.setattr(results, "overlay", lambda *_: torch.ones(2) + torch.ones(3))
     with pytest.raises(RuntimeError, match="must match"):
         segment_files(segmenter, files, tmp_path / "out")
