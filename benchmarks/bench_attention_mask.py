@@ -246,5 +246,4 @@ BENCHMARK = Benchmark(
     check=check,
     operators=("resize_mask_features", "predict_attention_mask"),
     budget_s=2.0,
-    issue=3,
 )

@@ -336,7 +336,6 @@ BENCHMARK = Benchmark(
     ),
     pictures=draw,
     long_ms=60_000.0,  # the first call of a model is slower than the others
-    issue=5,
     stages=stages,
     peak=peak,
 )  # fmt: skip

@@ -322,5 +322,4 @@ BENCHMARK = Benchmark(
     figures=figures,
     check=check_relative_l2,
     budget_s=1.5,
-    issue=3,
 )

@@ -300,5 +300,4 @@ BENCHMARK = Benchmark(
     shrink=shrink,
     figures=figures,
     check=check_relative_l2,
-    issue=2,
 )

@@ -368,5 +368,4 @@ BENCHMARK = Benchmark(
     budget_s=1.0,
     long_ms=5_000.0,
     pictures=draw_curve,
-    issue=4,
 )

@@ -237,7 +237,6 @@ class Benchmark:
             more is: full masks take half a minute where points take a third of a second, and nobody asks whether that
             is 90 or 92 times as long.
         pictures: draws what bars do not show into a directory, and returns the names of the files.
-        issue: where the required figures were asked for.
         stages: milliseconds of the parts of a call that was just timed, where an implementation has any.
         peak: peak MiB of an implementation in a process that has just been started, where the general way of
             measuring it (`benchmarks/memory.py`) does not fit.
@@ -256,7 +255,6 @@ class Benchmark:
     budget_s: float = 3.0
     long_ms: float = 10_000.0
     pictures: Callable[[Path, Sequence[Row]], list[str]] = lambda directory, rows: []
-    issue: int = 0
     stages: Callable[[Case, Implementation], dict[str, float]] = lambda case, implementation: {}
     peak: Callable[[Case, Implementation], float] | None = None
 

@@ -8,8 +8,9 @@ from benchmarks import memory
 from benchmarks.cases import Benchmark, Figure, Row, Scale
 from benchmarks.formats import error, number
 
-HEADER = ["required figure", "setting", "aim", "measured", ""]
-MET, MISSED, NO_TARGET, NOT_MEASURED, NOT_JUDGED = "met", "MISSED", "no aim", "not measured", "quick shapes: not judged"
+HEADER = ["required figure", "setting", "target", "measured", ""]
+MET, MISSED, NO_TARGET, NOT_MEASURED = "met", "MISSED", "no target", "not measured"
+NOT_JUDGED = "quick shapes: not judged"
 
 Side = tuple[str, tuple[str, ...], str]
 
@@ -67,7 +68,7 @@ def judge(asked: Iterable[Figure], scale: Scale, rows: Sequence[Row]) -> list[li
 
 
 def _judged(figure: Figure, target: float | None, result: tuple[float, bool] | None, scale: Scale) -> list[str]:
-    """Aim, measured value and verdict."""
+    """Target, measured value and verdict."""
     is_error = figure.numerator[2].startswith("error")
 
     def text(value: float) -> str:
@@ -86,9 +87,10 @@ def _judged(figure: Figure, target: float | None, result: tuple[float, bool] | N
 
 
 def summary(found: Sequence[Sequence[str]]) -> str:
-    """How many aims were met and missed."""
+    """How many targets were met and missed."""
     verdicts = [line[-1] for line in found if line[-1] != NO_TARGET]
-    counts = {verdict: verdicts.count(verdict) for verdict in dict.fromkeys(verdicts)}
+    order = (MET, MISSED, NOT_MEASURED, NOT_JUDGED)
+    counts = {verdict: verdicts.count(verdict) for verdict in order if verdict in verdicts}
     if not verdicts:
-        return "No aims here."
-    return f"{len(verdicts)} aims: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + "."
+        return "No targets here."
+    return f"{len(verdicts)} targets: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + "."

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 
 from benchmarks.cases import Figure, Row
 
-OP, ISSUE = "integrations", 6
+OP = "integrations"
 BEFORE, AFTER = "before", "after"
 #: What makes a CSV one of that command's.
 COLUMNS = {"model", "setting", "aim", "before_ms", "after_ms"}
@@ -44,7 +44,7 @@ def _number(record: dict[str, str], name: str) -> float | None:
 
 
 def figures(records: Sequence[dict[str, str]]) -> list[Figure]:
-    """Each model's aims, which the CSV states; they are for the first allocator setting."""
+    """Each model's targets, which the CSV states; they are for the first allocator setting."""
     found = []
     for record in records:
         name, setting = record["model"], record["setting"]

@@ -286,27 +286,27 @@ FIRST_PAGE = (
 )  # fmt: skip
 
 
-def aims(directory: Path, runs: dict[str, Run]) -> list[list[str]]:
-    """Every required figure of every operator: issue, operator, and the columns of `figures.HEADER`."""
+def targets(directory: Path, runs: dict[str, Run]) -> list[list[str]]:
+    """Every required figure, by operator: its name, and the columns of `figures.HEADER`."""
     found = []
     for op, run in runs.items():
         benchmark = benchmarks.load(op)
         for line in figures.lines(benchmark, run.scale, run.rows):
-            found.append([str(benchmark.issue), op, *line])
+            found.append([op, *line])
     path = directory / f"{other_models.OP}.csv"
     if path.exists():
         with path.open(newline="") as file:
             records = list(csv.DictReader(file))
         for line in figures.judge(other_models.figures(records), Scale("cpu", False), other_models.rows(records)):
-            found.append([str(other_models.ISSUE), other_models.OP, *line])
-    return sorted(found, key=lambda line: line[0])
+            found.append([other_models.OP, *line])
+    return found
 
 
 def text(directory: Path) -> str:
     """The report of what lies in a folder."""
     runs = load(directory)
     parts = [f"# What does it save? {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
-    found = aims(directory, runs)
+    found = targets(directory, runs)
     parts += [*_warnings(runs), *_misses(found)]
     for title, op, table, pictures in FIRST_PAGE:
         parts.append(f"## {title}")
@@ -326,7 +326,7 @@ def text(directory: Path) -> str:
             picture = f"![{title}]({op}.png)" if (directory / f"{op}.png").exists() else ""
             parts += [f"### [{title}]({op}.md)", markdown(header, lines), picture]
     judged = [line for line in found if line[-1] != figures.NO_TARGET]
-    parts += ["## Aims of every issue", figures.summary(found), markdown(["issue", "operator", *figures.HEADER],
+    parts += ["## Targets", figures.summary(found), markdown(["operator", *figures.HEADER],
               _bold_misses(judged))]  # fmt: skip
     for facts, ops in _by_facts(runs):
         parts += [f"## Measured with: {', '.join(ops)}", _facts(facts)]
@@ -339,14 +339,9 @@ def _page(path: Path) -> str:
 
 
 def _misses(found: list[list[str]]) -> list[str]:
-    """How many aims were met, and which were not."""
-    missed = [f"- {line[2]} ({line[3]}): {line[5]}, aim {line[4]}" for line in found if line[-1] == figures.MISSED]
-    return [f"{figures.summary(found)} [All of them](#aims-of-every-issue)." + "".join(f"\n{line}" for line in missed)]
-
-
-def _page(path: Path) -> str:
-    """A page that a command of its own has written, as a part of the report: without its title."""
-    return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("# ")).strip()
+    """How many targets were met, and which were not. A blank line makes the list a list."""
+    missed = [f"- {line[1]} ({line[2]}): {line[4]}, target {line[3]}" for line in found if line[-1] == figures.MISSED]
+    return [f"{figures.summary(found)} [All of them](#targets).", "\n".join(missed)]
 
 
 def _note(op: str) -> str:
@@ -363,7 +358,7 @@ def _warnings(runs: dict[str, Run]) -> list[str]:
     found = []
     quick = [op for op, run in runs.items() if run.scale.quick]
     if quick:
-        found.append(f"**Quick run of {', '.join(quick)}: small shapes and few rounds. Aims are not judged.**")
+        found.append(f"**Quick run of {', '.join(quick)}: small shapes and few rounds. Targets are not judged.**")
     busy = [op for op, run in runs.items() if float(run.facts.get("load average before", 0)) > BUSY]
     if busy:
         found.append(f"**The machine was not idle before the run of {', '.join(busy)}: read these times with care.**")

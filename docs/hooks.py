@@ -1,11 +1,13 @@
-"""Hooks of MkDocs: pages that lie outside docs/, and integrations as they come."""
+"""Hooks of MkDocs: pages that lie outside docs/, integrations as they come, formulas without a script."""
 
 from __future__ import annotations
 
+import html
 import re
 from pathlib import Path
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
@@ -13,6 +15,7 @@ ROOT = Path(__file__).parents[1]
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
 TITLES = {
     "transformers": "Hugging Face",
+    "functions": "Functions",
     "mask2former": "Mask2Former",
     "hub_kernels": "Kernels on the Hub",
     "onnx": "ONNX",
@@ -21,9 +24,10 @@ TITLES = {
 
 def on_config(config: Any) -> Any:
     """Whatever lies in docs/integrations is a page under "Integrations"."""
-    found = sorted((ROOT / "docs" / "integrations").glob("*.md"))
+    found = {p.stem: p for p in sorted((ROOT / "docs" / "integrations").glob("*.md"))}
     if found:
-        pages = [{TITLES.get(p.stem, p.stem): f"integrations/{p.name}"} for p in found]
+        names = sorted(found, key=lambda name: name != "transformers")  # what most people come for is first
+        pages = [{TITLES.get(name, name): f"integrations/{found[name].name}"} for name in names]
         at = next(i for i, entry in enumerate(config.nav) if "The model" in entry)
         config.nav.insert(at + 1, {"Integrations": pages})
     return config
@@ -36,6 +40,7 @@ def on_files(files: Files, config: Any) -> Files:
         *results.rglob("*.md"),
         *results.rglob("*.png"),
         *results.rglob("*.csv"),
+        *results.rglob("*.txt"),
     ]
     for path in outside:
         name = path.relative_to(ROOT).as_posix()
@@ -57,3 +62,14 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
 
 def _up(page: Any) -> str:
     return "../" * page.file.src_uri.count("/")
+
+
+def on_page_content(page_html: str, **_: Any) -> str:
+    """TeX becomes MathML, which browsers draw by themselves."""
+
+    def formula(found: re.Match[str]) -> str:
+        return convert(html.unescape(found[2]).strip(), display="block" if found[1] == "[" else "inline")
+
+    return re.sub(
+        r'<(?:span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</(?:span|div)>', formula, page_html, flags=re.DOTALL
+    )

@@ -292,7 +292,7 @@ def test_a_run_of_one_operator_keeps_the_others_in_the_report(tmp_path):
     assert "SDPA, boolean mask | 1000" in text
     assert "Monday" not in text
     assert "| 9 layers 1024² fp32: faster than transformers | default | ≥ 15.0x | 1.50x | **MISSED** |" in text
-    assert "- 9 layers 1024² fp32: faster than transformers (default): 1.50x, aim ≥ 15.0x" in text.split("## ")[0]
+    assert "- 9 layers 1024² fp32: faster than transformers (default): 1.50x, target ≥ 15.0x" in text.split("## ")[0]
 
 
 def test_the_first_page_answers_what_is_saved(tmp_path):
@@ -326,8 +326,8 @@ def test_other_peoples_models_stand_in_the_report(tmp_path):
     first = "| Mask2Former Swin-T, 1024² | 4000, 2.00x (3000, 1.50x) | **2000** (2000) | 900, 1.50x | 600 | 1.0e-06 |"
     assert first in text
     assert "| RT-DETR ResNet-50, 640² | 300, 1.20x | **250** | 90.0, 1.50x | 60.0 | 1.0e-06 |" in text
-    lines = [line for line in text.splitlines() if line.startswith("| 6 | integrations |")]
-    assert [line.split(" | ")[2:] for line in lines] == [
+    lines = [line for line in text.splitlines() if line.startswith("| integrations |")]
+    assert [line.split(" | ")[1:] for line in lines] == [
         ["Mask2Former Swin-T, 1024²: faster than before", "default", "≥ 1.70x", "2.00x", "met |"],
         ["Mask2Former Swin-T, 1024²: less peak memory above weights", "default", "≥ 2.00x", "1.50x", "**MISSED** |"],
         ["RT-DETR ResNet-50, 640²: faster than before", "default", "≥ 1.30x", "1.20x", "**MISSED** |"],

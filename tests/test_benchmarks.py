@@ -52,7 +52,7 @@ def test_figures_name_what_is_measured(op, scale):
         for case, implementations, field in figure.sides:
             assert set(implementations) <= {one.name for one in cases[case].implementations}
             assert field in Row.columns()
-            assert case in selected or scale.quick or not any(figure.target.values()), "an aim that only --full judges"
+            assert case in selected or scale.quick or not any(figure.target.values()), "only --full judges it"
             assert not field.startswith("memory") or cases[case].memory
 
 
