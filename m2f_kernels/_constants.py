@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Any
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,42 @@ def plain(tensor: Tensor) -> bool:
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured: what is made then lives in the graph's memory."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+class Held(NamedTuple):
+    """A kept tensor that a graph reads, and whether it is still what would be made now."""
+
+    tensor: Tensor
+    valid: Callable[[], bool]
+
+
+_holding = threading.local()
+#: What graphs that others have captured read: nobody says when such a graph is gone.
+_read_by_others: dict[int, Tensor] = {}
+
+
+@contextlib.contextmanager
+def holding() -> Iterator[list[Held]]:
+    """Collects the kept tensors that this thread is given: a CUDA graph that reads them must keep them alive."""
+    before = getattr(_holding, "found", None)
+    found: list[Held] = []
+    _holding.found = found
+    try:
+        yield found
+    finally:
+        _holding.found = before
+
+
+def hand_out(kept: Tensor, valid: Callable[[], bool] = lambda: True) -> Tensor:
+    """`kept`, which its cache may drop while a stream or a graph still reads it."""
+    found = getattr(_holding, "found", None)
+    if found is not None:
+        found.append(Held(kept, valid))
+    if kept.is_cuda and not isinstance(kept, FakeTensor) and torch.cuda.is_available():
+        kept.record_stream(torch.cuda.current_stream(kept.device))
+        if found is None and capturing(kept.device):
+            _read_by_others[id(kept)] = kept
+    return kept
 
 
 class ConstantCache:
@@ -67,9 +104,7 @@ class ConstantCache:
                 self._kept[full] = kept
                 while len(self._kept) > self.entries:
                     self._kept.popitem(last=False)
-        if real_cuda:
-            kept.record_stream(torch.cuda.current_stream(like.device))
-        return kept
+        return hand_out(kept)
 
     def __len__(self) -> int:
         return len(self._kept)

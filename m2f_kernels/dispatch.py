@@ -342,6 +342,11 @@ def use_backend(name: str, op: str | Callable[..., Any] | None = None) -> Iterat
         _forced = before
 
 
+def forced() -> tuple[tuple[str, str], ...]:
+    """What :func:`use_backend` forces now."""
+    return _forced
+
+
 def _forced_for(op: str, forced: tuple[tuple[str, str], ...]) -> str:
     by_op = dict(forced)
     return by_op.get(op, by_op.get("*", "auto"))

@@ -1,63 +1,82 @@
-"""CUDA graphs for inference: the kernels of a forward pass, launched by one call."""
+"""CUDA graphs for inference and training: the kernels of a pass, launched by one call."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
+import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from m2f_kernels import _constants, dispatch
 from m2f_kernels._checks import describe
+from m2f_kernels._dtypes import without_autocast
+from m2f_kernels.ops._autograd import transformed
 
 #: What an instance is made with besides the model.
-_OPTIONS = ("entries", "max_bytes", "clone", "warmups")
-
-
-class Captured:
-    """One graph: static inputs and outputs, and what replays it."""
-
-    def __init__(self, inputs: list[Tensor], outputs: list[Any], spec: Any, replay: Callable[[], None], size: int):
-        self.inputs = inputs
-        self.outputs = outputs
-        self.spec = spec
-        self.replay = replay
-        self.bytes = size
+_OPTIONS = ("entries", "max_bytes", "clone", "warmups", "training")
+#: Inputs whose failed captures are remembered.
+_FAILURES = 64
 
 
 class CudaDevice:
-    """What :class:`CudaGraphs` asks of CUDA; tests give it another."""
+    """What :class:`CudaGraphs` asks of CUDA; tests give it another. One pool of memory, one stream to capture on."""
 
     type = "cuda"
 
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Let the next capture begin a new pool: the old one is freed with the last graph in it."""
         self._pool: Any = None
+        self._stream: Any = None
         self._last: Any = None
 
-    def capturing(self) -> bool:
-        """Whether somebody else captures."""
-        return torch.cuda.is_current_stream_capturing()
+    def on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+        """The device of the tensors need not be the current one."""
+        return torch.cuda.device(device)
 
-    def capture(self, run: Callable[[], Any], warmups: int) -> tuple[Any, Callable[[], None], int]:
-        """What `run` returned while it was captured, what replays it, and the bytes that the graph took."""
+    def capturing(self, device: torch.device) -> bool:
+        """Whether somebody else captures."""
+        return _constants.capturing(device)
+
+    def warm_up(self, run: Callable[[], Any], times: int) -> None:
+        """Compiles, tunes, and makes what is kept between calls; random numbers stay what they were."""
         if self._pool is None:
-            self._pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(warmups):  # compiles, tunes, and makes what is kept between calls
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        random = torch.cuda.get_rng_state()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for _ in range(times):
                 run()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         torch.cuda.synchronize()
-        before = torch.cuda.memory_reserved()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
-            outputs = run()
-        return outputs, graph.replay, max(0, torch.cuda.memory_reserved() - before)
+        torch.cuda.set_rng_state(random)
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+        """What `run` returned while it was captured, and what replays it."""
+        graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        try:
+            # Other threads may go on: those of a loader that pins memory, for example.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                result = run()
+        finally:  # which a capture that cannot end does not do
+            torch.cuda.set_stream(before)
+        return result, graph.replay
+
+    def bytes(self) -> int:
+        """How large the pool is."""
+        segments = torch.cuda.memory_snapshot()
+        return sum(x["total_size"] for x in segments if tuple(x["segment_pool_id"]) == tuple(self._pool))
 
     def begin(self) -> None:
         """Let the current stream wait for the last replay: graphs share their memory."""
@@ -70,8 +89,184 @@ class CudaDevice:
         self._last.record(torch.cuda.current_stream())
 
 
+class Graph:
+    """One input shape's: static inputs and outputs, and what replays them.
+
+    Attributes:
+        inputs: tensors that the graph reads.
+        outputs: different tensors that it writes.
+        held: what it reads of caches.
+        stamp, versions: of the weights that it was captured with, see :class:`_Seen`; a graph with a backward pass
+            reads weights as they are, and has no versions.
+        backward: its backward pass, if it has one.
+    """
+
+    def __init__(self, inputs: list[Tensor], result: Any, replay: Callable[[], None] = lambda: None) -> None:
+        self.inputs, self.replay = inputs, replay
+        leaves, self._spec = tree_flatten(result)
+        found: dict[int, int] = {}  # what several leaves share is one tensor
+        self.outputs: list[Tensor] = []
+        self._leaves: list[tuple[Any, int | None]] = []
+        for x in leaves:
+            if isinstance(x, Tensor):
+                if id(x) not in found:
+                    found[id(x)] = len(self.outputs)
+                    self.outputs.append(x)
+                self._leaves.append((None, found[id(x)]))
+            else:
+                self._leaves.append((x, None))
+        self.held: list[_constants.Held] = []
+        self.stamp: Any = None
+        self.versions: Any = None
+        self.backward: Backward | None = None
+
+    def result(self, tensors: Sequence[Tensor]) -> Any:
+        """What the model returns, of `tensors` in place of `outputs`."""
+        return tree_unflatten([x if place is None else tensors[place] for x, place in self._leaves], self._spec)
+
+
+class Backward:
+    """The backward pass of a graph.
+
+    Attributes:
+        wanted: the inputs and weights that get gradients.
+        taken: for each output the tensor that its gradient is read from; None where it has none.
+        given: for each of `wanted` the gradient that is written; None where it has none.
+    """
+
+    def __init__(self, graph: Graph, wanted: list[Tensor]) -> None:
+        self._outputs = [x for x in graph.outputs if x.requires_grad]
+        self.wanted = wanted
+        self.taken = [torch.zeros_like(x) if x.requires_grad else None for x in graph.outputs]
+        self.given: list[Tensor | None] = [None] * len(wanted)
+        self.replay: Callable[[], None] = lambda: None
+
+    def run(self) -> Sequence[Tensor | None]:
+        """The gradients of `wanted`, as of a call outside of autocast."""
+        taken = [x for x in self.taken if x is not None]
+        if not taken:
+            return self.given
+        with without_autocast(taken[0].device):
+            return torch.autograd.grad(self._outputs, self.wanted, taken, allow_unused=True)
+
+    def capture(self, device: Any) -> None:
+        found, self.replay = device.capture(self.run)
+        self.given = list(found)
+        self._outputs = []  # with all that autograd knows of them
+
+
+class _Seen:
+    """The modules and weights of a model at one call.
+
+    Attributes:
+        modules: the model first.
+        weights: parameters and buffers, each once.
+        stamp: what changes where a weight is exchanged, moved or frozen, or a module's class is another.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.modules: list[nn.Module] = []
+        weights: dict[int, Tensor] = {}
+        stack: list[nn.Module | None] = [model]
+        known: set[int] = set()
+        while stack:
+            module = stack.pop()
+            if module is None or id(module) in known:
+                continue
+            known.add(id(module))
+            self.modules.append(module)
+            for x in (*module._parameters.values(), *module._buffers.values()):
+                if x is not None:
+                    weights[id(x)] = x
+            stack.extend(module._modules.values())
+        self.weights = list(weights.values())
+
+    @cached_property
+    def stamp(self) -> tuple[list[Any], list[type]]:
+        weights = [(id(x), x.data_ptr(), x.dtype, x.requires_grad) for x in self.weights]
+        return weights, [type(x) for x in self.modules]
+
+    @cached_property
+    def versions(self) -> list[int]:
+        """How often each weight was changed in place."""
+        return [0 if x.is_inference() else x._version for x in self.weights]
+
+    def training_problem(self) -> str | None:
+        """Why its backward pass cannot be captured."""
+        globally = nn.modules.module
+        for x in self.modules:
+            if x._backward_hooks or x._backward_pre_hooks or globally._global_backward_hooks:
+                return "a hook is registered on the backward pass of a module"
+            if isinstance(x, DistributedDataParallel):
+                return "the processes of DistributedDataParallel exchange gradients; graphs are for one process"
+            if isinstance(x, nn.SyncBatchNorm) and x.training:
+                return "batch norm is synchronised between processes"
+            own = vars(x)
+            if own.get("activation_checkpointing") or own.get("gradient_checkpointing"):
+                return "activation checkpointing runs layers again in the backward pass"
+            if x.training and own.get("layerdrop"):
+                return "layers are skipped at random (layerdrop)"
+        if any(x._backward_hooks for x in self.weights):
+            return "a hook is registered on the gradient of a weight"
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            return "hooks are set on what the forward pass saves"
+        return None
+
+
+@contextlib.contextmanager
+def _no_cast_is_kept() -> Iterator[None]:
+    """Autocast keeps the weights that it has cast until its region ends: a graph would read what is freed then."""
+    before = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_cache_enabled(before)
+
+
+@contextlib.contextmanager
+def _buffers_stay(seen: _Seen) -> Iterator[None]:
+    """Running statistics are not those of calls that only warm up."""
+    buffers = [x for x in seen.weights if not isinstance(x, nn.Parameter)]
+    before = [x.clone() for x in buffers]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for x, kept in zip(buffers, before, strict=True):
+                x.copy_(kept)
+
+
+class _Replay(torch.autograd.Function):
+    """Forward and backward pass of a model by its two graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, owner: CudaGraphs, graph: Graph, inputs: list[Tensor], *wanted: Tensor) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.owner, ctx.graph = owner, graph
+        outputs = owner._forward(graph, inputs)
+        assert graph.backward is not None
+        still = [x for x, taken in zip(outputs, graph.backward.taken, strict=True) if taken is None]
+        ctx.mark_non_differentiable(*still)
+        owner._pending = weakref.ref(ctx)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        if ctx.owner._pending is None or ctx.owner._pending() is not ctx:
+            raise RuntimeError(
+                "CudaGraphs: expected one backward pass of a forward pass, before its graph is dropped; the "
+                "activations are gone"
+            )
+        with ctx.owner._device.on(ctx.graph.outputs[0].device):
+            given = ctx.owner._backward(ctx.graph.backward, grads)
+        ctx.owner._pending = None
+        return None, None, None, *given
+
+
 class CudaGraphs:
-    """A model whose forward pass without gradients is captured at the first input of each shape, and replayed after.
+    """A model whose passes are captured at the first input of each shape, and replayed after.
 
         fast = m2f_kernels.CudaGraphs(model)
         with torch.inference_mode():
@@ -82,12 +277,18 @@ class CudaGraphs:
     and so do other classes of modules (`accelerate`, `restore`) and another dtype of autocast. Threads and streams take
     turns. Where a call cannot be captured it runs as ever: `reason` says why, and a warning does so once for each.
 
+    With `training` the forward and the backward pass of the model are two graphs, replayed where gradients are wanted;
+    the loss between them is computed as ever. An optimiser may change the weights in place. There is one backward pass
+    for a forward pass, and no other call is replayed between the two.
+
     Args:
-        model: in eval mode, on one CUDA device.
+        model: on one CUDA device; without `training` in eval mode.
         entries: how many graphs to keep.
-        max_bytes: how much memory they may take together; the newest is always kept. None: as much as they need.
+        max_bytes: how large the pool may become; where a new graph makes it larger, all others are dropped. None: as
+            large as they need.
         clone: give outputs of one's own. False gives the graph's: the next call with that shape overwrites them.
         warmups: calls before a capture.
+        training: capture also where gradients are wanted.
 
     Raises:
         TypeError, ValueError: naming the argument.
@@ -105,14 +306,17 @@ class CudaGraphs:
         max_bytes: int | None = None,
         clone: bool = True,
         warmups: int = 2,
+        training: bool = False,
         device: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model: expected a torch.nn.Module; got {describe(model)}")
         for name, value, least in (("entries", entries, 1), ("warmups", warmups, 1), ("max_bytes", max_bytes, 1)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            allowed = value is None and name == "max_bytes"
+            if not allowed and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: expected an integer of at least {least}; got {value!r}")
-        self._start(model, CudaDevice() if device is None else device, entries, max_bytes, clone, warmups)
+        options = (entries, max_bytes, bool(clone), warmups, bool(training))
+        self._start(model, CudaDevice() if device is None else device, *options)
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -125,16 +329,24 @@ class CudaGraphs:
         self._start(state["model"], CudaDevice(), *(state[name] for name in _OPTIONS))
 
     def _start(
-        self, model: nn.Module, device: Any, entries: int, max_bytes: int | None, clone: bool, warmups: int
+        self,
+        model: nn.Module,
+        device: Any,
+        entries: int,
+        max_bytes: int | None,
+        clone: bool,
+        warmups: int,
+        training: bool,
     ) -> None:
         self.model = model
         self.entries, self.max_bytes, self.clone, self.warmups = entries, max_bytes, clone, warmups
+        self.training = training
         self.reason: str | None = None
         self.captures = 0
         self._device = device
-        self._kept: OrderedDict[Hashable, Captured] = OrderedDict()
-        self._failed: dict[Hashable, str] = {}
-        self._stamp: Any = None
+        self._kept: OrderedDict[Hashable, Graph] = OrderedDict()
+        self._failed: dict[Hashable, tuple[Any, str]] = {}
+        self._pending: weakref.ref[Any] | None = None
         self._said: set[str] = set()
         self._lock = threading.RLock()
 
@@ -147,115 +359,188 @@ class CudaGraphs:
     def clear(self) -> None:
         """Drop all graphs and their memory."""
         with self._lock:
-            self._kept.clear()
+            self._drop()
             self._failed.clear()
-            self._stamp = None
+
+    def _drop(self) -> None:
+        self._kept.clear()
+        self._pending = None
+        self._device.reset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return self._run(*args, **kwargs)
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         with self._lock:
-            reason = self._refusal(leaves, tensors)
-            key = None if reason else self._key(leaves, spec)
-            if key is not None:
-                reason = self._failed.get(key)
+            seen = _Seen(self.model)
+            differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *seen.weights))
+            reason = self._refusal(seen, leaves, tensors, differentiates)
             if reason is None:
-                reason = self._capture(key, leaves, spec)
+                with self._device.on(tensors[0].device):
+                    key = self._key(seen, leaves, spec, differentiates)
+                    reason = self._capture(key, seen, leaves, spec, differentiates)
+                    if reason is None:
+                        self.reason = None
+                        return self._replay(self._kept[key], tensors)
             self.reason = reason
-            if reason is None:
-                return self._replay(self._kept[key], tensors)
         if reason not in self._said:
             self._said.add(reason)
             warnings.warn(f"CudaGraphs: {type(self.model).__name__} runs without a graph: {reason}", stacklevel=2)
         return self._run(*args, **kwargs)
 
-    def _refusal(self, leaves: list[Any], tensors: list[Tensor]) -> str | None:
+    def _refusal(self, seen: _Seen, leaves: list[Any], tensors: list[Tensor], differentiates: bool) -> str | None:
         """Why this call cannot be replayed."""
-        type_ = self._device.type
+        kind = self._device.type
         if not tensors:
             return "no input is a tensor"
         if any(type(x) is not Tensor for x in tensors):
             return "an input is a subclass of torch.Tensor"
-        for x in (*tensors, *self.model.parameters(), *self.model.buffers()):
-            if x.device.type != type_:
-                return f"a tensor is on '{x.device}', and graphs are of '{type_}' devices"
-            if x.device != tensors[0].device:
-                return f"tensors are on '{tensors[0].device}' and '{x.device}'"
-        modules = list(self.model.modules())
-        if any(x.training for x in modules):
-            return "the model is in training mode"
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *self.model.parameters())):
-            return "gradients are wanted; call it under torch.no_grad() or torch.inference_mode()"
+        device = tensors[0].device
+        for x in (*tensors, *seen.weights):
+            if x.device != device or device.type != kind:
+                if x.device.type != kind:
+                    return f"a tensor is on '{x.device}', and graphs are of '{kind}' devices"
+                return f"tensors are on '{device}' and '{x.device}'"
+            if type(x) not in (Tensor, nn.Parameter):
+                return f"a weight is a {type(x).__name__}"
+        if not (differentiates and self.training):
+            if any(x.training for x in seen.modules):
+                return "the model is in training mode"
+            if differentiates:
+                return "gradients are wanted; call it under torch.no_grad() or torch.inference_mode()"
         # Hooks of a model whose forward this is run around it.
-        inner = modules[1:] if vars(self.model).get("forward") is self else modules
-        if any(x._forward_hooks or x._forward_pre_hooks for x in inner):
+        inner = seen.modules[1:] if vars(self.model).get("forward") is self else seen.modules
+        globally = nn.modules.module
+        if (
+            any(x._forward_hooks or x._forward_pre_hooks for x in inner)
+            or globally._global_forward_hooks
+            or globally._global_forward_pre_hooks
+        ):
             return "a hook is registered on a module"
-        if torch.compiler.is_compiling():
-            return "torch.compile is tracing"
-        if self._device.capturing():
+        if differentiates and (reason := seen.training_problem()) is not None:
+            return reason
+        if torch._C._len_torch_dispatch_stack() or transformed() or torch._C._get_tracing_state() is not None:
+            return "something looks at every operator, or transforms it"
+        if self._device.capturing(device):
             return "a graph is being captured already"
+        if self._pending is not None and self._pending() is not None:
+            return "the backward pass of the last replay is still to come"
         unhashable = [x for x in leaves if not isinstance(x, (Tensor, bool, int, float, str, type(None), torch.dtype))]
         return f"an argument is {describe(unhashable[0])}" if unhashable else None
 
-    def _key(self, leaves: list[Any], spec: Any) -> Hashable:
+    def _key(self, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> Hashable:
+        """All but the weights that decides about the kernels."""
         shown = tuple(
-            (tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else (type(x), x) for x in leaves
+            (tuple(x.shape), x.stride(), x.dtype, x.device, differentiates and x.requires_grad)
+            if isinstance(x, Tensor)
+            else (type(x), x)
+            for x in leaves
         )
         kind = self._device.type
         cast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        return shown, str(spec), cast, torch.is_inference_mode_enabled()
+        modes = (
+            torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.get_float32_matmul_precision(),
+            torch.backends.cudnn.allow_tf32, torch.are_deterministic_algorithms_enabled(), dispatch.forced(),
+        )  # fmt: skip
+        # Without gradients no module is in training mode.
+        return shown, str(spec), cast, modes, tuple(x.training for x in seen.modules) if differentiates else None
 
-    def _weights(self) -> Any:
-        """What changes where a graph is not valid any more."""
-        weights = (*self.model.parameters(), *self.model.buffers())
-        versions = tuple(0 if x.is_inference() else x._version for x in weights)
-        return (
-            tuple(x.data_ptr() for x in weights),
-            tuple((x.dtype, x.shape) for x in weights),
-            versions,
-            tuple(type(x) for x in self.model.modules()),
-        )
-
-    def _capture(self, key: Hashable, leaves: list[Any], spec: Any) -> str | None:
+    def _capture(self, key: Hashable, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> str | None:
         """Make sure that there is a valid graph for `key`; why there can be none."""
-        stamp = self._weights()
-        if stamp != self._stamp:
-            self._kept.clear()
-            self._failed.clear()
-            self._stamp = stamp
+        for other, graph in list(self._kept.items()):
+            # With gradients weights are read as they are, but for what is kept of those that do not change.
+            valid = all(x.valid() for x in graph.held) if graph.backward else graph.versions == seen.versions
+            if not valid or graph.stamp != seen.stamp:
+                del self._kept[other]
         if key in self._kept:
             self._kept.move_to_end(key)
             return None
+        failed = self._failed.get(key)
+        if failed is not None and failed[0] == seen.stamp:
+            return failed[1]
         while len(self._kept) >= self.entries:
             self._kept.popitem(last=False)
-        static = [x.clone() if isinstance(x, Tensor) else x for x in leaves]
-        args, kwargs = tree_unflatten(static, spec)
+        if not self._kept:
+            self._drop()
         try:
-            output, replay, size = self._device.capture(lambda: self._run(*args, **kwargs), self.warmups)
+            graph = self._captured(seen, leaves, spec, differentiates)
+            if self.max_bytes is not None and self._kept and self._device.bytes() > self.max_bytes:
+                self._drop()  # a pool does not shrink while a graph is in it
+                del graph
+                graph = self._captured(seen, leaves, spec, differentiates)
         except RuntimeError as error:
-            self._failed[key] = reason = f"its capture failed: {str(error).splitlines()[0]}"
+            reason = f"its capture failed: {str(error).splitlines()[0]}"
+            if len(self._failed) >= _FAILURES:
+                self._failed.clear()
+            self._failed[key] = seen.stamp, reason
             return reason
-        flat, out_spec = tree_flatten(output)
-        inputs = [x for x in static if isinstance(x, Tensor)]
-        self._kept[key] = Captured(inputs, flat, out_spec, replay, size)
-        self.captures += 1
-        while self.max_bytes is not None and len(self._kept) > 1 and self._bytes() > self.max_bytes:
-            self._kept.popitem(last=False)
+        graph.stamp, graph.versions = seen.stamp, seen.versions
+        self._kept[key] = graph
         return None
 
-    def _bytes(self) -> int:
-        return sum(x.bytes for x in self._kept.values())
+    def _captured(self, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> Graph:
+        static = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
+        inputs = [x for x in static if isinstance(x, Tensor)]
+        wanted: list[Tensor] = []
+        if differentiates:
+            for x, given in zip(inputs, (x for x in leaves if isinstance(x, Tensor)), strict=True):
+                x.requires_grad_(given.requires_grad)
+            wanted = [x for x in (*inputs, *seen.weights) if x.requires_grad]
+        args, kwargs = tree_unflatten(static, spec)
 
-    def _replay(self, graph: Captured, tensors: list[Tensor]) -> Any:
+        def run() -> Any:
+            return self._run(*args, **kwargs)
+
+        def run_both() -> None:
+            Backward(Graph(inputs, run()), wanted).run()
+
+        with _no_cast_is_kept(), _constants.holding() as held, contextlib.ExitStack() as stack:
+            if differentiates:
+                stack.enter_context(_buffers_stay(seen))
+            self._device.warm_up(run_both if differentiates else run, self.warmups)
+            held.clear()
+            result, replay = self._device.capture(run)
+            graph = Graph(inputs, result, replay)
+            if differentiates:
+                graph.backward = Backward(graph, wanted)
+                graph.backward.capture(self._device)
+                graph.outputs = [x.detach() for x in graph.outputs]
+            graph.held = list(held)
+        self.captures += 1
+        return graph
+
+    def _replay(self, graph: Graph, tensors: list[Tensor]) -> Any:
+        if graph.backward is None:
+            return graph.result(self._forward(graph, tensors))
+        by_place = {id(static): given for static, given in zip(graph.inputs, tensors, strict=True)}
+        wanted = [by_place.get(id(x), x) for x in graph.backward.wanted]
+        return graph.result(_Replay.apply(self, graph, tensors, *wanted))
+
+    def _forward(self, graph: Graph, tensors: list[Tensor]) -> list[Tensor]:
         self._device.begin()
         for static, given in zip(graph.inputs, tensors, strict=True):
             static.copy_(given)
         graph.replay()
-        copies: dict[int, Tensor] = {}  # what several outputs share is copied once
-        outputs = [
-            copies.setdefault(id(x), x.clone()) if self.clone and isinstance(x, Tensor) and id(x) not in copies
-            else copies.get(id(x), x)
-            for x in graph.outputs
-        ]  # fmt: skip
+        outputs = [x.clone() for x in graph.outputs] if self.clone else list(graph.outputs)
         self._device.end()
-        return tree_unflatten(outputs, graph.spec)
+        return outputs
+
+    def _backward(self, backward: Backward, grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+        self._device.begin()
+        for taken, grad in zip(backward.taken, grads, strict=True):
+            if taken is not None and grad is None:
+                taken.zero_()
+            elif taken is not None and grad is not None:
+                taken.copy_(grad)
+        backward.replay()
+        given: list[Tensor | None] = [None] * len(backward.given)
+        by_dtype: dict[torch.dtype, list[tuple[int, Tensor]]] = {}
+        for i, x in enumerate(backward.given):
+            if x is not None:
+                by_dtype.setdefault(x.dtype, []).append((i, x))
+        for found in by_dtype.values():  # copies of all in a few kernels: gradients may be added to, and kept
+            for (i, _), copy in zip(found, torch._foreach_mul([x for _, x in found], 1), strict=True):
+                given[i] = copy
+        self._device.end()
+        return given

@@ -12,7 +12,7 @@ import transformers
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from m2f_kernels._constants import capturing, plain
+from m2f_kernels._constants import capturing, hand_out, plain
 from m2f_kernels._dtypes import without_autocast
 from m2f_model.config import Mask2FormerConfig
 
@@ -41,12 +41,8 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
 
     running_mean: Tensor
     running_var: Tensor
-    #: The convolution before it, where that is known, which does its work without gradients.
-    convolution: list[nn.Conv2d] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.convolution is not None and _folded(self.convolution[0], self) is not None:
-            return x
         if not torch.is_grad_enabled():
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
         scale = _kept(self, "scale", self.tensors(), self.scale)
@@ -63,46 +59,61 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
         return [x for x in (self.running_mean, self.running_var, self.weight, self.bias) if x is not None]
 
 
-class FoldedConv2d(nn.Conv2d):
-    """A convolution that without gradients does the work of the frozen batch norm behind it.
+class ConvolutionLayer(nn.Module):
+    """A ResNet's convolution, norm and activation (`transformers`' ResNetConvLayer and ResNetShortCut).
 
-    Its weights times the norm's scale are kept in memory, in the dtype that they are multiplied in, until `train()`.
+    Without gradients the convolution does the work of a frozen norm, too. Its weights times the norm's scale are kept
+    in memory, in the dtype that they are multiplied in, until `train()`.
     """
 
-    normalization: list[FrozenBatchNorm2d]
+    convolution: nn.Module
+    normalization: nn.Module
 
-    def forward(self, input: Tensor) -> Tensor:
-        folded = _folded(self, self.normalization[0])
-        return super().forward(input) if folded is None else self._conv_forward(input, *folded)
+    def forward(self, x: Tensor) -> Tensor:
+        folded = _folded(self.convolution, self.normalization)
+        convolve: Any = self.convolution
+        x = self.normalization(convolve(x)) if folded is None else convolve._conv_forward(x, *folded)
+        activation = getattr(self, "activation", None)
+        out: Tensor = x if activation is None else activation(x)
+        return out
 
 
 #: By module, what is made from its parameters and the stamp of those: not in the module, so that it is not saved.
 _KEPT: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
+def _stamp(sources: Sequence[Tensor]) -> list[Any]:
+    return [(id(x), x._version, None if isinstance(x, FakeTensor) else x.data_ptr(), x.dtype) for x in sources]
+
+
 def _kept(module: nn.Module, name: str, sources: list[Tensor], make: Callable[[], Any]) -> Any:
-    """What `make` returns, until one of the tensors that it is made from is changed or exchanged."""
+    """What `make` returns, a tensor or a tuple, until one that it is made from is changed or exchanged."""
     device = sources[0].device
     if not plain(sources[0]) or any(x.is_inference() for x in sources):
         return make()
-    stamp = [(id(x), x._version, None if isinstance(x, FakeTensor) else x.data_ptr(), x.dtype) for x in sources]
+    stamp = _stamp(sources)
     found = _KEPT.get(module, {}).get(name)
-    if found is not None and found[0] == stamp:
-        return found[1]
-    with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
-        made = make()
-    if not capturing(device):
+    if found is None or found[0] != stamp:
+        with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
+            made = make()
+        if capturing(device):
+            return made
         if device.type == "cuda" and torch.cuda.is_available():  # other streams may read it from now on
             torch.cuda.current_stream(device).synchronize()
-        _KEPT.setdefault(module, {})[name] = stamp, made
-    return made
+        found = stamp, made
+        _KEPT.setdefault(module, {})[name] = found
+    for x in found[1] if isinstance(found[1], tuple) else (found[1],):
+        hand_out(x, lambda: _stamp(sources) == stamp)
+    return found[1]
 
 
-def _folded(convolution: nn.Conv2d, norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of both at once; None where gradients, `torch.compile` or a hook want them apart."""
+def _folded(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of both at once; None where gradients, `torch.compile`, a hook or a class want them apart."""
+    if torch.is_grad_enabled() or type(convolution) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
+        return None
     weight, bias = convolution.weight, convolution.bias
     hooked = any(x._forward_hooks or x._forward_pre_hooks for x in (convolution, norm))
-    if torch.is_grad_enabled() or hooked or not plain(weight) or weight.is_inference():
+    if hooked or "forward" in vars(convolution) or not plain(weight) or weight.is_inference():
         return None
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else weight.dtype
@@ -175,13 +186,10 @@ class Backbone(nn.Module):
         return list(getattr(out, "feature_maps", out))
 
 
-def _prepare_resnet(module: Any) -> None:
-    """Pair a ResNet's convolutions with the norms behind them; apply activations in place, which nothing else reads."""
-    convolution, norm = getattr(module, "convolution", None), getattr(module, "normalization", None)
-    if type(convolution) is nn.Conv2d and isinstance(norm, FrozenBatchNorm2d):
-        convolution.__class__ = FoldedConv2d
-        # In lists, so that neither becomes a child of the other.
-        convolution.__dict__["normalization"] = [norm]
-        norm.convolution = [convolution]
-    if type(getattr(module, "activation", None)) is nn.ReLU:
-        module.activation.inplace = True
+def _prepare_resnet(module: nn.Module) -> None:
+    """Let a ResNet's layer fold its frozen norm; apply activations in place, which nothing else reads."""
+    if type(module).__name__ in ("ResNetConvLayer", "ResNetShortCut"):
+        module.__class__ = ConvolutionLayer
+    activation = getattr(module, "activation", None)
+    if type(activation) is nn.ReLU:
+        activation.inplace = True

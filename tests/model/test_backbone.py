@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from m2f_model import Mask2FormerConfig
-from m2f_model.backbone import _KEPT, Backbone, FoldedConv2d, FrozenBatchNorm2d
+from m2f_model.backbone import _KEPT, Backbone, ConvolutionLayer, FrozenBatchNorm2d
 from m2f_model.pixel_decoder import _pointwise
 from tests.model.peers import photograph
 
@@ -130,12 +130,12 @@ def equals_unfolded(model, pixels, tolerance=1e-5):
 def test_folded_weights_follow_training():
     """Train, validate, train, validate; every way in which weights change between."""
     model, pixels = backbone(), torch.randn(1, 3, 64, 64)
-    pairs = sum(isinstance(x, FoldedConv2d) for x in model.modules())
+    pairs = sum(isinstance(x, ConvolutionLayer) for x in model.modules())
     assert pairs == sum(isinstance(x, FrozenBatchNorm2d) for x in model.modules()) > 5
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         equals_unfolded(model, pixels)
-        assert sum(bool(_KEPT.get(x)) for x in model.modules() if isinstance(x, FoldedConv2d)) == pairs
+        assert sum(bool(_KEPT.get(x)) for x in model.modules() if isinstance(x, nn.Conv2d)) == pairs
         model.train()
         assert not any(x in _KEPT for x in model.modules()), "training needs the memory"
         sum(x.mean() for x in model(pixels)).backward()
@@ -156,14 +156,48 @@ def test_folded_weights_follow_training():
     equals_unfolded(copy.deepcopy(model), pixels)
     with torch.no_grad():
         copied = copy.deepcopy(model)
-        next(x for x in copied.modules() if isinstance(x, FoldedConv2d)).weight.zero_()
+        next(x for x in copied.modules() if isinstance(x, nn.Conv2d)).weight.zero_()
     equals_unfolded(copied, pixels)
+    equals_unfolded(model, pixels)
+
+
+class Doubled(nn.Module):
+    """As adapters wrap a layer."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return 2 * self.inner(x)
+
+
+@pytest.mark.parametrize("what", ["another convolution", "wrapped", "another norm", "taken out", "parametrized"])
+def test_exchanged_modules_are_not_folded(what):
+    model, pixels = backbone(), torch.randn(1, 3, 64, 64)
+    layer = next(x for x in model.modules() if isinstance(x, ConvolutionLayer))
+    convolution, norm = layer.convolution, layer.normalization
+    equals_unfolded(model, pixels)
+    if what == "another convolution":
+        layer.convolution = nn.Conv2d(3, 16, 7, 2, 3)
+    elif what == "wrapped":
+        layer.convolution = Doubled(convolution)
+    elif what == "another norm":
+        layer.normalization = nn.GroupNorm(4, 16)
+    elif what == "parametrized":
+        nn.utils.parametrizations.weight_norm(convolution)
+    else:
+        with torch.no_grad():
+            assert torch.equal(
+                nn.Sequential(convolution)(pixels), convolution._conv_forward(pixels, convolution.weight, None)
+            )
+            assert not torch.equal(norm(torch.ones(1, 16, 2, 2)), torch.ones(1, 16, 2, 2))
     equals_unfolded(model, pixels)
 
 
 def test_hooks_see_convolution_and_norm_apart():
     model, pixels = backbone(), torch.randn(1, 3, 64, 64)
-    convolution = next(x for x in model.modules() if isinstance(x, FoldedConv2d))
+    convolution = next(x for x in model.modules() if isinstance(x, nn.Conv2d))
     seen = []
     handle = convolution.register_forward_hook(lambda *args: seen.append(args[2]))
     with torch.no_grad():
