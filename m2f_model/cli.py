@@ -142,7 +142,8 @@ def train(given: argparse.Namespace) -> int:
         for name in ("steps", "batch_size", "lr", "size", "workers")
         if getattr(given, name) is not None
     }
-    changes |= {name: getattr(given, name) for name in ("autocast", "activation_checkpointing", "seed", "parallel")}
+    free = ("autocast", "activation_checkpointing", "cuda_graphs", "seed", "parallel")
+    changes |= {name: getattr(given, name) for name in free}
     if given.backend not in BACKENDS:
         raise UsageError(f"backend: expected one of {', '.join(BACKENDS)}; got {given.backend!r}")
     backbone, weights, data = given.backbone, given.weights, given.data
@@ -435,6 +436,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--autocast", default="none", help=_AUTOCAST)
     p.add_argument("--parallel", default="ddp", help="several processes: ddp, or fsdp (a share of the model each)")
     p.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
+    p.add_argument("--cuda-graphs", action="store_true", help="on one GPU, replay the model's passes as CUDA graphs")
     p.add_argument("--seed", type=int, default=0, help="of everything random")
     p.add_argument(
         "--backend", default="auto", help="kernels: auto, cuda, triton, fallback or reference (plain PyTorch)"

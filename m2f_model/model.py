@@ -47,6 +47,11 @@ class Mask2FormerOutput(NamedTuple):
     auxiliary: list[Prediction]
     losses: dict[str, Tensor] | None = None
 
+    @property
+    def predictions(self) -> list[Prediction]:
+        """All of them, the last one last: what the criterion takes."""
+        return [*self.auxiliary, Prediction(self.class_logits, self.masks)]
+
 
 class Mask2Former(nn.Module):
     """Masked-attention mask transformer (Cheng et al. 2022).

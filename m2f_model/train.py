@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from m2f_kernels import CudaGraphs
 from m2f_model.config import Mask2FormerConfig
+from m2f_model.criterion import losses_of
 from m2f_model.data import Batches, Dataset, Guarded, Relabelled, Steps, identity, unpack
 from m2f_model.evaluate import evaluate
 from m2f_model.files import remove_leftovers, write_atomically
@@ -64,6 +66,8 @@ class Recipe:
         autocast: "none", "bf16" or "fp16".
         parallel: what several processes do with the model: "ddp", all have it, or "fsdp", each has a share (FSDP2).
         activation_checkpointing: keep only the inputs of the decoders' layers.
+        cuda_graphs: on a GPU, replay forward and backward pass of the model as graphs (one process alone); for inputs
+            of one size or a few.
         seed: of everything random.
         log_every, save_every, evaluate_every: steps between; evaluation takes `evaluate_count` images.
         workers: processes that prepare data.
@@ -84,6 +88,7 @@ class Recipe:
     autocast: str = "none"
     parallel: str = "ddp"
     activation_checkpointing: bool = False
+    cuda_graphs: bool = False
     seed: int = 0
     log_every: int = 20
     save_every: int = 5000
@@ -104,6 +109,8 @@ class Recipe:
             raise ValueError(f"parallel: expected one of {', '.join(map(repr, PARALLEL))}; got {self.parallel!r}")
         if self.parallel == "fsdp" and self.autocast == "fp16":
             raise ValueError("autocast: expected none or bf16 with parallel='fsdp', whose gradients are not scaled")
+        if self.cuda_graphs and self.activation_checkpointing:
+            raise ValueError("cuda_graphs: expected False with activation_checkpointing, which runs layers twice")
         if self.size is not None and (self.size < 32 or self.size % 32):
             raise ValueError(f"size: expected a multiple of 32; got {self.size}")
         if not 0 < self.scales[0] <= self.scales[1]:
@@ -131,6 +138,7 @@ def build_optimizer(model: Mask2Former, recipe: Recipe) -> torch.optim.AdamW:
         if parameter.requires_grad:
             decays = name not in still and not name.endswith("relative_position_bias_table")
             groups.setdefault((name.startswith("backbone."), decays), []).append(parameter)
+    cuda = all(p.device.type == "cuda" for parameters in groups.values() for p in parameters)
     return torch.optim.AdamW(
         [
             {
@@ -140,7 +148,8 @@ def build_optimizer(model: Mask2Former, recipe: Recipe) -> torch.optim.AdamW:
                 "weight_decay": recipe.weight_decay if decays else 0.0,
             }
             for (backbone, decays), parameters in groups.items()
-        ]
+        ],
+        fused=cuda or None,
     )
 
 
@@ -258,6 +267,8 @@ class Trainer:
         if len(data) == 0:
             raise ValueError("data: expected at least one sample; got none")
         _check_labels(data, model.config)
+        if recipe.cuda_graphs and process is not None and process.world_size > 1:
+            raise ValueError(f"cuda_graphs: expected one process, which exchanges nothing; got {process.world_size}")
         self.model, self.data, self.recipe = model, data, recipe
         self.validation = None if validation is None else Relabelled(validation, data)
         self.process = process or Process()
@@ -271,6 +282,9 @@ class Trainer:
         if self.process.world_size > 1:
             self.parallel = parallelise(model, recipe.parallel, self.process.device)
         self.sharded = self.process.world_size > 1 and recipe.parallel == "fsdp"
+        self.graphs: CudaGraphs | None = None
+        if recipe.cuda_graphs:
+            self.graphs = CudaGraphs(model, training=True, clone=False)
         self.optimizer = build_optimizer(model, recipe)
         self.dtype = AUTOCAST[recipe.autocast]
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=recipe.autocast == "fp16")
@@ -360,11 +374,15 @@ class Trainer:
         targets = [unpack({k: v.to(device, non_blocking=True) for k, v in target.items()}) for target in targets]
         statistics = self._statistics()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
-            out = self.parallel(pixels, targets)
+            if self.graphs is None:
+                out = self.parallel(pixels, targets)
+                losses = out.losses
+            else:  # the model's passes are graphs; matching and loss run between them
+                out = self.graphs(pixels)
+                losses = losses_of(self.model.criterion, out.predictions, targets)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.recipe.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        losses = out.losses
         self.scaler.scale(training_loss(losses, out.masks) if self.sharded else sum(losses.values())).backward()
         self.scaler.unscale_(self.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
@@ -653,7 +671,10 @@ _SKIPPED_IN_A_ROW = 50
 #: Beginning of the names of directories that hold a model until it is whole.
 _UNFINISHED = ".model."
 #: Fields of a recipe that may change when a run goes on.
-_FREE = ("log_every", "save_every", "evaluate_every", "evaluate_count", "workers", "activation_checkpointing")
+_FREE = (
+    *("log_every", "save_every", "evaluate_every", "evaluate_count", "workers"),
+    *("activation_checkpointing", "cuda_graphs"),
+)
 
 
 def _plain(value: Any) -> Any:

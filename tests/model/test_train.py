@@ -12,8 +12,9 @@ from torch import nn
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model import train as training
 from m2f_model.data import Shapes
-from m2f_model.train import Recipe, Trainer, build_optimizer, of_data
+from m2f_model.train import Process, Recipe, Trainer, build_optimizer, of_data
 from tests.model.command import m2f
+from tests.recorded import Device
 
 DATA = Shapes(length=12, size=64)
 #: Four steps with everything on that could make a difference: milestones, jitter, evaluation.
@@ -126,6 +127,39 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
         gradients.append(({k: p.grad for k, p in model.named_parameters() if p.grad is not None}, sum(saved)))
     same(gradients[0][0], gradients[1][0])
     assert gradients[1][1] < 0.8 * gradients[0][1]
+
+
+@pytest.mark.parametrize("autocast", ["none", "bf16", "fp16"])
+def test_graphs_change_nothing(autocast, tmp_path, monkeypatch):
+    """Captured once, on a device that stands for CUDA, and replayed; a run without graphs goes on from there."""
+    monkeypatch.setattr("m2f_kernels.graphs.CudaDevice", Device)
+    recipe = dataclasses.replace(RECIPE, autocast=autocast)
+    eager, lines = trainer(tmp_path / "eager", recipe), []
+    # A graph cannot read what autocast keeps: a weight that is used twice is cast twice.
+    torch.set_autocast_cache_enabled(False)
+    try:
+        eager.run(stop=3)
+    finally:
+        torch.set_autocast_cache_enabled(True)
+    captured = trainer(tmp_path / "captured", dataclasses.replace(recipe, cuda_graphs=True))
+    captured.run(stop=3)
+    assert captured.graphs.captures == 1
+    assert captured.graphs.reason is None
+    same(eager.model.state_dict(), captured.model.state_dict())
+    trainer(tmp_path / "captured", recipe, lines)
+    assert "going on from step 3" in lines[0]
+
+
+def test_graphs_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="cuda_graphs: expected False with activation_checkpointing"):
+        dataclasses.replace(RECIPE, cuda_graphs=True, activation_checkpointing=True)
+    with pytest.raises(ValueError, match="cuda_graphs: expected one process"):
+        Trainer(
+            Mask2Former(small()), DATA, dataclasses.replace(RECIPE, cuda_graphs=True), tmp_path, process=Process(0, 2)
+        )
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, cuda_graphs=True))
+    with pytest.warns(UserWarning, match="Mask2Former runs without a graph: a tensor is on 'cpu'"):
+        run.run(stop=1)
 
 
 def test_optimizer_groups():
