@@ -4,12 +4,12 @@
 
 Operations that are not views, bytes that they write, and bytes that autograd saves, forward and backward, in float32,
 counted on the meta device by dispatch: no time, no GPU. A fallback may have 1.25 times the operations and 1.1 times the
-bytes; `tests/test_fallbacks.py` holds it to that.
+bytes; `tests/test_fallbacks.py` holds it to that. One row may have more, and says how much (`Row.exception`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import m2f_kernels
+from m2f_kernels import FactoredMasks, PackedMask
 from m2f_kernels.ops.ms_deform_attn import fallback as ms_deform_attn
+from m2f_kernels.ops.point_sample import fallback as point_sample
 
 #: Limits, as ratios to the published form.
 OPERATIONS, BYTES = 1.25, 1.1
@@ -35,6 +38,15 @@ class Count:
     names: list[str] = field(default_factory=list, repr=False)
 
 
+#: Memory that nothing is written to, and what is a view under another name.
+_FREE = (
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.new_empty.default,
+    torch.ops.aten.detach.default,
+    torch.ops.aten._unsafe_view.default,
+)
+
+
 class _Counter(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -45,7 +57,7 @@ class _Counter(TorchDispatchMode):
         schema = func._schema
         changed = schema.is_mutable
         view = not changed and any(a.alias_info is not None for a in schema.arguments)
-        if not view and func not in (torch.ops.aten.detach.default, torch.ops.aten._unsafe_view.default):
+        if not view and func not in _FREE:
             self.count.operations += 1
             self.count.names.append(schema.name)
             self.count.written += sum(
@@ -120,18 +132,135 @@ def published_from_offsets(
     return published_ms_deform_attn(value, sizes, locations, weights)
 
 
+#: Mask2Former's decoder has 8 heads.
+HEADS = 8
+
+
+def published_mask(embed: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
+    """Mask2Former's attention mask of one layer, bool [N*H, Q, S], True = blocked."""
+    logits = torch.einsum("nqc,nchw->nqhw", embed, features)
+    return published_threshold(F.interpolate(logits, size, mode="bilinear", align_corners=False))
+
+
+def published_threshold(logits: Tensor) -> Tensor:
+    """From logits [N, Q, h, w] at the level's size."""
+    repeated = logits.sigmoid().flatten(2).unsqueeze(1).repeat(1, HEADS, 1, 1)
+    return repeated.flatten(0, 1) < 0.5
+
+
+def published_row_rule(blocked: Tensor) -> Tensor:
+    """A query whose mask is empty attends everywhere."""
+    full = blocked.sum(-1) == blocked.shape[-1]
+    return blocked.masked_fill(full.unsqueeze(-1), False)
+
+
+def published_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
+    """`torch.nn.MultiheadAttention` between its projections: [Q, N, C] and [S, N, C], blocked [N*H, Q, S]."""
+    q, n, c = query.shape
+    d = c // HEADS
+    query, key, value = (x.view(-1, n * HEADS, d).transpose(0, 1) for x in (query, key, value))
+    blocked = published_row_rule(blocked)
+    bias = torch.zeros_like(blocked, dtype=query.dtype).masked_fill_(blocked, float("-inf"))
+    weights = torch.baddbmm(bias, query * d**-0.5, key.transpose(1, 2)).softmax(-1)
+    output = torch.bmm(weights, value).transpose(0, 1).contiguous().view(q, n, c)
+    weights.view(n, HEADS, q, -1).mean(1)  # returned, too
+    return output
+
+
+def published_self_attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor) -> Tensor:
+    """EoMT's: a mask for some queries and keys in one for all, and PyTorch's attention. [N, L, C], attend [N, R, M]."""
+    n, length, _ = query.shape
+    query, key, value = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, key, value))
+    mask = torch.ones(n, length, length, dtype=torch.bool, device=query.device)
+    mask[:, : attend.shape[1], length - attend.shape[2] :] = attend
+    mask = mask[:, None].expand(-1, HEADS, -1, -1)
+    return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
+
+
+def published_point_sample(images: Tensor, points: Tensor) -> Tensor:
+    """PointRend's `point_sample`."""
+    return F.grid_sample(images, 2.0 * points.unsqueeze(2) - 1.0, align_corners=False).squeeze(3)
+
+
+def published_uncertain(logits: Tensor, candidates: Tensor, fresh: Tensor, keep: int) -> Tensor:
+    """PointRend's choice among random points: logits [M, h, w], candidates [M, 3 K, 2]."""
+    with torch.no_grad():
+        uncertainty = -published_point_sample(logits[:, None], candidates).abs()
+        chosen = torch.topk(uncertainty[:, 0], keep, 1).indices
+        shift = candidates.shape[1] * torch.arange(len(logits), device=logits.device)
+        chosen += shift[:, None]
+        kept = candidates.view(-1, 2)[chosen.view(-1)].view(len(logits), keep, 2)
+        return torch.cat([kept, fresh], 1)
+
+
+def published_cost(logits: Tensor, targets: list[Tensor], points: Tensor) -> list[Tensor]:
+    """The matcher's two costs for each image."""
+    found = []
+    with torch.no_grad():
+        for image, masks in enumerate(targets):
+            masks = masks.to(logits)
+            own = points[image : image + 1]
+            t = published_point_sample(masks[:, None], own.repeat(len(masks), 1, 1)).squeeze(1)
+            x = published_point_sample(logits[image][:, None], own.repeat(logits.shape[1], 1, 1)).squeeze(1)
+            positive = F.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction="none")
+            negative = F.binary_cross_entropy_with_logits(x, torch.zeros_like(x), reduction="none")
+            k = x.shape[1]
+            cross_entropy = torch.matmul(positive / k, t.T) + torch.matmul(negative / k, (1 - t).T)
+            s = x.sigmoid().flatten(1)
+            both = s.sum(-1)[:, None] + t.sum(-1)[None]
+            found += [cross_entropy, 1 - (2 * torch.matmul(s, t.T) + 1) / (both + 1)]
+    return found
+
+
+def published_loss(
+    logits: Tensor, targets: list[Tensor], matches: list[tuple[Tensor, Tensor]], points: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The criterion's two losses of each matched mask."""
+    images = torch.cat([torch.full_like(queries, i) for i, (queries, _) in enumerate(matches)])
+    masks = logits[images, torch.cat([queries for queries, _ in matches])]
+    chosen = torch.cat([x[own] for x, (_, own) in zip(targets, matches, strict=True)]).to(logits)
+    with torch.no_grad():
+        t = published_point_sample(chosen[:, None], points).squeeze(1)
+    x = published_point_sample(masks[:, None], points).squeeze(1)
+    cross_entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
+    s = x.sigmoid().flatten(1)
+    both = s.sum(-1) + t.sum(-1)
+    return cross_entropy, 1 - (2 * (s * t).sum(-1) + 1) / (both + 1)
+
+
 # ---------------------------------------------------------------- rows
 
 
 @dataclass(frozen=True)
 class Row:
-    """One operator: both forms on the same inputs."""
+    """One operator: both forms, each with its inputs.
+
+    `exception`: a row that has more than the limits allow says why; it has at most the operations and the bytes written
+    that stand here, as ratios.
+    """
 
     op: str
     case: str
     published: Callable[..., Any]
     fallback: Callable[..., Any]
     inputs: tuple[Any, ...]
+    own_inputs: tuple[Any, ...] | None = None
+    exception: tuple[float, float] | None = None
+
+    def counts(self) -> tuple[Count, Count]:
+        """The published form's and the fallback's."""
+        own = self.inputs if self.own_inputs is None else self.own_inputs
+        return count(self.published, self.inputs), count(forced(self.fallback), own)
+
+
+def forced(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` where no kernel serves."""
+
+    def call(*inputs: Any) -> Any:
+        with m2f_kernels.use_backend("fallback"):
+            return function(*inputs)
+
+    return call
 
 
 def _levels(sizes: list[tuple[int, int]]) -> list[int]:
@@ -175,19 +304,149 @@ def _attention_rows() -> Iterator[Row]:
             )  # fmt: skip
 
 
+def _heads(x: Tensor) -> Tensor:
+    """[N, L, C] -> [N, H, L, D]."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
+def flags(*shape: int, dtype: torch.dtype = torch.bool) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def packed(n: int, q: int, s: int) -> PackedMask:
+    return PackedMask(flags(n, q, -(-s // 32), dtype=torch.int32), flags(n, q), s)
+
+
+def _mask_rows() -> Iterator[Row]:
+    n, q, c = 2, 100, 256
+    features, embed = meta(n, c, 256, 256, grad=False), meta(n, q, c, grad=False)
+    yield Row(
+        "resize_mask_features", "3 levels",
+        lambda x: [F.interpolate(x, size, mode="bilinear", align_corners=False) for size in SIZES],
+        lambda x: m2f_kernels.resize_mask_features(x, SIZES), (features,),
+    )  # fmt: skip
+    for h, w in (*SIZES, (25, 25)):
+        s = h * w
+        level = meta(n, c, h, w, grad=False)
+        yield Row(
+            "predict_attention_mask", f"{s} keys", lambda e, x, size=(h, w): published_mask(e, x, size),
+            m2f_kernels.predict_attention_mask, (embed, features), (embed, level),
+        )  # fmt: skip
+        yield Row(
+            "pack_attention_mask", f"logits, {s} keys, row rule",
+            lambda x: published_row_rule(published_threshold(x)), m2f_kernels.pack_attention_mask,
+            (meta(n, q, h, w, grad=False),),
+        )  # fmt: skip
+    yield Row(
+        "pack_attention_mask", "bool, row rule",
+        lambda x: published_row_rule(~x.unsqueeze(1).repeat(1, HEADS, 1, 1)), m2f_kernels.pack_attention_mask,
+        (flags(n, q, s),),
+    )  # fmt: skip
+
+
+def _masked_attention_rows() -> Iterator[Row]:
+    q, c = 100, 256
+
+    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        heads = (_heads(x.transpose(0, 1)) for x in (query, key, value))
+        return m2f_kernels.masked_attention(*heads, mask).permute(2, 0, 1, 3).flatten(2)
+
+    def attend_all(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
+        heads = map(_heads, (query, key, value))
+        return m2f_kernels.masked_attention(*heads, mask, first_key=205).transpose(1, 2).flatten(2)
+
+    for n, s in ((1, 16384), (2, 16384), (2, 1024), (2, 625)):
+        x = tuple(meta(length, n, c) for length in (q, s, s))
+        yield Row(
+            "masked_attention", f"{n} images, {s} keys", published_attention, attend,
+            (*x, flags(n * HEADS, q, s)), (*x, packed(n, q, s)),
+        )  # fmt: skip
+    yield Row(
+        "masked_attention", f"{n} images, {s} keys, bool",
+        lambda q, k, v, m: published_attention(q, k, v, ~m.repeat_interleave(HEADS, 0)), attend,
+        (*x, flags(n, q, s)),
+    )  # fmt: skip
+    x = tuple(meta(2, 1805, c) for _ in range(3))
+    yield Row(
+        "masked_attention", "encoder-only, 1805 keys", published_self_attention,
+        attend_all, (*x, flags(2, 200, 1600)), (*x, packed(2, 200, 1600)),
+    )  # fmt: skip
+
+
+#: Mask2Former's, in training.
+POINTS = 12544
+
+
+def _point_rows() -> Iterator[Row]:
+    points = meta(2, POINTS, 2, grad=False)
+    yield Row(
+        "point_sample", "features", published_point_sample, m2f_kernels.point_sample,
+        (meta(2, 256, 256, 256), points),
+    )  # fmt: skip
+    for dtype in (torch.bool, torch.uint8):
+        yield Row(
+            "point_sample", f"{dtype} masks".removeprefix("torch."),
+            lambda x, p: published_point_sample(x.float(), p), m2f_kernels.point_sample,
+            (flags(2, 20, 1024, 1024, dtype=dtype), points),
+        )  # fmt: skip
+    m, keep = 30, 9408
+    logits = meta(m, 256, 256, grad=False)
+    random = [meta(m, k, 2, grad=False) for k in (3 * POINTS, POINTS - keep)]
+    rows = flags(m, dtype=torch.int64)
+    yield Row(
+        "uncertain_points", "of given random points",
+        lambda x, drawn, fresh, rows: published_uncertain(x[rows], drawn, fresh, keep),
+        lambda x, drawn, fresh, rows: point_sample.most_uncertain(x, rows, drawn, fresh, keep), (logits, *random, rows),
+    )  # fmt: skip
+
+    def published(x: Tensor) -> Tensor:
+        candidates, fresh = (torch.rand(m, k, 2, device=x.device) for k in (3 * POINTS, POINTS - keep))
+        return published_uncertain(x, candidates, fresh, keep)
+
+    yield Row(
+        "uncertain_points", "with its random points", published, m2f_kernels.uncertain_points, (logits,),
+        exception=(14.1, 11.1),
+    )  # fmt: skip
+
+
+def _loss_rows() -> Iterator[Row]:
+    n, q, c, counts = 2, 100, 256, (20, 12)
+    embed, features, logits = meta(n, q, c), meta(n, c, 256, 256), meta(n, q, 256, 256)
+    points, own = meta(n, POINTS, 2, grad=False), meta(sum(counts), POINTS, 2, grad=False)
+    matches = [(flags(m, dtype=torch.int64), flags(m, dtype=torch.int64)) for m in counts]
+    same = [flags(m, 1024, 1024) for m in counts]
+
+    def loss(x: Any, t: Any, m: Any, p: Tensor) -> Any:
+        return m2f_kernels.point_mask_loss(x, t, p, matches=m)
+
+    yield Row("mask_matching_cost", "logits", published_cost, m2f_kernels.mask_matching_cost, (logits, same, points))
+    yield Row("point_mask_loss", "logits", published_loss, loss, (logits, same, matches, own))
+    factors = embed, features
+    yield Row(
+        "mask_matching_cost", "factored masks",
+        lambda x, *rest: published_cost(FactoredMasks(*x).logits(), *rest),
+        lambda x, *rest: m2f_kernels.mask_matching_cost(FactoredMasks(*x), *rest), (factors, same, points),
+    )  # fmt: skip
+    yield Row(
+        "point_mask_loss", "factored masks",
+        lambda x, *rest: published_loss(FactoredMasks(*x).logits(), *rest),
+        lambda x, *rest: loss(FactoredMasks(*x), *rest), (factors, same, matches, own),
+    )  # fmt: skip
+
+
 def rows() -> list[Row]:
-    """Every operator whose fallback is something else than its reference."""
-    return list(_attention_rows())
+    """Every operator."""
+    return [*_attention_rows(), *_mask_rows(), *_masked_attention_rows(), *_point_rows(), *_loss_rows()]
 
 
-def table() -> str:
-    """Markdown: both counts of every row, and their ratios."""
+def table(of: Iterable[Row]) -> str:
+    """Markdown: both counts of each row, and their ratios."""
     lines = [
         "| operator | case | operations | ratio | MB written | ratio | MB saved | ratio |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows():
-        theirs, ours = count(row.published, row.inputs), count(row.fallback, row.inputs)
+    for row in of:
+        theirs, ours = row.counts()
         cells = [row.op, row.case]
         for name, scale in (("operations", 1), ("written", 1e6), ("saved", 1e6)):
             a, b = getattr(theirs, name) / scale, getattr(ours, name) / scale
@@ -198,4 +457,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    print(table(rows()))

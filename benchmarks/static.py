@@ -61,7 +61,7 @@ class Case:
     function: str
     arguments: Callable[[torch.dtype, int], tuple[Any, ...]]
     head_dims: tuple[int, ...] = (32,)
-    targets: tuple[int | str, ...] = DATA_CENTRE
+    targets: tuple[int | str, ...] = tuple(SHARED_LIMITS)
     representative: bool = True
     deterministic: bool = False
     flops: Callable[[int], dict[str, int]] = lambda d: {}
@@ -271,25 +271,23 @@ def deformable_backward_inputs(dtype: torch.dtype, d: int, coordinates: int = 0)
 
 
 _HEADS = (32, 16, 64, 256, 20)
-_ALL = tuple(SHARED_LIMITS)
 CASES += [
-    Case(_DEFORMABLE, "ms_deform_attn", deformable_inputs, _HEADS, _ALL),
-    Case(_DEFORMABLE, "ms_deform_attn_from_offsets", lambda dtype, d: deformable_inputs(dtype, d, 2), _HEADS, _ALL),
-    Case(_DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, _HEADS, _ALL, representative=False),
+    Case(_DEFORMABLE, "ms_deform_attn", deformable_inputs, _HEADS),
+    Case(_DEFORMABLE, "ms_deform_attn_from_offsets", lambda dtype, d: deformable_inputs(dtype, d, 2), _HEADS),
+    Case(_DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, _HEADS, representative=False),
     Case(
         _DEFORMABLE,
         "ms_deform_attn_from_offsets_backward",
         lambda dtype, d: deformable_backward_inputs(dtype, d, 4),
         _HEADS,
-        _ALL,
     ),
     Case(
-        _DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, (32,), _ALL, representative=False,
+        _DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, (32,), representative=False,
         deterministic=True,
     ),
     # More samples than are unrolled.
     Case(
-        _DEFORMABLE, "ms_deform_attn_from_offsets", lambda dtype, d: deformable_inputs(dtype, d, 4, 8), (32,), _ALL,
+        _DEFORMABLE, "ms_deform_attn_from_offsets", lambda dtype, d: deformable_inputs(dtype, d, 4, 8), (32,),
         representative=False,
     ),
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from m2f_kernels._dtypes import autocast
 from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import WORD, PackedMask
 from m2f_kernels.ops._autograd import call, register_vmap
-from m2f_kernels.ops.attention_mask import reference
+from m2f_kernels.ops.attention_mask import fallback, reference
 
 __all__ = ["pack_attention_mask", "predict_attention_mask", "resize_mask_features"]
 
@@ -33,7 +34,7 @@ LIBRARY.define("predict_attention_mask(Tensor mask_embed, Tensor level_features)
 LIBRARY.define("pack_attention_mask(Tensor mask) -> (Tensor, Tensor)", tags=_TAGS)
 
 #: Plain PyTorch, by the name of the backend.
-_PLAIN = {"fallback": reference, "reference": reference}
+_PLAIN: dict[str, Any] = {"fallback": fallback, "reference": reference}
 
 
 # ---------------------------------------------------------------- public functions
@@ -52,7 +53,8 @@ def resize_mask_features(mask_features: Tensor, sizes: Sequence[tuple[int, int]]
         sizes: (h, w) of each level, larger or smaller than (H, W).
 
     Returns:
-        for each level [N, C, h, w] in mask_features' dtype (under autocast, in autocast's dtype): views of one tensor.
+        for each level [N, C, h, w] in mask_features' dtype (under autocast, in autocast's dtype); where a kernel
+        serves, views of one tensor.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -63,8 +65,11 @@ def resize_mask_features(mask_features: Tensor, sizes: Sequence[tuple[int, int]]
     pairs = _sizes(sizes)
     flat = [side for pair in pairs for side in pair]
     features = autocast(mask_features.detach())
-    if (plain := dispatch.plain("resize_mask_features", features)) is not None:
-        resized = _PLAIN[plain].resize_mask_features(features, flat)
+    plain = dispatch.plain("resize_mask_features", features)
+    if plain == "fallback":
+        return fallback.resize_mask_features(features, flat)
+    if plain == "reference":
+        resized = reference.resize_mask_features(features, flat)
     else:
         resized = call("resize_mask_features", features, flat)
     levels, start = [], 0
@@ -165,10 +170,26 @@ def _check_keys(name: str, tensor: Tensor, keys: int) -> None:
 
 # ---------------------------------------------------------------- implementations
 
+
+def _resize_plain(mask_features: Tensor, sizes: list[int]) -> Tensor:
+    if dispatch.plain("resize_mask_features", mask_features) == "reference":
+        return reference.resize_mask_features(mask_features, sizes)
+    return torch.cat([level.flatten(2) for level in fallback.resize_mask_features(mask_features, sizes)], 2)
+
+
+def _predict_plain(mask_embed: Tensor, level_features: Tensor) -> tuple[Tensor, Tensor]:
+    plain = dispatch.plain("predict_attention_mask", mask_embed) or "fallback"
+    return _PLAIN[plain].predict_attention_mask(mask_embed, level_features)
+
+
+def _pack_plain(mask: Tensor) -> tuple[Tensor, Tensor]:
+    return _PLAIN[dispatch.plain("pack_attention_mask", mask) or "fallback"].pack_attention_mask(mask)
+
+
 for _name, _plain in (
-    ("resize_mask_features", reference.resize_mask_features),
-    ("predict_attention_mask", reference.predict_attention_mask),
-    ("pack_attention_mask", reference.pack_attention_mask),
+    ("resize_mask_features", _resize_plain),
+    ("predict_attention_mask", _predict_plain),
+    ("pack_attention_mask", _pack_plain),
 ):
     dispatch.register(
         dispatch.Operator(_name, triton="m2f_kernels.ops.attention_mask.triton"), {_name: torch.no_grad()(_plain)}

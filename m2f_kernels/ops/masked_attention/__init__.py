@@ -30,7 +30,7 @@ from m2f_kernels.ops._autograd import (
     register_vmap,
 )
 from m2f_kernels.ops.attention_mask import pack_attention_mask
-from m2f_kernels.ops.masked_attention import reference
+from m2f_kernels.ops.masked_attention import fallback, reference
 
 __all__ = ["masked_attention"]
 
@@ -46,8 +46,6 @@ LIBRARY.define(
     "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-#: Plain PyTorch, by the name of the backend.
-_PLAIN = {"fallback": reference, "reference": reference}
 
 
 # ---------------------------------------------------------------- public function
@@ -106,16 +104,26 @@ def masked_attention(
     for name, tensor in (("key", key), ("value", value)):
         check_same_dtype(name, tensor, "query", query)
     scale = host_size(d) ** -0.5 if scale is None else check_number("scale", scale)
-    packed = _packed(mask, query.shape[2], query, s) if first_key is None else _packed_part(mask, query, s, first_key)
-    if (plain := dispatch.plain("masked_attention", query)) is not None:
+    first_key, given = _checked_part(mask, query, s, first_key)
+    plain = dispatch.plain("masked_attention", query)
+    if plain == "fallback":
+        blocked = fallback.blocked(given, first_key, query.shape[2], s)
+        return fallback.masked_attention(query, key, value, blocked, scale)
+    packed = _packed(given, first_key, s)
+    if plain is not None:
         attend = _attend(packed.bits, packed.row_any, query, key)
-        return _PLAIN[plain].masked_attention(query, key, value, attend, scale)[0]
+        return reference.masked_attention(query, key, value, attend, scale)[0]
     output, _ = call("masked_attention", query, key, value, packed.bits, packed.row_any, scale)
     return output.transpose(1, 2)
 
 
-def _packed_part(mask: PackedMask | Tensor, query: Tensor, keys: int, first_key: int) -> PackedMask:
-    """The mask of some queries and keys as one of the same queries and all keys."""
+def _checked_part(
+    mask: PackedMask | Tensor, query: Tensor, keys: int, first_key: int | None
+) -> tuple[int, PackedMask | Tensor]:
+    """The first key of a mask and the mask, packed or bool [N, R, M], after checking that it belongs to query and keys;
+    of the whole mask the first key is 0."""
+    if first_key is None:
+        return 0, _checked(mask, query.shape[2], query, keys)
     bits = mask.bits if isinstance(mask, PackedMask) else mask
     if not isinstance(bits, Tensor) or bits.dim() not in (3, 4):
         raise TypeError(f"mask: expected a PackedMask or a bool tensor [N, R, M]; got {describe(mask)}")
@@ -124,19 +132,17 @@ def _packed_part(mask: PackedMask | Tensor, query: Tensor, keys: int, first_key:
     rows, covered = bits.shape[-2], mask.num_keys if isinstance(mask, PackedMask) else bits.shape[-1]
     if rows > query.shape[2]:
         raise ValueError(f"mask: expected R of at most {query.shape[2]} queries; got {describe(bits)}")
-    packed = _packed(mask, rows, query, covered)
+    given = _checked(mask, rows, query, covered)
     if not 0 <= first_key <= keys - covered:
         raise ValueError(
             f"first_key: expected an integer in [0, {keys - covered}], so that the mask's {covered} keys lie within "
             f"key's {keys}; got {first_key}"
         )
-    if covered == keys:
-        return packed
-    return PackedMask(widen(packed.bits, first_key, covered, keys), torch.ones_like(packed.row_any), keys)
+    return first_key, given
 
 
-def _packed(mask: PackedMask | Tensor, q: int, query: Tensor, keys: int) -> PackedMask:
-    """The mask of `q` queries, packed, after checking that it belongs to them and to the keys."""
+def _checked(mask: PackedMask | Tensor, q: int, query: Tensor, keys: int) -> PackedMask | Tensor:
+    """The mask of `q` queries, packed or bool [N, Q, S], after checking that it belongs to them and to the keys."""
     n = query.shape[0]
     if isinstance(mask, PackedMask):
         if isinstance(mask.num_keys, bool) or not isinstance(mask.num_keys, (int, torch.SymInt)):
@@ -168,7 +174,15 @@ def _packed(mask: PackedMask | Tensor, q: int, query: Tensor, keys: int) -> Pack
         check_shape("mask", mask, "[N, 1, Q, S]", (n, 1, q, keys))
         mask = mask.squeeze(1)
     check_shape("mask", mask, "[N, Q, S]", (n, q, keys))
-    return pack_attention_mask(mask)
+    return mask
+
+
+def _packed(mask: PackedMask | Tensor, first_key: int, keys: int) -> PackedMask:
+    """The mask of some keys, packed, as one of all `keys`; the others are open, and rows then have no rule."""
+    packed = mask if isinstance(mask, PackedMask) else pack_attention_mask(mask)
+    if packed.num_keys == keys:
+        return packed
+    return PackedMask(widen(packed.bits, first_key, packed.num_keys, keys), torch.ones_like(packed.row_any), keys)
 
 
 # ---------------------------------------------------------------- plain PyTorch

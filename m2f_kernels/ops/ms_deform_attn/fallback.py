@@ -16,19 +16,7 @@ from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels.ops.ms_deform_attn import reference
-
-#: In the coordinates of `grid_sample`, from -1 to 1 inside: far enough outside for levels of one pixel too.
-_OUTSIDE = 4.0
-
-
-def _finite(grid: Tensor) -> Tensor:
-    """`grid` with what is not finite or far outside moved to where it contributes nothing, in place.
-
-    Not recorded by autograd: the gradient there is zero already, and elsewhere nothing changes.
-    """
-    with torch.no_grad():
-        grid.clamp_(-_OUTSIDE, _OUTSIDE).nan_to_num_(_OUTSIDE)
-    return grid
+from m2f_kernels.ops.point_sample.fallback import grid_of, keep_finite
 
 
 def _images(value: Tensor, levels: Sequence[int]) -> Sequence[Tensor]:
@@ -69,7 +57,7 @@ def ms_deform_attn(
     if value.numel() == 0 or attention_weights.numel() == 0:  # grid_sample refuses no channels, no images
         return reference.ms_deform_attn(value, levels, sampling_locations, attention_weights, points_per_level)
     dtype = accumulation_dtype(value.dtype)
-    grid = _finite(torch.rsub(sampling_locations.to(dtype), -1, alpha=-2))  # 2 x - 1 in one step
+    grid = grid_of(sampling_locations.to(dtype))
     out = _attend(value.to(dtype), levels, grid, attention_weights.to(dtype), points_per_level)
     return out.to(value.dtype)
 
@@ -120,5 +108,5 @@ def ms_deform_attn_from_offsets(
         with torch.no_grad():
             grid.add_(sampling_offsets, alpha=0)
     weights = attention_logits.to(dtype).softmax(-1)
-    out = _attend(value.to(dtype), levels, _finite(grid), weights, points_per_level)
+    out = _attend(value.to(dtype), levels, keep_finite(grid), weights, points_per_level)
     return out.to(value.dtype)

@@ -14,7 +14,7 @@ from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import FactoredMasks, InstanceMap, numbered_planes
 from m2f_kernels.ops._autograd import call, differentiable_once, register_autograd, register_vmap
-from m2f_kernels.ops.point_loss import factored, reference
+from m2f_kernels.ops.point_loss import factored, fallback, reference
 from m2f_kernels.ops.point_sample import (
     check_masks,
     check_pixels,
@@ -61,9 +61,6 @@ LIBRARY.define(
     "-> (Tensor, Tensor)",
     tags=_TAGS,
 )
-#: Plain PyTorch, by the name of the backend.
-_PLAIN = {"fallback": reference, "reference": reference}
-
 #: Sampled logits of the matching cost exist a block of queries at a time, of about this many bytes.
 _BLOCK_BYTES = 8 * 2**20
 
@@ -148,7 +145,7 @@ def point_mask_loss(
     check_same_device("points", points, "mask_logits", masks.rows)
     if isinstance(mask_logits, FactoredMasks):
         return factored_loss(masks, targets, target_rows, points, None, (0, 0, 0))
-    return loss_of_planes(masks.planes, masks.rows, targets, target_rows, points)
+    return loss_of_planes(masks.planes, masks.rows, targets, target_rows, points, masks.counts)
 
 
 def uncertain_point_mask_loss(
@@ -190,7 +187,7 @@ def uncertain_loss(
         return factored_loss(masks, targets, target_rows, None, seed, counts)
     with torch.no_grad():
         points = points_of_planes(masks.planes.detach(), masks.rows, seed, 0, *counts)
-    return loss_of_planes(masks.planes, masks.rows, targets, target_rows, points)
+    return loss_of_planes(masks.planes, masks.rows, targets, target_rows, points, masks.counts)
 
 
 def cost_of_image(masks: Tensor | FactoredMasks, image: int, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -225,16 +222,20 @@ def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> 
 def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     with without_autocast(logits.device):
         if (plain := dispatch.plain("mask_matching_cost", logits)) is not None:
-            return _PLAIN[plain].mask_matching_cost(logits, labels)
+            module = fallback if plain == "fallback" else reference
+            return module.mask_matching_cost(logits, labels)
         cross_entropy, dice = torch.ops.m2f.mask_matching_cost(logits, labels.to(logits.dtype))
         return cross_entropy, dice
 
 
 def loss_of_planes(
-    mask_logits: Tensor, rows: Tensor, targets: list[Tensor], target_rows: Tensor, points: Tensor
+    mask_logits: Tensor, rows: Tensor, targets: list[Tensor], target_rows: Tensor, points: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
-    if (plain := dispatch.plain("point_mask_loss", mask_logits)) is not None:
-        return _PLAIN[plain].point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
+    plain = dispatch.plain("point_mask_loss", mask_logits)
+    if plain == "fallback":
+        return fallback.point_mask_loss(mask_logits, rows, targets, target_rows, points, counts)
+    if plain is not None:
+        return reference.point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
     cross_entropy, dice, *_ = call("point_mask_loss", mask_logits, rows, targets, target_rows, points.float())
     return cross_entropy, dice
 
@@ -249,8 +250,17 @@ def factored_loss(
 ) -> tuple[Tensor, Tensor]:
     assert isinstance(masks.masks, FactoredMasks)
     embed, features = masks.masks
-    if dispatch.plain("point_mask_loss", embed) is not None:
-        with torch.autocast(embed.device.type, enabled=False):
+    plain = dispatch.plain("point_mask_loss", embed)
+    if plain == "fallback":
+        planes = fallback.matched_planes(masks.masks, masks.rows, masks.counts)
+        rows = torch.arange(len(planes), device=planes.device)
+        if points is None:
+            assert seed is not None
+            with torch.no_grad():
+                points = points_of_planes(planes.detach(), rows, seed, 0, *counts)
+        return fallback.point_mask_loss(planes, None, targets, target_rows, points, masks.counts)
+    if plain is not None:
+        with without_autocast(embed.device):
             dtype = accumulation_dtype(embed.dtype)
             planes = FactoredMasks(embed.to(dtype), features.to(dtype)).logits().flatten(0, 1)
         if points is None:

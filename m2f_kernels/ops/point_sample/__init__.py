@@ -19,7 +19,7 @@ from m2f_kernels.ops._autograd import (
     register_autograd,
     register_vmap,
 )
-from m2f_kernels.ops.point_sample import reference
+from m2f_kernels.ops.point_sample import fallback, reference
 from m2f_kernels.ops.point_sample.masks import select_rows
 
 __all__ = ["point_sample", "uncertain_points"]
@@ -38,7 +38,7 @@ LIBRARY.define(
     tags=_TAGS,
 )
 #: Plain PyTorch, by the name of the backend.
-_PLAIN = {"fallback": reference, "reference": reference}
+_PLAIN = {"fallback": fallback, "reference": reference}
 
 
 # ---------------------------------------------------------------- public functions
@@ -124,7 +124,7 @@ def uncertain_points(
 
 
 def points_of_planes(mask_logits: Tensor, rows: Tensor, seed: Tensor, first_stream: int, *counts: int) -> Tensor:
-    """The operator, or the reference where that is asked for or the dtype needs it."""
+    """The operator, or plain PyTorch where no kernel serves or that is asked for."""
     if (plain := dispatch.plain("uncertain_points", mask_logits)) is not None:
         return _PLAIN[plain].uncertain_points(mask_logits, rows, seed, first_stream, *counts)
     return torch.ops.m2f.uncertain_points(mask_logits, rows, seed, first_stream, *counts)

@@ -1,0 +1,92 @@
+"""Masked attention in plain PyTorch for where no kernel serves: no more work than the published form.
+
+That form is `torch.nn.MultiheadAttention` with a mask: a product, a softmax whose result autograd saves, a product.
+Here one mask serves all heads, and blocked keys that are not finite contribute nothing, forward and backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2f_kernels._checks import readable
+from m2f_kernels.masks import PackedMask
+from m2f_kernels.ops._autograd import differentiable_once
+from m2f_kernels.ops.masked_attention import reference
+
+
+def blocked(mask: PackedMask | Tensor, first_key: int, queries: int, keys: int) -> Tensor:
+    """bool [N, queries, keys], True = may not attend.
+
+    Args:
+        mask: packed or bool [N, R, M], True = attend, for the first R queries and M keys from `first_key` on; all other
+            pairs are open. Where it is for all keys, a row without any attends everywhere.
+    """
+    if isinstance(mask, Tensor):
+        open_, row_any, covered = mask, mask.any(-1, keepdim=True), mask.shape[2]
+    else:
+        places = torch.arange(8, dtype=torch.uint8, device=mask.bits.device)
+        octets = mask.bits.contiguous().view(torch.uint8).unsqueeze(-1)
+        covered = mask.num_keys
+        open_, row_any = (octets >> places & 1).flatten(-2)[..., :covered], mask.row_any.unsqueeze(-1)
+    # 0 < 1: this key is not attended to, and another is.
+    found = open_ < row_any if covered == keys else open_ == 0
+    if found.shape[1:] == (queries, keys):
+        return found
+    return F.pad(found, (first_key, keys - covered - first_key, 0, queries - found.shape[1]), value=False)
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Zero for what is not finite."""
+    return torch.nan_to_num(x, nan=0, posinf=0, neginf=0)
+
+
+class _Attention(torch.autograd.Function):
+    """Output [N*H, Q, D] and weights [N*H, Q, S] of query, key, value [N*H, *, D] and blocked [N, Q, S]."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        # NaN for values that are not finite, else 0: it makes the scores of who attends to them NaN.
+        poison = (value * 0).sum(-1).unsqueeze(1)
+        scores = torch.baddbmm(poison, query, key.transpose(1, 2), alpha=scale)
+        scores.unflatten(0, (blocked.shape[0], -1)).masked_fill_(blocked.unsqueeze(1), -torch.inf)
+        weights = scores.softmax(-1)
+        return torch.bmm(weights, _finite(value)), weights
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        query, key, value, _, ctx.scale = inputs
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        query, key, value, weights = ctx.saved_tensors
+        if grad is None:
+            return (None,) * 5
+        grad_value = torch.bmm(weights.transpose(1, 2), grad)
+        grad_weights = torch.bmm(grad, _finite(value).transpose(1, 2))
+        # Of blocked keys the weight is zero, and so is this, which then meets a key that is finite.
+        grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        grad_query = torch.baddbmm(query.new_empty(()), grad_scores, _finite(key), beta=0, alpha=ctx.scale)
+        grad_key = torch.baddbmm(query.new_empty(()), grad_scores.transpose(1, 2), query, beta=0, alpha=ctx.scale)
+        found = differentiable_once("masked attention", (grad_query, grad_key, grad_value), [grad, *ctx.saved_tensors])
+        return *found, None, None
+
+
+def masked_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, scale: float) -> Tensor:
+    """The output of `reference.masked_attention`, in query's dtype throughout.
+
+    A query that attends to a value which is not finite has NaN in that head, except that where looking costs nothing
+    the reference computes it, in which some are infinite.
+    """
+    if query.numel() == 0 or (readable(value) and not value.isfinite().all()):
+        return reference.masked_attention(query, key, value, ~blocked, scale)[0]
+    heads = [x.flatten(0, 1) for x in (query, key, value)]
+    return _Attention.apply(*heads, blocked, scale)[0].unflatten(0, query.shape[:2])

@@ -1,0 +1,83 @@
+"""Matching cost and point loss of masks in plain PyTorch for where no kernel serves: no more work than the published
+form, which samples logits and targets by `grid_sample`."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from m2f_kernels._dtypes import accumulation_dtype, without_autocast
+from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.ops.point_loss import reference
+from m2f_kernels.ops.point_sample.fallback import floating, grid_of, sample_grid
+
+
+def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """As `reference.mask_matching_cost`."""
+    dtype = accumulation_dtype(logits.dtype)
+    x, t = logits.to(dtype), labels.to(dtype)
+    k = x.shape[1]
+    cross_entropy = torch.addmm(F.softplus(x).sum(1, keepdim=True), x, t.T, alpha=-1) / k
+    probability = x.sigmoid()
+    total = probability.sum(1, keepdim=True) + t.sum(1)
+    # 1 - (2 p t^T + 1) / (total + 1), with one step less.
+    dice = (total - 2 * (probability @ t.T)) / (total + 1)
+    return cross_entropy, dice
+
+
+def matched_planes(masks: FactoredMasks, rows: Tensor, counts: Sequence[int]) -> Tensor:
+    """The logits [M, h, w] of the masks that have a target, and of no others."""
+    embed, features = masks
+    dtype = accumulation_dtype(embed.dtype)
+    with without_autocast(embed.device):
+        chosen = embed.flatten(0, 1)[rows].to(dtype).split(list(counts))
+        images = features.flatten(2).to(dtype)
+        products = [torch.mm(x, image) for x, image in zip(chosen, images.unbind(), strict=True)]
+    planes = products[0] if len(products) == 1 else torch.cat(products)
+    return planes.unflatten(1, features.shape[2:])
+
+
+def _labels(targets: Sequence[Tensor], target_rows: Tensor, counts: Sequence[int], grid: Tensor) -> Tensor:
+    """Targets at each mask's own points, [M, K]; M masks in order of images, `counts` of each."""
+    firsts = itertools.accumulate((x.shape[0] for x in targets), initial=0)
+    chosen = []
+    for masks, rows, first in zip(targets, target_rows.split(list(counts)), firsts, strict=False):
+        here = rows - first if first else rows
+        # int32: planes that share one map of their numbers
+        chosen.append(masks[0] == here[:, None, None] if masks.dtype == torch.int32 and len(masks) else masks[here])
+    if len({(x.dtype, x.shape[1:]) for x in chosen}) == 1:
+        return sample_grid(floating(torch.cat(chosen) if len(chosen) > 1 else chosen[0], grid.dtype)[:, None], grid)[
+            :, 0
+        ]
+    parts = zip(chosen, grid.split(list(counts)), strict=True)
+    return torch.cat([sample_grid(floating(x, grid.dtype).unsqueeze(1), own).squeeze(1) for x, own in parts if len(x)])
+
+
+def point_mask_loss(
+    mask_logits: Tensor,
+    rows: Tensor | None,
+    targets: Sequence[Tensor],
+    target_rows: Tensor,
+    points: Tensor,
+    counts: Sequence[int],
+) -> tuple[Tensor, Tensor]:
+    """The two losses [M] of `reference.point_mask_loss`.
+
+    `counts` are the masks of each image, their sum M. Without `rows` the planes are those masks, in their order.
+    """
+    if points.shape[0] == 0:  # grid_sample refuses no images
+        rows = target_rows if rows is None else rows
+        return reference.point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
+    dtype = accumulation_dtype(mask_logits.dtype)
+    grid = grid_of(points.to(dtype))
+    planes = mask_logits if rows is None else mask_logits[rows]
+    x = sample_grid(planes.to(dtype).unsqueeze(1), grid).squeeze(1)
+    t = _labels(targets, target_rows, counts, grid)
+    cross_entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
+    s = x.sigmoid()
+    dice = 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + t.sum(1) + 1)
+    return cross_entropy, dice
