@@ -20,6 +20,7 @@ from torch import Tensor
 
 import m2f_kernels
 from benchmarks import facts, inputs, timing
+from m2f_kernels import _library
 
 HEADS, CHANNELS, POINTS, QUERIES = 8, 256, 12544, 100
 _ROUNDS = 20
@@ -30,6 +31,22 @@ Call = tuple[str, Callable[[], object]]
 def _backward(name: str, output: Tensor, leaves: list[Tensor]) -> Call:
     gradient = torch.randn_like(output)
     return f"{name} backward", lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+
+
+def _forwards(name: str, call: Callable[[], object]) -> Iterator[Call]:
+    """A forward of deformable attention by each compiled kernel that this process has."""
+    yield name, call
+    if not hasattr(_library.LIBRARIES["cuda"].handle, "m2f_cuda_set_forward"):
+        return
+
+    def lean() -> object:
+        _library.set_cuda_forward("lean")
+        try:
+            return call()
+        finally:
+            _library.set_cuda_forward("general")
+
+    yield f"{name}, lean kernel", lean
 
 
 def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -48,7 +65,7 @@ def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
         weights = logits.flatten(3).softmax(-1).view_as(logits)
         name = f"ms_deform_attn, {where}"
         leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), locations, weights)]
-        yield (
+        yield from _forwards(
             name,
             lambda v=leaves: m2f_kernels.ms_deform_attn(v[0].detach(), levels, None, v[1].detach(), v[2].detach()),
         )
@@ -56,7 +73,9 @@ def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     name, offsets = "ms_deform_attn_from_offsets", inputs.offsets_of(locations, reference, levels)
     leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), offsets.to(dtype), logits.to(dtype))]
     operator, reference = m2f_kernels.ms_deform_attn_from_offsets, reference.to(device)
-    yield name, lambda: operator(leaves[0].detach(), levels, reference, leaves[1].detach(), leaves[2].detach())
+    yield from _forwards(
+        name, lambda: operator(leaves[0].detach(), levels, reference, leaves[1].detach(), leaves[2].detach())
+    )
     yield _backward(name, operator(leaves[0], levels, reference, *leaves[1:]), leaves)
 
 

@@ -183,15 +183,113 @@ def executed(code: str, trips: Sequence[int] = ()) -> int:
     return total
 
 
+_TARGET = re.compile(
+    r"\bBRA(?P<kind>(?:\.\w+)*)\s+(?P<condition>!?U?P\w+,\s*)?(?:UR\w+,\s*)?`?\(?\.?(?P<label>L\w+)\)?"
+)
+_PREDICATED = re.compile(r"(?:^|\s)@!?U?P\w+\s")
+
+
+def longest_path(code: str, trips: Sequence[int] = ()) -> int:
+    """The most instructions that a warp can execute from a kernel's entry to its last EXIT.
+
+    Unlike `executed`, what cannot be executed together is not added up. Jumps that only diverged warps take (BRA.DIV)
+    and early exits are not followed; a called function counts as its call.
+
+    Args:
+        code: the disassembly, with labels.
+        trips: how often each loop runs for each entry, in the order of where they begin; 0 for one that the case in
+            question does not enter.
+
+    Raises:
+        ValueError: there are more or fewer loops than `trips`, or a jump whose target is not known.
+    """
+    labels: dict[str, int] = {}
+    lines: list[str] = []
+    for line in code.splitlines():
+        if label := _LABEL.match(line.strip()):
+            labels[label[1]] = len(lines)
+        elif opcodes(line):
+            lines.append(line)
+    if any(re.search(r"\bBRX\b|\bJMX\b", line) for line in lines):
+        raise ValueError("code: expected jumps to labels; found one to a computed address")
+    last = max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line) and not _PREDICATED.search(line))
+    successors: list[list[int]] = []
+    for i, line in enumerate(lines):
+        found = _TARGET.search(line)
+        conditional = bool(_PREDICATED.search(line)) or bool(found and found["condition"])
+        if found and ".DIV" not in found["kind"]:
+            successors.append([labels[found["label"]], *([i + 1] if conditional else [])])
+        else:
+            successors.append([] if i == last or (re.search(r"\b(EXIT|RET)\b", line) and not conditional) else [i + 1])
+    loops: dict[int, int] = {}
+    for i, targets in enumerate(successors[: last + 1]):
+        for target in targets:
+            if target <= i:
+                loops[target] = max(i, loops.get(target, 0))
+    if len(loops) != len(trips):
+        raise ValueError(f"trips: expected one number for each of {len(loops)} loops; got {list(trips)}")
+    repeats = dict(zip(sorted(loops), trips, strict=True))
+
+    def length(begin: int, end: int) -> int | None:
+        """Of the longest path from `begin` to `end`, or back to `begin`; None where there is none."""
+        costs: dict[int, int | None] = {}
+        for i in range(end, begin - 1, -1):
+            if i in loops and i != begin and loops[i] <= end:
+                # As a whole: its body as often as it runs, then any way out.
+                inside = range(i, loops[i] + 1)
+                body = length(i, loops[i])
+                cost = repeats[i] * (body or 0)
+                targets = {t for j in inside for t in successors[j] if t > loops[i]}
+            else:
+                cost, targets = 1, set(successors[i])
+            leaves = i == end or (begin in loops and end == loops[begin] and begin in targets)
+            rest = [c for t in targets if begin < t <= end and (c := costs.get(t)) is not None]
+            if leaves:
+                rest.append(0)
+            costs[i] = cost + max(rest) if rest else None
+        return costs[begin]
+
+    found_length = length(0, last)
+    if found_length is None:
+        raise ValueError("code: expected a way from the entry to the last EXIT")
+    return found_length
+
+
+#: Kernel of the CUDA library -> how often its loops run for three levels of four points, by `longest_path`; and the
+#: queries of a warp.
+COMPILED: dict[str, tuple[Sequence[int], int]] = {
+    "forward_kernel<__nv_bfloat16, 8, false>": ((0, 3, 1, 1, 2, 1, 1, 3, 1, 2), 8),
+    "forward_lean_kernel<__nv_bfloat16, float, float, false>": ((3, 3, 0), 8),
+    "forward_lean_kernel<__nv_bfloat16, __nv_bfloat16, float, true>": ((3, 2, 3, 0), 8),
+    "forward_kernel<float, 4, false>": ((0, 3, 1, 1, 2, 2, 1, 2, 1, 3), 8),
+    "forward_lean_kernel<float, float, float, false>": ((3, 3, 0, 4), 8),
+}
+
+
+def compiled_per_sample(nvcc: str, header: str = "ms_deform_attn/cuda_kernels.cuh") -> dict[str, float]:
+    """Instructions of a warp per sample of a query and head, at most, of those kernels in `COMPILED` that the header
+    holds, on sm_90."""
+    from benchmarks import static_cuda
+
+    code = {
+        name.removeprefix("ms_deform_attn_"): body for name, body in static_cuda.labelled(nvcc, "90", header).items()
+    }
+    return {
+        name: longest_path(code[name], trips) / (12 * queries)
+        for name, (trips, queries) in COMPILED.items()
+        if name in code
+    }
+
+
 def main() -> None:
-    """Print what one sample of one query costs the Triton forward of deformable attention on sm_90.
+    """Print what one sample of one query costs the forwards of deformable attention on sm_90.
 
     python -m benchmarks.sass
     """
     import torch
     import triton
 
-    from benchmarks import static
+    from benchmarks import static, static_cuda
     from m2f_kernels.ops.ms_deform_attn import triton as deformable
 
     print("| forward of deformable attention, Triton, sm_90 | executed instructions of a warp per (query, sample) |")
@@ -202,6 +300,13 @@ def main() -> None:
     ):
         for dtype in (torch.bfloat16, torch.float32):
             print(f"| {name}, {str(dtype).removeprefix('torch.')} | {per_sample(function, inputs(dtype, 32)):.1f} |")
+    nvcc = static_cuda.compiler()
+    if nvcc is None:
+        print("\nNo nvcc here: the kernels of the CUDA library are not counted.")
+    else:
+        print("\n| CUDA C++, sm_90 | on the longest path |\n|---|---:|")
+        for name, number in compiled_per_sample(nvcc).items():
+            print(f"| `{name}` | {number:.1f} |")
     print(f"\ntriton {triton.__version__}; N = 2, 21504 queries, 8 heads of 32 channels, 3 levels of 4 points")
 
 

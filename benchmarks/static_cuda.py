@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,6 +90,36 @@ def compile_verbosely(nvcc: str, architecture: str) -> tuple[str, dict[str, sass
             return done.stderr, {}
         dump = subprocess.run([tool, "-sass", command[-1]], capture_output=True, text=True, check=True)
     return done.stderr, mixes(dump.stdout)
+
+
+def labelled(nvcc: str, architecture: str, header: str, instances: Sequence[str] = ()) -> dict[str, str]:
+    """The disassembly with labels of each kernel that a header under csrc holds, by its readable name.
+
+    Args:
+        header: such as "ms_deform_attn/cuda_lean.cuh".
+        instances: instantiations that the header itself does not make, such as "f<float>(int)".
+
+    Raises:
+        RuntimeError: nvcc failed, with its output; or there is no nvdisasm.
+    """
+    tool = shutil.which("nvdisasm")
+    if tool is None and importlib.util.find_spec("triton"):
+        import triton
+
+        tool = triton.knobs.nvidia.nvdisasm.path
+    if tool is None:
+        raise RuntimeError("no nvdisasm here, neither of a CUDA toolkit nor triton's")
+    with tempfile.TemporaryDirectory() as directory:
+        source, cubin = Path(directory) / "kernels.cu", Path(directory) / "kernels.cubin"
+        wanted = "".join(f"template __global__ void {instance};\n" for instance in instances)
+        source.write_text(f'#include "{header}"\nnamespace m2f {{\n{wanted}}}\n')
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-I", str(_CSRC)]
+        done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        code = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\.text\.(\w+):$", code, flags=re.MULTILINE)[1:]
+    return dict(zip(demangle(parts[::2]), parts[1::2], strict=True))
 
 
 def demangle(names: list[str]) -> list[str]:

@@ -94,6 +94,39 @@ def cuda_driver() -> int:
     return 0 if handle is None else int(handle.m2f_cuda_driver_version())
 
 
+#: The compiled forward kernels of deformable attention.
+CUDA_FORWARDS = ("general", "lean")
+
+if os.environ.get("M2F_CUDA_FORWARD", "general") not in CUDA_FORWARDS:
+    warnings.warn(
+        f"M2F_CUDA_FORWARD: expected 'general' or 'lean'; got {os.environ['M2F_CUDA_FORWARD']!r}, using 'general'",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def set_cuda_forward(name: str) -> None:
+    """Choose the compiled forward kernel of deformable attention for this process (tests and benchmarks).
+
+    Args:
+        name: 'general', which serves every call, or 'lean', which serves 32 channels per head and points in fours where
+            level sizes are known on the host, and leaves the rest to the other. The environment variable
+            `M2F_CUDA_FORWARD` does the same before the first call.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: the CUDA library is not loaded, or was built before it had the choice.
+    """
+    if name not in CUDA_FORWARDS:
+        raise ValueError(f"name: expected 'general' or 'lean'; got {name!r}")
+    library = LIBRARIES["cuda"]
+    if library.handle is None:
+        raise RuntimeError(f"the CUDA library is not in use: {library.problem}")
+    if not hasattr(library.handle, "m2f_cuda_set_forward"):
+        raise RuntimeError(f"{library.path}: it has one forward kernel of deformable attention; build it again")
+    library.handle.m2f_cuda_set_forward(name.encode())
+
+
 def cpu_capability() -> str | None:
     """Instruction set in use by the CPU library: 'avx512', 'avx2' or 'baseline'; None without the library."""
     handle = LIBRARIES["cpu"].handle

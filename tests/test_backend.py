@@ -1,5 +1,6 @@
 """Which backend serves a call, the fallback, and what the package does when its libraries are not there."""
 
+import ctypes
 import json
 import os
 import shutil
@@ -119,6 +120,19 @@ def test_unknown_cpu_capability(name):
     assert _library.cpu_capability() == before
 
 
+def test_cuda_forward_needs_a_library_that_has_the_choice(monkeypatch):
+    with pytest.raises(ValueError, match=r"^name: expected 'general' or 'lean'; got 'fast'"):
+        _library.set_cuda_forward("fast")
+    absent = _library.NativeLibrary("m2f_cuda", Path("lib.so"), "it was not built")
+    monkeypatch.setitem(_library.LIBRARIES, "cuda", absent)
+    with pytest.raises(RuntimeError, match=r"^the CUDA library is not in use: it was not built"):
+        _library.set_cuda_forward("lean")
+    older = _library.NativeLibrary("m2f_cuda", Path("lib.so"), None, ctypes.CDLL(None))
+    monkeypatch.setitem(_library.LIBRARIES, "cuda", older)
+    with pytest.raises(RuntimeError, match=r"^lib\.so: it has one forward kernel .* build it again"):
+        _library.set_cuda_forward("lean")
+
+
 # ---------------------------------------------------------------- in a fresh process
 def run(code, cwd, expect_success=True, **environment):
     """Run code in a fresh interpreter that imports the package from `cwd` if it is there."""
@@ -143,6 +157,11 @@ def test_environment_chooses_the_instruction_set(name):
     finally:
         _library.set_cpu_capability(before)
     assert run(PRINT_CAPABILITY, PACKAGE.parent, M2F_CPU_CAPABILITY=name).stdout.strip() == name
+
+
+def test_environment_with_an_unknown_forward_kernel():
+    warned = run("import m2f_kernels", PACKAGE.parent, M2F_CUDA_FORWARD="fast").stderr
+    assert "M2F_CUDA_FORWARD: expected 'general' or 'lean'; got 'fast', using 'general'" in warned
 
 
 def test_environment_with_an_unknown_instruction_set():

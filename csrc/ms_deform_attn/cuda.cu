@@ -3,6 +3,9 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
 
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
 #include <limits>
 #include <tuple>
 
@@ -15,6 +18,17 @@ namespace {
 
 using torch::stable::new_zeros;
 using torch::stable::accelerator::DeviceGuard;
+
+// Which forward kernel serves calls that both can: "general" or "lean". No GPU has run the lean one yet.
+constexpr const char* kDefaultForward = "general";
+
+std::atomic<bool>& lean_forward() {
+  static std::atomic<bool> lean{[] {
+    const char* wish = std::getenv("M2F_CUDA_FORWARD");
+    return std::strcmp(wish != nullptr ? wish : kDefaultForward, "lean") == 0;
+  }()};
+  return lean;
+}
 
 cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
@@ -132,6 +146,7 @@ struct Arguments {
     Tensor output = empty_like_sizes(value, {kernel.batch, kernel.queries, row});
     if (empty()) return output;
     kernel.output = output.data_ptr();
+    kernel.lean = lean_forward();
     launch_ms_deform_attn(kernel, traits_of(value), current_stream(value));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return output;
@@ -239,6 +254,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_from_offsets_backward(
 
 }  // namespace
 }  // namespace m2f
+
+// Chooses the forward kernel for this process, "general" or "lean"; returns 0, or 1 where there is no such kernel.
+extern "C" __attribute__((visibility("default"))) int m2f_cuda_set_forward(const char* name) {
+  const bool lean = std::strcmp(name, "lean") == 0;
+  if (!lean && std::strcmp(name, "general") != 0) return 1;
+  m2f::lean_forward() = lean;
+  return 0;
+}
 
 // Not m2f: there m2f_kernels/dispatch.py chooses, call by call, between these and others.
 STABLE_TORCH_LIBRARY_IMPL(m2f_cuda, CUDA, m) {

@@ -52,6 +52,7 @@
 #include <cstdint>
 #include <stdexcept>
 
+#include "ms_deform_attn/cuda_lean.cuh"
 #include "ms_deform_attn/cuda_samples.cuh"
 
 namespace m2f {
@@ -364,13 +365,6 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // ---------------------------------------------------------------- launches
 
-inline bool divides(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
-
-inline bool pairs_aligned(const Strided& x) {
-  return x.data != nullptr && divides(x.data, 2 * element_size(x.dtype)) && x.n % 2 == 0 && x.q % 2 == 0 &&
-         x.h % 2 == 0 && x.k % 2 == 0;
-}
-
 inline int64_t tiles_of_levels(const Levels& levels, int width_log2, int height_log2) {
   int64_t tiles = 0;
   for (int l = 0; l < levels.count; ++l) {
@@ -434,19 +428,6 @@ inline Geometry choose_geometry(DeformAttnArgs& args, int vec, bool backward, bo
           dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared)};
 }
 
-// Whether accesses of `vec` channels fit everything that a lane accesses as vectors.
-inline bool allows_vectors(const DeformAttnArgs& args, int vec) {
-  const int bytes = vec * element_size(args.dtype);
-  bool fits = args.channels % vec == 0 && divides(args.value, bytes);
-  for (const int64_t stride : {args.value_n, args.value_s, args.value_h}) fits = fits && stride % vec == 0;
-  if (args.grad_output != nullptr) {
-    fits = fits && divides(args.grad_output, bytes) && args.grad_output_n % vec == 0 && args.grad_output_q % vec == 0;
-  } else {
-    fits = fits && divides(args.output, bytes);
-  }
-  return fits;
-}
-
 template <typename T, int kVec>
 void launch_forward(DeformAttnArgs& args, bool from_offsets, const DeviceTraits& device, cudaStream_t stream) {
   const Geometry geometry = choose_geometry(args, kVec, false, from_offsets, device);
@@ -482,6 +463,7 @@ constexpr int64_t kMaxRowBytes = 0xffffffff;
 // Forward if grad_output is null, otherwise backward; on reference points if they are given. At least one query.
 inline void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& device, cudaStream_t stream) {
   const bool from_offsets = args.reference.data != nullptr;
+  if (args.grad_output == nullptr && args.lean && launch_lean_forward(args, device, stream)) return;
   switch (args.dtype) {
     case DType::kFloat64:
       return args.grad_output == nullptr ? launch_forward<double, 1>(args, from_offsets, device, stream)

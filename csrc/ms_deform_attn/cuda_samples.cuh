@@ -51,6 +51,8 @@ struct DeformAttnArgs {
   int queries_log2;  // queries of a tile
   int tile_width_log2;
   int history;  // values kept per sample for the end of the backward
+
+  bool lean = false;  // forward: by the kernel of cuda_lean.cuh where it serves the call
 };
 
 // What the launch needs to know of the device.
@@ -310,5 +312,27 @@ struct Rows {
     return raw;
   }
 };
+
+// ---------------------------------------------------------------- what accesses arguments allow
+
+inline bool divides(const void* pointer, int bytes) { return reinterpret_cast<uintptr_t>(pointer) % bytes == 0; }
+
+inline bool pairs_aligned(const Strided& x) {
+  return x.data != nullptr && divides(x.data, 2 * element_size(x.dtype)) && x.n % 2 == 0 && x.q % 2 == 0 &&
+         x.h % 2 == 0 && x.k % 2 == 0;
+}
+
+// Whether accesses of `vec` channels fit everything that a lane accesses as vectors.
+inline bool allows_vectors(const DeformAttnArgs& args, int vec) {
+  const int bytes = vec * element_size(args.dtype);
+  bool fits = args.channels % vec == 0 && divides(args.value, bytes);
+  for (const int64_t stride : {args.value_n, args.value_s, args.value_h}) fits = fits && stride % vec == 0;
+  if (args.grad_output != nullptr) {
+    fits = fits && divides(args.grad_output, bytes) && args.grad_output_n % vec == 0 && args.grad_output_q % vec == 0;
+  } else {
+    fits = fits && divides(args.output, bytes);
+  }
+  return fits;
+}
 
 }  // namespace m2f

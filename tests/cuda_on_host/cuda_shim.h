@@ -55,6 +55,8 @@ inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
+inline int max(int a, int b) { return a < b ? b : a; }
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>((uint64_t{a} * b) >> 32); }
 
 // ---------------------------------------------------------------- 16-bit floats
 
@@ -376,6 +378,14 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int line = __bui
   T result;
   m2f_shim::machine().warp_operation("__shfl_xor_sync", line, mask, lane_mask, &value, &result, sizeof(T));
   return result;
+}
+
+// By five exchanges; the line is that of the caller in each.
+inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
+  for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
+    predicate = __shfl_xor_sync(mask, predicate != 0, lane_mask, line) && predicate;
+  }
+  return predicate;
 }
 
 // ---------------------------------------------------------------- global memory

@@ -103,9 +103,13 @@ struct Problem {
 
   bool empty() const { return args.batch == 0 || args.queries == 0; }
 
-  void forward(py::array output) {
+  // Returns whether the lean kernel served the call.
+  bool forward(py::array output, bool lean) {
     args.output = allow(output);
-    if (!empty()) m2f::launch_ms_deform_attn(args, device, nullptr);
+    if (empty()) return false;
+    if (lean && m2f::launch_lean_forward(args, device, nullptr)) return true;
+    m2f::launch_ms_deform_attn(args, device, nullptr);
+    return false;
   }
 
   // Wanted gradients are written into the arrays given. value_sum is the zeroed accumulator; for 16-bit values,
@@ -178,7 +182,7 @@ PYBIND11_MODULE(m2f_cuda_on_host, m) {
            py::arg("value"), py::arg("levels"), py::arg("on_device"), py::arg("points_per_level"), py::arg("points"),
            py::arg("weights"), py::arg("reference"), py::arg("offset_scale"), py::arg("architecture"),
            py::arg("multiprocessors"), py::arg("reversed"))
-      .def("forward", &Problem::forward)
+      .def("forward", &Problem::forward, py::arg("output"), py::arg("lean") = false)
       .def("backward", &Problem::backward, py::arg("grad_output"), py::arg("value_sum"), py::arg("grad_value"),
            py::arg("grad_points"), py::arg("grad_weights"), py::arg("reference_parts"), py::arg("grad_reference"));
   m.def("run_broken_kernel", &run_broken_kernel);
