@@ -23,11 +23,17 @@ if TYPE_CHECKING:
     from m2f_model.data import Dataset
     from m2f_model.finetune import Relabelling
     from m2f_model.model import Mask2Former
+    from m2f_model.score import Report
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _AUTOCAST = "none, bf16 or fp16"
 #: What weights can be held in for inference, and PyTorch's names.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+#: Data that have a layout of their own, and all kinds.
+LAYOUTS = ("ade20k", "cityscapes")
+DATA = ("shapes", "instance", "panoptic", "semantic", *LAYOUTS)
 
 
 class UsageError(ValueError):
@@ -44,7 +50,6 @@ def segment(given: argparse.Namespace) -> int:
         raise UsageError(f"--dtype: expected {', '.join(DTYPES)}; got {given.dtype!r}")
     _need("transformers", "PIL", "pycocotools", "rich")
     model = load(given.weights, given.config, DTYPES[given.dtype]).to(resolve_device(given.device))
-    from rich.progress import track
 
     from m2f_model.results import Ids
     from m2f_model.segment import Segmenter, segment_files
@@ -60,9 +65,10 @@ def segment(given: argparse.Namespace) -> int:
         stuff_labels=stuff,
         cuda_graphs=given.cuda_graphs,
     )
-    progress = lambda paths: track(paths, "segmenting", console=_console())  # noqa: E731
     ids = None if given.ids_from is None else Ids.read(given.ids_from, model.config)
-    summary = segment_files(segmenter, files, given.out, progress, root=root, batch_size=given.batch_size, ids=ids)
+    summary = segment_files(
+        segmenter, files, given.out, _progress("segmenting"), root=root, batch_size=given.batch_size, ids=ids
+    )
     _say(f"{len(summary.done)} of {len(files)} images segmented into {given.out}")
     for path, reason in summary.failed:
         _say(f"failed: {path}: {_one_line(reason)}")
@@ -129,7 +135,6 @@ def train(given: argparse.Namespace) -> int:
     """Train; started again with the same options, go on. Several processes: torchrun ... -m m2f_model train ..."""
     _need("transformers", "PIL", "pycocotools", "tensorboard", "rich")
     import torch
-    from rich.progress import track
 
     import m2f_kernels
     from m2f_kernels.dispatch import BACKENDS
@@ -173,13 +178,100 @@ def train(given: argparse.Namespace) -> int:
         log = (lambda _: None) if quiet else _say
         if report is not None:
             log(str(report))
-        progress: Any = iter if quiet else lambda entries: track(entries, "checking", console=_console())
+        progress: Any = iter if quiet else _progress("checking")
         trainer = Trainer(
             model, samples, recipe, given.out, process=process, validation=validation, log=log, progress=progress
         )
         trainer.check_validation(progress)
         trainer.run()
     return 0
+
+
+def evaluate(given: argparse.Namespace) -> int:
+    """Measure a model, or results on disk: panoptic quality, COCO's average precision of masks, mean IoU."""
+    if (given.weights is None) == (given.results is None):
+        raise UsageError("expected either --weights or --results")
+    if given.results is not None:
+        model_only = ("config", "threshold", "size", "out")
+        odd = [f"--{name}" for name in model_only if getattr(given, name) is not None]
+        if odd:
+            raise UsageError(f"{', '.join(odd)}: expected none with --results, which are there already")
+    if given.dtype not in DTYPES:
+        raise UsageError(f"--dtype: expected {', '.join(DTYPES)}; got {given.dtype!r}")
+    for name in ("batch_size", "count"):
+        if getattr(given, name) is not None and getattr(given, name) < 1:
+            raise UsageError(f"{name}: expected at least 1; got {getattr(given, name)}")
+    if given.threshold is not None and not 0 <= given.threshold <= 1:
+        raise UsageError(f"threshold: expected 0 to 1; got {given.threshold}")
+    wanted = None if given.metrics is None else [m.strip() for m in given.metrics.split(",") if m.strip()]
+    # Without COCO's tools there are no run lengths, and no average precision.
+    _need("transformers", "PIL", "pycocotools", "rich")
+    from rich.console import Console
+
+    from m2f_model import score
+    from m2f_model.files import write_atomically
+    from m2f_model.results import Writer
+
+    data = _dataset(given, split="validation")
+    metrics = score.metrics_of(data, wanted)
+    indices = range(len(data) if given.count is None else min(given.count, len(data)))
+    progress = _progress("evaluating")
+    if given.results is not None:
+        if not hasattr(data, "images_of_data"):
+            raise UsageError("results: expected data on disk, to which results can belong; got shapes")
+        metrics, files = score.find_results(given.results, metrics, all_of_them=wanted is not None)
+        scorer = score.Scorer(data, metrics)
+        score.score_results(data, files, scorer, indices, progress)
+    else:
+        size = None if given.size is None else tuple(given.size)
+        model = load(given.weights, given.config, DTYPES[given.dtype]).to(resolve_device(given.device))
+        scorer = score.Scorer(data, metrics)
+        writers = {}
+        if given.out is not None:
+            like = score.config_of_data(model.config, data)
+            ids = getattr(data, "category_ids", None)
+            writers = {task: Writer(given.out, task, like, ids) for task in map(score.METRICS.__getitem__, metrics)}
+        score.score_model(
+            model,
+            data,
+            scorer,
+            indices=progress(indices),
+            writers=writers,
+            threshold=0.8 if given.threshold is None else given.threshold,
+            batch_size=given.batch_size,
+            image_size=size,
+        )
+        for writer in writers.values():
+            writer.finish()
+    report = scorer.report()
+    console = Console()
+    for table in _tables(report, per_class=given.per_class):
+        console.print(table)
+    if given.json is not None:
+        text = report.to_json()
+        write_atomically(given.json, lambda file: file.write(text.encode()))
+    return 0
+
+
+#: What the figures of a report are called in tables.
+_TITLES = {"pq": "panoptic quality", "ap": "average precision of masks", "miou": "intersection over union"}
+
+
+def _tables(report: Report, per_class: bool) -> Iterable[Any]:
+    from rich.table import Table
+
+    for metric, parts in report.values.items():
+        rows = {**parts, **(report.classes[metric] if per_class else {})}
+        columns = list(next(iter(parts.values())))
+        columns += [name for row in rows.values() for name in row if name not in columns][:1]
+        table = Table(title=f"{_TITLES[metric]}, {report.images} images")
+        table.add_column("")
+        for name in columns:
+            table.add_column(name, justify="right")
+        for name, row in rows.items():
+            values = [row.get(column, "") for column in columns]
+            table.add_row(name, *("-" if x is None else x if isinstance(x, str) else f"{100 * x:.2f}" for x in values))
+        yield table
 
 
 # ---------------------------------------------------------------- what they share
@@ -280,25 +372,65 @@ def resolve_device(name: str) -> str:
 
 
 def _datasets(given: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
+    """Data for training and validation."""
+    from m2f_model.data import Shapes
+    from m2f_model.semantic import SemanticMaps
+
+    kind, annotations, images = given.data, given.validation_annotations, given.validation_images
+    samples = _dataset(given)
+    if kind == "shapes":
+        if annotations or images:
+            raise UsageError("annotations, images: expected none with shapes, which are made as they are needed")
+        return samples, Shapes(length=200, seed=1)
+    if kind in LAYOUTS:
+        if annotations or images:
+            raise UsageError(
+                f"validation_annotations, validation_images: expected none for {kind}, whose layout has them"
+            )
+        return samples, getattr(SemanticMaps, kind)(given.images, "validation")
+    if annotations is None:
+        if images is not None:
+            raise UsageError("validation_annotations: expected a file where validation_images is given; got none")
+        return samples, None
+    if kind == "semantic" and images is None:
+        raise UsageError("validation_images: expected a directory for the semantic data of validation_annotations")
+    return samples, _dataset(given, annotations, images or given.images)
+
+
+def _dataset(
+    given: argparse.Namespace, annotations: Path | None = None, images: Path | None = None, split: str = "train"
+) -> Dataset:
+    """What --data and its like say; from other files than theirs where these are given."""
     from m2f_model.coco import CocoInstances, CocoPanoptic
     from m2f_model.data import Shapes
+    from m2f_model.semantic import SemanticMaps, read_names
 
-    kind, annotations, images = given.data, given.annotations, given.images
+    kind, annotations, images = given.data, annotations or given.annotations, images or given.images
+    if kind not in DATA:
+        raise UsageError(f"data: expected {', '.join(DATA[:-1])} or {DATA[-1]}; got {kind!r}")
+    if kind != "semantic":
+        odd = [f"--{n.replace('_', '-')}" for n in ("labels", "ignore_label", "reduce_labels") if getattr(given, n)]
+        if odd:
+            raise UsageError(f"{', '.join(odd)}: for --data semantic alone; got {kind}")
     if kind == "shapes":
-        if any((annotations, images, given.validation_annotations, given.validation_images)):
+        if annotations or images:
             raise UsageError("annotations, images: expected none with shapes, which are made as they are needed")
-        return Shapes(), Shapes(length=200, seed=1)
-    if kind not in ("instance", "panoptic"):
-        raise UsageError(f"data: expected shapes, instance or panoptic; got {kind!r}")
+        return Shapes() if split == "train" else Shapes(length=200, seed=1)
+    if kind in LAYOUTS:
+        if annotations is not None or images is None:
+            raise UsageError(f"images: expected the root directory of {kind} there, and no annotations")
+        found: Dataset = getattr(SemanticMaps, kind)(images, split)
+        return found
     if annotations is None or images is None:
         raise UsageError(f"annotations, images: expected both for {kind} data")
-    build = CocoInstances if kind == "instance" else CocoPanoptic
-    if given.validation_images is not None and given.validation_annotations is None:
-        raise UsageError("validation_annotations: expected a file where validation_images is given; got none")
-    validation = None
-    if given.validation_annotations is not None:
-        validation = build(given.validation_annotations, given.validation_images or images)
-    return build(annotations, images), validation
+    if kind == "semantic":
+        if given.labels is None:
+            raise UsageError("labels: expected the names of the classes for semantic data: a text file, or with commas")
+        ignored = 255 if given.ignore_label is None else given.ignore_label
+        return SemanticMaps.from_directories(
+            images, annotations, read_names(given.labels), ignore_label=ignored, reduce_labels=given.reduce_labels
+        )
+    return (CocoInstances if kind == "instance" else CocoPanoptic)(annotations, images)
 
 
 def _need(*modules: str) -> None:
@@ -307,10 +439,12 @@ def _need(*modules: str) -> None:
         raise UsageError(f"this command needs {', '.join(missing)}: pip install 'm2f-kernels[model]'")
 
 
-def _console() -> Any:
+def _progress(what: str) -> Any:
+    """Wraps an iteration to show a progress bar, where somebody sees it."""
     from rich.console import Console
+    from rich.progress import track
 
-    return Console(stderr=True)
+    return lambda items: track(items, what, console=Console(stderr=True), disable=not sys.stderr.isatty())
 
 
 def _say(text: str) -> None:
@@ -367,6 +501,22 @@ def _config_option(parser: _Parser) -> None:
     parser.add_argument("--config", metavar="PRESET", help="what a detectron2 file is, as in r50-coco-panoptic")
 
 
+def _data_options(parser: _Parser) -> None:
+    parser.add_argument(
+        "--data",
+        required=True,
+        help="shapes (synthetic, tiny model); instance or panoptic (COCO's formats); semantic (label maps); ade20k or "
+        "cityscapes (semantic data in their own layouts, --images is the root)",
+    )
+    parser.add_argument("--annotations", type=Path, help="COCO's JSON file, or the directory of label maps")
+    parser.add_argument("--images", type=Path, help="directory of the images")
+    parser.add_argument("--labels", help="names of semantic classes: a text file with one in each line, or with commas")
+    parser.add_argument("--ignore-label", type=int, help="value of pixels in label maps that do not count; else 255")
+    parser.add_argument(
+        "--reduce-labels", action="store_true", help="in label maps 0 does not count; 1 is the first class"
+    )
+
+
 _WEIGHTS = (
     "directory in Hugging Face's format, its name on the hub, a run's checkpoint.pth, or a detectron2 file (.pkl, .pth)"
 )
@@ -401,6 +551,28 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--cuda-graphs", action="store_true", help="on a GPU, replay a CUDA graph for each size")
     _device_option(p)
 
+    p = _command(commands, evaluate)
+    _data_options(p)
+    p.add_argument("--weights", help=f"measure this model: {_WEIGHTS}")
+    _config_option(p)
+    p.add_argument("--results", type=Path, help="in its place, measure these: a directory of results, or a JSON file")
+    p.add_argument("--metrics", help="some of pq, ap, miou, with commas; else all that the data allow")
+    p.add_argument("-o", "--out", type=Path, help="also write the results there, with the data's own ids")
+    p.add_argument("--json", type=Path, help="also write the figures there, those of each class too")
+    p.add_argument("--per-class", action="store_true", help="print the figures of each class")
+    p.add_argument("--count", type=int, help="the first images alone")
+    p.add_argument("--threshold", type=float, help="smallest score of a panoptic segment; 0.8 if not given")
+    p.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("SHORT", "LONG"),
+        help="images are resized until a side is that; else as trained",
+    )
+    p.add_argument("--batch-size", type=int, default=1, help="successive images of one resized size at once")
+    p.add_argument("--dtype", default="fp32", help="hold the weights in fp32, bf16 or fp16")
+    _device_option(p)
+
     p = _command(commands, info)
     p.add_argument("--weights", help=f"describe this model, too: {_WEIGHTS}")
     _config_option(p)
@@ -420,11 +592,9 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "-o", "--out", type=Path, required=True, help="directory of checkpoints, events and the trained model"
     )
-    p.add_argument("--data", required=True, help="shapes (synthetic, tiny model), instance or panoptic (COCO formats)")
-    p.add_argument("--annotations", type=Path, help="COCO's JSON file")
-    p.add_argument("--images", type=Path, help="directory of its images")
-    p.add_argument("--validation-annotations", type=Path, help="JSON file of validation data")
-    p.add_argument("--validation-images", type=Path, help="directory of its images; else --images")
+    _data_options(p)
+    p.add_argument("--validation-annotations", type=Path, help="the same of validation data")
+    p.add_argument("--validation-images", type=Path, help="directory of their images; else --images")
     p.add_argument("--backbone", help=f"of a new model with random weights: {', '.join(BACKBONES)}; r50 if not given")
     p.add_argument("--weights", help=f"start from this model, of any classes: {_WEIGHTS}")
     _config_option(p)

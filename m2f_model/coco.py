@@ -38,15 +38,18 @@ class CocoInstances:
         self.entries = _entries(self.path, content["images"], "image", ("id", "file_name", "height", "width"))
         categories = _entries(self.path, content["categories"], "category", ("id", "name"))
         self.label_names = tuple(str(c["name"]) for c in categories)
+        self.category_ids = tuple(c["id"] for c in categories)
         self._label = {c["id"]: i for i, c in enumerate(categories)}
         known = {entry["id"] for entry in self.entries}
+        self._order: dict[Any, list[tuple[dict[str, Any], bool]]] = defaultdict(list)
         self._annotations: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         self._crowds: dict[Any, list[dict[str, Any]]] = defaultdict(list)
         wanted = ("id", "image_id", "category_id", "segmentation")
         for annotation in _entries(self.path, content["annotations"], "annotation", wanted, unique=False):
             _known(self.path, annotation, known, self._label)
-            kind = self._crowds if _flag(self.path, annotation, "annotation", "iscrowd") else self._annotations
-            kind[annotation["image_id"]].append(annotation)
+            crowd = _flag(self.path, annotation, "annotation", "iscrowd")
+            (self._crowds if crowd else self._annotations)[annotation["image_id"]].append(annotation)
+            self._order[annotation["image_id"]].append((annotation, crowd))
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -74,6 +77,23 @@ class CocoInstances:
             sample["crowd_labels"], crowds = self._segments(self._crowds[entry["id"]], height, width)
             sample["crowd_masks"] = crowds.dense()
         return sample
+
+    @property
+    def images_of_data(self) -> list[tuple[Any, str]]:
+        """The id and the file name of each image."""
+        return [(entry["id"], entry["file_name"]) for entry in self.entries]
+
+    def truth(self, index: int) -> list[dict[str, Any]]:
+        """What is to be found in an image, in the file's order: label, run lengths, area, and whether it is a crowd."""
+        entry = self.entries[index]
+        found = []
+        for annotation, crowd in self._order.get(entry["id"], ()):
+            encoded = self._encode(annotation, entry["height"], entry["width"])
+            area = annotation.get("area")
+            found.append({"label": self._label[annotation["category_id"]], "segmentation": encoded, "iscrowd": crowd})
+            if isinstance(area, (int, float)) and not isinstance(area, bool):
+                found[-1]["area"] = area
+        return found
 
     def compact(self, index: int) -> dict[str, Any]:
         """The sample for training: its "masks" are :class:`Masks`, encoded until one is needed; some may be empty."""
@@ -204,6 +224,7 @@ class CocoPanoptic:
         categories = _entries(self.path, content["categories"], "category", ("id", "name", "isthing"))
         self.label_names = tuple(str(c["name"]) for c in categories)
         self.stuff_labels = tuple(i for i, c in enumerate(categories) if not _flag(self.path, c, "category", "isthing"))
+        self.category_ids = tuple(c["id"] for c in categories)
         self._label = {c["id"]: i for i, c in enumerate(categories)}
         self.entries = []
         wanted = ("image_id", "file_name", "segments_info")
@@ -254,6 +275,11 @@ class CocoPanoptic:
             sample["crowd_masks"] = masks.dense()
         return sample
 
+    @property
+    def images_of_data(self) -> list[tuple[Any, str]]:
+        """The id and the file name of each image."""
+        return [(entry["id"], entry["file_name"]) for entry, _ in self.entries]
+
     def compact(self, index: int) -> dict[str, Any]:
         """The sample for training: its "masks" are :class:`Masks`, made when one is needed."""
         entry, annotation = self.entries[index]
@@ -261,7 +287,7 @@ class CocoPanoptic:
         path = self.segments / annotation["file_name"]
         segments = [s for s in annotation["segments_info"] if not s["iscrowd"]]
         try:
-            ids = _read_ids(path, [s["id"] for s in segments])
+            ids = read_ids(path, [s["id"] for s in segments])
         except (OSError, ValueError) as error:
             raise AnnotationError(f"{self.path}: annotation of image {entry['id']}: {error}") from error
         self._check_size(path, entry, list(ids.shape))
@@ -294,7 +320,7 @@ def _check_id_image(file: Image.Image, path: Path) -> None:
         )
 
 
-def _read_ids(path: Path, wanted: list[int]) -> np.ndarray[Any, Any]:
+def read_ids(path: Path, wanted: list[int]) -> np.ndarray[Any, Any]:
     """int [H, W], the ids of a PNG file, whichever way of writing them has pixels of all that are wanted."""
     with open_image(path) as file:
         _check_id_image(file, path)

@@ -1,8 +1,11 @@
-"""How good segmentations are: panoptic quality and mean intersection over union."""
+"""How good segmentations are: panoptic quality, and intersection over union by a confusion matrix.
+
+COCO's average precision is in :mod:`m2f_model.average_precision`; all of them together in :mod:`m2f_model.score`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -11,8 +14,8 @@ from PIL import Image
 from torch import Tensor
 
 from m2f_model.data import Dataset
-from m2f_model.model import Mask2Former
-from m2f_model.postprocess import Frame, Panoptic, panoptic
+from m2f_model.model import Mask2Former, Mask2FormerOutput
+from m2f_model.postprocess import Frame, Panoptic, panoptic, semantic
 from m2f_model.samples import Sample
 from m2f_model.segment import prepare
 
@@ -98,6 +101,11 @@ class PanopticCounts:
         for j in missed:
             self.missed[labels[j]] += 1
 
+    def qualities(self) -> list[Quality | None]:
+        """The quality of each label; None for those that occur neither in a target nor in a prediction."""
+        occurs = (self.matched + self.missed + self.invented > 0).tolist()
+        return [self.quality([i]) if there else None for i, there in enumerate(occurs)]
+
     def quality(self, labels: Iterable[int] | None = None) -> Quality:
         """The means over those of `labels` (by default all) that occur, in a target or a prediction; 0 if none does."""
         chosen = torch.tensor(
@@ -120,7 +128,149 @@ def panoptic_quality(pairs: Iterable[tuple[Panoptic, Sample]], num_labels: int) 
     return counts.quality()
 
 
-@torch.inference_mode()
+class SemanticQuality(NamedTuple):
+    """Means over the labels that occur in the truth, and shares of all pixels.
+
+    Attributes:
+        miou: mean intersection over union.
+        fwiou: the same, weighted by the pixels of each label.
+        macc: mean of the share of a label's pixels that is found.
+        pacc: share of all pixels that is right.
+    """
+
+    miou: float
+    fwiou: float
+    macc: float
+    pacc: float
+
+
+class SemanticCounts:
+    """A confusion matrix, summed over images.
+
+    Args:
+        num_labels: labels of the truth are less.
+
+    Attributes:
+        table: int64 [num_labels, num_labels + 1], pixels by true label and found one; last, those that have none.
+    """
+
+    def __init__(self, num_labels: int) -> None:
+        self.table = torch.zeros(num_labels, num_labels + 1, dtype=torch.int64, device="cpu")
+
+    def add(self, found: Tensor, truth: Tensor) -> None:
+        """Count one image's pixels.
+
+        Args:
+            found: label of every pixel, int64 [h, w]; what is no label counts as a mistake.
+            truth: the same; pixels of what is no label, such as -1 and 255, are left out.
+
+        Raises:
+            ValueError: where sizes differ.
+        """
+        if found.shape != truth.shape:
+            raise ValueError(f"found: expected the truth's size, {list(truth.shape)}; got {list(found.shape)}")
+        count = len(self.table)
+        inside = (truth >= 0) & (truth < count)
+        found = torch.where((found >= 0) & (found < count), found, count)
+        pairs = truth[inside] * (count + 1) + found[inside]
+        self.table += torch.bincount(pairs, minlength=self.table.numel()).view_as(self.table)
+
+    def ious(self) -> list[float | None]:
+        """Intersection over union of each label; None for those that do not occur in the truth."""
+        table = self.table.double()
+        right, truth = table[:, :-1].diag(), table.sum(1)
+        union = truth + table[:, :-1].sum(0) - right
+        return [float(r / u) if n > 0 else None for r, u, n in zip(right, union, truth, strict=True)]
+
+    def quality(self) -> SemanticQuality:
+        """The means; zeros where nothing was counted."""
+        table = self.table.double()
+        right, truth, total = table[:, :-1].diag(), table.sum(1), table.sum()
+        occurs = truth > 0
+        if not occurs.any():
+            return SemanticQuality(0.0, 0.0, 0.0, 0.0)
+        iou = torch.tensor([x for x in self.ious() if x is not None], dtype=torch.float64, device="cpu")
+        return SemanticQuality(
+            iou.mean().item(),
+            (iou * truth[occurs]).sum().item() / total.item(),
+            (right[occurs] / truth[occurs]).mean().item(),
+            right.sum().item() / total.item(),
+        )
+
+
+def mean_iou(found: Tensor, truth: Tensor, num_labels: int) -> float:
+    """Mean over the labels that occur in `truth` of intersection over union: see :class:`SemanticCounts`."""
+    counts = SemanticCounts(num_labels)
+    counts.add(found, truth)
+    return counts.quality().miou
+
+
+def label_map(sample: Sample) -> Tensor:
+    """int64 [H, W], the label of every pixel of a sample, crowds included; -1 where there is none."""
+    labels = torch.full(sample["image"].shape[1:], -1, device="cpu")
+    for name in ("crowd_", ""):
+        for label, mask in zip(sample.get(f"{name}labels", ()), sample.get(f"{name}masks", ()), strict=True):
+            labels[mask] = label
+    return labels
+
+
+# ---------------------------------------------------------------- models
+
+
+class Batch(NamedTuple):
+    """Some samples of one size, resized, and what a model gives for them."""
+
+    indices: list[int]
+    samples: list[Sample]
+    output: Mask2FormerOutput
+    frames: list[Frame]
+
+
+def predictions(
+    model: Mask2Former,
+    data: Dataset,
+    indices: Iterable[int],
+    batch_size: int = 8,
+    image_size: tuple[int, int] | None = None,
+) -> Iterator[Batch]:
+    """What `model` gives for samples of `data`, resized as the published test is.
+
+    Args:
+        model: left in the mode that it was in.
+        data: samples.
+        indices: which of them.
+        batch_size: images at once, where successive ones have the same size.
+        image_size: (short, long) side of the network's input, as :class:`Segmenter` takes it; by default what the
+            model's configuration says.
+    """
+    was_training, config = model.training, model.config
+    if image_size is not None:
+        config = replace(config, image_size=image_size, keep_aspect_ratio=True)
+    model.eval()
+    weight = next(model.parameters())
+    batch: list[tuple[int, Sample, Tensor, Frame]] = []
+
+    def run() -> Batch:
+        pixels = torch.cat([x for _, _, x, _ in batch]).to(weight.device, weight.dtype)
+        numbers, samples, _, frames = (list(part) for part in zip(*batch, strict=True))
+        with torch.inference_mode():
+            return Batch(numbers, samples, model(pixels), frames)
+
+    try:
+        for i in indices:
+            sample = data[i]
+            pixels, frame = prepare(Image.fromarray(sample["image"].permute(1, 2, 0).numpy()), config)
+            # The model has no mask for padding, so images of different sizes would change each other's results.
+            if batch and (len(batch) == batch_size or pixels.shape != batch[0][2].shape):
+                yield run()
+                batch = []
+            batch.append((i, sample, pixels, frame))
+        if batch:
+            yield run()
+    finally:
+        model.train(was_training)
+
+
 def evaluate(
     model: Mask2Former,
     data: Dataset,
@@ -134,46 +284,31 @@ def evaluate(
         model: left in the mode that it was in.
         data: with the model's labels. Pixels in no target are background, unless the sample says that they are void.
         count: of samples, the first ones; by default all.
-        batch_size: images at once, where successive ones have the same size.
-        image_size: (short, long) side of the network's input, as :class:`Segmenter` takes it; by default what the
-            model's configuration says.
+        batch_size, image_size: see :func:`predictions`.
     """
-    was_training, config = model.training, model.config
-    if image_size is not None:
-        config = replace(config, image_size=image_size, keep_aspect_ratio=True)
-    model.eval()
-    device = next(model.parameters()).device
     counts = PanopticCounts(len(data.label_names))
-    total = len(data) if count is None else min(count, len(data))
-
-    def add(batch: list[tuple[Sample, Tensor, Frame]]) -> None:
-        pixels, frames = torch.cat([x for _, x, _ in batch]), [frame for _, _, frame in batch]
-        results = panoptic(model(pixels.to(device)), frames, stuff_labels=data.stuff_labels, threshold=0.5)
-        for found, (sample, _, _) in zip(results, batch, strict=True):
+    for batch in predictions(model, data, _first(data, count), batch_size, image_size):
+        results = panoptic(batch.output, batch.frames, stuff_labels=data.stuff_labels, threshold=0.5)
+        for found, sample in zip(results, batch.samples, strict=True):
             counts.add(Panoptic(found.segment_ids.cpu(), found.segments), sample)
-
-    batch: list[tuple[Sample, Tensor, Frame]] = []
-    try:
-        for i in range(total):
-            sample = data[i]
-            image = Image.fromarray(sample["image"].permute(1, 2, 0).numpy())
-            pixels, frame = prepare(image, config)
-            # The model has no mask for padding, so images of different sizes would change each other's results.
-            if batch and (len(batch) == batch_size or pixels.shape != batch[0][1].shape):
-                add(batch)
-                batch = []
-            batch.append((sample, pixels, frame))
-        if batch:
-            add(batch)
-    finally:
-        model.train(was_training)
     return counts.quality()
 
 
-def mean_iou(found: Tensor, truth: Tensor, num_labels: int) -> float:
-    """Mean over the labels that occur in `truth` of intersection over union; labels int64 [h, w], equal sizes."""
-    pairs = torch.bincount((truth * num_labels + found).flatten(), minlength=num_labels**2)
-    table = pairs.view(num_labels, num_labels).double()
-    occurs = table.sum(1) > 0
-    union = table.sum(0) + table.sum(1) - table.diag()
-    return (table.diag()[occurs] / union[occurs]).mean().item()
+def evaluate_semantic(
+    model: Mask2Former,
+    data: Dataset,
+    count: int | None = None,
+    batch_size: int = 8,
+    image_size: tuple[int, int] | None = None,
+) -> SemanticQuality:
+    """Mean intersection over union and its like; arguments as of :func:`evaluate`."""
+    counts = SemanticCounts(len(data.label_names))
+    for batch in predictions(model, data, _first(data, count), batch_size, image_size):
+        results = semantic(batch.output, batch.frames, resize_scores=model.config.semantic_only)
+        for found, sample in zip(results, batch.samples, strict=True):
+            counts.add(found.cpu(), label_map(sample))
+    return counts.quality()
+
+
+def _first(data: Dataset, count: int | None) -> range:
+    return range(len(data) if count is None else min(count, len(data)))

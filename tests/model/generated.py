@@ -119,3 +119,14 @@ def label_map(sample, ignored=255):
     for label, mask in zip(sample["labels"].tolist(), sample["masks"], strict=True):
         labels[mask] = label
     return labels
+
+
+def write_semantic(data, directory, dtype=np.uint8, offset=0, ignored=255):
+    """Label maps as grey PNG files, in which `offset` is the value of the first class. Their directory, the images'."""
+    write_images(data, directory / "images", ".jpg" if offset else ".png")
+    (directory / "maps").mkdir()
+    for i in range(len(data)):
+        labels = label_map(data[i], ignored=-1).numpy()
+        values = np.where(labels < 0, ignored, labels + offset).astype(dtype)
+        Image.fromarray(values).save(directory / "maps" / f"{i:03}.png")
+    return directory / "maps", directory / "images"

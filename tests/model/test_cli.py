@@ -10,7 +10,7 @@ from m2f_kernels.dispatch import BACKENDS
 from m2f_model import cli
 from tests.model.command import m2f
 
-COMMANDS = ("segment", "info", "bench", "train")
+COMMANDS = ("segment", "evaluate", "info", "bench", "train")
 
 
 @pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS)])
@@ -47,6 +47,7 @@ def test_help_names_every_command_and_backend():
     ("arguments", "missing"),
     [
         (["segment", "image.png", "--weights", "model"], "transformers, PIL, pycocotools, rich"),
+        (["evaluate", "--data", "shapes", "--weights", "model"], "transformers, PIL, pycocotools, rich"),
         (["bench"], "transformers, PIL, rich"),
         (["train", "-o", "out", "--data", "shapes"], "transformers, PIL, pycocotools, tensorboard, rich"),
     ],
