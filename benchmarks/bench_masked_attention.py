@@ -160,7 +160,7 @@ def _name(keys: int, queries: int, kind: str, density: float, dtype: str, n: int
 
 
 def _parts(name: str) -> tuple[int, int, str, float, str, int]:
-    """What `_name` was made from."""
+    """The parts of a case's name: keys, queries, kind of mask, density, dtype, images; the inverse of `_name`."""
     keys, queries, kind, density, dtype, *batch = name.split(" ")
     n = int(batch[0].removeprefix("N=")) if batch else 1
     return int(keys.removeprefix("S=")), int(queries.removeprefix("Q=")), kind, float(density), dtype, n

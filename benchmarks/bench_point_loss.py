@@ -197,7 +197,7 @@ def check(case: Case, implementation: Implementation, data: Data, results: Seque
 
 
 def _parts(name: str) -> tuple[str, int, int, int, int]:
-    """What is measured, the image's size, the number of targets, of points and of images."""
+    """The parts of a case's name: the part measured, the image's size, numbers of targets, of points and of images."""
     what, rest = next((w, name[len(w) + 1 :]) for w in (LOSS, MATCHING, SAMPLE) if name.startswith(w))
     words = dict(word.split("=") for word in rest.split()[1:] if "=" in word)
     count, num_points, images = (int(words.get(*default)) for default in (("T", 0), ("K", POINTS), ("N", 1)))

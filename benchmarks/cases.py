@@ -1,4 +1,4 @@
-"""What a benchmark consists of: data, cases, implementations, required figures, and the row each measurement gives."""
+"""The parts of a benchmark: data, cases, implementations, targets, and the row that each measurement gives."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PEER_LOW_PRECISION_TOLERANCE = 0.1
 
 @dataclass(frozen=True)
 class Scale:
-    """How large a run is: the device, whether the small shapes of `--quick` are used, and whether every case is."""
+    """The size of a run: its device, the small shapes of `--quick` or the usual ones, all cases or the default ones."""
 
     device: str
     quick: bool
@@ -210,7 +210,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check found: whether all results are within tolerance, and the worst errors."""
+    """The result of a check: `right` if all results are within tolerance, and the largest relative errors."""
 
     right: bool
     output: float

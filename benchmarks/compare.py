@@ -92,7 +92,7 @@ def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
 
 
 def compared(old: Sequence[Row], new: Sequence[Row]) -> int:
-    """How many of this package's rows both runs have a time for."""
+    """The number of this package's rows that have a time in both runs."""
     before = {row.key for row in old if row.median_ms is not None}
     return sum(row.ours and row.key in before for row in new)
 

@@ -1,4 +1,4 @@
-"""What a measurement depends on: machine, driver, versions, threads, allocator."""
+"""The conditions of a measurement: machine, driver, versions, threads, allocator."""
 
 from __future__ import annotations
 
@@ -104,5 +104,5 @@ def gather(device: str, ops: list[str]) -> dict[str, str]:
 
 
 def backend_of(op: str, device: str) -> str:
-    """Which of this package's implementations serves an operator here, and why."""
+    """One line naming the backend of this package that serves an operator here, with the reason."""
     return str(dispatch.choose(op, device)) if op in dispatch.OPERATORS else "not an operator of its own"

@@ -1,4 +1,4 @@
-"""What plain PyTorch does for each operator where no kernel serves, against the published form that it stands for.
+"""Operations and bytes of each operator's fallback in plain PyTorch, against the published code that it stands for.
 
     python -m benchmarks.fallbacks
 
@@ -30,7 +30,7 @@ OPERATIONS, BYTES = 1.25, 1.1
 
 @dataclass
 class Count:
-    """What was counted: operations that are not views, bytes they wrote, bytes saved for backward."""
+    """Counts of one call: operations that are not views, bytes they wrote, bytes saved for backward."""
 
     operations: int = 0
     written: int = 0
@@ -67,7 +67,7 @@ class _Counter(TorchDispatchMode):
 
 
 def count(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Count:
-    """What `function(*inputs)` and its backward do; inputs that require a gradient get one."""
+    """The counts of `function(*inputs)` and its backward pass; inputs that require a gradient get one."""
     saved: dict[Any, int] = {}
     given = {x.untyped_storage()._cdata for x in tree_leaves(inputs) if isinstance(x, Tensor)}
 

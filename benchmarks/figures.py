@@ -87,7 +87,7 @@ def _judged(figure: Figure, target: float | None, result: tuple[float, bool] | N
 
 
 def summary(found: Sequence[Sequence[str]]) -> str:
-    """How many targets were met and missed."""
+    """One line with the numbers of targets met and missed."""
     verdicts = [line[-1] for line in found if line[-1] != NO_TARGET]
     order = (MET, MISSED, NOT_MEASURED, NOT_JUDGED)
     counts = {verdict: verdicts.count(verdict) for verdict in order if verdict in verdicts}

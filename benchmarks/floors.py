@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured in the same run: the floor under every time.
+"""Peak rates of this machine, measured in the same run: they give the floor under every time.
 
 - bandwidth: the better of copying a buffer (bytes read + bytes written) and summing it (bytes read), over all cores,
   from buffers many times the last-level cache.

@@ -1,4 +1,4 @@
-"""How measured numbers are written."""
+"""Formatting of measured numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many kernels a call launches on a GPU: counted by `torch.profiler` on one, and by the dispatcher without one.
+"""Counts the kernels that a call launches on a GPU: with `torch.profiler` on one, with the dispatcher without one.
 
 `python -m benchmarks.launches` counts a Mask2Former R50 in eager mode on any machine and prints tables. The rule:
 
@@ -229,7 +229,7 @@ _pinned: dict[int, Tensor] = {}
 
 @contextlib.contextmanager
 def _meta_as_device() -> Iterator[None]:
-    """What the meta device lacks: `Tensor.pin_memory`, here a copy that is known as pinned."""
+    """Gives tensors on the meta device a `pin_memory`: it returns a copy and remembers that it is pinned."""
 
     def pin(tensor: Tensor, *_: Any) -> Tensor:
         copy = tensor.clone()

@@ -99,7 +99,7 @@ class _Writes(TorchDispatchMode):
 
 
 def written(run: Callable[[], tuple[Tensor, ...]], count: bool = True) -> tuple[tuple[Tensor, ...], float | None]:
-    """What `run()` returns, and the MiB written by it; None where they are not to be counted."""
+    """The result of `run()` and the MiB that it wrote; None in place of these if `count` is False."""
     if not count:
         return run(), None
     with _Writes() as writes:

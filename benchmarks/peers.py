@@ -92,7 +92,7 @@ def grid_sample(value: Tensor, levels: Levels, locations: Tensor, weights: Tenso
 
 
 def grid_sample_source() -> str:
-    """Where the PyTorch form comes from, for the report."""
+    """The source of the PyTorch form, in words for the report."""
     installed = version("transformers")
     return f"transformers {installed}, mask2former" if installed else "this repository's copy of transformers' form"
 

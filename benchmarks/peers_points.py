@@ -1,4 +1,4 @@
-"""What the operators on points are measured against: `transformers`' own functions, with points and with full masks."""
+"""Peers of the operators on points: `transformers`' own functions, with points and with full masks."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ STAGES = ("#30638e", "#8fb8de", "#d1495b", "#e0a458", "#cfcfcf")
 
 
 def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
-    """Where the time goes: the parts of a call stacked, this package below each model it is compared with."""
+    """Draws the stages of each call as a stacked bar, this package below its peer; returns the files' names."""
     shown = [r for r in rows if r.headline and r.stages and r.median_ms is not None and r.setting == rows[0].setting]
     if not shown:
         return []

@@ -92,7 +92,7 @@ HEADLINES = (
 
 
 def headline() -> str:
-    """What is saved, in one table: `transformers` before, this package after."""
+    """The README's table of results: `transformers` before, this package after."""
     lines = []
     for one in HEADLINES:
         before, after = one.row(one.before), one.row(one.after)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: a CSV, facts, tables and pictures of each operator, and one report of all of them.
+"""Writes the results of a run: CSV, conditions, tables and pictures of each operator, and one report of all of them.
 
 `report.md` is made from what lies in its folder, so a run of some operators renews their part and keeps the others'.
 `python -m benchmarks.report FOLDER` makes it again.
@@ -339,7 +339,7 @@ def _page(path: Path) -> str:
 
 
 def _misses(found: list[list[str]]) -> list[str]:
-    """How many targets were met, and which were not. A blank line makes the list a list."""
+    """The number of targets met, and a list of those that were missed. The blank line between them is for Markdown."""
     missed = [f"- {line[1]} ({line[2]}): {line[4]}, target {line[3]}" for line in found if line[-1] == figures.MISSED]
     return [f"{figures.summary(found)} [All of them](#targets).", "\n".join(missed)]
 

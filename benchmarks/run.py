@@ -102,7 +102,7 @@ class Runner:
             self._phase("peak memory", self._worker("memory", memory.ENVIRONMENT, *ops))
 
     def _steps(self) -> int:
-        """How many progress events the workers will send, about."""
+        """The approximate number of progress events that the workers will send."""
         chosen = [[case for case in b.select(self.scale) if self.case in case.name] for b in self.benchmarks]
         steps = 1 + sum(len({case.data for case in cases}) for cases in chosen)
         for i, _ in enumerate(facts.settings(self.scale.device)):
@@ -121,7 +121,7 @@ class Runner:
         self.seconds[name] = time.perf_counter() - start
 
     def _memory_jobs(self) -> list[tuple[str, str, str]]:
-        """What is measured on CPU: the rows of the first allocator setting that have a time."""
+        """The jobs for peak memory on CPU: the rows of the first allocator setting that have a time."""
         setting = next(iter(facts.settings(self.scale.device)))
         cases = {(b.op, case.name): case for b in self.benchmarks for case in b.select(self.scale)}
         return [
@@ -191,7 +191,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _directory(arguments: argparse.Namespace, slug: str, interrupted: bool) -> Path:
-    """Where results go: `<device>`, or beside it those that are not the whole of a default run."""
+    """The directory of the results: `<device>`; another name beside it for anything but a whole default run."""
     suffix = ("-quick" if arguments.quick else "") + ("-partial" if arguments.case or interrupted else "")
     directory: Path = arguments.output / (slug + suffix)
     return directory / "full" if arguments.full else directory

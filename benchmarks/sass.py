@@ -1,4 +1,4 @@
-"""What a disassembled kernel consists of, and how many of its warps fit on a multiprocessor.
+"""Instruction mix of disassembled kernels, and the number of their warps that fit on a multiprocessor.
 
 Occupancy is the arithmetic of the CUDA programming guide (compute capabilities, technical specifications): a block
 takes its warps' registers, allocated per warp in units of 256, and its shared memory and a reserved KiB.
@@ -50,7 +50,7 @@ _PARTS = 4
 
 
 def blocks_per_multiprocessor(capability: int, warps: int, registers: int, shared: int) -> int:
-    """How many blocks of `warps` warps fit at once; `registers` per thread, `shared` bytes per block."""
+    """The number of blocks of `warps` warps that fit at once; `registers` per thread, `shared` bytes per block."""
     limits = MULTIPROCESSORS[capability]
     per_warp = -(-registers * _WARP // _REGISTER_UNIT) * _REGISTER_UNIT
     by_registers = _REGISTERS // per_warp // _PARTS * _PARTS // warps if registers else limits.blocks

@@ -1,4 +1,4 @@
-"""What each Triton kernel takes of a multiprocessor, compiled ahead of time for every supported architecture.
+"""Registers, shared memory and occupancy of each Triton kernel, compiled ahead of time for all supported architectures.
 
     python -m benchmarks.static --check --output benchmarks/results/static/triton_resources.md
 
@@ -329,7 +329,7 @@ class Resources:
 
     @property
     def waves(self) -> float:
-        """How often the launch fills the part with programs."""
+        """The number of waves: programs of the launch over those that the GPU holds at once."""
         part = sass.MULTIPROCESSORS[self.capability]
         fit = sass.blocks_per_multiprocessor(self.capability, self.num_warps, self.registers, self.shared)
         return self.programs / max(1, fit * part.count)

@@ -1,4 +1,4 @@
-"""What each CUDA kernel takes of a multiprocessor, as the compiler reports it, for every shipped architecture.
+"""Registers, shared memory and spills of each CUDA kernel, as the compiler reports them, for all shipped architectures.
 
     python -m benchmarks.static_cuda --output benchmarks/results/static/ms_deform_attn_resources.md --check
 

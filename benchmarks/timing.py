@@ -34,9 +34,11 @@ _SHORTEST_START_S = 0.001
 
 @dataclass(frozen=True)
 class Plan:
-    """How long the runs of a case are timed: in rounds until `budget_s` seconds have passed, but no fewer than
-    `min_rounds` nor more than `MAX_ROUNDS`; a run that takes longer than `long_ms`, only `long_calls` times more after
-    the call whose result was checked."""
+    """The number of timed calls of a case.
+
+    Its runs are timed in rounds until `budget_s` seconds have passed: at least `min_rounds`, at most `MAX_ROUNDS`.
+    A run that takes longer than `long_ms` is called `long_calls` times more after the call whose result was checked.
+    """
 
     budget_s: float
     min_rounds: int
@@ -96,7 +98,7 @@ def _time_cuda(run: Callable[[], Any], flush: torch.Tensor, start_s: float) -> t
 
 
 def calls(milliseconds: float, round_ms: float, plan: Plan) -> int:
-    """How often a run is called after it was checked.
+    """The number of calls of a run after the one that was checked.
 
     Args:
         milliseconds: of the run.

@@ -177,7 +177,7 @@ def _peak(scale: Scale, workspace: Path, op: str, case: str, implementation: str
 
 
 def _in_process(scale: Scale, workspace: Path, job: Job | None, sender: Any) -> None:
-    """What a measuring process does: send (extra, total) MiB, or why there are none."""
+    """The body of a measuring process: sends (extra, total) MiB, or one line saying why there are none."""
     try:
         sender.send((memory.calibration(), None) if job is None else _peak(scale, workspace, *job))
     except Exception as error:  # as above: the row says how

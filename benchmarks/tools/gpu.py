@@ -39,7 +39,7 @@ _GRACE_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Context:
-    """Where a run happens, and what it knows of the change."""
+    """The device of a run, its folder of logs, and the tests that belong to the change."""
 
     device: str
     slug: str
@@ -69,7 +69,7 @@ class Step:
 
 @dataclass
 class State:
-    """What has ended, of one commit. Written after every step."""
+    """The finished steps of a run of one commit. Written to disk after every step."""
 
     path: Path
     commit: str
