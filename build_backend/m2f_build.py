@@ -70,7 +70,7 @@ def one_line() -> Iterator[None]:
 
 
 def needed() -> list[str]:
-    """What pip is to put into an isolated build environment: only what this machine lacks."""
+    """The requirements that pip installs into an isolated build environment: only those that this machine lacks."""
     if native.pure():
         return []
     requirements = [f"{name}{bound}" for name, bound in (("cmake", ">=3.22"), ("ninja", "")) if not _usable(name)]

@@ -99,7 +99,7 @@ def check() -> None:
 
 
 def options(output: Path) -> dict[str, str]:
-    """What CMake is told, by the names of its cache."""
+    """The options for CMake, by the names of its cache variables."""
     headers = torch_headers.find()
     if headers is None:
         raise BuildError(torch_headers.missing())

@@ -37,7 +37,7 @@ def version(torch: Path) -> tuple[int, int] | None:
 
 
 def installed() -> list[Path]:
-    """Where torch is installed for this interpreter: pip hides it from an isolated build, where headers do no harm."""
+    """The directories of torch for this interpreter. pip hides them from an isolated build."""
     spec = importlib.util.find_spec("torch")
     places = [Path(spec.origin).parent] if spec is not None and spec.origin is not None else []
     places += [Path(sysconfig.get_path(name)) / "torch" for name in ("purelib", "platlib")]
@@ -45,7 +45,7 @@ def installed() -> list[Path]:
 
 
 def cache() -> Path:
-    """Where fetched headers are kept."""
+    """The directory of fetched headers."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(base) / "m2f-kernels" / f"torch-{FETCHED}" / "include"
 
@@ -62,7 +62,7 @@ def find() -> tuple[Path, str] | None:
 
 
 def missing() -> str:
-    """What to tell a user for whom `find` found nothing."""
+    """The message for a user for whom `find` returns None."""
     old = [f"{v[0]}.{v[1]} in {place.parent}" for place in installed() if (v := version(place)) is not None]
     found = f"found torch {', '.join(old)}" if old else "torch is not installed"
     return (
