@@ -24,7 +24,7 @@ def describe(value: object) -> str:
 
 
 def tracing() -> bool:
-    """Whether `torch.jit.trace` runs, or the ONNX exporter on it."""
+    """True while `torch.jit.trace` runs, also inside the ONNX exporter."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
@@ -81,7 +81,7 @@ def check_number(name: str, value: Any) -> float:
 
 
 def readable(value: Tensor) -> bool:
-    """Whether the numbers in a tensor can be looked at now, without waiting for a device and not while tracing."""
+    """True if a tensor's values can be read now: it is on the CPU, and nothing is tracing, compiling or vmapping."""
     if value.device.type != "cpu" or torch.compiler.is_compiling() or tracing() or isinstance(value, FakeTensor):
         return False
     return not torch._C._functorch.is_batchedtensor(value)

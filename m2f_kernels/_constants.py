@@ -16,7 +16,7 @@ from m2f_kernels.ops._autograd import transformed
 
 
 def plain(tensor: Tensor) -> bool:
-    """Whether tensors like this one may be kept: nothing traces, transforms or wraps them."""
+    """True if tensors like this one may be cached: nothing traces, transforms or wraps them."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
@@ -27,7 +27,7 @@ def plain(tensor: Tensor) -> bool:
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is being captured: what is made then lives in the graph's memory."""
+    """True while a CUDA graph is being captured: tensors that are made then live in the graph's memory."""
     return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
@@ -82,7 +82,7 @@ class ConstantCache:
         self._lock = threading.Lock()
 
     def get(self, make: Callable[[], Tensor], key: Hashable, like: Tensor) -> Tensor:
-        """What `make` returns for `key` and the device and dtype of `like`; not to be changed in place."""
+        """The cached result of `make()` for `key` and the device and dtype of `like`. Never change it in place."""
         if not plain(like):
             return make()
         mode: Any = like.fake_mode if isinstance(like, FakeTensor) else None

@@ -1,4 +1,4 @@
-"""Which dtype an operator computes in, and which one autocast wants."""
+"""The dtype in which an operator computes, and the one that autocast wants."""
 
 from __future__ import annotations
 

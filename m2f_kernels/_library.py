@@ -77,9 +77,9 @@ LIBRARIES = _load_all()
 
 
 def cuda_build() -> tuple[tuple[str, ...], int]:
-    """What the CUDA library contains, such as ("sm_90", "compute_120"), and its build's CUDA version, 12080 for 12.8.
+    """The architectures in the CUDA library, such as ("sm_90", "compute_120"), and its CUDA version, 12080 for 12.8.
 
-    Nothing and 0 without the library."""
+    An empty tuple and 0 without the library."""
     handle = LIBRARIES["cuda"].handle
     if handle is None:
         return (), 0

@@ -1,4 +1,4 @@
-"""What every operator's `triton.py` needs to launch its kernels.
+"""Shared by every operator's `triton.py`: launching kernels, architectures, recording.
 
 Imported with them at the first call of a Triton kernel, never at the import of the package. A launch goes through
 :func:`launch`, so that :func:`recording` can collect the kernels of an operator with their production configurations
@@ -25,7 +25,7 @@ _INTERPRETED = tl.constexpr(INTERPRETED)
 
 @dataclass(frozen=True)
 class Architecture:
-    """What launch configurations depend on.
+    """The properties of a GPU that launch configurations depend on.
 
     Attributes:
         capability: compute capability, 90 for sm_90; 0 for AMD.
@@ -158,7 +158,7 @@ def rows_and_blocks(rows: int, blocks: int) -> tuple[int, int, int]:
 
 @triton.jit
 def block_id():  # type: ignore[no-untyped-def]
-    """Which block of its row a program of a `rows_and_blocks` grid has."""
+    """The index within its row of the block that this program of a `rows_and_blocks` grid has."""
     return tl.program_id(1) + tl.program_id(2) * tl.num_programs(1)
 
 

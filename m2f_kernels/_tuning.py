@@ -74,7 +74,7 @@ def forced(kernel: str, key: str, configuration: Configuration) -> Iterator[None
 
 
 def configuration(capability: int, kernel: str, key: str, default: Configuration) -> Configuration:
-    """What to launch `kernel` with.
+    """The configuration to launch `kernel` with: forced, from the table, or `default`.
 
     Args:
         capability: compute capability, 90 for sm_90.

@@ -1,4 +1,4 @@
-"""Which backend serves a call, and why: the one place.
+"""The choice of the backend that serves a call, with its reason. No other module chooses.
 
 On the CPU the compiled library serves; on "cuda", ROCm included, the first that can of the compiled library, Triton and
 the fallback; anywhere else the fallback, plain PyTorch. :func:`decide` is that rule, a function of what is known about
@@ -46,7 +46,7 @@ AMD_ARCHITECTURES = re.compile(r"gfx(90a|94\d|95\d|11\d\d|12\d\d)")
 
 @dataclass(frozen=True)
 class Operator:
-    """What there is for one public operator.
+    """The kernels that exist for one public operator.
 
     Attributes:
         name: the public name.
@@ -67,7 +67,7 @@ class Operator:
 
 @dataclass(frozen=True)
 class Device:
-    """What a choice depends on.
+    """The properties of a device that a choice depends on.
 
     Attributes:
         type, index: as in `torch.device`.
@@ -92,7 +92,7 @@ class Device:
 
 @dataclass(frozen=True)
 class Software:
-    """What is installed.
+    """The installed software that a choice depends on.
 
     Attributes:
         libraries: the compiled ones, by device type.
@@ -113,7 +113,7 @@ class Software:
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """What serves an operator on a device, and why. `str()` gives one readable line.
+    """The backend that serves an operator on a device, and the reason. `str()` gives one readable line.
 
     Attributes:
         op: the operator's public name.
@@ -139,7 +139,7 @@ OPERATORS: dict[str, Operator] = {}
 
 
 def _compiler_problem() -> str | None:
-    """Why Triton cannot build the host side of a kernel, or None. It compiles a little C at a kernel's first call."""
+    """The reason why Triton cannot build a kernel's launcher, or None. It compiles that, in C, at the first call."""
     compiler = os.environ.get("CC")
     if compiler is not None:
         if shutil.which(compiler.split()[0] if compiler.strip() else "") is None:
@@ -171,7 +171,7 @@ def _triton_state() -> tuple[str | None, str | None]:
 
 @cache
 def software() -> Software:
-    """What is installed here."""
+    """The software that is installed here."""
     version, problem = _triton_state()
     code, runtime = _library.cuda_build()
     return Software(_library.LIBRARIES, version, problem, torch.version.hip is not None, code, runtime)
@@ -179,7 +179,7 @@ def software() -> Software:
 
 @cache
 def device_of(type: str, index: int | None) -> Device:
-    """What is known about a device here."""
+    """The properties of a device of this machine."""
     if type != "cuda" or not torch.cuda.is_available():
         return Device(type, index)
     index = torch.cuda.current_device() if index is None else index
@@ -200,7 +200,7 @@ def _version(number: int) -> str:
 
 
 def library_problem(op: Operator, device: Device, here: Software, reproducible: bool) -> str | None:
-    """Why `libm2f_cuda.so` cannot serve `op` on `device`, or None."""
+    """The reason why `libm2f_cuda.so` cannot serve `op` on `device`, or None."""
     library = here.libraries["cuda"]
     if not library.loaded:
         return library.problem
@@ -218,7 +218,7 @@ def library_problem(op: Operator, device: Device, here: Software, reproducible: 
 
 
 def _runs(code: str, capability: tuple[int, int]) -> bool:
-    """Whether a device runs machine code ("sm_86"), or its driver compiles PTX ("compute_120") for it."""
+    """True if a device runs this machine code ("sm_86"), or its driver compiles this PTX ("compute_120") for it."""
     kind, number = code.split("_")
     exactly = not number.isdecimal()  # sm_90a runs on sm_90 only
     number = number.rstrip("af")
@@ -229,7 +229,7 @@ def _runs(code: str, capability: tuple[int, int]) -> bool:
 
 
 def triton_problem(op: Operator, device: Device, dtype: torch.dtype | None, here: Software) -> str | None:
-    """Why Triton cannot serve `op` on `device`, or None."""
+    """The reason why Triton cannot serve `op` on `device`, or None."""
     if op.triton is None or importlib.util.find_spec(op.triton) is None:
         return f"there is no Triton kernel of {op.name}"
     if here.triton_problem is not None:
@@ -252,7 +252,7 @@ def decide(
     forced: str = "auto",
     reproducible: bool = False,
 ) -> BackendChoice:
-    """What serves `op` on `device`: the rule itself, a function of its arguments only.
+    """The backend that serves `op` on `device`. This is the rule itself, a function of its arguments only.
 
     Args:
         op, device, here: what is known.
@@ -344,7 +344,7 @@ def use_backend(name: str, op: str | Callable[..., Any] | None = None) -> Iterat
 
 
 def forced() -> tuple[tuple[str, str], ...]:
-    """What :func:`use_backend` forces now."""
+    """The backends that :func:`use_backend` forces now, as pairs of operator and backend."""
     return _forced
 
 
@@ -374,7 +374,7 @@ def choose(
     dtype: torch.dtype | None = None,
     reproducible: bool = False,
 ) -> BackendChoice:
-    """What serves operator `op` (or its public name) on a device such as "cpu" or "cuda", and why.
+    """The backend that serves operator `op` (or its public name) on a device such as "cpu" or "cuda", and the reason.
 
     Args:
         dtype: of the first tensor; None for any but float64.
@@ -390,7 +390,7 @@ def choose(
 
 
 def software_for(type: str) -> Software:
-    """What is installed, Triton asked for only where it matters: importing it takes a moment."""
+    """The software that matters for a type of device. Triton, slow to import, is asked for on "cuda" only."""
     return software() if type == "cuda" else Software(_library.LIBRARIES)
 
 
@@ -443,7 +443,7 @@ def plain(op: str, tensor: Tensor) -> str | None:
 
 
 def serves(op: str, tensor: Tensor) -> bool:
-    """Whether a kernel serves a call, or the user has forced plain PyTorch on it.
+    """True if a kernel serves a call, or the user has forced plain PyTorch on it.
 
     An integration calls the operator then, and otherwise the code that it stands for.
 

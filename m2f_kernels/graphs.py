@@ -28,7 +28,7 @@ _FAILURES = 64
 
 
 class CudaDevice:
-    """What :class:`CudaGraphs` asks of CUDA; tests give it another. One pool of memory, one stream to capture on."""
+    """CUDA as :class:`CudaGraphs` uses it: one pool of memory, one stream to capture on. Tests replace it."""
 
     type = "cuda"
 
@@ -46,7 +46,7 @@ class CudaDevice:
         return torch.cuda.device(device)
 
     def capturing(self, device: torch.device) -> bool:
-        """Whether somebody else captures."""
+        """True while other code captures a graph."""
         return _constants.capturing(device)
 
     def warm_up(self, run: Callable[[], Any], times: int) -> None:
@@ -63,7 +63,7 @@ class CudaDevice:
         torch.cuda.set_rng_state(random)
 
     def capture(self, run: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
-        """What `run` returned while it was captured, and what replays it."""
+        """The result of `run` as it was captured, and the function that replays it."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
             # Other threads may go on: those of a loader that pins memory, for example.
@@ -74,7 +74,7 @@ class CudaDevice:
         return result, graph.replay
 
     def bytes(self) -> int:
-        """How large the pool is."""
+        """The size of the pool, in bytes."""
         segments = torch.cuda.memory_snapshot()
         return sum(x["total_size"] for x in segments if tuple(x["segment_pool_id"]) == tuple(self._pool))
 
@@ -84,7 +84,7 @@ class CudaDevice:
             torch.cuda.current_stream().wait_event(self._last)
 
     def end(self) -> None:
-        """What the current stream has been given is the last replay."""
+        """Records that the last replay is the work which the current stream has now."""
         self._last = torch.cuda.Event()
         self._last.record(torch.cuda.current_stream())
 
@@ -121,7 +121,7 @@ class Graph:
         self.backward: Backward | None = None
 
     def result(self, tensors: Sequence[Tensor]) -> Any:
-        """What the model returns, of `tensors` in place of `outputs`."""
+        """The model's result with `tensors` in place of `outputs`."""
         return tree_unflatten([x if place is None else tensors[place] for x, place in self._leaves], self._spec)
 
 
@@ -188,11 +188,11 @@ class _Seen:
 
     @cached_property
     def versions(self) -> list[int]:
-        """How often each weight was changed in place."""
+        """The number of in-place changes of each weight so far."""
         return [0 if x.is_inference() else x._version for x in self.weights]
 
     def training_problem(self) -> str | None:
-        """Why its backward pass cannot be captured."""
+        """The reason why its backward pass cannot be captured, or None."""
         globally = nn.modules.module
         for x in self.modules:
             if x._backward_hooks or x._backward_pre_hooks or globally._global_backward_hooks:
@@ -390,7 +390,7 @@ class CudaGraphs:
         return self._run(*args, **kwargs)
 
     def _refusal(self, seen: _Seen, leaves: list[Any], tensors: list[Tensor], differentiates: bool) -> str | None:
-        """Why this call cannot be replayed."""
+        """The reason why this call cannot be replayed, or None."""
         kind = self._device.type
         if not tensors:
             return "no input is a tensor"

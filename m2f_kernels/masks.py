@@ -56,7 +56,7 @@ def widen(bits: Tensor, first_key: int, num_keys: int, all_keys: int) -> Tensor:
 
 
 class PackedMask(NamedTuple):
-    """Which keys each query attends to, one bit each, shared by all heads.
+    """An attention mask with one bit for each query and key, shared by all heads.
 
     A tuple of its three fields, so it passes through `torch.compile`, checkpointing and anything else that
     takes pytrees. Made by :func:`predict_attention_mask` and :func:`pack_attention_mask`.

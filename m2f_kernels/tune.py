@@ -84,7 +84,7 @@ def problems(capability: int, device: torch.device) -> Iterator[Problem]:
 
 
 def agree(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    """Whether two configurations computed the same, up to rounding; bits of masks up to one in a million."""
+    """True if two configurations computed the same, up to rounding; bits of masks up to one in a million."""
     for a, b in zip(found, expected, strict=True):
         if not a.dtype.is_floating_point:
             if int((a != b).sum()) > 1e-6 * a.numel() * 32 + 1:
@@ -99,7 +99,7 @@ Batch = tuple[int, list[Configuration]]
 
 
 def batches(found: Iterator[Problem], size: int = 8) -> list[Batch]:
-    """What to compile, in parts of about `size` kernels. `waves` is no argument of a kernel: one of each suffices."""
+    """The kernels to compile, in parts of about `size`. `waves` is no argument of a kernel: one of each suffices."""
     parts = []
     for index, problem in enumerate(found):
         kernels = {tuple((k, v) for k, v in c.items() if k != "waves"): c for c in problem.candidates}

@@ -44,7 +44,7 @@ class MultiScaleDeformableAttention(nn.Module):
 
 @dataclass(frozen=True)
 class _Repository:
-    """What `kernels` asks of a repository of layers: that it loads a class, can be a dictionary's key, and has a name.
+    """A repository of layers as `kernels` expects it: it loads a class, can be a dictionary's key, and has a name.
 
     Its own `LocalLayerRepository` wants a directory with built variants for every torch and CUDA version, which it
     imports as a package apart: a second copy of this one.

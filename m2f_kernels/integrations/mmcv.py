@@ -108,7 +108,7 @@ def _attention_function(original: Callable[..., Tensor]) -> Callable[..., Tensor
 
 
 class _InPlaceExtension:
-    """What `mmcv.ops.multi_scale_deform_attn` calls in mmcv's compiled extension: gradients go into buffers."""
+    """Stands in for mmcv's compiled extension in `mmcv.ops.multi_scale_deform_attn`: gradients go into buffers."""
 
     ms_deform_attn_forward = staticmethod(_extension.forward)
 
@@ -139,7 +139,7 @@ class _InPlaceExtension:
 
 
 class _Extension:
-    """What `detrex.layers.multi_scale_deform_attn` calls in detrex's: gradients are returned."""
+    """Stands in for detrex's compiled extension in `detrex.layers.multi_scale_deform_attn`: gradients are returned."""
 
     ms_deform_attn_forward = staticmethod(_extension.forward)
     ms_deform_attn_backward = staticmethod(_extension.backward)

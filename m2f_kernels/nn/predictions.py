@@ -1,4 +1,4 @@
-"""What the matcher and the criterion take: checks of predictions and targets, and predictions that share features."""
+"""Inputs of the matcher and the criterion: checks of predictions and targets, and predictions that share features."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the autograd formulas of all operators share, and the way in which public functions call operators.
+"""Code shared by the autograd formulas of all operators, and :func:`call`, by which public functions call operators.
 
 `torch.library.register_autograd` makes an `autograd.Function` that PyTorch's own `torch.func` refuses, and that passes
 over forward-mode tangents without a word. So :func:`call` goes through a function of this module where one of the two
@@ -80,7 +80,7 @@ def differentiable_once(title: str, gradients: tuple[Tensor, ...], sources: list
 
 
 def transformed() -> bool:
-    """Whether a transform of `torch.func` or forward-mode AD is active, in eager mode."""
+    """True if a transform of `torch.func` or forward-mode AD is active, in eager mode."""
     if torch.compiler.is_compiling():
         return False
     active: bool = torch._C._are_functorch_transforms_active()

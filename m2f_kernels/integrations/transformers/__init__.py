@@ -45,12 +45,12 @@ class Entry:
 
 @dataclass(frozen=True)
 class Report:
-    """What was done.
+    """The modules that :func:`accelerate` replaced, and those that it left alone with the reason.
 
     Attributes:
-        replaced: what was replaced.
-        left: what is known and was left alone.
-        already: what had been replaced before.
+        replaced: modules that were replaced.
+        left: modules of known classes that were left alone, each with the reason.
+        already: modules that had been replaced before.
         unserved: operators that have no kernel where the model is now, for its dtype, and what would change that.
             Modules ask at every call, and call what they replaced where no kernel serves.
         modules: the modules of `replaced`, to be given back at the end of a `with` block.
@@ -79,7 +79,7 @@ class Report:
 
 
 class Acceleration(NamedTuple):
-    """What :func:`accelerate` returns: the model and the report. As a context manager it undoes itself.
+    """The result of :func:`accelerate`: the model and the report. A `with` block undoes the acceleration at its end.
 
     Attributes:
         model: the model that was given.
@@ -168,7 +168,7 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
 
 
 def _unserved(model: nn.Module, ops: Iterable[str]) -> tuple[str, ...]:
-    """Why plain PyTorch would serve some of the operators for tensors like the model's parameters."""
+    """For each operator that plain PyTorch would serve on the model's device and dtype: one line with the reason."""
     like = next((x for x in model.parameters() if x.is_floating_point()), None)
     if like is None:
         return ()

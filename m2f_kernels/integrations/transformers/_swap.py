@@ -1,4 +1,4 @@
-"""How modules of another package get this package's `forward` and give it back.
+"""Gives modules of another package this package's `forward`, and takes it back.
 
 A replacement is a mixin whose methods override those of the original class and call `super()` for what only the
 original does. The accelerated class of `X` is `(mixin, X)`, made once; accelerating an instance sets its `__class__`,
@@ -31,7 +31,7 @@ else:
 
 @dataclass(frozen=True)
 class Replacement:
-    """What to do with instances of one original class.
+    """The replacement for instances of one original class.
 
     Attributes:
         mixin: a class at module level. Nothing may be set on an instance when it is accelerated. A class can also be
@@ -63,7 +63,7 @@ def replacements() -> dict[str, Replacement]:
 
 
 class _Accelerated:
-    """What every accelerated class has besides its mixin: a name in `repr`, and a way through pickle."""
+    """The base of every accelerated class: gives it its name in `repr`, and lets instances be pickled."""
 
     def _get_name(self) -> str:
         return f"Accelerated{type(self).__name__}"
@@ -129,7 +129,9 @@ def _original(cls: type) -> type:
 
 @cache
 def _metaclass(of: type) -> type:
-    """Where a patched name stands for the original, its instances made before are instances of what it means now."""
+    """The metaclass of accelerated classes: instances of the original class count as instances of the accelerated one.
+
+    So `isinstance` still holds for modules that were made before a name was patched."""
 
     def instance_check(cls: type, instance: object) -> bool:
         return type.__instancecheck__(cls, instance) or (cls in _PAIRS and isinstance(instance, _PAIRS[cls].original))
@@ -160,21 +162,21 @@ def qualified_name(cls: type) -> str:
 
 
 def watched(module: nn.Module) -> bool:
-    """Whether someone would miss that a module is not called."""
+    """True if any hooks are registered on a module, which only its call would run."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
 def observed(module: nn.Module) -> bool:
-    """Whether someone looks at what a module takes and returns: :func:`watched` by others than FSDP2."""
+    """True if hooks of anything but FSDP2 are registered on a module: they see its inputs or outputs."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     owners = (type(getattr(hook, "__self__", None)).__module__ for table in hooks for hook in table.values())
     return any(not owner.startswith("torch.distributed.fsdp") for owner in owners)
 
 
 class Plan(NamedTuple):
-    """What is known about a module: its replacement, why it is left alone, whether it is accelerated already."""
+    """The plan for a module: its replacement, the reason to leave it alone or None, and whether it is accelerated."""
 
     replacement: Replacement
     reason: str | None
@@ -182,7 +184,7 @@ class Plan(NamedTuple):
 
 
 def plan(module: nn.Module) -> Plan | None:
-    """What to do with `module`; None where nothing is known about its class nor those that it derives from."""
+    """The plan for `module`; None if neither its class nor any that it derives from is known."""
     table, derived = replacements(), []
     for cls in type(module).__mro__:
         replacement = table.get(qualified_name(cls))

@@ -106,7 +106,7 @@ class _Attention(Mixin):
         return self._m2f_project(out), self._m2f_weights(logits) if looked_at else None
 
     def _m2f_weights_asked(self, kwargs: dict[str, Any]) -> bool:
-        """Whether someone asked for the weights, and not only gets them with everything else."""
+        """True if the caller asked for attention weights."""
         if kwargs.get("output_attentions"):
             return True
         # transformers 5 records outputs by hooks that stay; they do something while this is set.
@@ -118,7 +118,7 @@ class _Attention(Mixin):
         return _ASKED.get() or any("attentions" in key for key in recording._active_collector.get() or ())
 
     def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
-        """Whether these arguments are what the operator takes; the original deals with all others, errors included."""
+        """True if the operator takes these arguments. The original deals with all others, errors included."""
         states, points = kwargs.get("encoder_hidden_states"), kwargs.get("reference_points")
         if states is None or points is None or _shapes(kwargs) is None:
             return False
@@ -290,7 +290,7 @@ def _check_core(module: nn.Module) -> str | None:
 
 
 def check_attention(module: nn.Module) -> str | None:
-    """Why an attention module is left alone."""
+    """The reason why an attention module is left alone, or None."""
     if reason := _check_parameters(module, _PARAMETERS):
         return reason
     method = getattr(module, "method", getattr(module, "decoder_method", "default"))
@@ -303,7 +303,7 @@ def check_attention(module: nn.Module) -> str | None:
 
 
 def check_core(module: nn.Module) -> str | None:
-    """Why a core is left alone."""
+    """The reason why a core (sampling and weighting alone) is left alone, or None."""
     known = set(inspect.signature(Core.forward).parameters)
     return _check_parameters(module, known)
 

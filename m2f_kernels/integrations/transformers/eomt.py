@@ -209,8 +209,8 @@ class RotaryForUniversalSegmentation(ForUniversalSegmentation):
 
 
 def _weights_seen(attention: nn.Module) -> bool:
-    """Whether someone looks at an attention's results, besides the collectors of `transformers`, which stay in place
-    once hidden states or weights were asked for, and are idle otherwise."""
+    """True if hooks see an attention's results. The collectors of `transformers` do not count: once hidden states or
+    weights were asked for they stay registered, idle."""
     hooks = (*attention._forward_hooks.values(), *attention._forward_pre_hooks.values())
     foreign = any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
     return foreign and observed(attention)

@@ -488,12 +488,12 @@ class ForUniversalSegmentation(Mixin):
 
 
 def layer_problem(layer: Any) -> str | None:
-    """Why a decoder layer cannot be fused."""
+    """The reason why a decoder layer cannot be fused, or None."""
     return attention_problem(layer.cross_attn, gathered=not gathers(layer))
 
 
 def predictor_problem(predictor: nn.Module) -> str | None:
-    """Why the mask predictor cannot be replaced by its embedder."""
+    """The reason why the mask predictor cannot be replaced by its embedder, or None."""
     if qualified_name(type(predictor)) != f"{_MODULE}.Mask2FormerMaskPredictor":
         return f"its mask predictor is {qualified_name(type(predictor))}, unknown to m2f_kernels"
     return "its mask predictor has hooks, which are only served by calling it" if watched(predictor) else None

@@ -1,4 +1,4 @@
-"""What Mask2Former and OneFormer of `transformers` share: masked attention and the losses."""
+"""Code shared by Mask2Former and OneFormer of `transformers`: masked attention and the losses."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def dense_masks(masks: Tensor | InstanceMap) -> Tensor:
 
 
 def attention_problem(attention: nn.Module, gathered: bool = True) -> str | None:
-    """Why an attention module cannot be computed from its weights alone; None where it can.
+    """The reason why an attention module cannot be computed from its weights alone, or None.
 
     Args:
         gathered: False for one whose weights are put together only when the layer around it runs.
@@ -65,7 +65,7 @@ def attention_problem(attention: nn.Module, gathered: bool = True) -> str | None
 
 
 def gathers(*modules: nn.Module) -> bool:
-    """Whether one of these modules gathers its parameters when it is called, and may free them afterwards (FSDP2).
+    """True if one of these modules gathers its parameters when it is called, and may free them afterwards (FSDP2).
 
     Before its call they may be there all the same, from the last call: nothing that reads them then has their gradient.
     """
@@ -75,7 +75,7 @@ def gathers(*modules: nn.Module) -> bool:
 
 
 def drops(attention: nn.MultiheadAttention) -> bool:
-    """Whether attention weights are dropped out, which the operator does not do."""
+    """True if dropout acts on attention weights, which the operator does not support."""
     return attention.training and attention.dropout > 0
 
 
@@ -115,7 +115,7 @@ def project_keys_values(
 
 
 class Memory(NamedTuple):
-    """What a layer attends to: projected keys and values [N, H, S, D], or what it projects itself.
+    """The memory of a layer: projected keys and values [N, H, S, D], or pixels and positions that it projects itself.
 
     A layer is given the fields one by one, so that activation checkpointing sees which of them have gradients.
     """
@@ -146,7 +146,7 @@ def project_levels(
     positions: Sequence[Tensor],
     themselves: Sequence[bool],
 ) -> list[Memory]:
-    """What every layer attends to; layer i attends to level i modulo their number.
+    """The memory of every layer; layer i attends to level i modulo the number of levels.
 
     `themselves` says which of the layers project for themselves.
     """
@@ -173,7 +173,7 @@ def attend(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: 
 
 
 def subclass_problem(module: nn.Module, original: str, methods: Iterable[str]) -> str | None:
-    """Why a subclass is left alone, though it overrides no `forward`: it overrides what that would not call any more.
+    """The reason why a subclass is left alone, or None: it overrides methods that the new `forward` would not call.
 
     Args:
         original: qualified name of the class that it derives from.
@@ -194,7 +194,7 @@ CRITERION_OPS = ("point_sample", "uncertain_points", "mask_matching_cost", "poin
 
 
 def kernels_serve(ops: Sequence[str], tensor: Tensor) -> bool:
-    """Whether every one of them has a kernel on a tensor's device and for its dtype, or plain PyTorch is forced."""
+    """True if each operator has a kernel for a tensor's device and dtype, or plain PyTorch is forced."""
     return all([dispatch.serves(op, tensor) for op in ops])
 
 
@@ -205,7 +205,7 @@ def losses_served(masks: Masks) -> bool:
 
 
 def layers_problem(layers: Iterable[nn.Module], mixin: type) -> str | None:
-    """Why a decoder is left alone: one of its layers is."""
+    """The reason why a decoder is left alone, or None: one of its layers is left alone."""
     for layer in layers:
         known = plan(layer)
         if known is None or known.replacement.mixin is not mixin:
@@ -225,7 +225,7 @@ def warn_unfused(module: nn.Module, reason: str) -> None:
 
 
 def matcher_problem(criterion: Any, matcher: str) -> str | None:
-    """Why a criterion's losses cannot be computed here: what it matches with is not `transformers`' own class."""
+    """The reason why a criterion's losses cannot be computed here, or None: its matcher is of an unknown class."""
     name = qualified_name(type(criterion.matcher))
     return None if name == matcher else f"its matcher is {name}, unknown to m2f_kernels"
 

@@ -457,7 +457,7 @@ class Criterion(Mixin):
 
 
 def layer_problem(layer: Any) -> str | None:
-    """Why a decoder layer cannot be fused."""
+    """The reason why a decoder layer cannot be fused, or None."""
     if not isinstance(layer.cross_attn, CrossAttentionLayer):
         reason = layers_problem([layer.cross_attn], CrossAttentionLayer)
         return reason or "its cross-attention layer is left alone"

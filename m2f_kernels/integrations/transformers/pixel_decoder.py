@@ -179,7 +179,7 @@ class PixelDecoder(Mixin):
         return self._m2f_output(self.mask_projection(maps[-1]), maps[: self.num_feature_levels], encoded.attentions)
 
     def _m2f_encode(self, features: Sequence[Tensor], **flags: Any) -> Any:
-        """What the encoder makes of the maps at strides 32, 16 and 8."""
+        """The encoder's output for the feature maps at strides 32, 16 and 8."""
         tokens, positions, sizes = [], [], []
         # All images have the same positions; hooks see those of each.
         images = features[0].shape[0] if observed(self.position_embedding) else 1
@@ -208,7 +208,7 @@ class PixelDecoder(Mixin):
         )
 
     def _m2f_shapes(self, shapes: Tensor) -> dict[str, Tensor]:
-        """What the encoder takes besides the list of sizes."""
+        """Further keyword arguments of the encoder, besides the list of sizes."""
         return {}
 
     def _m2f_convolutions(self) -> list[tuple[Any, Any]]:
@@ -227,7 +227,7 @@ def _levels(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
 
 
 def check_pixel_decoder(module: Any) -> str | None:
-    """Why a pixel decoder is left alone: that of old versions has no list of sizes."""
+    """The reason why a pixel decoder is left alone, or None: in old versions its encoder takes no list of sizes."""
     parameters = inspect.signature(module.encoder.forward).parameters
     known = "spatial_shapes_list" in parameters or any(x.kind is x.VAR_KEYWORD for x in parameters.values())
     return None if known else "its encoder takes the sizes of the levels as a tensor alone"

@@ -11,7 +11,7 @@ PREDICT = "predict_attention_mask"
 
 
 def key(element_size: int, num_queries: int) -> str:
-    """What of the arguments a configuration depends on: the element size and the number of queries, padded."""
+    """The key of a configuration: the element size and the padded number of queries, on which it depends."""
     padded = min(max(1 << (num_queries - 1).bit_length(), 16), 256)
     return f"{8 * element_size} bit, Q {padded}"
 
@@ -41,7 +41,7 @@ def predict(capability: int, element_size: int, num_queries: int) -> Configurati
 
 
 def candidates(element_size: int, num_queries: int) -> list[Configuration]:
-    """What the tuner measures, the default first."""
+    """The configurations that the tuner measures, the default first."""
     queries = padded_queries(num_queries)
     found = [default(element_size, num_queries)]
     for s, q, c, warps, stages in product((32, 64, 128), {queries, min(queries, 64)}, (16, 32, 64), (4, 8), (2, 3, 4)):

@@ -20,7 +20,7 @@ def padded(size: int, smallest: int = 16) -> int:
 
 
 def key(element_size: int, num_queries: int, d: int) -> str:
-    """What of the arguments a configuration depends on; sizes are padded."""
+    """The key of a configuration: the arguments on which it depends, sizes padded."""
     return f"{8 * element_size} bit, Q {min(padded(num_queries), 256)}, D {padded(d)}"
 
 
@@ -100,7 +100,7 @@ def open_backward(element_size: int, d: int) -> Configuration:
 
 
 def candidates(default: Configuration) -> list[Configuration]:
-    """What the tuner measures for a kernel whose heuristic is `default`, which comes first."""
+    """The configurations that the tuner measures for a kernel, `default` (its heuristic's) first."""
     found = [default]
     queries = sorted({default["BLOCK_Q"], max(default["BLOCK_Q"] // 2, 16)})
     for q, k, warps, stages, waves in product(queries, (32, 64, 128), (4, 8), (1, 2, 3), (2, 4)):

@@ -57,7 +57,7 @@ def _expand(words, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AXIS: tl.conste
 def _active_tiles(
     bits, rows, exists, empty, first_key, num_words, num_keys, TILES: tl.constexpr, BLOCK_K: tl.constexpr
 ):
-    """Which of TILES tiles of keys some query attends to, as the bits of a scalar, and how many they are.
+    """The tiles of keys, of TILES, that any query attends to: a scalar with one bit for each, and their number.
 
     Known before the loop over tiles, so that the loop has no branch and its loads can be issued ahead.
     """
@@ -97,7 +97,7 @@ def _load_row(start, row, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
 
 @triton.jit
 def _any_non_finite(x):
-    """Whether a matrix has a NaN or an infinity."""
+    """True if a matrix has a NaN or an infinity."""
     return tl.max(tl.max(((tl.abs(x) < float("inf")) == 0).to(tl.int32), axis=1), axis=0) != 0
 
 
@@ -261,8 +261,8 @@ def _combine_kernel(
 
 
 def _loads_vectors(*tensors: Tensor) -> bool:
-    """Whether Triton takes every row to begin at a multiple of 16 bytes: it looks at addresses and at strides, of axes
-    with one element too, which have to be multiples of 16."""
+    """True if Triton can take every row to begin at a multiple of 16 bytes. It looks at addresses and at strides, which
+    have to be multiples of 16, those of axes with one element too."""
     address = (x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr() for x in tensors)
     return all(a % 16 == 0 for a in address) and all(s % 16 == 0 for x in tensors for s in x.stride()[:3])
 
@@ -341,8 +341,8 @@ def _load_query_block(
     query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """What the backward needs of a block of queries of one head: q, the output's gradient, their scores' log-sum-exp
-    (base 2) and delta = rowsum(gradient * output)."""
+    """The inputs of the backward for a block of queries of one head: q, the output's gradient, the log-sum-exp of the
+    scores (base 2) and delta = rowsum(gradient * output)."""
     queries = first_query + tl.arange(0, BLOCK_Q)
     q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
     g = _load_rows(grad, first_query, grad_q, num_queries, D, BLOCK_Q, BLOCK_D)

@@ -92,7 +92,7 @@ def _pair(at, stride_d, mask, PACKED: tl.constexpr, HALF: tl.constexpr):
 
 @triton.jit
 def _softmax(at, stride_k, mask, SAMPLES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_Q: tl.constexpr):
-    """What turns the logits x of each query into weights: the largest m and s; exp(x - m) * s is the weight."""
+    """The largest logit m of each query and the inverse s of its softmax's sum: exp(x - m) * s is the weight of x."""
     # Sample by sample, as they are used: as a tile they would be handed from lane to lane again and again.
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)

@@ -233,7 +233,7 @@ def point_mask_loss(
 
 
 def _blocks(points: int) -> int:
-    """How many programs share a mask's points."""
+    """The number of programs that share a mask's points."""
     _, along_y, along_z = rows_and_blocks(1, triton.cdiv(points, _POINTS))
     return along_y * along_z
 

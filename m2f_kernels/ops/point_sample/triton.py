@@ -168,7 +168,7 @@ def _float_kernel(sums, scale, out, num_pixels, CLEAR: tl.constexpr, BLOCK: tl.c
 
 
 def fixed_point_scale(largest: Tensor) -> Tensor:
-    """What to multiply terms with of which `largest` [P] is the largest, so that they become fixed-point numbers.
+    """The factors that turn terms, of which `largest` [P] is the largest, into fixed-point numbers.
 
     float32 [P, 2], two factors, since one alone is beyond float32 for terms below 3e-27. NaN in the second where a
     term is not finite.
@@ -210,8 +210,8 @@ def _cell_kernel(
 
 @triton.jit
 def _weight(coordinate, size, pixel):
-    """What a pixel contributes to samples at a coordinate. Not by the cell that another kernel has found: next to a
-    pixel's centre that one may have rounded otherwise."""
+    """The weight of a pixel in samples at a coordinate. Computed anew, not from the cell that another kernel chose:
+    that one may have rounded differently next to a pixel's centre."""
     below, fraction, _ = axis(coordinate, size)
     return tl.where(below == pixel, 1 - fraction, tl.where(below + 1 == pixel, fraction, 0.0))
 
