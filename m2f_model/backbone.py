@@ -87,7 +87,7 @@ def _stamp(sources: Sequence[Tensor]) -> list[Any]:
 
 
 def _kept(module: nn.Module, name: str, sources: list[Tensor], make: Callable[[], Any]) -> Any:
-    """What `make` returns, a tensor or a tuple, until one that it is made from is changed or exchanged."""
+    """The cached result of `make()`, a tensor or a tuple; made anew once one of `sources` is changed or exchanged."""
     device = sources[0].device
     if not plain(sources[0]) or any(x.is_inference() for x in sources):
         return make()

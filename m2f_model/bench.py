@@ -1,4 +1,4 @@
-"""What the fused kernels save end to end: this model and `transformers`', the same random weights and input.
+"""End-to-end times and peak memory of this model and of `transformers`', with the same random weights and input.
 
 Times are medians of interleaved runs (theirs, ours, theirs, ...), so that whatever else the machine does falls on both.
 Peak memory is the growth over what a process holds with its weights (and, in training, gradients) before the call;

@@ -76,7 +76,7 @@ def segment(given: argparse.Namespace) -> int:
 
 
 def info(given: argparse.Namespace) -> int:
-    """What is installed, which kernels run where, and what a model is."""
+    """Print what is installed, which kernels run where, and, with --weights, a model's configuration."""
     import m2f_kernels.info
 
     if given.weights is None:
@@ -400,7 +400,7 @@ def _datasets(given: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
 def _dataset(
     given: argparse.Namespace, annotations: Path | None = None, images: Path | None = None, split: str = "train"
 ) -> Dataset:
-    """What --data and its like say; from other files than theirs where these are given."""
+    """The data set that --data and its options name, from `annotations` and `images` where these are given."""
     from m2f_model.coco import CocoInstances, CocoPanoptic
     from m2f_model.data import Shapes
     from m2f_model.semantic import SemanticMaps, read_names
@@ -523,7 +523,7 @@ _WEIGHTS = (
 
 
 def parser() -> argparse.ArgumentParser:
-    """What `m2f` takes."""
+    """The parser of `m2f`'s command line."""
     main = _Parser("m2f", description="Mask2Former on fused kernels.", allow_abbrev=False)
     commands = main.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 

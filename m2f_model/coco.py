@@ -84,7 +84,7 @@ class CocoInstances:
         return [(entry["id"], entry["file_name"]) for entry in self.entries]
 
     def truth(self, index: int) -> list[dict[str, Any]]:
-        """What is to be found in an image, in the file's order: label, run lengths, area, and whether it is a crowd."""
+        """The annotations of an image, in the file's order: label, run lengths, area, and whether it is a crowd."""
         entry = self.entries[index]
         found = []
         for annotation, crowd in self._order.get(entry["id"], ()):
@@ -432,7 +432,7 @@ def _flag(path: Path, entry: dict[str, Any], kind: str, key: str) -> bool:
 
 
 def _brief(value: Any) -> str:
-    """What came, for one line."""
+    """The repr of a value, cut to 60 characters for an error of one line."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -1,4 +1,4 @@
-"""What a Mask2Former is made of, and the published variants by name."""
+"""The configuration of a Mask2Former, and the published variants by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What to train on: synthetic shapes, large-scale jitter, batches. COCO's formats are in :mod:`m2f_model.coco`.
+"""Training data: synthetic shapes, large-scale jitter, batches. COCO's formats are in :mod:`m2f_model.coco`.
 
 A data set maps an index to a sample `{"image": uint8 [3, H, W], "labels": int64 [T], "masks": bool [T, H, W]}`. For
 evaluation alone it may have "void", bool [H, W], pixels that nobody labelled, and "crowd_labels" int64 [C] and
@@ -35,7 +35,7 @@ class Dataset(Protocol):
 
 
 def identity(data: Dataset) -> dict[str, Any]:
-    """What a checkpoint remembers of the data that a run learned from."""
+    """The description of a run's data that its checkpoints keep: names, stuff, number of samples, content."""
     return {
         "label_names": tuple(data.label_names),
         "stuff_labels": tuple(data.stuff_labels),
@@ -115,7 +115,7 @@ class Shapes:
 
     @property
     def fingerprint(self) -> str:
-        """What makes other samples of the same number and labels."""
+        """A string that differs between data sets whose samples differ, though their number and labels are the same."""
         return f"size {self.size}, seed {self.seed}"
 
     def __getitem__(self, index: int) -> Sample:
@@ -167,7 +167,7 @@ def _draw(kind: int, size: int, random: np.random.Generator) -> np.ndarray[Any, 
 
 
 class _View(NamedTuple):
-    """What large-scale jitter shows of an image: a window of the resized image, flipped or not."""
+    """The part of an image that large-scale jitter shows: a window of the resized image, flipped or not."""
 
     resized: tuple[int, int]
     top: int
@@ -241,7 +241,7 @@ def _windows(sample: Mapping[str, Any], view: _View | None) -> Iterator[np.ndarr
 
 
 def _packed(sample: Mapping[str, Any], view: _View | None) -> Sample:
-    """What the view shows of a sample (all of it for None), with eight pixels of a mask to a byte."""
+    """The part of a sample that `view` shows (all of it for None), with eight pixels of a mask to a byte."""
     image = sample["image"] if view is None else view.of_image(sample["image"])
     height, width = image.shape[1:]
     packed = np.zeros((len(sample["masks"]), height, -(-width // 8)), np.uint8)

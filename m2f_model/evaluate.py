@@ -1,4 +1,4 @@
-"""How good segmentations are: panoptic quality, and intersection over union by a confusion matrix.
+"""Quality of segmentations: panoptic quality, and intersection over union by a confusion matrix.
 
 COCO's average precision is in :mod:`m2f_model.average_precision`; all of them together in :mod:`m2f_model.score`.
 """
@@ -29,7 +29,7 @@ class Quality(NamedTuple):
 
 
 class PanopticCounts:
-    """What panoptic quality is made of, summed over images, for each label.
+    """The counts behind panoptic quality, summed over images, for each label.
 
     Args:
         num_labels: labels of predictions and samples are less.
@@ -233,7 +233,7 @@ def predictions(
     batch_size: int = 8,
     image_size: tuple[int, int] | None = None,
 ) -> Iterator[Batch]:
-    """What `model` gives for samples of `data`, resized as the published test is.
+    """Yields the outputs of `model` for samples of `data`, in batches, resized as in the published test.
 
     Args:
         model: left in the mode that it was in.

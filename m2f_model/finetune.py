@@ -12,7 +12,7 @@ from m2f_model.labels import rows_of
 
 
 class Relabelling(NamedTuple):
-    """What became of a model's classes: names `kept` with what was learned of them, `new` ones, and those `gone`.
+    """The changes of a model's classes for fine-tuning: names `kept` with their learned rows, `new` ones, `gone` ones.
 
     `in_order` is true where the model's classes had no names and were as many, and so were taken for the same.
     """

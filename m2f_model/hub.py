@@ -1,4 +1,4 @@
-"""Where a model is: on disk, or on the hub. Imports nothing that takes time, so that a wrong path is said at once."""
+"""Finds a model on disk or on the hub. Imports nothing that takes time, so that a wrong path is reported at once."""
 
 from __future__ import annotations
 

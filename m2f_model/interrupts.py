@@ -45,7 +45,7 @@ class Interrupts:
             raise KeyboardInterrupt
 
     def end(self) -> BaseException:
-        """What ends the process as the signal would have done it, with the exit code of a shell's children."""
+        """The exception that ends the process as the signal would have, with the exit code that a shell expects."""
         return KeyboardInterrupt() if self.number == signal.SIGINT else SystemExit(128 + int(self.number or 0))
 
 

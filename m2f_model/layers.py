@@ -1,4 +1,4 @@
-"""What both decoders are made of."""
+"""Layers of which both decoders are made."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _CONSTANTS = ConstantCache(64)
 
 
 def gathers(module: nn.Module) -> bool:
-    """Whether `module` or a part of it gathers its parameters when it is called (FSDP2), and has them only then."""
+    """True if `module` or a part of it gathers its parameters when it is called (FSDP2), and has them only then."""
     # Where the class does not exist, nobody has sharded anything with it.
     sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
     return any(isinstance(part, sharded) for part in module.modules())

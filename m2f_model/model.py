@@ -152,7 +152,7 @@ class Mask2Former(nn.Module):
         return model.hold_in(dtype).eval()
 
     def relabel(self, labels: Sequence[str], stuff_labels: Sequence[int] | None = None) -> Relabelling:
-        """What was kept and what is new, after giving this model other classes, in place, to be fine-tuned.
+        """Gives this model other classes, in place, for fine-tuning, and returns which were kept and which are new.
 
         The class head is made anew. Rows of classes with the same name are kept, and that of "no object"; names are the
         same up to case and the words "merged", "other" and "stuff". Everything else stays: masks do not depend on
@@ -229,7 +229,7 @@ class Mask2Former(nn.Module):
         return self
 
     def set_activation_checkpointing(self, on: bool = True) -> None:
-        """Whether the layers of both decoders keep only their inputs for the backward pass and compute twice."""
+        """Turns activation checkpointing of both decoders on or off: layers keep only their inputs for backward."""
         for module in self.modules():
             if isinstance(module, CheckpointedLayer):
                 module.activation_checkpointing = on

@@ -89,12 +89,12 @@ def largest_of_processes(number: int) -> int:
 
 
 def any_process(flag: bool) -> bool:
-    """Whether `flag` is true in any of the processes, which must all ask."""
+    """True if `flag` is true in any of the processes. All of them must call this."""
     return bool(largest_of_processes(int(flag)))
 
 
 def message_of_first(message: str) -> str:
-    """What the first process says; all must ask."""
+    """The message of the first process. All of them must call this."""
     if not (dist.is_available() and dist.is_initialized()):
         return message
     said = [message]

@@ -27,7 +27,7 @@ _STRIP_BYTES, _STRIP_BYTES_GPU = 16 * 2**20, 256 * 2**20
 
 
 class Frame(NamedTuple):
-    """Where an image lies in the network's input, each as (height, width).
+    """The place of an image in the network's input, as sizes (height, width) in pixels.
 
     Attributes:
         padded: the input.
@@ -258,7 +258,7 @@ def _strips(
 
 
 def _coordinates(old: int, new: int, rows: slice, device: torch.device | None = None) -> Tensor:
-    """Where rows of `new` lie among `old` ones, in the arithmetic of `F.interpolate`."""
+    """The coordinates of rows of `new` among `old` ones, in the arithmetic of `F.interpolate`."""
     centres = torch.arange(rows.start, rows.stop, dtype=torch.float32, device=device) + 0.5
     return (centres * (old / new) - 0.5).clamp(min=0)
 
@@ -279,7 +279,7 @@ def _resize(x: Tensor, source: slice, old: int, new: int, rows: slice, width: in
 
 
 def _counts(owner: Tensor, where: Tensor | None, queries: int) -> Tensor:
-    """How many pixels each query owns, of those in `where`; unlike bincount it does not wait for a GPU."""
+    """The number of pixels in `where` that each query owns. Unlike bincount it does not wait for a GPU."""
     weights = torch.ones_like(owner) if where is None else where.to(owner.dtype)
     return owner.new_zeros(queries).scatter_add(0, owner.flatten(), weights.flatten())
 

@@ -1,4 +1,4 @@
-"""What a data set gives: samples, their masks each made when asked for, and the error that names what is wrong."""
+"""Samples of a data set, with masks that are made when they are read, and the error for wrong annotations."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ class RunLengths(Masks):
 
 
 class IdMap(Masks):
-    """Where a map of ids [H, W] has each of some ids."""
+    """The masks of some ids in a map of ids [H, W]."""
 
     def __init__(self, ids: np.ndarray[Any, Any], wanted: list[int]) -> None:
         super().__init__(*ids.shape)

@@ -30,7 +30,7 @@ METRICS = {"pq": "panoptic", "ap": "instance", "miou": "semantic"}
 
 
 class Report(NamedTuple):
-    """What was measured.
+    """The measured metrics.
 
     Attributes:
         images: how many.
@@ -110,7 +110,7 @@ class Scorer:
             self.precision.add(index if names is None else names[index][0], truth, instances)
 
     def report(self) -> Report:
-        """What was measured so far."""
+        """The metrics of the samples added so far."""
         names, stuff = self.data.label_names, set(self.data.stuff_labels)
         values: dict[str, Any] = {}
         classes: dict[str, Any] = {}
@@ -331,7 +331,7 @@ def _read(path: Path) -> Any:
 def _records(
     data: Dataset, path: Path, keys: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[Any, int], dict[Any, int]]:
-    """What a file of results lists, and the index of each image id and label of each category id."""
+    """The records of a file of results, the index of each image id, and the label of each category id."""
     content = _read(path)
     records: Any = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(records, list) or any(not isinstance(r, dict) or set(keys) - set(r) for r in records):
@@ -370,7 +370,7 @@ def _one_each(
 
 
 def _place(path: Path, name: str) -> Path:
-    """Where the PNG file of a result is: beside the JSON file, or in the folder that has its name."""
+    """The path of a result's PNG file: beside the JSON file, or in the folder that has its name."""
     beside = path.parent / name
     return beside if beside.is_file() else path.with_suffix("") / name
 

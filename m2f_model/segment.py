@@ -148,7 +148,7 @@ class Segmenter:
 
 @dataclass(frozen=True)
 class Summary:
-    """What became of a list of files: those done, and those that could not be read or were too large, and why."""
+    """The outcome for a list of files: those done, and those that failed (unreadable or too large), with the reason."""
 
     done: list[Path]
     failed: list[tuple[Path, str]]
@@ -267,7 +267,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _names(files: Sequence[Path], root: str | Path | None) -> list[str]:
-    """What to call the results of each: its path below `root`, without suffix where that is unique."""
+    """The names of the results of each file: its path below `root`, without suffix where that is unique."""
     places = [Path(os.path.abspath(file)) for file in files]  # links stay what they are called
     if len(set(places)) < len(places):
         twice = Counter(places).most_common(1)[0][0]

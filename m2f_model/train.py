@@ -53,7 +53,7 @@ AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train. Defaults are the published ones for COCO.
+    """The settings of a training run. Defaults are the published ones for COCO.
 
     Attributes:
         steps: of the optimiser; batch_size: images per step of each process.
@@ -158,7 +158,7 @@ def build_optimizer(model: Mask2Former, recipe: Recipe) -> torch.optim.AdamW:
 
 @dataclass(frozen=True)
 class Process:
-    """Which of the training processes this is, and what it computes on."""
+    """This training process: its rank, the number of processes, and its device."""
 
     rank: int = 0
     world_size: int = 1
@@ -576,12 +576,12 @@ class Trainer:
 
     @property
     def _model_is_written(self) -> bool:
-        """Whether the model in `out` is that of the checkpoint; config.json is the last of its files."""
+        """True if the model in `out` is that of the checkpoint; config.json is the last file to be written."""
         config = self.out / "config.json"
         return config.exists() and config.stat().st_mtime >= self.checkpoint.stat().st_mtime
 
     def _remove_leftovers(self) -> None:
-        """What a killed process has left."""
+        """Removes the unfinished files of a killed process."""
         remove_leftovers(self.checkpoint)
         for directory in self.out.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(directory, ignore_errors=True)

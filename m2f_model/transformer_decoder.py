@@ -20,7 +20,7 @@ from m2f_model.pixel_decoder import NUM_LEVELS, Level
 
 
 class Memory(NamedTuple):
-    """What a layer attends to.
+    """The memory that a layer attends to.
 
     Attributes:
         pixels: [N, S, C].
@@ -34,7 +34,7 @@ class Memory(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """What the heads make of the queries.
+    """The heads' predictions for the queries.
 
     Attributes:
         class_logits: [N, Q, num_labels + 1], "no object" last.
@@ -151,7 +151,7 @@ class TransformerDecoder(nn.Module):
         ]
 
     def _project_levels(self, levels: Sequence[Level]) -> list[Memory]:
-        """What every layer attends to: one product of keys and one of values for layers that share a level."""
+        """The memory of every layer. Layers that share a level get their keys from one product, and their values."""
         memory: dict[int, Memory] = {}
         for index, (pixels, size) in enumerate(levels):
             layers = range(index, len(self.layers), NUM_LEVELS)

@@ -122,7 +122,7 @@ _UNUSED = re.compile(r"num_batches_tracked$|^backbone\.body\.swin\.layernorm\.")
 
 
 def is_unused(name: str) -> bool:
-    """Whether detectron2 checkpoints lack this parameter of ours, which influences nothing."""
+    """True if this is a parameter that detectron2 checkpoints lack; it has no influence on the outputs."""
     return _UNUSED.search(name) is not None
 
 
