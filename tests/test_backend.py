@@ -1,4 +1,4 @@
-"""Which backend serves a call, the fallback, and what the package does when its libraries are not there."""
+"""Tests of the backend that serves a call, of the fallback, and of the package without its libraries."""
 
 import ctypes
 import json

@@ -1,4 +1,4 @@
-"""Which backend serves an operator on machines of every kind, described and never present."""
+"""Tests of the backend chosen for an operator on machines of every kind, which are described, not present."""
 
 import inspect
 import os
@@ -188,7 +188,7 @@ def machine(monkeypatch):
 
 
 def kernel_of(op, name, device, reproducible=False):
-    """What the registered operator runs on a device."""
+    """The kernel that the registered operator runs on a device."""
     known = dispatch.OPERATORS[op]
     key = (op, torch.device(device.type, device.index), torch.float32, (), reproducible)
     return dispatch._kernel(known, name, _plain, key)

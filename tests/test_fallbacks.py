@@ -122,7 +122,7 @@ NOT_FINITE = (float("nan"), float("inf"), -float("inf"))
 
 
 def both(function):
-    """What a function of no arguments gives on the fallback and on the reference."""
+    """The results of a function without arguments on the fallback and on the reference."""
     results = []
     for backend in ("fallback", "reference"):
         with m2f_kernels.use_backend(backend):

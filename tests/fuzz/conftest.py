@@ -1,4 +1,4 @@
-"""How many cases each test tries: M2F_FUZZ_CASES (default 25; `make fuzz` takes 500), and how many were run in all."""
+"""The number of cases of each test, M2F_FUZZ_CASES (default 25; `make fuzz` takes 500), and a count of those run."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ _NO_HUB = {"use_pretrained_backbone": False, "use_timm_backbone": False, "backbo
 
 @dataclass(frozen=True)
 class Family:
-    """How to make and to call a family's model.
+    """A family of models: makes a model and its inputs.
 
     Attributes:
         name: directory of transformers/models.

@@ -1,4 +1,4 @@
-"""What the tests of Mask2Former and of OneFormer share: comparing nested outputs, gradients, and watching sizes."""
+"""Shared by the tests of Mask2Former and of OneFormer: comparing nested outputs and gradients, and watching sizes."""
 
 import copy
 

@@ -84,7 +84,7 @@ def test_published_code_runs_where_no_kernel_serves(name, without_library):
 
 
 def test_forced_plain_pytorch_is_not_passed_by():
-    """Who asks for the reference gets it, also inside an accelerated model."""
+    """A user who forces the reference gets it, also inside an accelerated model."""
     family = FAMILIES["deformable_detr"]
     model = m2f_kernels.accelerate(family.make()).model
     calls = []

@@ -202,7 +202,7 @@ def test_a_hook_gets_the_weights(calls):
 
 
 def test_a_watched_core_is_called(calls, monkeypatch):
-    """Who looks at the sampling locations that the core gets still sees them."""
+    """A hook on the core still sees the sampling locations that it is given."""
     module, kwargs = calls(FAMILIES["deformable_detr"])
     fast = accelerated(module)
     done, seen = count_fused(monkeypatch), []

@@ -1,4 +1,4 @@
-"""What people do with models besides calling them: ask for attention weights, trace, export, differentiate."""
+"""Uses of accelerated models besides calling them: asking for attention weights, tracing, export, differentiation."""
 
 import copy
 

@@ -62,7 +62,7 @@ def test_hooks_on_every_module(family):
 @pytest.mark.filterwarnings("ignore:.*runs as in transformers:RuntimeWarning")
 @pytest.mark.parametrize("family", MASKS, ids=by_name)
 def test_a_hook_on_one_module(family):
-    """Where nothing else is watched, so that everything around it stays fused: one module of each class and name."""
+    """A hook on one module, with everything around it still fused, sees the same: one module of each class and name."""
     plain = family.make()
     model = m2f_kernels.accelerate(copy.deepcopy(plain)).model
     inputs = {key: value[:1] for key, value in family.inputs().items()}

@@ -96,7 +96,7 @@ def test_output_contract(flags, pixels):
 
 
 def test_this_test_can_fail(pixels, monkeypatch):
-    """What the operators return reaches the outputs."""
+    """A wrong result of an operator reaches the outputs."""
     model, accelerated = both()
     for name in ("resize_mask_features", "predict_attention_mask"):
         operator = getattr(mask2former, name)

@@ -1,4 +1,4 @@
-"""What accelerating leaves as it was, what survives it, and how it is taken back."""
+"""Accelerating leaves identity, names and state as they were, survives copies and pickles, and is taken back."""
 
 import copy
 import importlib.util
@@ -345,7 +345,7 @@ def test_patch_everything():
 
 
 def _named(cls):
-    """Whether transformers' modules know this very class."""
+    """True if a module of transformers has this very class."""
     return any(
         vars(module).get(cls.__name__) is cls
         for name, module in list(sys.modules.items())

@@ -15,7 +15,7 @@ class Result(NamedTuple):
 
 
 def m2f(*arguments):
-    """What `m2f ARGUMENTS` gives."""
+    """The exit code and the output of `m2f ARGUMENTS`."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
         try:

@@ -387,8 +387,8 @@ def test_jitter_covers_its_range_and_flips():
 
 @pytest.mark.parametrize("seed", range(12))
 def test_jitter_crops_first(seed):
-    """What it makes is the crop of the whole image resized: masks to the pixel, the image to rounding. Of every kind of
-    masks the same."""
+    """Its result is the crop of the whole image resized: masks to the pixel, the image to rounding, with every kind of
+    masks."""
     g = torch.Generator().manual_seed(seed)
     image = F.interpolate(torch.rand(1, 3, 9, 12, generator=g), (83, 117), mode="bilinear")[0]
     image = (255 * image).byte()
@@ -460,7 +460,7 @@ def test_samples_of_somebody_elses_data_set(change, message):
 
 
 def test_no_traceback_from_a_worker(tmp_path, content):
-    """What is wrong with an image crosses the border between processes as one line."""
+    """An error about an image crosses the border between processes as one line."""
     data = instances(tmp_path, content)
     for i in (1, 2):
         (tmp_path / "images" / f"{i}.png").write_bytes(b"no image")

@@ -1,4 +1,4 @@
-"""What own data cost, in training and in results: figures that the documentation quotes. Minutes."""
+"""Costs of own data in training and in results: figures that the documentation quotes. Takes minutes."""
 
 import json
 import subprocess

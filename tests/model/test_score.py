@@ -284,7 +284,7 @@ def arguments_of(kind, folder):
 
 @pytest.mark.parametrize("kind", ["panoptic", "instance", "semantic"])
 def test_a_model_and_its_results(kind, folder, tmp_path):
-    """What is written scores as the model does; the data's ids are on it, and COCO's tools read it as it is."""
+    """Written results score as the model does, carry the data's ids, and are read by COCO's tools as they are."""
     data, out = arguments_of(kind, folder), tmp_path / "out"
     options = ("--weights", MODEL, "--device", "cpu", "--batch-size", 4, "--size", 128, 256, "--threshold", 0.5)
     output = evaluate(*data, *options, "-o", out, "--json", tmp_path / "a.json")

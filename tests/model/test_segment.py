@@ -274,7 +274,7 @@ def test_folders_are_kept(weights, photos, tmp_path):
 
 
 def test_stuff_and_size_of_the_command(weights, photos, tmp_path):
-    """What a checkpoint does not know can be said; that it does not know is."""
+    """--stuff names the stuff classes of a checkpoint that does not; without it a warning says they are unknown."""
     model = Mask2Former.from_pretrained(weights)
     model.config = dataclasses.replace(model.config, stuff_labels=None)
     model.save_pretrained(tmp_path / "model")

@@ -198,6 +198,6 @@ def test_a_map_alone_is_no_list():
 
 
 def test_integers_are_no_masks():
-    """What the operators mean by int32 within is not what a user's integers mean."""
+    """A user's int32 masks are refused, though the operators use int32 internally for maps of instances."""
     with pytest.raises(TypeError, match="floating point, bool or uint8"):
         m2f_kernels.mask_matching_cost(torch.zeros(1, 2, 4, 4), [torch.ones(2, 8, 8).int()], torch.rand(1, 3, 2))

@@ -47,7 +47,7 @@ def test_gradcheck():
 
 
 def test_logsumexp():
-    """What is saved for the backward is what it says it is."""
+    """The log-sum-exp saved for the backward is right."""
     case = make_case(density=0.3)
     attend, scale = row_rule(case.attend), 0.2
     mask = case.mask
@@ -217,7 +217,7 @@ def test_saved_for_backward(device):
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
 def test_blocked_keys_contribute_nothing(implementation, name, bad, dtype):
-    """What a blocked key holds shows neither in the output nor in any gradient."""
+    """Values of a blocked key show neither in the output nor in any gradient."""
     case = make_case(q=9, s=150, dtype=dtype).to(implementation)
     case.attend[:, :, 40:45] = False
     case.attend[:, :, 0] = True  # no row is empty

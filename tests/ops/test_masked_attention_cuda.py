@@ -1,4 +1,4 @@
-"""What only a CUDA device can show of attention masks and masked attention: compiled kernels, graphs, sanitizer runs.
+"""Tests of attention masks and masked attention that need a CUDA device: compiled kernels, graphs, sanitizer runs.
 
 Their arithmetic is also checked without a GPU, in Triton's interpreter (tests/triton).
 """

@@ -56,7 +56,7 @@ def test_meta_tensors():
 
 # ---------------------------------------------------------------- the whole layer, compiled and exported
 def layer(features, embed, query, key, value, size):
-    """What a decoder layer does with the operators of this package."""
+    """Masked attention as a decoder layer calls it: resize the features, predict the mask, attend."""
     (level,) = m2f_kernels.resize_mask_features(features, [size])
     mask = m2f_kernels.predict_attention_mask(embed, level)
     return m2f_kernels.masked_attention(query, key, value, mask)

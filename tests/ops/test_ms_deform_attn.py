@@ -119,7 +119,7 @@ MIXED = [
 @pytest.mark.parametrize("dtypes", MIXED, ids=lambda d: "-".join(str(x).removeprefix("torch.") for x in d))
 @pytest.mark.parametrize("mode", MODES)
 def test_mixed_dtypes(implementation, mode, dtypes):
-    """What autocast leaves behind: each tensor keeps its dtype, and so does its gradient."""
+    """Dtypes mixed as autocast leaves them: each tensor keeps its dtype, and so does its gradient."""
     value, samples, weights, points = dtypes
     options = {"samples_dtype": samples, "weights_dtype": weights, "reference_dtype": points}
     for path in (MANY, FEW):

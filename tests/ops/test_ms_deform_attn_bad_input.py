@@ -45,7 +45,7 @@ def check(error, op, named, **changes):
 
 @pytest.mark.parametrize("op", OPS)
 def test_good_arguments_are_good(op):
-    """What the other tests change one thing of."""
+    """The arguments of which the other tests change one are accepted."""
     assert call(op).shape == (N, Q, H * D)
     assert call(op, level_start_index=[0, 12]).shape == (N, Q, H * D)
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: the kernels themselves, no host synchronisation, graph capture, sanitizer runs.
+"""Tests that need a CUDA device: the kernels themselves, no host synchronisation, graph capture, sanitizer runs.
 
 Their arithmetic is also checked without a GPU, by executing them on the host (tests/cuda_on_host).
 """

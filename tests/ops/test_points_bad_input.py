@@ -46,7 +46,7 @@ def masks_name(op):
 
 @pytest.mark.parametrize("op", OPS)
 def test_good_arguments_are_good(op):
-    """What the other tests change one thing of; as logits and as factors."""
+    """The arguments of which the other tests change one are accepted, as logits and as factors."""
     good = arguments(op)
     getattr(m2f_kernels, op)(**good)
     factored = FactoredMasks(torch.zeros(N, Q, C), torch.zeros(N, C, 6, 5))
@@ -204,7 +204,7 @@ def test_numbers(name, error, wrong):
 
 
 def test_direct_calls_of_the_operators_are_guarded():
-    """What passes by Python's checks meets those of the kernels before it meets memory."""
+    """Direct calls, which skip Python's checks, are checked by the kernels before they touch memory."""
     logits, seed = torch.zeros(2, 4, 4), torch.tensor([1])
     ops, rows, points = torch.ops.m2f, torch.tensor([0, 2]), torch.zeros(2, 5, 2)
     for call in (

@@ -125,7 +125,7 @@ def test_uncertain_points_compile(generator):
 
 
 def _points_and_losses():
-    """What a training step calls, with and without queries, by name: a function of tensors, and its arguments."""
+    """The operators that a training step calls, with and without queries, by name: a function and its arguments."""
     generator = torch.Generator().manual_seed(0)
 
     def rand(*size):

@@ -72,7 +72,7 @@ def test_a_build_goes_on_with_the_same_tools_and_starts_afresh_with_others(
 
 
 def test_a_build_reads_a_copy_that_holds_all_the_sources(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What MANIFEST.in names is copied, nothing built is, and the copy is gone afterwards."""
+    """The files that MANIFEST.in names are copied, built ones are not, and the copy is gone afterwards."""
     monkeypatch.chdir(ROOT)
     with m2f_build.copy_of_sources():
         copy = Path.cwd()
@@ -250,7 +250,7 @@ def test_torch_is_asked_for_where_its_headers_cannot_be_fetched(
 
 
 def backend(hook: str, tmp_path: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """What pip does without isolation, with little more than a compiler on PATH."""
+    """Runs a hook of the build backend as pip does without isolation, with little more than a compiler on PATH."""
     code = f"import sys; sys.path.insert(0, {str(ROOT / 'build_backend')!r}); import m2f_build; m2f_build.{hook}"
     variables = {"PATH": f"{tmp_path}:/usr/bin:/bin", "HOME": str(tmp_path), **environment}
     command = [sys.executable, "-c", code]
@@ -273,7 +273,7 @@ def test_what_a_user_can_mend_is_said_in_one_line(environment: dict[str, str], m
 
 
 def test_an_old_setuptools_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which Python's own virtual environments have, and `--no-build-isolation` keeps."""
+    """An old setuptools, as Python's own virtual environments have it, is an error of one line."""
     project = (ROOT / "pyproject.toml").read_text()
     assert f'"setuptools>={m2f_build.OLDEST_SETUPTOOLS[0]}"' in project
     monkeypatch.setattr(m2f_build.setuptools, "__version__", "65.5.0")

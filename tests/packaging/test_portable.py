@@ -16,7 +16,7 @@ CROSS = "aarch64-linux-gnu-g++"
 
 
 def run(compiler: str, directory: Path, emulator: list[str]) -> list[tuple[str, np.ndarray]]:
-    """What portable_kernels.cpp prints."""
+    """The arrays that portable_kernels.cpp prints, with their names."""
     program = directory / compiler
     sources = [ROOT / "tests/packaging/portable_kernels.cpp", *(ROOT / f"csrc/{op}/cpu_kernel.cpp" for op in KERNELS)]
     command = [

@@ -42,7 +42,7 @@ def _common() -> Any:
 
 
 class _Tester:
-    """What the tests ask a family for."""
+    """The tester that `transformers`' common tests expect of a family."""
 
     is_training = True
     batch_size = 2

@@ -1,4 +1,4 @@
-"""Where the Triton kernels run: on a GPU if there is one, otherwise in Triton's interpreter on CPU tensors."""
+"""Runs the Triton kernels on a GPU if there is one, otherwise in Triton's interpreter on CPU tensors."""
 
 import pytest
 import torch

@@ -103,7 +103,7 @@ def test_a_slice_without_vector_loads(kernels):
 
 
 def forward_constants(kernels, d=32, q=7, dtype=F32, view=lambda x: x[..., : x.shape[-1] - 32]):
-    """What the forward kernel is launched with; `view` cuts the heads' channels out of 32 more."""
+    """The arguments of the forward kernel's launch; `view` cuts the heads' channels out of 32 more."""
     query, key, value = (torch.empty(2, rows, 4, d + 32, dtype=dtype, device="meta") for rows in (q, 70, 70))
     heads = (view(x).transpose(1, 2) for x in (query, key, value))
     bits = torch.empty(2, q, 3, dtype=torch.int32, device="meta")
@@ -173,7 +173,7 @@ def test_strided(kernels, device):
 @pytest.mark.parametrize("name", ["key", "value"])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_blocked_keys_contribute_nothing(kernels, device, name, bad, dtype):
-    """What a blocked key holds shows neither in the output nor in any gradient."""
+    """Values of a blocked key show neither in the output nor in any gradient."""
     case = make_case(n=1, h=1, q=9, s=150, dtype=dtype)
     case.attend[:, :, 40:45] = False
     case.attend[:, :, 0] = True

@@ -46,7 +46,7 @@ def kernels():
 
 @pytest.fixture(scope="module", params=[1])
 def multiprocessors(request):
-    """How many the launches think there are: with many, programs of few queries, which take the interpreter long."""
+    """The number of multiprocessors that launches assume. With many, programs have few queries, slow to interpret."""
     return request.param
 
 
@@ -157,7 +157,7 @@ MIXED = [
 @pytest.mark.parametrize("dtypes", MIXED, ids=lambda d: "-".join(str(x).removeprefix("torch.") for x in d))
 @pytest.mark.parametrize("mode", MODES)
 def test_mixed_dtypes(device, mode, dtypes):
-    """What autocast leaves behind: each tensor keeps its dtype, and so does its gradient."""
+    """Dtypes mixed as autocast leaves them: each tensor keeps its dtype, and so does its gradient."""
     value, samples, weights, points = dtypes
     options = {"samples_dtype": samples, "weights_dtype": weights, "reference_dtype": points}
     assert_matches(make_case(mode, dtype=value, **options, **SMALL).to(device))

@@ -1,4 +1,4 @@
-"""What mmcv's and detrex's module of deformable attention have in common."""
+"""The common base of mmcv's and detrex's modules of deformable attention."""
 
 import torch
 from torch import nn
