@@ -157,6 +157,18 @@ def loss_inputs(dtype: torch.dtype, target_dtype: torch.dtype) -> tuple[Any, ...
     return logits, rows, [meta(30, 1024, 1024, dtype=target_dtype)], target_rows, points
 
 
+def marked_targets(kind: torch.dtype | None) -> list[torch.Tensor]:
+    """30 targets of an image in a map of ids of a dtype, or (None) as run lengths."""
+    if kind is None:
+        return [meta(1, 1, 1, dtype=torch.bool).expand(30, 1024, 1024), meta(40000, dtype=torch.int32)]
+    return [meta(1024, 1024, dtype=kind).expand(30, -1, -1), meta(30, dtype=torch.int64)]
+
+
+def marked_loss_inputs(dtype: torch.dtype, kind: torch.dtype | None) -> tuple[Any, ...]:
+    logits, rows, target_rows, points = matched(dtype)
+    return logits, rows, marked_targets(kind), target_rows, points
+
+
 def loss_backward_inputs() -> tuple[Any, ...]:
     _, rows, _, points = matched(torch.float32)
     grad, kept = meta(100, dtype=torch.float32), meta(100, 12544, dtype=torch.float32)
@@ -188,15 +200,14 @@ CASES += [
         "point_sample",
         lambda dtype, _: (meta(1, 30, 1024, 1024, dtype=torch.bool), meta(*_POINTS, dtype=torch.float32), True),
     ),
-    # A map of numbers in place of 30 masks.
-    Case(
-        _SAMPLE,
-        "point_sample",
-        lambda dtype, _: (
-            meta(1, 1, 1024, 1024, dtype=torch.int32).expand(-1, 30, -1, -1),
-            meta(*_POINTS, dtype=torch.float32),
-            True,
-        ),
+    # A map of ids, and run lengths, in place of 30 masks.
+    *(
+        Case(
+            _SAMPLE,
+            "sample_targets",
+            lambda dtype, _, marked=marked: (*marked_targets(marked), meta(12544, 2, dtype=torch.float32)),
+        )
+        for marked in (torch.int64, torch.int32, torch.int16, torch.uint8, None)
     ),
     Case(
         _SAMPLE,
@@ -238,7 +249,11 @@ CASES += [
     ),
     *(
         Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, kind))
-        for kind in (torch.bool, torch.float32, torch.int32)
+        for kind in (torch.bool, torch.float32)
+    ),
+    *(
+        Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: marked_loss_inputs(dtype, kind))
+        for kind in (torch.int64, torch.int32, torch.int16, torch.uint8, None)
     ),
     Case(_LOSS, "point_mask_loss_backward", lambda dtype, _: loss_backward_inputs()),
     Case(_LOSS, "factored_point_mask_loss", lambda dtype, _: factored_inputs(dtype)),
@@ -361,7 +376,8 @@ def specialise(
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int], list[list[Any]]] = {}
     aligned = [["tt.divisibility", 16]]
-    names = {torch.bool: "i1", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.float64: "fp64"}
+    names = {torch.bool: "i1", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
+    names.update({torch.int16: "i16", torch.float64: "fp64"})
     names.update({dtype: name for name, dtype in DTYPES.items()})
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]

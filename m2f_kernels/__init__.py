@@ -5,7 +5,7 @@ from m2f_kernels._version import __version__
 from m2f_kernels.dispatch import BackendChoice, explain, use_backend
 from m2f_kernels.graphs import CudaGraphs
 from m2f_kernels.integrations.transformers import accelerate, restore
-from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
+from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask, RunLengths
 from m2f_kernels.ops.attention_mask import pack_attention_mask, predict_attention_mask, resize_mask_features
 from m2f_kernels.ops.masked_attention import masked_attention
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
@@ -18,6 +18,7 @@ __all__ = [
     "FactoredMasks",
     "InstanceMap",
     "PackedMask",
+    "RunLengths",
     "__version__",
     "accelerate",
     "explain",

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from m2f_kernels import run_lengths
 
 #: Keys per word of a packed mask.
 WORD = 32
@@ -78,7 +81,7 @@ class PackedMask(NamedTuple):
 
 
 class InstanceMap(NamedTuple):
-    """Target masks of one image that do not overlap, as one map of ids: 4 bytes per pixel for any number of targets.
+    """Target masks of one image that do not overlap, as one map of ids, whatever their number.
 
     Taken in place of [T, H, W] by :func:`mask_matching_cost`, :func:`point_mask_loss`, the matcher and the criterion,
     which sample the map where it lies: costs, losses and gradients have the bits that the dense masks give.
@@ -93,29 +96,108 @@ class InstanceMap(NamedTuple):
 
     def masks(self) -> Tensor:
         """bool [T, H, W], the dense masks."""
-        return self.id_map == self.ids.to(self.id_map)[:, None, None]
+        return self.id_map == self.ids.long()[:, None, None]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> InstanceMap:
+        """The same on a device."""
+        return InstanceMap(*(x.to(device, non_blocking=non_blocking) for x in self))
 
 
-#: Pixels of an id map that are looked up at once.
-_PIXELS_AT_ONCE = 1 << 18
+class RunLengths(NamedTuple):
+    """Target masks of one image as COCO's run lengths: they may overlap, and take 4 bytes per run.
 
+    Taken wherever :class:`InstanceMap` is, and sampled where they lie: a pixel is looked up by bisection. Made by
+    :meth:`from_coco` and :meth:`from_masks`.
 
-def numbered_planes(id_map: Tensor, ids: Tensor) -> Tensor:
-    """int32 [T, H, W], a view of one map of the targets' numbers: plane t is 1 where it holds t, else 0.
-
-    That is how the operators on points take an :class:`InstanceMap`: as the only targets of this dtype, whose planes
-    are one and the same memory.
+    Attributes:
+        runs: int32. H; for each target and at last for their end [T + 1], how many ends lie before those of the target;
+            and of each target where its runs end, counted in pixels column by column, background first. They grow, the
+            last is H * W, and where their number would be odd it stands there twice.
+        num_targets, height, width: T, H, W.
     """
-    height, width = id_map.shape
-    numbers = torch.full((height * width,), -1, dtype=torch.int32, device=id_map.device)
-    if len(ids):
-        known, order = ids.long().sort()
-        pixels = id_map.flatten()
-        for part, out in zip(pixels.split(_PIXELS_AT_ONCE), numbers.split(_PIXELS_AT_ONCE), strict=True):
-            wide = part.long()
-            place = torch.bucketize(wide, known).clamp_(max=len(ids) - 1)
-            out.copy_(torch.where(known[place] == wide, order[place], -1))
-    return numbers.view(1, height, width).expand(len(ids), -1, -1)
+
+    runs: Tensor
+    num_targets: int
+    height: int
+    width: int
+
+    @classmethod
+    def from_coco(
+        cls, encoded: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None, name: str = "encoded"
+    ) -> RunLengths:
+        """Run lengths of what `pycocotools` and COCO's files have, on the CPU.
+
+        Args:
+            encoded: for each target `{"size": [H, W], "counts": c}`, all of one size; c is a list of lengths,
+                background first, or their compressed form, str or bytes.
+            size: (H, W), needed where there is no target.
+            name: of the argument, in messages.
+
+        Raises:
+            ValueError, TypeError: naming the target, what was expected and what came.
+        """
+        return cls(*run_lengths.from_coco(encoded, size, name))
+
+    @classmethod
+    def from_masks(cls, masks: Tensor) -> RunLengths:
+        """Run lengths of masks [T, H, W], bool or uint8 (any value but 0 is foreground), on their device.
+
+        Raises:
+            ValueError, TypeError: what was expected and what came.
+        """
+        return cls(*run_lengths.from_masks(masks))
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(T, H, W), that of the dense masks."""
+        return self.num_targets, self.height, self.width
+
+    def masks(self) -> Tensor:
+        """bool [T, H, W], the dense masks."""
+        return run_lengths.decode(self.runs, *self.shape)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RunLengths:
+        """The same on a device."""
+        return self._replace(runs=self.runs.to(device, non_blocking=non_blocking))
+
+
+class Targets(NamedTuple):
+    """Targets of one image as the operators on points take them, checked; see :func:`listed`.
+
+    Attributes:
+        pixels: [T, H, W]: masks; one map of ids, the same for all targets (stride 0); or, where there are runs, nothing
+            but this shape.
+        marks: of a map int64 [T], the ids; of runs int32, :attr:`RunLengths.runs`; of masks None.
+    """
+
+    pixels: Tensor
+    marks: Tensor | None = None
+
+    def dense(self, rows: Tensor) -> Tensor:
+        """[R, H, W], the masks of some targets, int64 [R]."""
+        pixels, marks = self
+        if marks is None:
+            return pixels[rows]
+        if marks.dtype == torch.int64:
+            return pixels[:1].expand(len(rows), -1, -1) == marks[rows, None, None]
+        row, column = (torch.arange(side, device=marks.device) for side in pixels.shape[1:])
+        return run_lengths.look_up(marks, pixels.shape[0], rows[:, None, None], row[:, None], column)
+
+
+def listed(targets: Iterable[Targets]) -> list[Tensor]:
+    """Of each image its pixels [T, H, W] and, after them, its marks, of rank 1, if it has any: an operator's list."""
+    return [x for target in targets for x in target if x is not None]
+
+
+def grouped(tensors: Sequence[Tensor]) -> list[Targets]:
+    """The inverse."""
+    found: list[Targets] = []
+    for x in tensors:
+        if x.dim() == 1 and found:
+            found[-1] = Targets(found[-1].pixels, x)
+        else:
+            found.append(Targets(x))
+    return found
 
 
 class FactoredMasks(NamedTuple):

@@ -98,17 +98,40 @@ M2F_INLINE void with_pixels(const Plane& plane, F&& f) {
     case PixelType::kBFloat16: return f(static_cast<const BFloat16*>(plane.data));
     case PixelType::kFloat16: return f(static_cast<const Float16*>(plane.data));
     case PixelType::kByte: return f(static_cast<const uint8_t*>(plane.data));
-    case PixelType::kIndex: return;  // see with_targets
   }
 }
 
-// The same where the plane may be one of indices.
+// A map whose pixels are 1 where they hold `id`, else 0.
+template <typename E>
+struct MapPixels {
+  const E* data;
+  int64_t id;
+};
+
+struct RunPixels {
+  const int32_t* ends;
+  int32_t count, height;
+};
+
+// Calls f with MapPixels of the map's own type.
 template <typename F>
-M2F_INLINE void with_targets(const Plane& plane, F&& f) {
-  if (plane.type == PixelType::kIndex)
-    f(IndexPixels{static_cast<const int32_t*>(plane.data), plane.number});
-  else
-    with_pixels(plane, f);
+M2F_INLINE void with_map(const Target& target, F&& f) {
+  const void* data = target.plane.data;
+  switch (target.kind) {
+    case TargetKind::kMap8: return f(MapPixels<uint8_t>{static_cast<const uint8_t*>(data), target.id});
+    case TargetKind::kMap16: return f(MapPixels<int16_t>{static_cast<const int16_t*>(data), target.id});
+    case TargetKind::kMap32: return f(MapPixels<int32_t>{static_cast<const int32_t*>(data), target.id});
+    case TargetKind::kMap64: return f(MapPixels<int64_t>{static_cast<const int64_t*>(data), target.id});
+    default: return;
+  }
+}
+
+// Calls f with what a target's samples come from: a pointer to its pixels, MapPixels, or RunPixels.
+template <typename F>
+M2F_INLINE void with_target(const Target& target, F&& f) {
+  if (target.kind == TargetKind::kMask) return with_pixels(target.plane, f);
+  if (target.kind == TargetKind::kRuns) return f(RunPixels{target.ends, target.count, target.run_height});
+  with_map(target, f);
 }
 
 // ---------------------------------------------------------------- two neighbours of each lane
@@ -190,30 +213,80 @@ M2F_INLINE void gather_pair(const E* p, int64_t size, IntVec<float> index, IntVe
   b = gather(p, index + step);
 }
 
-M2F_INLINE IntVec<float> gather_numbers(const int32_t* data, IntVec<float> index) {
+// ---------------------------------------------------------------- maps of ids
+typedef typename VecOf<int64_t, kFloatLanes>::type LongVec;
+
+// What the ids of a map are compared in.
+template <typename E>
+using IdVec = std::conditional_t<sizeof(E) == 8, LongVec, IntVec<float>>;
+
+M2F_INLINE IntVec<float> gather_integers(const int32_t* p, IntVec<float> index) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<IntVec<float>>(_mm512_i32gather_epi32(reinterpret_cast<__m512i>(index), data, 4));
+  return reinterpret_cast<IntVec<float>>(_mm512_i32gather_epi32(reinterpret_cast<__m512i>(index), p, 4));
 #elif defined(__AVX2__)
-  return reinterpret_cast<IntVec<float>>(_mm256_i32gather_epi32(data, reinterpret_cast<__m256i>(index), 4));
+  return reinterpret_cast<IntVec<float>>(_mm256_i32gather_epi32(p, reinterpret_cast<__m256i>(index), 4));
 #else
   IntVec<float> found{};
-  for (int i = 0; i < kFloatLanes; ++i) found[i] = data[index[i]];
+  for (int i = 0; i < kFloatLanes; ++i) found[i] = p[index[i]];
   return found;
 #endif
 }
 
-M2F_INLINE FloatVec one_where(IntVec<float> found, int32_t number) {
-  return found == number ? splat(1.0f) : FloatVec{};
+// As gather_pair: the ids of pixels `index` and `index + step`.
+template <typename E>
+M2F_INLINE void gather_id_pair(const E* p, int64_t size, IntVec<float> index, IntVec<float> step, IdVec<E>& a,
+                               IdVec<E>& b) {
+#if defined(__AVX512F__)
+  constexpr int kTogether = static_cast<int>(4 / sizeof(E));
+  if constexpr (sizeof(E) <= 2) {
+    if (__builtin_expect(size >= kTogether, 1)) {
+      constexpr int kBits = 8 * sizeof(E);
+      const IntVec<float> limit = IntVec<float>{} + static_cast<int32_t>(size - kTogether);
+      const IntVec<float> base = index < limit ? index : limit;
+      const UInt32Vec word = reinterpret_cast<UInt32Vec>(
+          _mm512_i32gather_epi32(reinterpret_cast<__m512i>(base), p, static_cast<int>(sizeof(E))));
+      const UInt32Vec first = word >> (reinterpret_cast<UInt32Vec>(index - base) * static_cast<uint32_t>(kBits));
+      const UInt32Vec second = first >> (reinterpret_cast<UInt32Vec>(step) * static_cast<uint32_t>(kBits));
+      if constexpr (std::is_same_v<E, uint8_t>) {
+        a = reinterpret_cast<IntVec<float>>(first & 0xffu);
+        b = reinterpret_cast<IntVec<float>>(second & 0xffu);
+      } else {
+        a = reinterpret_cast<IntVec<float>>(first << 16) >> 16;
+        b = reinterpret_cast<IntVec<float>>(second << 16) >> 16;
+      }
+      return;
+    }
+  }
+#else
+  static_cast<void>(size);
+#endif
+  if constexpr (std::is_same_v<E, int32_t>) {
+    a = gather_integers(p, index);
+    b = gather_integers(p, index + step);
+  } else {
+    for (int i = 0; i < kFloatLanes; ++i) {
+      a[i] = p[index[i]];
+      b[i] = p[index[i] + step[i]];
+    }
+  }
 }
 
-M2F_INLINE FloatVec gather(IndexPixels pixels, IntVec<float> index) {
-  return one_where(gather_numbers(pixels.data, index), pixels.number);
+M2F_INLINE FloatVec one_where(IntVec<float> found, int64_t id) {
+  const int32_t narrow = static_cast<int32_t>(id);
+  return found == narrow ? splat(narrow == id ? 1.0f : 0.0f) : FloatVec{};
 }
 
-M2F_INLINE void gather_pair(IndexPixels pixels, int64_t, IntVec<float> index, IntVec<float> step, FloatVec& a,
+M2F_INLINE FloatVec one_where(LongVec found, int64_t id) {
+  return __builtin_convertvector(found == id, IntVec<float>) != 0 ? splat(1.0f) : FloatVec{};
+}
+
+template <typename E>
+M2F_INLINE void gather_pair(MapPixels<E> map, int64_t size, IntVec<float> index, IntVec<float> step, FloatVec& a,
                             FloatVec& b) {
-  a = gather(pixels, index);
-  b = gather(pixels, index + step);
+  IdVec<E> first, second;
+  gather_id_pair(map.data, size, index, step, first, second);
+  a = one_where(first, map.id);
+  b = one_where(second, map.id);
 }
 
 // The sample of the four pixels of each point: top left, top right, bottom left, bottom right.
@@ -223,13 +296,57 @@ M2F_INLINE FloatVec weigh_corners(const SamplePoints& p, FloatVec a, FloatVec b,
   return p.inside ? value : FloatVec{};
 }
 
-// `Pixels` points to pixels, or is IndexPixels.
+// `Pixels` points to pixels, or is MapPixels.
 template <typename Pixels>
 M2F_INLINE FloatVec sample_plane(Pixels plane, int64_t size, const SamplePoints& p) {
   FloatVec a, b, c, d;
   gather_pair(plane, size, p.index, p.step, a, b);
   gather_pair(plane, size, p.index + p.down, p.step, c, d);
   return weigh_corners(p, a, b, c, d);
+}
+
+// ---------------------------------------------------------------- run lengths
+// How many ends lie at or before each pixel.
+M2F_INLINE IntVec<float> ends_before(const RunPixels& runs, IntVec<float> pixel) {
+  IntVec<float> found{};
+  int32_t step = 1;
+  while (2 * static_cast<int64_t>(step) <= runs.count) step *= 2;
+  for (; step > 0; step /= 2) {
+    const IntVec<float> probe = found + step;
+    const IntVec<float> exists = probe <= runs.count;
+    const IntVec<float> end = gather_integers(runs.ends, (exists ? probe : IntVec<float>{} + 1) - 1);
+    found = exists & (end <= pixel) ? probe : found;
+  }
+  return found;
+}
+
+M2F_INLINE FloatVec one_where_odd(IntVec<float> number) { return to_float<float>(number & 1); }
+
+// Samples of runs of a target of `height` x `width` pixels.
+M2F_INLINE FloatVec sample_runs(const RunPixels& runs, FloatVec x, FloatVec y, int64_t height, int64_t width) {
+  const SampleAxis column = sample_axis(x, width), row = sample_axis(y, height);
+  const IntVec<float> below = row.base + row.step;
+  // Each column's pixels follow each other. Beyond the last one all ends lie before: an even number.
+  const IntVec<float> has_row = row.base < runs.height, has_below = below < runs.height;
+  FloatVec corner[2][2];
+  for (int side = 0; side < 2; ++side) {
+    const IntVec<float> first = (side ? column.base + column.step : column.base) * runs.height;
+    const IntVec<float> pixel = first + row.base;
+    const IntVec<float> before = ends_before(runs, pixel);
+    // At most one more lies at the pixel below.
+    const IntVec<float> more = before < runs.count;
+    const IntVec<float> next = gather_integers(runs.ends, more & before);
+    const IntVec<float> before_below = before - (more & (next <= first + below));
+    corner[0][side] = one_where_odd(has_row & before);
+    corner[1][side] = one_where_odd(has_below & before_below);
+  }
+  SamplePoints p{};
+  p.inside = column.inside & row.inside;
+  p.left = column.low;
+  p.right = column.high;
+  p.top = p.inside ? row.low : FloatVec{};
+  p.bottom = p.inside ? row.high : FloatVec{};
+  return weigh_corners(p, corner[0][0], corner[0][1], corner[1][0], corner[1][1]);
 }
 
 // Adds `gradient` of each sample into the plane, lane after lane: two lanes may share a pixel.

@@ -5,20 +5,25 @@
 
 namespace m2f {
 
-// kIndex: int32, of targets only; a pixel is 1 where it holds the number of its own plane, else 0.
-enum class PixelType : int { kFloat64, kFloat32, kBFloat16, kFloat16, kByte, kIndex };
+enum class PixelType : int { kFloat64, kFloat32, kBFloat16, kFloat16, kByte };
 
 // One plane of contiguous rows.
 struct Plane {
   const void* data;
   PixelType type;
   int64_t height, width;
-  int32_t number = 0;  // of a plane of kIndex
 };
 
-struct IndexPixels {
-  const int32_t* data;
-  int32_t number;
+// What a target is: a mask of its own, the pixels of a map that have its id, or where its runs end.
+enum class TargetKind : int { kMask, kMap8, kMap16, kMap32, kMap64, kRuns };
+
+struct Target {
+  TargetKind kind;
+  Plane plane;  // of the mask or the map; of runs only height and width
+  int64_t id;
+  const int32_t* ends;  // ascending, `count` of them, an even number; pixels are counted column by column
+  int32_t count;
+  int32_t run_height;  // of the columns. Beyond it, and beyond the last column, is background
 };
 
 }  // namespace m2f

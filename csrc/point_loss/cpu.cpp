@@ -79,27 +79,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> point_mask_loss(const Tensor& mask_lo
   args.height = logits.size(1);
   args.width = logits.size(2);
   args.logits = logits.data_ptr();
-  args.type = logit_type_of(logits, "mask_logits");
+  args.type = pixel_type_of(logits, "mask_logits");
   args.stride = logits.stride(0);
   args.rows = checked_rows(rows, "rows", logits.size(0));
   args.points = floats(points);
 
-  std::vector<Tensor> dense;
-  std::vector<Plane> planes;
-  for (const Tensor& target : targets_) {
-    STD_TORCH_CHECK(target.dim() == 3, "targets: expected [T, H, W]");
-    dense.push_back(dense_planes(target, "targets"));
-    const Tensor& masks = dense.back();
-    const PixelType type = pixel_type_of(masks, "targets");
-    const char* data = static_cast<const char*>(masks.data_ptr());
-    for (int64_t t = 0; t < masks.size(0); ++t)
-      planes.push_back({data + t * masks.stride(0) * pixel_bytes(type), type, masks.size(1), masks.size(2),
-                        static_cast<int32_t>(t)});
+  // Of each image its pixels and, after them, its marks if they are not masks.
+  std::vector<Tensor> pixels;
+  std::vector<Target> all;
+  for (size_t i = 0; i < targets_.size(); ++i) {
+    pixels.push_back(targets_[i]);
+    const bool marked = i + 1 < targets_.size() && targets_[i + 1].dim() == 1;
+    const std::vector<Target> found = targets_of(pixels.back(), marked ? &targets_[++i] : nullptr);
+    all.insert(all.end(), found.begin(), found.end());
   }
   check_sizes(target_rows, "target_rows", {args.m});
-  const int64_t* chosen = checked_rows(target_rows, "target_rows", static_cast<int64_t>(planes.size()));
-  std::vector<Plane> targets(args.m);
-  for (int64_t m = 0; m < args.m; ++m) targets[m] = planes[chosen[m]];
+  const int64_t* chosen = checked_rows(target_rows, "target_rows", static_cast<int64_t>(all.size()));
+  std::vector<Target> targets(args.m);
+  for (int64_t m = 0; m < args.m; ++m) targets[m] = all[chosen[m]];
   args.targets = targets.data();
 
   Tensor cross_entropy = new_floats(logits, {args.m}), dice = new_floats(logits, {args.m});

@@ -158,9 +158,9 @@ struct LossSums {
   double cross_entropy, probability, label, both;
 };
 
-// `target` points to pixels, or is IndexPixels.
-template <typename E, typename Target>
-LossSums sample_losses(const PointLossArgs& args, const E* plane, Target target, const Plane& shape, int64_t m) {
+// `target` points to pixels, or is MapPixels or RunPixels.
+template <typename E, typename Pixels>
+LossSums sample_losses(const PointLossArgs& args, const E* plane, Pixels target, const Plane& shape, int64_t m) {
   const float* points = args.points + m * args.k * 2;
   float* probability = args.probability + m * args.k;
   float* labels = args.labels + m * args.k;
@@ -176,8 +176,12 @@ LossSums sample_losses(const PointLossArgs& args, const E* plane, Target target,
       load_points(points + 2 * i, left, x, y);
       const SamplePoints at = sample_points(x, y, args.height, args.width);
       const FloatVec logit = sample_plane(plane, size, at);
-      const FloatVec label =
-          sample_plane(target, target_size, same ? at : sample_points(x, y, shape.height, shape.width));
+      FloatVec label;
+      if constexpr (std::is_same_v<Pixels, RunPixels>) {
+        label = sample_runs(target, x, y, shape.height, shape.width);
+      } else {
+        label = sample_plane(target, target_size, same ? at : sample_points(x, y, shape.height, shape.width));
+      }
       FloatVec s, softplus;
       sigmoid_softplus(logit, s, softplus);
       FloatVec terms[4] = {softplus - logit * label, s, label, s * label};
@@ -204,11 +208,11 @@ LossSums sample_losses(const PointLossArgs& args, const E* plane, Target target,
 
 void loss(const PointLossArgs& args, int64_t first, int64_t last) {
   for (int64_t m = first; m < last; ++m) {
-    const Plane& target = args.targets[m];
+    const Target& target = args.targets[m];
     LossSums sums{};
     with_pixels({args.logits, args.type, args.height, args.width}, [&](auto logits) {
-      with_targets(target, [&](auto labels) {
-        sums = sample_losses(args, logits + args.rows[m] * args.stride, labels, target, m);
+      with_target(target, [&](auto labels) {
+        sums = sample_losses(args, logits + args.rows[m] * args.stride, labels, target.plane, m);
       });
     });
     args.cross_entropy[m] = static_cast<float>(sums.cross_entropy / static_cast<double>(args.k));

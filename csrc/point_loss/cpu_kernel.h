@@ -21,7 +21,7 @@ struct PointLossArgs {
   PixelType type;
   int64_t stride;               // from plane to plane
   const int64_t* rows;          // [M]
-  const Plane* targets;         // [M]
+  const Target* targets;        // [M]
   const float* points;          // [M, K, 2]
   float *probability, *labels;  // [M, K]
   float *cross_entropy, *dice;  // [M]

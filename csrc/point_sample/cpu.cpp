@@ -44,8 +44,6 @@ Tensor point_sample(const Tensor& input_, const Tensor& points_, bool exact) {
   args.type = pixel_type_of(input, "input");
   args.stride[0] = input.stride(0);
   args.stride[1] = input.stride(1);
-  STD_TORCH_CHECK(args.type != PixelType::kIndex || args.c <= 1 || args.stride[1] == 0,
-                  "input: expected planes of int32 to be one and the same");
   args.points = static_cast<const float*>(points.data_ptr());
   const bool narrow = !exact && (args.type == PixelType::kBFloat16 || args.type == PixelType::kFloat16);
   STD_TORCH_CHECK(args.type != PixelType::kFloat64, "input: float64 runs through the reference");
@@ -63,6 +61,27 @@ Tensor point_sample(const Tensor& input_, const Tensor& points_, bool exact) {
                                 const Scratch scratch = allocate_scratch(kernel.sample_scratch(args));
                                 kernel.sample(args, first, last, scratch.get());
                               });
+  return output;
+}
+
+Tensor sample_targets(const Tensor& pixels_, const Tensor& marks, const Tensor& points_) {
+  Tensor pixels = pixels_;
+  const std::vector<Target> targets = targets_of(pixels, &marks);
+  STD_TORCH_CHECK(points_.dim() == 2 && points_.size(1) == 2 && points_.scalar_type() == ScalarType::Float,
+                  "points: expected a float32 tensor [K, 2]");
+  const Tensor points = points_.is_contiguous() ? points_ : torch::stable::contiguous(points_);
+  TargetSampleArgs args{};
+  args.count = pixels.size(0);
+  args.k = points.size(0);
+  Tensor output = torch::stable::new_empty(points, std::vector<int64_t>{args.count, args.k}, ScalarType::Float);
+  if (output.numel() == 0) return output;
+  args.targets = targets.data();
+  args.points = static_cast<const float*>(points.data_ptr());
+  args.output = static_cast<float*>(output.data_ptr());
+  const PointSampleKernels& kernel = kernels();
+  torch::stable::parallel_for(0, (args.k + kPointsPerStretch - 1) / kPointsPerStretch,
+                              grain(kPointsPerStretch * args.count),
+                              [&](int64_t first, int64_t last) { kernel.sample_targets(args, first, last); });
   return output;
 }
 
@@ -106,7 +125,7 @@ Tensor uncertain_points(const Tensor& mask_logits, const Tensor& rows, const Ten
   args.height = logits.size(1);
   args.width = logits.size(2);
   args.logits = logits.data_ptr();
-  args.type = logit_type_of(logits, "mask_logits");
+  args.type = pixel_type_of(logits, "mask_logits");
   args.stride = logits.stride(0);
   args.rows = checked_rows(rows, "rows", args.planes);
   args.seed = *static_cast<const uint64_t*>(seed.data_ptr());
@@ -129,6 +148,7 @@ Tensor uncertain_points(const Tensor& mask_logits, const Tensor& rows, const Ten
 
 STABLE_TORCH_LIBRARY_IMPL(m2f, CPU, m) {
   m.impl("point_sample", TORCH_BOX(&m2f::point_sample));
+  m.impl("sample_targets", TORCH_BOX(&m2f::sample_targets));
   m.impl("point_sample_backward", TORCH_BOX(&m2f::point_sample_backward));
   m.impl("uncertain_points", TORCH_BOX(&m2f::uncertain_points));
 }

@@ -86,35 +86,51 @@ void sample_any(const PointSampleArgs& args, int64_t first, int64_t last, void* 
   }
 }
 
-// Planes of indices, which are one and the same: its pixels are read once for all, and compared with each one's number.
-void sample_indices(const PointSampleArgs& args, int64_t first, int64_t last, void* scratch) {
-  for (int64_t task = first; task < last;) {
-    const int64_t c = task % args.c, part = task / args.c % args.parts, n = task / args.c / args.parts;
-    const int64_t planes = std::min(args.c - c, last - task);
-    task += planes;
-    const Prepared p = prepare(args, n, part, scratch);
-    const int32_t* numbers = static_cast<const int32_t*>(args.input) + n * args.stride[0] + c * args.stride[1];
-    float* out = static_cast<float*>(args.output) + (n * args.c + c) * args.k + p.first;
-    for (int64_t i = 0; i < (p.count > 0 ? vectors(p.count) : 0); ++i) {
-      const SamplePoints& at = p.points[i];
-      const IntVec<float> below = at.index + at.down;
-      const IntVec<float> corners[4] = {gather_numbers(numbers, at.index), gather_numbers(numbers, at.index + at.step),
-                                        gather_numbers(numbers, below), gather_numbers(numbers, below + at.step)};
-      for (int64_t plane = 0; plane < planes; ++plane) {
-        const int32_t number = static_cast<int32_t>(c + plane);
-        const FloatVec value = weigh_corners(at, one_where(corners[0], number), one_where(corners[1], number),
-                                             one_where(corners[2], number), one_where(corners[3], number));
-        store_samples(out + plane * args.k + i * kFloatLanes, p.count - i * kFloatLanes, value);
-      }
+void sample(const PointSampleArgs& args, int64_t first, int64_t last, void* scratch) {
+  with_pixels({args.input, args.type, args.height, args.width}, [&](auto pixels) {
+    sample_any<std::remove_const_t<std::remove_pointer_t<decltype(pixels)>>>(args, first, last, scratch);
+  });
+}
+
+// ---------------------------------------------------------------- targets that are no masks
+// Points [first, last) of a map: its pixels are read once, and compared with each target's id.
+template <typename E>
+void sample_map(const TargetSampleArgs& args, const E* map, int64_t first, int64_t last) {
+  const Plane& shape = args.targets[0].plane;
+  const int64_t size = shape.height * shape.width;
+  for (int64_t k = first; k < last; k += kFloatLanes) {
+    FloatVec x, y;
+    load_points(args.points + 2 * k, last - k, x, y);
+    const SamplePoints at = sample_points(x, y, shape.height, shape.width);
+    IdVec<E> a, b, c, d;
+    gather_id_pair(map, size, at.index, at.step, a, b);
+    gather_id_pair(map, size, at.index + at.down, at.step, c, d);
+    for (int64_t t = 0; t < args.count; ++t) {
+      const int64_t id = args.targets[t].id;
+      const FloatVec value = weigh_corners(at, one_where(a, id), one_where(b, id), one_where(c, id), one_where(d, id));
+      store_samples(args.output + t * args.k + k, last - k, value);
     }
   }
 }
 
-void sample(const PointSampleArgs& args, int64_t first, int64_t last, void* scratch) {
-  if (args.type == PixelType::kIndex) return sample_indices(args, first, last, scratch);
-  with_pixels({args.input, args.type, args.height, args.width}, [&](auto pixels) {
-    sample_any<std::remove_const_t<std::remove_pointer_t<decltype(pixels)>>>(args, first, last, scratch);
-  });
+void sample_run_lengths(const TargetSampleArgs& args, int64_t first, int64_t last) {
+  for (int64_t t = 0; t < args.count; ++t) {
+    const Target& target = args.targets[t];
+    const RunPixels runs{target.ends, target.count, target.run_height};
+    for (int64_t k = first; k < last; k += kFloatLanes) {
+      FloatVec x, y;
+      load_points(args.points + 2 * k, last - k, x, y);
+      const FloatVec value = sample_runs(runs, x, y, target.plane.height, target.plane.width);
+      store_samples(args.output + t * args.k + k, last - k, value);
+    }
+  }
+}
+
+void sample_targets(const TargetSampleArgs& args, int64_t first, int64_t last) {
+  const int64_t start = first * kPointsPerStretch, end = std::min(last * kPointsPerStretch, args.k);
+  const Target& target = args.targets[0];
+  if (target.kind == TargetKind::kRuns) return sample_run_lengths(args, start, end);
+  with_map(target, [&](auto map) { sample_map(args, map.data, start, end); });
 }
 
 template <typename E>
@@ -258,7 +274,8 @@ void uncertain(const UncertainPointsArgs& args, int64_t first, int64_t last, voi
 }  // namespace
 
 const PointSampleKernels& M2F_FOR_VARIANT(point_sample_kernels)() {
-  static const PointSampleKernels kernels = {sample_scratch, sample, sample_backward, uncertain_scratch, uncertain};
+  static const PointSampleKernels kernels = {sample_scratch,    sample,   sample_targets, sample_backward,
+                                             uncertain_scratch, uncertain};
   return kernels;
 }
 

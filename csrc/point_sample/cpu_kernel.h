@@ -23,6 +23,14 @@ struct PointSampleArgs {
   void* grad_input;
 };
 
+// Samples of targets that are no masks, all of one kind and size.
+struct TargetSampleArgs {
+  int64_t count, k;
+  const Target* targets;
+  const float* points;  // [K, 2]
+  float* output;        // [count, K]
+};
+
 struct UncertainPointsArgs {
   int64_t m, planes, height, width;
   const void* logits;
@@ -39,12 +47,16 @@ struct PointSampleKernels {
   // Tasks are (n, part, c), c fastest.
   size_t (*sample_scratch)(const PointSampleArgs&);
   void (*sample)(const PointSampleArgs&, int64_t first, int64_t last, void* scratch);
+  // Tasks are stretches of kPointsPerStretch points: a map's pixels are read once for all targets.
+  void (*sample_targets)(const TargetSampleArgs&, int64_t first, int64_t last);
   // Tasks are (n, c). Scratch is one plane of floats where planes are narrower than that.
   void (*sample_backward)(const PointSampleArgs&, int64_t first, int64_t last, float* scratch);
   // Tasks are masks.
   size_t (*uncertain_scratch)(const UncertainPointsArgs&);
   void (*uncertain)(const UncertainPointsArgs&, int64_t first, int64_t last, void* scratch);
 };
+
+constexpr int64_t kPointsPerStretch = 512;
 
 const PointSampleKernels& point_sample_kernels_baseline();
 #if defined(M2F_X86)

@@ -11,8 +11,8 @@ from m2f_kernels._checks import check_number, describe
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.nn.predictions import Batch, Predictions, Targets, read_batch
-from m2f_kernels.ops.point_loss import costs_of_image, sample_labels
-from m2f_kernels.ops.point_sample import point_counts
+from m2f_kernels.ops.point_loss import costs_of_image
+from m2f_kernels.ops.point_sample import point_counts, sample_targets
 
 #: For each decoder output, for each image: queries and their targets, int64 [M_i] on the CPU.
 Indices = list[list[tuple[Tensor, Tensor]]]
@@ -75,7 +75,7 @@ class HungarianMatcher(nn.Module):
             predictions: a list over decoder outputs of `{"class_logits": [N, Q, num_labels + 1], "masks": M}`, M
                 being `FactoredMasks` or logits [N, Q, h, w].
             targets: a list over images of `{"labels": int64 [T_i], "masks": [T_i, H_i, W_i]}`; masks bool, uint8
-                (not 0 is foreground) or floating point.
+                (not 0 is foreground) or floating point, or in their place an `InstanceMap` or run lengths.
 
         Returns:
             for each output, for each image, the queries and their targets: two int64 tensors [min(Q, T_i)] on the CPU,
@@ -119,7 +119,7 @@ class HungarianMatcher(nn.Module):
         """Cross-entropy and dice of one image, in blocks of queries [., T] that follow each other."""
         q = batch.class_logits.shape[2]
         shared = None if self.fresh_points else self._points(batch.device)
-        shared_labels = None if shared is None else sample_labels(batch.masks[image], shared)
+        shared_labels = None if shared is None else sample_targets(batch.masks[image], shared)
         costs = []
         for group in batch.groups:
             masks = group.masks
@@ -130,7 +130,7 @@ class HungarianMatcher(nn.Module):
                 points = self._points(batch.device)
                 rows = slice(part * q, (part + 1) * q)
                 own = masks.select(rows) if isinstance(masks, FactoredMasks) else masks
-                costs += costs_of_image(own, image, points, sample_labels(batch.masks[image], points))
+                costs += costs_of_image(own, image, points, sample_targets(batch.masks[image], points))
         return costs
 
     def _points(self, device: torch.device) -> Tensor:

@@ -124,7 +124,7 @@ class PointMaskCriterion(nn.Module):
                 "masks": M}`, M being `FactoredMasks` or logits [N, Q, h, w].
             targets: a list over images of `{"labels": int64 [T_i], "masks": [T_i, H_i, W_i]}`; masks bool, uint8
                 (not 0 is foreground) or floating point, of any size: coordinates are relative to it. In their place an
-                `InstanceMap` of ids.
+                `InstanceMap` of ids, or `RunLengths` (COCO's, as `pycocotools` has them, too).
 
         Returns:
             "loss_cross_entropy", "loss_mask" and "loss_dice" of the last output; those of output i with the suffix

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
 from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.masks import Targets as TargetMasks
 from m2f_kernels.ops.point_loss import check_targets
 from m2f_kernels.ops.point_sample import check_masks
 
 #: For each decoder output "class_logits" [N, Q, num_labels + 1] and "masks", FactoredMasks or logits [N, Q, h, w].
 Predictions: TypeAlias = Sequence[Mapping[str, Any]]
-#: For each image "labels", int64 [T_i], and "masks", [T_i, H_i, W_i] or an InstanceMap.
+#: For each image "labels", int64 [T_i], and "masks", [T_i, H_i, W_i], an InstanceMap, or run lengths.
 Targets: TypeAlias = Sequence[Mapping[str, Any]]
 
 
@@ -35,7 +36,7 @@ class Batch:
     class_logits: Tensor  # [L, N, Q, num_labels + 1], float32
     groups: list[Group]
     labels: list[Tensor]
-    masks: list[Tensor]
+    masks: list[TargetMasks]
 
     @property
     def device(self) -> torch.device:
@@ -88,7 +89,7 @@ def _output(name: str, output: object) -> tuple[Tensor, Tensor | FactoredMasks]:
     return logits, masks
 
 
-def _targets(targets: Targets, n: int, masks: Tensor | FactoredMasks) -> tuple[list[Tensor], list[Tensor]]:
+def _targets(targets: Targets, n: int, masks: Tensor | FactoredMasks) -> tuple[list[Tensor], list[TargetMasks]]:
     if not isinstance(targets, Sequence) or len(targets) != n:
         got = f"{len(targets)}" if isinstance(targets, Sequence) else describe(targets)
         raise ValueError(f"targets: expected {n} mappings, one per image of class_logits; got {got}")
@@ -99,7 +100,7 @@ def _targets(targets: Targets, n: int, masks: Tensor | FactoredMasks) -> tuple[l
     pixels = masks.mask_embed if isinstance(masks, FactoredMasks) else masks
     found = check_targets("targets['masks']", [x["masks"] for x in targets], n, pixels)
     labels = [x["labels"] for x in targets]
-    for i, (label, mask) in enumerate(zip(labels, found, strict=True)):
+    for i, (label, (mask, _)) in enumerate(zip(labels, found, strict=True)):
         if not isinstance(label, Tensor) or label.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"targets[{i}]['labels']: expected an int64 tensor [T]; got {describe(label)}")
         check_shape(f"targets[{i}]['labels']", label, "[T], one per mask,", mask.shape[:1])

@@ -6,6 +6,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import m2f_kernels
+
 OUTPUT, GRADIENT = 1e-4, 1e-3
 
 
@@ -62,6 +64,49 @@ def targets(counts, sizes, generator, labels=5, dtype=torch.float32):
         "mask_labels": masks,
         "class_labels": [torch.randint(0, labels, (t,), generator=generator) for t in counts],
     }
+
+
+def compact(form, sizes, generator):
+    """`mask_labels` of two images as "maps" of ids, "runs" (lengths that overlap) or "COCO"'s dicts, and dense.
+
+    Three targets and two, one of them without pixels.
+    """
+    if form == "maps":
+        found = [
+            m2f_kernels.InstanceMap(torch.randint(0, 5, size, generator=generator), torch.tensor(ids))
+            for size, ids in zip(sizes, ([4, 0, 2], [1, 9]), strict=True)
+        ]
+        return found, [one.masks().float() for one in found]
+    dense = [torch.rand(t, *size, generator=generator) > 0.6 for t, size in zip((3, 2), sizes, strict=True)]
+    dense[1][1] = False
+    found = [m2f_kernels.RunLengths.from_masks(masks) for masks in dense]
+    if form == "COCO":
+        found = [as_coco(masks) for masks in dense]
+    return found, [masks.float() for masks in dense]
+
+
+def as_coco(masks):
+    """Uncompressed run lengths."""
+    encoded = []
+    for mask in masks:
+        pixels = torch.cat([torch.zeros(1, dtype=torch.bool), mask.T.flatten()])
+        changes = (pixels[1:] != pixels[:-1]).nonzero()[:, 0]
+        ends = torch.cat([torch.zeros(1, dtype=torch.int64), changes, torch.tensor([mask.numel()])])
+        encoded.append({"size": list(mask.shape), "counts": ends.diff().tolist()})
+    return encoded
+
+
+def assert_compact_targets_serve(accelerated, form, sizes, generator, **inputs):
+    """The same loss and gradients, to the last bit, as from the dense masks."""
+    given, dense = compact(form, sizes, generator)
+    labels = [torch.tensor([0, 3, 1]), torch.tensor([2, 2])]
+    (first, gradients), (second, expected) = (
+        train(accelerated, mask_labels=masks, class_labels=labels, **inputs) for masks in (given, dense)
+    )
+    assert torch.equal(first.loss, second.loss)
+    assert first.loss.isfinite().all()
+    for name, gradient in gradients.items():
+        assert gradient is None or torch.equal(gradient, expected[name]), name
 
 
 class Sizes(TorchDispatchMode):

@@ -14,7 +14,13 @@ from torch.utils._pytree import tree_leaves
 import m2f_kernels
 from m2f_kernels.integrations.transformers import eomt, patch, unpatch
 from tests.integrations.families import modeling, photograph
-from tests.integrations.published import assert_same, assert_same_gradients, targets, train
+from tests.integrations.published import (
+    assert_compact_targets_serve,
+    assert_same,
+    assert_same_gradients,
+    targets,
+    train,
+)
 from tests.model import peers
 
 SIZE, QUERIES, LABELS, BLOCKS = 64, 7, 5, 3
@@ -161,23 +167,13 @@ def test_loss_and_gradients(name, probabilities, pixels, fixed_points, generator
 
 @models
 @pytest.mark.parametrize("known", [True, False])
-def test_targets_as_maps_of_ids(name, known, pixels, fixed_points, generator):
-    """Of different sizes; the same loss and gradients to the last bit, also where the original's criterion serves."""
+@pytest.mark.parametrize("form", ["maps", "runs", "COCO"])
+def test_compact_targets(name, form, known, pixels, fixed_points, generator):
+    """Of different sizes, which are padded for the loss; also where the original's criterion serves."""
     _, accelerated = both(name)
     if not known:
         m2f_kernels.restore(accelerated.criterion)
-    maps = [
-        m2f_kernels.InstanceMap(torch.randint(0, 5, size, generator=generator), torch.tensor(ids))
-        for size, ids in (((SIZE, SIZE), [4, 0, 2]), ((40, 50), [1, 3]))
-    ]
-    labels = [torch.tensor([0, 3, 1]), torch.tensor([2, 2])]
-    results = [
-        train(accelerated, pixel_values=pixels, mask_labels=given, class_labels=labels)
-        for given in (maps, [one.masks().float() for one in maps])
-    ]
-    assert torch.equal(results[0][0].loss, results[1][0].loss)
-    for n, gradient in results[0][1].items():
-        assert gradient is None or torch.equal(gradient, results[1][1][n]), n
+    assert_compact_targets_serve(accelerated, form, [(SIZE, SIZE), (40, 50)], generator, pixel_values=pixels)
 
 
 @models

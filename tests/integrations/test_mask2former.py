@@ -18,6 +18,7 @@ from tests.integrations.published import (
     OPERATORS,
     OUTPUT,
     Sizes,
+    assert_compact_targets_serve,
     assert_same,
     assert_same_gradients,
     compile_whole,
@@ -214,6 +215,17 @@ def test_loss_and_gradients(name, case, pixels, generator):
     after, found = train(accelerated, pixel_values=pixels, **labels)
     assert_same(before, after)
     assert_same_gradients(gradients, found)
+
+
+@pytest.mark.usefixtures("fixed_points")
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("form", ["maps", "runs", "COCO"])
+def test_compact_targets(form, known, pixels, generator):
+    """Of different sizes, which are padded for the loss; also where the original's criterion serves."""
+    _, accelerated = both("pre_norm")
+    if not known:
+        m2f_kernels.restore(accelerated.criterion)
+    assert_compact_targets_serve(accelerated, form, [SIZE, (60, 140)], generator, pixel_values=pixels)
 
 
 @pytest.mark.usefixtures("fixed_points")

@@ -18,6 +18,7 @@ from m2f_kernels.integrations.transformers.oneformer import AuxiliaryPrediction
 from tests.integrations.published import (
     OPERATORS,
     Sizes,
+    assert_compact_targets_serve,
     assert_same,
     assert_same_gradients,
     compile_whole,
@@ -233,6 +234,14 @@ def test_targets_of_different_sizes(inputs, texts, generator):
     after, found = train(accelerated, **given)
     assert_same(before, after)
     assert_same_gradients(gradients, found)
+
+
+@pytest.mark.usefixtures("fixed_points")
+@pytest.mark.parametrize("form", ["maps", "runs", "COCO"])
+def test_compact_targets(form, inputs, texts, generator):
+    """Of different sizes, which are padded for the loss."""
+    _, accelerated = both("no_auxiliary_loss", is_training=True)
+    assert_compact_targets_serve(accelerated, form, [SIZE, (60, 140)], generator, **inputs, **texts)
 
 
 @pytest.mark.usefixtures("fixed_points")

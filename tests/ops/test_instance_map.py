@@ -1,17 +1,25 @@
-"""Targets as a map of ids: what is computed from them has the bits of the dense masks, and nothing dense exists."""
+"""Targets as a map of ids or as run lengths: what is computed from them has the bits of the dense masks, and nothing
+dense exists."""
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
-from m2f_kernels import FactoredMasks, InstanceMap, masks
+from m2f_kernels import FactoredMasks, InstanceMap, RunLengths, masks
 from m2f_kernels.nn import PointMaskCriterion
+from m2f_kernels.ops.point_loss import check_targets
 from m2f_kernels.ops.point_loss import reference as loss_reference
 from m2f_kernels.ops.point_sample import reference
+
+try:
+    from pycocotools.mask import encode
+except ImportError:
+    encode = None
 
 F64, F32, BF16 = torch.float64, torch.float32, torch.bfloat16
 Q, T, K = 9, 5, 301
@@ -24,10 +32,51 @@ def make(generator, size=(37, 53), ids=(7, 3, 250, 0, 90), dtype=torch.int32):
     return InstanceMap(id_map, torch.tensor(ids))
 
 
-def both(generator, device, sizes=((37, 53), (20, 11)), **options):
-    maps = [make(generator, size, **options) for size in sizes]
-    maps = [InstanceMap(*(x.to(device) for x in one)) for one in maps]
-    return maps, [one.masks() for one in maps]
+def make_runs(generator, size=(37, 53)):
+    """Overlapping; of five targets one has no pixel, one has all, and one has the first and the last one."""
+    dense = torch.rand(T, *size, generator=generator) > 0.4
+    dense[1], dense[3] = False, True
+    dense[2, [0, -1], [0, -1]] = True
+    return RunLengths.from_masks(dense)
+
+
+def as_coco(runs):
+    """As COCO's files have them: a list of lengths, or text."""
+    dense = runs.masks()
+    if encode is None:
+        return [{"size": list(dense.shape[1:]), "counts": counts(x)} for x in dense]
+    forms = [encode(np.asfortranarray(x.numpy().astype(np.uint8))) for x in dense]
+    return [
+        forms[0],
+        {"size": list(dense.shape[1:]), "counts": counts(dense[1])},
+        *({**x, "counts": x["counts"].decode()} for x in forms[2:]),
+    ]
+
+
+def counts(mask):
+    """Run lengths of one mask, by a loop over its pixels."""
+    found, value = [0], False
+    for pixel in mask.T.flatten().tolist():
+        if pixel != value:
+            found.append(0)
+            value = pixel
+        found[-1] += 1
+    return found
+
+
+FORMS = {"map": make, "run lengths": make_runs, "COCO": lambda *given: as_coco(make_runs(*given))}
+forms = pytest.mark.parametrize("form", FORMS)
+
+
+def dense_of(one):
+    return (RunLengths.from_coco(one) if isinstance(one, list) else one).masks()
+
+
+def both(form, generator, device, sizes=((37, 53), (20, 11))):
+    """Targets of two images, and the dense masks."""
+    found = [FORMS[form](generator, size) for size in sizes]
+    dense = [dense_of(one).to(device) for one in found]
+    return [one if isinstance(one, list) else one.to(device) for one in found], dense
 
 
 def predictions(generator, device, dtype=F32, factored=False):
@@ -50,27 +99,44 @@ def points(generator, device, *shape):
 
 
 # ---------------------------------------------------------------- the same bits
+@pytest.mark.parametrize("size", [(37, 53), (1, 1), (1, 3), (2, 1)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.uint8], ids=str)
-def test_planes(generator, dtype):
-    one = make(generator, dtype=dtype)
-    planes = masks.numbered_planes(*one)
-    assert planes.dtype == torch.int32
-    assert planes.untyped_storage().nbytes() == 4 * one.id_map.numel()
-    assert torch.equal(planes == torch.arange(T)[:, None, None], one.masks())
-    assert one.masks()[:-1].flatten(1).any(1).all()
+def test_maps_of_every_dtype(implementation, dtype, size, generator):
+    """Read in place; an id beyond the map's dtype, or that only its low bits are like, belongs to no pixel."""
+    ids = torch.tensor([7, 3, 250, 256 + 7, 2**32 + 3, -6])
+    choices = torch.tensor([7, 3, 250, 0] if dtype == torch.uint8 else [7, 3, 250, -6])
+    one = InstanceMap(choices[torch.randint(0, 4, size, generator=generator)].to(dtype), ids)
+    dense = torch.stack([one.id_map.long() == i for i in ids.tolist()])
+    assert torch.equal(one.masks(), dense)
+    logits, at = torch.randn(1, 6, 5, 4, generator=generator), points(generator, "cpu", 1, 70)
+    own = points(generator, "cpu", 6, 70)
+    given = [x.to(implementation) for x in (logits, at, own, dense)]
+    one = one.to(implementation)
+    (found,), _ = m2f_kernels.mask_matching_cost(given[0], [one], given[1])
+    (expected,), _ = m2f_kernels.mask_matching_cost(given[0], [given[3]], given[1])
+    assert torch.equal(found, expected)
+    for found, expected in zip(
+        m2f_kernels.point_mask_loss(given[0], [one], given[2]),
+        m2f_kernels.point_mask_loss(given[0], [given[3]], given[2]),
+        strict=True,
+    ):
+        assert torch.equal(found, expected)
 
 
-def test_planes_of_many_pixels(generator, monkeypatch):
-    """Looked up piece by piece."""
-    monkeypatch.setattr(masks, "_PIXELS_AT_ONCE", 100)
+def test_a_map_of_any_strides(generator):
     one = make(generator)
-    assert torch.equal(masks.numbered_planes(*one) == torch.arange(T)[:, None, None], one.masks())
+    logits, at = torch.randn(1, Q, 5, 4, generator=generator), points(generator, "cpu", 1, K)
+    turned = InstanceMap(one.id_map.T.contiguous().T, one.ids.repeat_interleave(2)[::2])
+    assert not turned.id_map.is_contiguous()
+    found, expected = (m2f_kernels.mask_matching_cost(logits, [x], at)[0][0] for x in (turned, one))
+    assert torch.equal(found, expected)
 
 
+@forms
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
-def test_matching_cost(implementation, dtype, factored, generator):
-    maps, dense = both(generator, implementation)
+def test_matching_cost(implementation, dtype, factored, form, generator):
+    maps, dense = both(form, generator, implementation)
     _, given = predictions(generator, implementation, dtype, factored)
     at = points(generator, implementation, 2, K)
     for first, second in zip(
@@ -81,10 +147,11 @@ def test_matching_cost(implementation, dtype, factored, generator):
             assert torch.equal(a, b)
 
 
+@forms
 @pytest.mark.parametrize("factored", [False, True])
 @pytest.mark.parametrize("dtype", [F64, F32, BF16], ids=str)
-def test_loss_and_gradients(implementation, dtype, factored, generator):
-    maps, dense = both(generator, implementation)
+def test_loss_and_gradients(implementation, dtype, factored, form, generator):
+    maps, dense = both(form, generator, implementation)
     matches = [(torch.tensor([0, 4, 8, 2]), torch.tensor([1, 4, 0, 2])), (torch.tensor([3]), torch.tensor([3]))]
     at = points(generator, implementation, 5, K)
     leaves, given = predictions(generator, implementation, dtype, factored)
@@ -97,10 +164,11 @@ def test_loss_and_gradients(implementation, dtype, factored, generator):
     assert results[0][0].std() > 0
 
 
+@forms
 @pytest.mark.parametrize("mixed", [False, True])
-def test_criterion(implementation, mixed, generator):
+def test_criterion(implementation, mixed, form, generator):
     """Matching and losses of several outputs; images may mix both forms."""
-    maps, dense = both(generator, implementation)
+    maps, dense = both(form, generator, implementation)
     leaves, given = predictions(generator, implementation, factored=True)
     classes = torch.randn(2, Q, 4, generator=generator).to(implementation)
     labels = [torch.randint(0, 3, (T,), generator=generator).to(implementation) for _ in range(2)]
@@ -116,22 +184,32 @@ def test_criterion(implementation, mixed, generator):
         assert torch.equal(a, b)
 
 
-def test_reference(generator):
+@forms
+def test_reference(form, generator):
     """The truth itself, against dense masks."""
-    one = make(generator)
-    planes, at = masks.numbered_planes(*one), points(generator, "cpu", 1, K)
-    assert torch.equal(
-        reference.point_sample(planes[None], at, True), reference.point_sample(one.masks()[None], at, True)
+    one = FORMS[form](generator)
+    dense, at = dense_of(one), points(generator, "cpu", 1, K)
+    (targets,) = check_targets("targets", [one], 1, dense)
+    expected = reference.point_sample(dense[None], at, True)[0]
+    assert torch.equal(reference.sample_targets(targets, at[0]), expected)
+    assert torch.equal(reference.sample_targets(masks.Targets(dense), at[0]), expected)
+    rows, own = torch.tensor([9, 0, 2, 6]), points(generator, "cpu", 4, K)
+    found, expected = (
+        loss_reference.sampled_targets(masks.listed([x, x]), rows, own) for x in (targets, masks.Targets(dense))
     )
-    rows, own = torch.tensor([4, 0, 2]), points(generator, "cpu", 3, K)
-    assert torch.equal(
-        loss_reference.sampled_targets([planes], rows, own), loss_reference.sampled_targets([one.masks()], rows, own)
-    )
+    assert torch.equal(found, expected)
 
 
-def test_no_targets(device, generator):
-    empty = InstanceMap(torch.zeros(8, 8, dtype=torch.int32, device=device), torch.zeros(0, dtype=torch.int64))
-    empty = empty._replace(ids=empty.ids.to(device))
+EMPTY = {
+    "map": InstanceMap(torch.zeros(8, 8, dtype=torch.int32), torch.zeros(0, dtype=torch.int64)),
+    "run lengths": RunLengths.from_coco([], (8, 8)),
+    "COCO": [],
+}
+
+
+@forms
+def test_no_targets(device, form, generator):
+    empty = EMPTY[form] if form == "COCO" else EMPTY[form].to(device)
     _, given = predictions(generator, device)
     cross_entropy, _ = m2f_kernels.mask_matching_cost(given, [empty, empty], points(generator, device, 2, K))
     assert [x.shape for x in cross_entropy] == [(Q, 0)] * 2
@@ -160,13 +238,16 @@ def test_nothing_dense(generator):
     given = FactoredMasks(*(torch.randn(*s, generator=generator) for s in ((1, 220, 4), (1, 4, 16, 16))))
     labels = torch.randint(0, 3, (200,), generator=generator)
     sizes = []
-    for target in (one, one.masks()):
+    for target in (one, one.masks(), RunLengths.from_masks(one.masks())):
         with Largest() as seen:
             PointMaskCriterion(3, num_points=64)(
                 [{"class_logits": classes, "masks": given}], [{"labels": labels, "masks": target}]
             )
         sizes.append(seen.bytes)
-    assert sizes[0] <= 8 * 256 * 256
+    assert sizes[1] >= 200 * 256 * 256
+    # No copy of the map; runs as many as there are pixels, as they are here, take four bytes each.
+    assert sizes[0] <= 4 * 256 * 256
+    assert sizes[2] <= 8 * 256 * 256
 
 
 # ---------------------------------------------------------------- bad input

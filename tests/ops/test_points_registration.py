@@ -17,6 +17,9 @@ def arguments(generator, dtype=torch.float32):
     logits = torch.randn(5, 9, 7, generator=generator).to(dtype)
     rows, target_rows, seed = torch.tensor([4, 0, 4]), torch.tensor([1, 2, 0]), torch.tensor([9])
     targets = [torch.rand(2, 12, 10, generator=generator) > 0.5, torch.rand(1, 5, 6, generator=generator)]
+    # A map of ids, and run lengths.
+    mapped = torch.randint(0, 3, (12, 10), generator=generator).expand(2, -1, -1), torch.tensor([2, 0])
+    runs = m2f_kernels.RunLengths.from_masks(torch.rand(1, 5, 6, generator=generator) > 0.5).runs
     own = torch.rand(3, 20, 2, generator=generator)
     saved = (torch.rand(3, 20, generator=generator), torch.rand(3, 20, generator=generator))
     grads = (torch.rand(3, generator=generator), torch.rand(3, generator=generator))
@@ -24,10 +27,12 @@ def arguments(generator, dtype=torch.float32):
     factored = (embed, features, torch.tensor([3, 1, 4]), [2, 1], targets, target_rows)
     return {
         "point_sample": [pixels, points, False],
+        "sample_targets": [*mapped, points[0]],
         "point_sample_backward": [torch.randn(2, 3, 20, generator=generator).to(dtype), points, 9, 7],
         "uncertain_points": [logits, rows, seed, 3, 60, 15, 5],
         "mask_matching_cost": [saved[0], saved[1]],
         "point_mask_loss": [logits, rows, targets, target_rows, own],
+        "point_mask_loss, marked": [logits, rows, [*mapped, torch.zeros(1, 5, 6).bool(), runs], target_rows, own],
         "point_mask_loss_backward": [*grads, rows, own, *saved, 5, 9, 7],
         "factored_point_mask_loss": [*factored, own, None, 0, 0, 0],
         "factored_point_mask_loss_backward": [*grads, *factored[:4], own, *saved],
@@ -37,15 +42,19 @@ def arguments(generator, dtype=torch.float32):
 NAMES = list(arguments(torch.Generator()))
 
 
+def operator(name):
+    return getattr(OPS, name.split(",")[0])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(generator, name, dtype):
     given = arguments(generator, dtype)[name]
-    torch.library.opcheck(getattr(OPS, name).default, given)
-    if "backward" not in name and name not in ("uncertain_points", "mask_matching_cost"):
+    torch.library.opcheck(operator(name).default, given)
+    if "backward" not in name and name not in ("uncertain_points", "mask_matching_cost", "sample_targets"):
         count = 2 if "factored" in name else 1
         leaves = [x.requires_grad_() for x in given[:count]]
-        torch.library.opcheck(getattr(OPS, name).default, [*leaves, *given[count:]])
+        torch.library.opcheck(operator(name).default, [*leaves, *given[count:]])
 
 
 def test_opcheck_with_a_seed(generator):
@@ -57,13 +66,13 @@ def test_opcheck_with_a_seed(generator):
 @pytest.mark.parametrize("name", NAMES)
 def test_fake_kernels_agree_with_real_ones(generator, name, dtype):
     given = arguments(generator, dtype)[name]
-    real = getattr(OPS, name)(*given)
+    real = operator(name)(*given)
     with torch._subclasses.FakeTensorMode() as mode:
 
         def fake(x):
             return [fake(y) for y in x] if isinstance(x, list) else mode.from_tensor(x) if torch.is_tensor(x) else x
 
-        found = getattr(OPS, name)(*map(fake, given))
+        found = operator(name)(*map(fake, given))
     for a, b in zip(*(x if isinstance(x, (tuple, list)) else (x,) for x in (real, found)), strict=True):
         assert (a.shape, a.dtype, a.stride(), a.device) == (b.shape, b.dtype, b.stride(), b.device)
 

@@ -269,7 +269,7 @@ def _loss(
     ]
     last = {"masks_queries_logits": outputs[-1][1] if fused else logits, "class_queries_logits": outputs[-1][0]}
     if not isinstance(model.criterion, mask2former.Criterion):
-        mask_labels = [dense_masks(x) for x in mask_labels]
+        mask_labels = dense_masks(mask_labels, logits.device)
     labels = {"mask_labels": mask_labels, "class_labels": class_labels}
     if fused:
         total: Tensor = model.get_loss(model.get_loss_dict(**last, **labels, auxiliary_predictions=predictions))

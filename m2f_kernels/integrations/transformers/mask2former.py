@@ -46,8 +46,9 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
     PositionEmbedding,
     check_pixel_decoder,
 )
-from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
+from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
+from m2f_kernels.ops.point_loss import Given
 
 _MODULE = "transformers.models.mask2former.modeling_mask2former"
 _MATCHER = f"{_MODULE}.Mask2FormerHungarianMatcher"
@@ -369,7 +370,7 @@ class Criterion(Mixin):
         self,
         masks_queries_logits: Masks,
         class_queries_logits: Tensor,
-        mask_labels: Sequence[Tensor | InstanceMap],
+        mask_labels: Sequence[Given],
         class_labels: Sequence[Tensor],
         auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
     ) -> dict[str, Tensor]:
@@ -381,7 +382,7 @@ class Criterion(Mixin):
             unfused: dict[str, Tensor] = super().forward(
                 logits_of(masks_queries_logits),
                 class_queries_logits,
-                [dense_masks(x) for x in mask_labels],
+                dense_masks(mask_labels, class_queries_logits.device),
                 class_labels,
                 [{**x, "masks_queries_logits": logits_of(x["masks_queries_logits"])} for x in auxiliary],
             )
@@ -409,7 +410,7 @@ class ForUniversalSegmentation(Mixin):
     def forward(
         self,
         pixel_values: Tensor,
-        mask_labels: list[Tensor] | None = None,
+        mask_labels: Sequence[Given] | None = None,
         class_labels: list[Tensor] | None = None,
         pixel_mask: Tensor | None = None,
         output_hidden_states: bool | None = None,
@@ -457,6 +458,9 @@ class ForUniversalSegmentation(Mixin):
         loss = None
         if supervised:
             given = masks if isinstance(self.criterion, Criterion) else logits
+            if given is logits:
+                assert mask_labels is not None
+                mask_labels = dense_masks(mask_labels, last.device)
             loss = self.get_loss(
                 self.get_loss_dict(
                     masks_queries_logits=given[-1],

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from m2f_kernels import dispatch
 from m2f_kernels.integrations.transformers._swap import plan, qualified_name, watched
-from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
+from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask, RunLengths
+from m2f_kernels.masks import Targets as TargetMasks
 from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion, apart
 from m2f_kernels.nn.predictions import Targets, read_batch
 from m2f_kernels.ops.masked_attention import masked_attention
+from m2f_kernels.ops.point_loss import Given
 
 #: Masks of one decoder output: factored, or logits [N, Q, h, w] where something needed them.
 Masks = Tensor | FactoredMasks
@@ -34,9 +36,17 @@ def logits_of(masks: Masks) -> Tensor:
     return masks.logits() if isinstance(masks, FactoredMasks) else masks
 
 
-def dense_masks(masks: Tensor | InstanceMap) -> Tensor:
-    """[T, H, W] as the original losses take it."""
-    return masks.masks().float() if isinstance(masks, InstanceMap) else masks
+def dense_masks(mask_labels: Iterable[Given], device: torch.device) -> list[Tensor]:
+    """For each image [T, H, W] as the original losses take it."""
+    return [_dense(f"mask_labels[{i}]", masks, device) for i, masks in enumerate(mask_labels)]
+
+
+def _dense(name: str, masks: Given, device: torch.device) -> Tensor:
+    if isinstance(masks, Tensor):
+        return masks
+    if not isinstance(masks, (InstanceMap, RunLengths)):
+        masks = RunLengths.from_coco(masks, None if masks else (1, 1), name)
+    return masks.to(device).masks().float()
 
 
 # ---------------------------------------------------------------- cross-attention with weights of nn.MultiheadAttention
@@ -269,7 +279,7 @@ def point_losses(
     published: Any,
     num_labels: int,
     outputs: Iterable[tuple[Tensor, Masks]],
-    mask_labels: Iterable[Tensor | InstanceMap],
+    mask_labels: Iterable[Given],
     class_labels: Sequence[Tensor],
 ) -> list[dict[str, Tensor]]:
     """The losses of every output, a pair of class logits and masks, as the criterion `published` computes them.
@@ -285,16 +295,22 @@ def point_losses(
     return _Criterion(published, num_labels).losses(predictions, targets, num_masks)
 
 
-def _pad_to_largest(masks: list[Tensor]) -> list[Tensor]:
+def _pad_to_largest(targets: list[TargetMasks]) -> list[TargetMasks]:
     """Targets [T_i, H, W] of one size. `transformers` pads them for the loss, though not for the matching."""
-    height, width = (max((x.shape[axis] for x in masks), default=0) for axis in (1, 2))
-    return [_pad(x, (0, width - x.shape[2], 0, height - x.shape[1])) for x in masks]
+    height, width = (max((x.pixels.shape[axis] for x in targets), default=0) for axis in (1, 2))
+    return [_pad(x, height, width) for x in targets]
 
 
-def _pad(masks: Tensor, sides: tuple[int, int, int, int]) -> Tensor:
-    if not any(sides):
-        return masks
-    if masks.dtype != torch.int32 or not len(masks):
-        return F.pad(masks, sides)
-    # Planes of numbers share their memory, and outside there is none.
-    return F.pad(masks[:1], sides, value=-1).expand(len(masks), -1, -1)
+def _pad(targets: TargetMasks, height: int, width: int) -> TargetMasks:
+    pixels, marks = targets
+    count, h, w = pixels.shape
+    if (h, w) == (height, width) or not count:
+        return targets._replace(pixels=pixels.new_empty(0, height, width)) if not count else targets
+    if marks is None:
+        return TargetMasks(F.pad(pixels, (0, width - w, 0, height - h)))
+    if marks.dtype == torch.int32:  # outside the size that runs know of is background
+        return TargetMasks(pixels[:1, :1, :1].expand(count, height, width), marks)
+    # Around a map is an id that no target has.
+    padded = (marks.amin() - 1).expand(height, width).clone()
+    padded[:h, :w] = pixels[0]
+    return TargetMasks(padded.expand(count, -1, -1), marks)

@@ -47,8 +47,9 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
     PositionEmbedding,
     check_pixel_decoder,
 )
-from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask
+from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
+from m2f_kernels.ops.point_loss import Given
 
 _MODULE = "transformers.models.oneformer.modeling_oneformer"
 _MATCHER = f"{_MODULE}.OneFormerHungarianMatcher"
@@ -421,7 +422,7 @@ class Criterion(Mixin):
         masks_queries_logits: Masks,
         class_queries_logits: Tensor,
         contrastive_queries_logits: Tensor | None,
-        mask_labels: Sequence[Tensor | InstanceMap],
+        mask_labels: Sequence[Given],
         class_labels: Sequence[Tensor],
         text_queries: Tensor | None,
         auxiliary_predictions: Sequence[dict[str, Any]] | None = None,
@@ -435,7 +436,7 @@ class Criterion(Mixin):
                 masks_queries_logits,
                 class_queries_logits,
                 contrastive_queries_logits,
-                [dense_masks(x) for x in mask_labels],
+                dense_masks(mask_labels, class_queries_logits.device),
                 class_labels,
                 text_queries,
                 auxiliary_predictions,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from m2f_kernels import dispatch
+from m2f_kernels import dispatch, run_lengths
 from m2f_kernels._checks import check_indices, check_same_device, check_shape, describe, readable
 from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels._library import LIBRARY
-from m2f_kernels.masks import FactoredMasks, InstanceMap, numbered_planes
+from m2f_kernels.masks import FactoredMasks, InstanceMap, RunLengths, Targets, listed
 from m2f_kernels.ops._autograd import call, differentiable_once, register_autograd, register_vmap
 from m2f_kernels.ops.point_loss import factored, fallback, reference
 from m2f_kernels.ops.point_sample import (
@@ -23,6 +23,7 @@ from m2f_kernels.ops.point_sample import (
     point_counts,
     points_of_planes,
     sample,
+    sample_targets,
 )
 from m2f_kernels.ops.point_sample import reference as point_sample_reference
 from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, MaskRows, multiply, select_rows
@@ -33,7 +34,8 @@ __all__ = ["Matches", "mask_matching_cost", "point_mask_loss"]
 Matches = Sequence[tuple[Tensor, Tensor]]
 
 # ---------------------------------------------------------------- schemas
-# Targets are a list over images of [T_i, H_i, W_i]; `target_rows` counts over all of them. The probability and
+# Targets are a list over images of [T_i, H_i, W_i], or what `masks.listed` makes of a map of ids or of run lengths;
+# `target_rows` counts over all of them. The probability and
 # label at each point are outputs so that backward needs neither masks nor targets.
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
@@ -61,6 +63,9 @@ LIBRARY.define(
     "-> (Tensor, Tensor)",
     tags=_TAGS,
 )
+#: Targets of one image, as users give them; the last is what pycocotools makes.
+Given = Tensor | InstanceMap | RunLengths | Sequence[Mapping[str, Any]]
+
 #: Sampled logits of the matching cost exist a block of queries at a time, of about this many bytes.
 _BLOCK_BYTES = 8 * 2**20
 
@@ -69,7 +74,7 @@ _BLOCK_BYTES = 8 * 2**20
 
 
 def mask_matching_cost(
-    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Tensor | InstanceMap], points: Tensor
+    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Given], points: Tensor
 ) -> tuple[Any, Any]:
     """Cost of giving each query to each target: cross-entropy and dice over K points (Cheng et al. 2022, section 3.3).
 
@@ -81,7 +86,7 @@ def mask_matching_cost(
         mask_logits: [N, Q, h, w], or factored masks. float64, float32, bfloat16 or float16.
         target_masks: [N, T, H, W], or a list over images of [T_i, H_i, W_i], of any sizes and counts. bool, uint8
             (any value but 0 is foreground) or floating point with values in [0, 1]; read in place. Of an image also an
-            :class:`InstanceMap`.
+            :class:`InstanceMap`, :class:`RunLengths`, or COCO's run lengths as `pycocotools` has them.
         points: [N, K, 2], (x, y) in [0, 1], shared by all queries and targets of an image. float64 or float32.
 
     Returns:
@@ -101,7 +106,7 @@ def mask_matching_cost(
     check_same_device("points", points, "mask_logits", first)
     with torch.no_grad():
         pairs = [
-            cost_of_image(mask_logits, i, points[i], sample_labels(targets[i], points[i], first.dtype))
+            cost_of_image(mask_logits, i, points[i], sample_targets(targets[i], points[i], first.dtype))
             for i in range(n)
         ]
     cross_entropy, dice = [cross_entropy for cross_entropy, _ in pairs], [dice for _, dice in pairs]
@@ -113,7 +118,7 @@ def mask_matching_cost(
 
 def point_mask_loss(
     mask_logits: Tensor | FactoredMasks,
-    target_masks: Tensor | Sequence[Tensor | InstanceMap],
+    target_masks: Tensor | Sequence[Given],
     points: Tensor,
     *,
     matches: Matches | None = None,
@@ -128,7 +133,7 @@ def point_mask_loss(
             or float16.
         target_masks: a list over images of [T_i, H_i, W_i], or a tensor: [N, T, H, W], or [M, H, W] with [M, h, w].
             bool, uint8 (any value but 0 is foreground) or floating point with values in [0, 1]; read in place. Of an
-            image also an :class:`InstanceMap`.
+            image also an :class:`InstanceMap`, :class:`RunLengths`, or COCO's run lengths as `pycocotools` has them.
         points: [M, K, 2], (x, y) in [0, 1], in order of images and then of matches. float64 or float32.
         matches: for each image the queries and their targets, int64 [M_i] both; None gives query j to target j.
 
@@ -150,7 +155,7 @@ def point_mask_loss(
 
 def uncertain_point_mask_loss(
     mask_logits: Tensor | FactoredMasks,
-    target_masks: Tensor | Sequence[Tensor | InstanceMap],
+    target_masks: Tensor | Sequence[Given],
     matches: Matches | None = None,
     num_points: int = 12544,
     oversample_ratio: float = 3.0,
@@ -167,16 +172,9 @@ def uncertain_point_mask_loss(
 # ---------------------------------------------------------------- parts, without checks
 
 
-def sample_labels(targets: Tensor, points: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Targets [T, H, W] at points [K, 2], in [T, K]; `dtype` is that of the masks they are compared with."""
-    if dtype == torch.float64:
-        return point_sample_reference.point_sample(targets[None], points[None].double(), exact=True)[0]
-    return sample(targets[None], points[None], exact=True)[0]
-
-
 def uncertain_loss(
     masks: MaskRows,
-    targets: list[Tensor],
+    targets: list[Targets],
     target_rows: Tensor,
     counts: tuple[int, int, int],
     generator: torch.Generator | None,
@@ -229,20 +227,20 @@ def cost_of_samples(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def loss_of_planes(
-    mask_logits: Tensor, rows: Tensor, targets: list[Tensor], target_rows: Tensor, points: Tensor, counts: list[int]
+    mask_logits: Tensor, rows: Tensor, targets: list[Targets], target_rows: Tensor, points: Tensor, counts: list[int]
 ) -> tuple[Tensor, Tensor]:
     plain = dispatch.plain("point_mask_loss", mask_logits)
     if plain == "fallback":
         return fallback.point_mask_loss(mask_logits, rows, targets, target_rows, points, counts)
     if plain is not None:
-        return reference.point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
-    cross_entropy, dice, *_ = call("point_mask_loss", mask_logits, rows, targets, target_rows, points.float())
+        return reference.point_mask_loss(mask_logits, rows, listed(targets), target_rows, points)[:2]
+    cross_entropy, dice, *_ = call("point_mask_loss", mask_logits, rows, listed(targets), target_rows, points.float())
     return cross_entropy, dice
 
 
 def factored_loss(
     masks: MaskRows,
-    targets: list[Tensor],
+    targets: list[Targets],
     target_rows: Tensor,
     points: Tensor | None,
     seed: Tensor | None,
@@ -266,10 +264,10 @@ def factored_loss(
         if points is None:
             assert seed is not None
             points = point_sample_reference.uncertain_points(planes.detach(), masks.rows, seed, 0, *counts)
-        return reference.point_mask_loss(planes, masks.rows, targets, target_rows, points)[:2]
+        return reference.point_mask_loss(planes, masks.rows, listed(targets), target_rows, points)[:2]
     cross_entropy, dice, *_ = call(
         "factored_point_mask_loss",
-        *(embed, features, masks.rows, masks.counts, targets, target_rows),
+        *(embed, features, masks.rows, masks.counts, listed(targets), target_rows),
         *(None if points is None else points.float(), seed, *counts),
     )
     return cross_entropy, dice
@@ -278,33 +276,43 @@ def factored_loss(
 # ---------------------------------------------------------------- checks
 
 
-def check_targets(name: str, targets: object, images: int, masks: Tensor) -> list[Tensor]:
-    """Require one [T_i, H_i, W_i] per image; a tensor [N, T, H, W] is taken apart into views."""
+def check_targets(name: str, targets: object, images: int, masks: Tensor) -> list[Targets]:
+    """Require targets of every image; a tensor [N, T, H, W] is taken apart into views."""
     if isinstance(targets, Tensor):
         check_pixels(name, targets, "[N, T, H, W]")
         if targets.shape[0] != images:
             raise ValueError(f"{name}: expected [N, T, H, W] with N = {images}; got {describe(targets)}")
-        found = list(targets.unbind())
-    elif isinstance(targets, Sequence) and not isinstance(targets, (str, InstanceMap)):
+        found = [Targets(x) for x in targets.unbind()]
+    elif isinstance(targets, Sequence) and not isinstance(targets, (str, InstanceMap, RunLengths)):
         if len(targets) != images:
             raise ValueError(f"{name}: expected {images} tensors [T, H, W], one per image; got {len(targets)}")
-        found = [
-            _planes_of(f"{name}[{i}]", x, masks)
-            if isinstance(x, InstanceMap)
-            else check_pixels(f"{name}[{i}]", x, "[T, H, W]")
-            for i, x in enumerate(targets)
-        ]
+        found = [_targets_of(f"{name}[{i}]", x, masks) for i, x in enumerate(targets)]
     else:
         raise TypeError(f"{name}: expected a tensor, or one tensor [T, H, W] per image; got {describe(targets)}")
-    for i, x in enumerate(found):
+    for i, (x, _) in enumerate(found):
         check_same_device(f"{name}[{i}]", x, "mask_logits", masks)
         if x.requires_grad:
             raise ValueError(f"{name}[{i}]: expected targets without a gradient; got one that requires it")
     return found
 
 
-def _planes_of(name: str, target: InstanceMap, masks: Tensor) -> Tensor:
-    """int32 [T, H, W] that shares the memory of one map, after checking it."""
+def _targets_of(name: str, target: object, masks: Tensor) -> Targets:
+    """The targets of one image, after checking them."""
+    if isinstance(target, InstanceMap):
+        return _targets_of_map(name, target, masks)
+    if isinstance(target, (list, tuple)) and not isinstance(target, RunLengths) and _all_mappings(target):
+        # Without targets their size does not matter.
+        target = RunLengths.from_coco(target, None if target else (1, 1), name).to(masks.device)
+    if isinstance(target, RunLengths):
+        return _targets_of_runs(name, target, masks)
+    return Targets(check_pixels(name, target, "[T, H, W]"))
+
+
+def _all_mappings(target: Sequence[object]) -> bool:
+    return all(isinstance(x, Mapping) for x in target)
+
+
+def _targets_of_map(name: str, target: InstanceMap, masks: Tensor) -> Targets:
     id_map, ids = target
     kinds = (torch.int64, torch.int32, torch.int16, torch.uint8)
     for field, x, layout, rank in (("id_map", id_map, "[H, W]", 2), ("ids", ids, "[T]", 1)):
@@ -315,15 +323,29 @@ def _planes_of(name: str, target: InstanceMap, masks: Tensor) -> Tensor:
         check_same_device(f"{name}.{field}", x, "mask_logits", masks)
     if not id_map.numel():
         raise ValueError(f"{name}.id_map: expected at least one pixel in [H, W]; got {describe(id_map)}")
-    # Not on a GPU, which it would wait for.
-    if ids.device.type == "cpu" and len(ids.unique()) != len(ids):
+    if readable(ids) and len(ids.unique()) != len(ids):
         raise ValueError(f"{name}.ids: expected different ids; got {ids.tolist()}")
-    return numbered_planes(id_map, ids)
+    return Targets(id_map.contiguous().expand(len(ids), -1, -1), ids.long().contiguous())
+
+
+def _targets_of_runs(name: str, target: RunLengths, masks: Tensor) -> Targets:
+    runs, count, height, width = target
+    if not isinstance(runs, Tensor) or runs.dtype != torch.int32 or runs.dim() != 1:
+        raise TypeError(f"{name}.runs: expected int32, as RunLengths.from_coco makes it; got {describe(runs)}")
+    check_same_device(f"{name}.runs", runs, "mask_logits", masks)
+    if len(runs) < count + 2 + 2 * count or height < 1 or width < 1 or height * width >= 2**31:
+        raise ValueError(f"{name}: expected run lengths of {count} targets of {height} x {width}; got {describe(runs)}")
+    if readable(runs):
+        problem = run_lengths.problem(*target)
+        if problem is not None:
+            raise ValueError(f"{name}.runs: expected {problem}; make it with RunLengths.from_coco or from_masks")
+    # Nothing but a shape: the kernels read the runs.
+    return Targets(runs.new_empty(1, dtype=torch.bool).expand(count, height, width), runs.contiguous())
 
 
 def pair_up(
-    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Tensor | InstanceMap], matches: Matches | None
-) -> tuple[MaskRows, list[Tensor], Tensor]:
+    mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Given], matches: Matches | None
+) -> tuple[MaskRows, list[Targets], Tensor]:
     """The masks that have a target, the targets of each image, and the row [M] of each mask's target among all."""
     flat = isinstance(mask_logits, Tensor) and mask_logits.dim() == 3
     if flat and isinstance(target_masks, Tensor):
@@ -334,9 +356,10 @@ def pair_up(
     targets = check_targets("target_masks", target_masks, n, first)
     if matches is None:
         for i, x in enumerate(targets):
-            if x.shape[0] != q:
+            if x.pixels.shape[0] != q:
                 raise ValueError(
-                    f"target_masks[{i}]: expected {q} targets, one per query, where matches is None; got {describe(x)}"
+                    f"target_masks[{i}]: expected {q} targets, one per query, where matches is None; "
+                    f"got {describe(x.pixels)}"
                 )
         masks = select_rows(mask_logits, None)
         return masks, targets, masks.rows
@@ -349,7 +372,7 @@ def pair_up(
         check_indices(f"matches[{i}]", queries, first.device)
         check_indices(f"matches[{i}]", chosen, first.device)
         check_shape(f"matches[{i}]", chosen, "[M] of the targets, like that of the queries,", queries.shape)
-        count = targets[i].shape[0]
+        count = targets[i].pixels.shape[0]
         if readable(chosen) and chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < count:
             raise ValueError(f"matches[{i}]: expected targets from 0 to {count - 1}; got {chosen.tolist()}")
         rows.append(chosen + first_row)

@@ -4,16 +4,16 @@ form, which samples logits and targets by `grid_sample`."""
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype, without_autocast
-from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.masks import FactoredMasks, Targets, listed
 from m2f_kernels.ops.point_loss import reference
-from m2f_kernels.ops.point_sample.fallback import floating, grid_of, sample_grid
+from m2f_kernels.ops.point_sample.fallback import floating, grid_of, sample_grid, targets_at_once
 
 
 def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -41,26 +41,33 @@ def matched_planes(masks: FactoredMasks, rows: Tensor, counts: Sequence[int]) ->
     return planes.unflatten(1, features.shape[2:])
 
 
-def _labels(targets: Sequence[Tensor], target_rows: Tensor, counts: Sequence[int], grid: Tensor) -> Tensor:
+def _labels(targets: Sequence[Targets], target_rows: Tensor, counts: Sequence[int], grid: Tensor) -> Tensor:
     """Targets at each mask's own points, [M, K]; M masks in order of images, `counts` of each."""
-    firsts = itertools.accumulate((x.shape[0] for x in targets), initial=0)
-    chosen = []
-    for masks, rows, first in zip(targets, target_rows.split(list(counts)), firsts, strict=False):
-        here = rows - first if first else rows
-        # int32: planes that share one map of their numbers
-        chosen.append(masks[0] == here[:, None, None] if masks.dtype == torch.int32 and len(masks) else masks[here])
-    if len({(x.dtype, x.shape[1:]) for x in chosen}) == 1:
-        return sample_grid(floating(torch.cat(chosen) if len(chosen) > 1 else chosen[0], grid.dtype)[:, None], grid)[
-            :, 0
-        ]
-    parts = zip(chosen, grid.split(list(counts)), strict=True)
-    return torch.cat([sample_grid(floating(x, grid.dtype).unsqueeze(1), own).squeeze(1) for x, own in parts if len(x)])
+    firsts = itertools.accumulate((len(x.pixels) for x in targets), initial=0)
+    rows = [x - first if first else x for x, first in zip(target_rows.split(list(counts)), firsts, strict=False)]
+    if all(x.marks is None for x in targets):
+        chosen = [x.pixels[own] for x, own in zip(targets, rows, strict=True)]
+        if len({(x.dtype, x.shape[1:]) for x in chosen}) == 1:
+            masks = torch.cat(chosen) if len(chosen) > 1 else chosen[0]
+            return sample_grid(floating(masks, grid.dtype).unsqueeze(1), grid).squeeze(1)
+    parts = zip(targets, rows, grid.split(list(counts)), strict=True)
+    return torch.cat([x for image, own, at in parts for x in _labels_of_image(image, own, at)])
+
+
+def _labels_of_image(targets: Targets, rows: Tensor, grid: Tensor) -> Iterator[Tensor]:
+    """The same for one image; of maps and run lengths a few masks are dense at a time."""
+    step = max(1, len(rows))
+    if targets.marks is not None:
+        step = targets_at_once(targets)
+    for own, at in zip(rows.split(step), grid.split(step), strict=True):
+        if len(own):
+            yield sample_grid(floating(targets.dense(own), grid.dtype).unsqueeze(1), at).squeeze(1)
 
 
 def point_mask_loss(
     mask_logits: Tensor,
     rows: Tensor | None,
-    targets: Sequence[Tensor],
+    targets: Sequence[Targets],
     target_rows: Tensor,
     points: Tensor,
     counts: Sequence[int],
@@ -71,7 +78,7 @@ def point_mask_loss(
     """
     if points.shape[0] == 0:  # grid_sample refuses no images
         rows = target_rows if rows is None else rows
-        return reference.point_mask_loss(mask_logits, rows, targets, target_rows, points)[:2]
+        return reference.point_mask_loss(mask_logits, rows, listed(targets), target_rows, points)[:2]
     dtype = accumulation_dtype(mask_logits.dtype)
     grid = grid_of(points.to(dtype))
     planes = mask_logits if rows is None else mask_logits[rows]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype
+from m2f_kernels.masks import Targets, grouped
 from m2f_kernels.ops.point_sample import reference
 
 
@@ -35,16 +36,19 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sampled_targets(targets: Sequence[Tensor], target_rows: Tensor, points: Tensor) -> Tensor:
-    """Targets at each mask's own points, [M, K]. `target_rows` [M] counts over all targets of all images."""
+    """Targets at each mask's own points, [M, K]. `target_rows` [M] counts over all targets of all images.
+
+    `targets` are :func:`m2f_kernels.masks.listed`.
+    """
     samples = points.new_zeros(points.shape[:2])  # points are in the dtype of the arithmetic
     first = 0
-    for masks in targets:
+    for masks, marks in grouped(targets):
         here = (target_rows >= first) & (target_rows < first + masks.shape[0])
         chosen = target_rows[here] - first
-        if masks.dtype == torch.int32:  # planes that share their memory
+        if marks is not None:
             own = points[here].flatten(0, 1)
-            numbers = chosen.repeat_interleave(points.shape[1])
-            found = reference.point_sample(masks[None, :1], own[None], True, numbers).view(-1, points.shape[1])
+            rows = chosen.repeat_interleave(points.shape[1])[None]
+            found = reference.sample_targets(Targets(masks, marks), own, rows).view(-1, points.shape[1])
         else:
             found = reference.point_sample(masks[chosen, None], points[here], exact=True)[:, 0]
         samples = samples.index_put((here,), found.to(samples.dtype))
@@ -67,7 +71,8 @@ def point_mask_loss(
 
     Args:
         mask_logits: [P, h, w]; `rows` [M] says which of them.
-        targets: for each image [T_i, H_i, W_i], floating point, bool or uint8; `target_rows` [M] counts over all.
+        targets: for each image [T_i, H_i, W_i], floating point, bool or uint8, or a map of ids or run lengths as
+            :func:`m2f_kernels.masks.listed` gives them; `target_rows` [M] counts over all.
 
     Returns:
         binary cross-entropy [M], dice [M], probability (sigmoid of the sampled logits) [M, K] and sampled targets

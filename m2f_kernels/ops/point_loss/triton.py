@@ -15,14 +15,18 @@ from torch import Tensor
 
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels._triton import MAX_GRID, block_id, dot, in_parts, launch, rows_and_blocks
+from m2f_kernels.masks import Targets, grouped
 from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, chunk_bounds, exact, mask_bytes, product_chunks
 from m2f_kernels.ops.point_sample.triton import (
     FRACTION_BITS,
     bilinear,
+    bilinear_runs,
+    bisections,
     dense_planes,
     fixed_point_scale,
     launch_fresh,
     launch_kept,
+    runs_of,
     scale_up,
     scatter,
     to_float,
@@ -161,13 +165,14 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 # ---------------------------------------------------------------- point loss
 
 
-@triton.jit(do_not_specialize=["first_target", "last_target", "num_points"])
+@triton.jit(do_not_specialize=["first_target", "last_target", "num_points", "steps"])
 def _loss_kernel(
-    logits, stride, rows, targets, target_stride, target_rows, points, probability, labels, sums,
-    first_target, last_target, num_points, height, width, target_height, target_width, BLOCK: tl.constexpr,
-    INDEXED: tl.constexpr,
+    logits, stride, rows, targets, target_stride, marks, target_rows, points, probability, labels, sums,
+    first_target, last_target, num_points, height, width, target_height, target_width, steps, BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK points of one mask, if its target belongs to this image."""
+    """One program: BLOCK points of one mask, if its target belongs to this image: a mask, or by KIND of a map of ids
+    (1), or run lengths (2)."""
     m = tl.program_id(0).to(tl.int64)
     target = tl.load(target_rows + m)
     if (target >= first_target) & (target < last_target):
@@ -179,7 +184,14 @@ def _loss_kernel(
         logit = bilinear(logits + tl.load(rows + m) * stride, x, y, height, width, inside)
         number = target - first_target
         plane = targets + number * target_stride
-        label = bilinear(plane, x, y, target_height, target_width, inside, number, INDEXED)
+        if KIND == 2:
+            run_height, ends, count = runs_of(marks, number, last_target - first_target)
+            label = bilinear_runs(ends, count, run_height, x, y, target_height, target_width, inside, steps)
+        elif KIND == 1:
+            id = tl.load(marks + number)
+            label = bilinear(targets, x, y, target_height, target_width, inside, id, True)
+        else:
+            label = bilinear(plane, x, y, target_height, target_width, inside)
         sigmoid, softplus = sigmoid_softplus(logit)
         tl.store(probability + at, sigmoid, mask=inside)
         tl.store(labels + at, label, mask=inside)
@@ -226,9 +238,9 @@ def point_mask_loss(
     probability, labels = (torch.empty(m, k, dtype=torch.float32, device=points.device) for _ in range(2))
     sums = torch.empty(m, _blocks(k), 4, dtype=torch.float32, device=points.device)
     first = 0
-    for masks in targets:
-        _launch_loss(mask_logits, rows, masks, first, target_rows, points, probability, labels, sums)
-        first += masks.shape[0]
+    for image in grouped(targets):
+        _launch_loss(mask_logits, rows, image, first, target_rows, points, probability, labels, sums)
+        first += image.pixels.shape[0]
     return *_loss_of_blocks(sums, k), probability, labels
 
 
@@ -239,17 +251,24 @@ def _blocks(points: int) -> int:
 
 
 def _launch_loss(
-    mask_logits: Tensor, rows: Tensor, targets: Tensor, first: int, target_rows: Tensor, points: Tensor, *outs: Tensor
+    mask_logits: Tensor, rows: Tensor, targets: Targets, first: int, target_rows: Tensor, points: Tensor, *outs: Tensor
 ) -> None:
     """The masks of `rows` whose targets are those of one image, which count from `first`."""
-    (m, k), count = points.shape[:2], targets.shape[0]
+    (m, k), (pixels, marks) = points.shape[:2], targets
+    count, height, width = pixels.shape
     if m and count:
-        logits, dense = dense_planes(mask_logits), dense_planes(targets)
+        kind, steps = 0, 0
+        if marks is None:
+            pixels = marks = dense_planes(pixels)
+        elif marks.dtype == torch.int32:
+            kind, steps, pixels = 2, bisections(marks), marks
+        else:
+            kind = 1
+        logits = dense_planes(mask_logits)
         launch(
-            _loss_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)), logits, logits.stride(0), rows, dense,
-            dense.stride(0),
-            target_rows, points, *outs, first, first + count, k, *logits.shape[1:], *dense.shape[1:], BLOCK=_POINTS,
-            INDEXED=dense.dtype == torch.int32, num_warps=4,
+            _loss_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)), logits, logits.stride(0), rows, pixels,
+            pixels.stride(0), marks, target_rows, points, *outs, first, first + count, k, *logits.shape[1:], height,
+            width, steps, BLOCK=_POINTS, KIND=kind, num_warps=4,
         )  # fmt: skip
 
 
@@ -378,7 +397,8 @@ def factored_point_mask_loss(
     at = drawn if points is None else points.contiguous()
     probability, labels = (torch.empty(m, k, dtype=torch.float32, device=rows.device) for _ in range(2))
     sums = torch.empty(m, _blocks(k), 4, dtype=torch.float32, device=rows.device)
-    firsts = [0, *itertools.accumulate(x.shape[0] for x in targets)]
+    images = grouped(targets)
+    firsts = [0, *itertools.accumulate(x.pixels.shape[0] for x in images)]
     if points is None and m:
         launch_fresh(seed, drawn, 0, candidates, keep, fresh)
     # A chunk is planes and keys; together they may take what the gradient of the features takes in the backward pass.
@@ -394,7 +414,7 @@ def factored_point_mask_loss(
             launch_kept(chunk.logits, number, seed, keys, drawn[here], chunk.first, candidates, keep)
         outs = at[here], probability[here], labels[here], sums[here]
         image = chunk.image
-        _launch_loss(chunk.logits, number, targets[image], firsts[image], target_rows[here], *outs)
+        _launch_loss(chunk.logits, number, images[image], firsts[image], target_rows[here], *outs)
     return *_loss_of_blocks(sums, k), drawn, probability, labels
 
 

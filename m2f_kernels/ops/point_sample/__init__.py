@@ -11,7 +11,7 @@ from torch import Tensor
 from m2f_kernels import dispatch
 from m2f_kernels._checks import check_dense, check_floating, check_generator, check_same_device, check_shape, describe
 from m2f_kernels._library import LIBRARY
-from m2f_kernels.masks import FactoredMasks
+from m2f_kernels.masks import FactoredMasks, Targets
 from m2f_kernels.ops._autograd import (
     call,
     differentiable_once,
@@ -29,6 +29,8 @@ __all__ = ["point_sample", "uncertain_points"]
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define("point_sample(Tensor input, Tensor points, bool exact) -> Tensor", tags=_TAGS)
+# An image's targets that are no dense masks, see `masks.Targets`: [T, K] at points [K, 2].
+LIBRARY.define("sample_targets(Tensor pixels, Tensor marks, Tensor points) -> Tensor", tags=_TAGS)
 LIBRARY.define(
     "point_sample_backward(Tensor grad_output, Tensor points, SymInt height, SymInt width) -> Tensor", tags=_TAGS
 )
@@ -80,6 +82,18 @@ def sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     if (plain := dispatch.plain("point_sample", input)) is not None:
         return _PLAIN[plain].point_sample(input, points, exact)
     return call("point_sample", input, points.float(), exact)
+
+
+def sample_targets(targets: Targets, points: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """An image's targets at points [K, 2], in [T, K]; `dtype` is that of the masks they are compared with."""
+    pixels, marks = targets
+    if dtype == torch.float64:
+        return reference.sample_targets(targets, points.double())
+    if marks is None:
+        return sample(pixels[None], points[None], exact=True)[0]
+    if (plain := dispatch.plain("point_sample", pixels)) is not None:
+        return _PLAIN[plain].sample_targets(targets, points)
+    return torch.ops.m2f.sample_targets(pixels, marks, points.float())
 
 
 def uncertain_points(
@@ -221,6 +235,11 @@ def _point_sample_plain(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     return reference.point_sample(input, points, exact)
 
 
+@torch.no_grad()
+def _sample_targets_plain(pixels: Tensor, marks: Tensor, points: Tensor) -> Tensor:
+    return reference.sample_targets(Targets(pixels, marks), points)
+
+
 def _point_sample_backward_plain(grad_output: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     n, c, _ = grad_output.shape
     pixels = grad_output.new_zeros(n, c, height, width)
@@ -235,7 +254,11 @@ def _uncertain_points_plain(mask_logits: Tensor, *rest: Any) -> Tensor:
 _TRITON = "m2f_kernels.ops.point_sample.triton"
 dispatch.register(
     dispatch.Operator("point_sample", triton=_TRITON),
-    {"point_sample": _point_sample_plain, "point_sample_backward": _point_sample_backward_plain},
+    {
+        "point_sample": _point_sample_plain,
+        "sample_targets": _sample_targets_plain,
+        "point_sample_backward": _point_sample_backward_plain,
+    },
 )
 dispatch.register(dispatch.Operator("uncertain_points", triton=_TRITON), {"uncertain_points": _uncertain_points_plain})
 
@@ -246,6 +269,11 @@ dispatch.register(dispatch.Operator("uncertain_points", triton=_TRITON), {"uncer
 @torch.library.register_fake("m2f::point_sample", lib=LIBRARY)
 def _(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     return input.new_empty(*input.shape[:2], points.shape[1], dtype=reference.sample_dtype(input.dtype, exact))
+
+
+@torch.library.register_fake("m2f::sample_targets", lib=LIBRARY)
+def _(pixels: Tensor, marks: Tensor, points: Tensor) -> Tensor:
+    return points.new_empty(pixels.shape[0], points.shape[0])
 
 
 @torch.library.register_fake("m2f::point_sample_backward", lib=LIBRARY)
@@ -286,4 +314,5 @@ def _point_sample_jvp(tensors: Any, constants: Any, tangents: Any) -> Tensor:
 register_autograd("point_sample", "point sampling", _point_sample_vjp, _setup_context, _point_sample_jvp)
 register_vmap("point_sample", shared=())
 register_vmap("point_sample_backward", shared=())
+register_vmap("sample_targets")
 register_vmap("uncertain_points")

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype
+from m2f_kernels.masks import Targets
 from m2f_kernels.ops.point_sample import reference
+from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES
 
 #: In the coordinates of `grid_sample`, from -1 to 1 inside: far enough outside for images of one pixel too.
 OUTSIDE = 4.0
@@ -48,10 +50,21 @@ def point_sample(input: Tensor, points: Tensor, exact: bool = False) -> Tensor:
     if input.numel() == 0 or points.numel() == 0:  # grid_sample refuses no channels, no images
         return reference.point_sample(input, points, exact)
     dtype = torch.float64 if torch.float64 in (input.dtype, points.dtype) else torch.float32
-    if input.dtype == torch.int32:  # planes that share one map of their numbers
-        input = input[:, :1] == torch.arange(input.shape[1], device=input.device)[:, None, None]
     samples = sample_grid(floating(input, dtype), grid_of(points.to(dtype)))
     return samples if exact else samples.to(reference.sample_dtype(input.dtype, exact))
+
+
+def sample_targets(targets: Targets, points: Tensor) -> Tensor:
+    """As `reference.sample_targets`, from a few dense masks at a time: the bits that dense masks give."""
+    rows = torch.arange(len(targets.pixels), device=points.device)
+    parts = [x for x in rows.split(targets_at_once(targets)) if len(x)]
+    found = [point_sample(targets.dense(x)[None], points[None], exact=True)[0] for x in parts]
+    return torch.cat(found) if found else points.new_empty(0, len(points))
+
+
+def targets_at_once(targets: Targets) -> int:
+    """How many of them are dense at a time: looking them up takes 8 bytes for each pixel."""
+    return max(1, CHUNK_BYTES // (8 * targets.pixels.shape[1] * targets.pixels.shape[2]))
 
 
 def uncertain_points(

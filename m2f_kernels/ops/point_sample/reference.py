@@ -7,10 +7,14 @@ device, the number of threads, or how masks are divided into chunks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
+from m2f_kernels import run_lengths
 from m2f_kernels._dtypes import accumulation_dtype
+from m2f_kernels.masks import Targets
 
 
 def sample_dtype(dtype: torch.dtype, exact: bool) -> torch.dtype:
@@ -18,24 +22,66 @@ def sample_dtype(dtype: torch.dtype, exact: bool) -> torch.dtype:
     return accumulation_dtype(dtype) if exact or not dtype.is_floating_point else dtype
 
 
-def point_sample(input: Tensor, points: Tensor, exact: bool = False, numbers: Tensor | None = None) -> Tensor:
+def point_sample(input: Tensor, points: Tensor, exact: bool = False) -> Tensor:
     """Bilinear samples at `points * (w, h) - 0.5`; pixels outside are zero, and so is a sample at a NaN coordinate.
 
     Only the four corners of each point are read, so that a bool input is never cast as a whole. A uint8 input is a
     mask, too: any value but 0 counts as 1.
 
     Args:
-        input: [N, C, h, w], floating point, bool or uint8; or int32, the C planes one and the same, of which plane c is
-            1 where it holds c, else 0.
+        input: [N, C, h, w], floating point, bool or uint8.
         points: [N, K, 2], (x, y) in [0, 1].
-        numbers: what planes of int32 are compared with instead, [N, C, K].
         exact: leave samples in the dtype of the arithmetic, which float64 points make float64.
 
     Returns:
         [N, C, K].
     """
-    c, height, width = input.shape[1:]
+    height, width = input.shape[2:]
     dtype = torch.promote_types(accumulation_dtype(input.dtype), points.dtype)
+    pixels = input.flatten(2)
+
+    def corner(row: Tensor, column: Tensor) -> Tensor:
+        found = pixels.gather(2, (row * width + column)[:, None].expand(-1, pixels.shape[1], -1))
+        return found if found.is_floating_point() else found != 0
+
+    total = _bilinear(corner, points, height, width, dtype)
+    return total if exact else total.to(sample_dtype(input.dtype, exact))
+
+
+def sample_targets(targets: Targets, points: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Bilinear samples, as :func:`point_sample` has them, of an image's targets, whatever form they have.
+
+    Args:
+        targets: T of them.
+        points: [K, 2], (x, y) in [0, 1].
+        rows: [C, K], which target at each point; None for all at every one.
+
+    Returns:
+        [C, K], C = T for None, in float32 or the points' dtype.
+    """
+    masks, marks = targets
+    count, height, width = masks.shape
+    device = masks.device
+    rows = torch.arange(count, device=device)[:, None] if rows is None else rows
+
+    def corner(row: Tensor, column: Tensor) -> Tensor:
+        """[1, C, K] from [1, K]."""
+        if marks is None:
+            found = masks[rows, row, column]
+            return (found if found.is_floating_point() else found != 0)[None]
+        if marks.dtype == torch.int32:
+            return run_lengths.look_up(marks, count, rows, row, column)[None]
+        # Not masks[0], which is not there without targets.
+        return (masks[rows * 0, row, column] == marks[rows])[None]
+
+    dtype = torch.promote_types(torch.float32 if marks is not None else accumulation_dtype(masks.dtype), points.dtype)
+    return _bilinear(corner, points[None], height, width, dtype)[0]
+
+
+def _bilinear(
+    corner: Callable[[Tensor, Tensor], Tensor], points: Tensor, height: int, width: int, dtype: torch.dtype
+) -> Tensor:
+    """[N, C, K] at points [N, K, 2]; `corner` gives pixels [N, C, K] at rows and columns [N, K]."""
     location = points.to(dtype)
     x = location[..., 0] * width - 0.5
     y = location[..., 1] * height - 0.5
@@ -44,23 +90,15 @@ def point_sample(input: Tensor, points: Tensor, exact: bool = False, numbers: Te
     x, y = torch.where(contributes, x, 0), torch.where(contributes, y, 0)
     x0, y0 = x.floor(), y.floor()
     fx, fy = x - x0, y - y0
-    indexed = input.dtype == torch.int32
-    pixels = input[:, :1].flatten(2) if indexed else input.flatten(2)
-    if indexed and numbers is None:
-        numbers = torch.arange(c, device=input.device)[:, None]
-    total = torch.zeros((), dtype=dtype, device=input.device)
+    total = torch.zeros((), dtype=dtype, device=points.device)
     for dy in (0, 1):
         for dx in (0, 1):
             cx, cy = x0.long() + dx, y0.long() + dy
             inside = contributes & (cx >= 0) & (cx < width) & (cy >= 0) & (cy < height)
-            pixel = cy.clamp(0, height - 1) * width + cx.clamp(0, width - 1)
-            corner = pixels.gather(2, pixel[:, None].expand(-1, pixels.shape[1], -1))
-            if not corner.is_floating_point():
-                corner = corner != 0 if numbers is None else corner == numbers
-            corner = corner.to(dtype)
+            pixels = corner(cy.clamp(0, height - 1), cx.clamp(0, width - 1)).to(dtype)
             weight = (fx if dx else 1 - fx) * (fy if dy else 1 - fy)
-            total = total + torch.where(inside[:, None], weight[:, None] * corner, 0)
-    return total if exact else total.to(sample_dtype(input.dtype, exact))
+            total = total + torch.where(inside[:, None], weight[:, None] * pixels, 0)
+    return total
 
 
 # ---------------------------------------------------------------- random points

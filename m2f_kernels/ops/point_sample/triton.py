@@ -49,28 +49,70 @@ def axis(coordinate, size):
 
 
 @triton.jit
-def bilinear(plane, x, y, height, width, inside, number=0, INDEXED: tl.constexpr = False):
+def bilinear(plane, x, y, height, width, inside, id=0, MAP: tl.constexpr = False):
     """Samples of dense planes at points where `inside`; zero elsewhere. Bytes are masks: any value but 0 is 1.
 
-    INDEXED: a pixel is 1 where it holds `number`, else 0.
+    MAP: a pixel is 1 where it holds `id`, else 0.
     """
-    OTHER: tl.constexpr = -1 if INDEXED else 0
     column, fx, in_x = axis(x, width)
     row, fy, in_y = axis(y, height)
     inside = inside & in_x & in_y
     at = plane + row * width + column
     left, right = inside & (column >= 0), inside & (column + 1 < width)
     top, bottom = row >= 0, row + 1 < height
-    a = tl.load(at, mask=left & top, other=OTHER)
-    b = tl.load(at + 1, mask=right & top, other=OTHER)
-    c = tl.load(at + width, mask=left & bottom, other=OTHER)
-    d = tl.load(at + width + 1, mask=right & bottom, other=OTHER)
-    if INDEXED:
-        a, b, c, d = a == number, b == number, c == number, d == number
+    a = tl.load(at, mask=left & top, other=0)
+    b = tl.load(at + 1, mask=right & top, other=0)
+    c = tl.load(at + width, mask=left & bottom, other=0)
+    d = tl.load(at + width + 1, mask=right & bottom, other=0)
+    if MAP:
+        a, b = (a.to(tl.int64) == id) & left & top, (b.to(tl.int64) == id) & right & top
+        c, d = (c.to(tl.int64) == id) & left & bottom, (d.to(tl.int64) == id) & right & bottom
     elif a.dtype == tl.uint8:
         a, b, c, d = a != 0, b != 0, c != 0, d != 0
-    a, b, c, d = a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32)
+    return weigh(a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32), fx, fy)
+
+
+@triton.jit
+def weigh(a, b, c, d, fx, fy):
     return (a * (1 - fx) + b * fx) * (1 - fy) + (c * (1 - fx) + d * fx) * fy
+
+
+@triton.jit
+def runs_of(runs, target, num_targets):
+    """The height of the columns, and the ends of a target's runs and their number; see `masks.RunLengths`."""
+    first = tl.load(runs + 1 + target)
+    return tl.load(runs), runs + num_targets + 2 + first, tl.load(runs + 2 + target) - first
+
+
+@triton.jit
+def _foreground(ends, count, run_height, row, column, steps):
+    """Of pixels (row, column) and of those below, whether they lie in a run of foreground: two numbers, 0 or 1.
+
+    By bisection: how many ends lie at or before a pixel.
+    """
+    pixel = column * run_height + row
+    before = tl.zeros_like(pixel) + 0 * count
+    for step in range(steps):
+        probe = before + (1 << (steps - 1 - step))
+        end = tl.load(ends + probe - 1, mask=probe <= count, other=0)
+        before = tl.where((probe <= count) & (end <= pixel), probe, before)
+    end = tl.load(ends + before, mask=before < count, other=0)
+    below = before + ((before < count) & (end <= pixel + 1)).to(tl.int32)
+    exists = (column >= 0) & (row < run_height)
+    return (
+        tl.where(exists & (row >= 0), before & 1, 0).to(tl.float32),
+        tl.where((column >= 0) & (row + 1 < run_height), below & 1, 0).to(tl.float32),
+    )
+
+
+@triton.jit
+def bilinear_runs(ends, count, run_height, x, y, height, width, inside, steps):
+    """Samples of run lengths at points where `inside`, zero elsewhere; 2^steps is more than there are ends."""
+    column, fx, in_x = axis(x, width)
+    row, fy, in_y = axis(y, height)
+    a, c = _foreground(ends, count, run_height, row, column, steps)
+    b, d = _foreground(ends, count, run_height, row, column + 1, steps)
+    return tl.where(inside & in_x & in_y, weigh(a, b, c, d, fx, fy), 0.0)
 
 
 @triton.jit
@@ -101,7 +143,7 @@ def fixed(value):
 @triton.jit(do_not_specialize=["num_channels", "num_points"])
 def _sample_kernel(
     pixels, points, out, stride_n, stride_c, points_n, points_k, points_d, num_channels, num_points, height, width,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, INDEXED: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_K points in BLOCK_C channels of one image."""
     n = tl.program_id(2).to(tl.int64)
@@ -112,7 +154,7 @@ def _sample_kernel(
     y = tl.load(at + points_d, mask=k < num_points, other=0.0)
     planes = pixels + n * stride_n + c.to(tl.int64) * stride_c
     inside = (c < num_channels)[:, None] & (k < num_points)[None, :]
-    value = bilinear(planes[:, None], x[None, :], y[None, :], height, width, inside, c[:, None], INDEXED)
+    value = bilinear(planes[:, None], x[None, :], y[None, :], height, width, inside)
     to = out + (n * num_channels + c.to(tl.int64))[:, None] * num_points + k[None, :]
     tl.store(to, value.to(out.dtype.element_ty), mask=inside)
 
@@ -132,8 +174,49 @@ def point_sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     block_c = min(triton.next_power_of_2(c), 8)
     launch(
         _sample_kernel, (triton.cdiv(k, 128), triton.cdiv(c, block_c), n), pixels, points, out, *pixels.stride()[:2],
-        *points.stride(), c, k, height, width, BLOCK_C=block_c, BLOCK_K=128,
-        INDEXED=pixels.dtype == torch.int32, num_warps=4,
+        *points.stride(), c, k, height, width, BLOCK_C=block_c, BLOCK_K=128, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["num_targets", "num_points", "steps"])
+def _sample_targets_kernel(
+    pixels, marks, points, out, points_k, points_d, num_targets, num_points, height, width, steps,
+    BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_K points of BLOCK_T targets, of a map of ids or (RUNS) of run lengths."""
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    t = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
+    at = points + k.to(tl.int64) * points_k
+    x = tl.load(at, mask=k < num_points, other=0.0)[None, :]
+    y = tl.load(at + points_d, mask=k < num_points, other=0.0)[None, :]
+    inside = (t < num_targets) & (k < num_points)[None, :]
+    if RUNS:
+        run_height, ends, count = runs_of(marks, tl.minimum(t, num_targets - 1), num_targets)
+        value = bilinear_runs(ends, count, run_height, x, y, height, width, inside, steps)
+    else:
+        id = tl.load(marks + t, mask=t < num_targets, other=0)
+        value = bilinear(pixels, x, y, height, width, inside, id, True)
+    tl.store(out + t.to(tl.int64) * num_points + k[None, :], value, mask=inside)
+
+
+def bisections(marks: Tensor) -> int:
+    """Steps enough for any target's runs."""
+    return len(marks).bit_length()
+
+
+def sample_targets(pixels: Tensor, marks: Tensor, points: Tensor) -> Tensor:
+    """`m2f::sample_targets`: pixels [T, H, W], points [K, 2]."""
+    (t, height, width), k = pixels.shape, points.shape[0]
+    out = torch.empty(t, k, dtype=torch.float32, device=points.device)
+    if out.numel() == 0:
+        return out
+    runs = marks.dtype == torch.int32
+    block_t = min(triton.next_power_of_2(t), 8)
+    launch(
+        _sample_targets_kernel, (triton.cdiv(k, 128), triton.cdiv(t, block_t)), marks if runs else pixels[0], marks,
+        points, out, *points.stride(), t, k, height, width, bisections(marks) if runs else 0, BLOCK_T=block_t,
+        BLOCK_K=128, RUNS=runs, num_warps=4,
     )  # fmt: skip
     return out
 
