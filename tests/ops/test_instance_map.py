@@ -14,7 +14,7 @@ from m2f_kernels import FactoredMasks, InstanceMap, RunLengths, masks
 from m2f_kernels.nn import PointMaskCriterion
 from m2f_kernels.ops.point_loss import check_targets
 from m2f_kernels.ops.point_loss import reference as loss_reference
-from m2f_kernels.ops.point_sample import reference
+from m2f_kernels.ops.point_sample import fallback, reference
 
 try:
     from pycocotools.mask import encode
@@ -198,6 +198,27 @@ def test_reference(form, generator):
         loss_reference.sampled_targets(masks.listed([x, x]), rows, own) for x in (targets, masks.Targets(dense))
     )
     assert torch.equal(found, expected)
+
+
+@forms
+@pytest.mark.parametrize("backend", ["fallback", "reference"])
+@pytest.mark.parametrize("factored", [False, True])
+def test_plain_pytorch(form, backend, factored, generator, monkeypatch):
+    """Where no kernel serves; a few masks are dense at a time."""
+    monkeypatch.setattr(fallback, "CHUNK_BYTES", 2 * 8 * 37 * 53)
+    given, dense = both(form, generator, "cpu")
+    leaves, logits = predictions(generator, "cpu", factored=factored)
+    matches = [(torch.tensor([0, 4, 8, 2]), torch.tensor([1, 4, 0, 2])), (torch.tensor([3]), torch.tensor([3]))]
+    uniform, own = points(generator, "cpu", 2, K), points(generator, "cpu", 5, K)
+    results = []
+    with m2f_kernels.use_backend(backend):
+        for targets in (given, dense):
+            costs = m2f_kernels.mask_matching_cost(logits, targets, uniform)
+            losses = m2f_kernels.point_mask_loss(logits, targets, own, matches=matches)
+            gradients = torch.autograd.grad(losses[0].sum() + (losses[1] ** 2).sum(), leaves)
+            results.append([*costs[0], *costs[1], *losses, *gradients])
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
 EMPTY = {
