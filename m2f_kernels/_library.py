@@ -140,7 +140,7 @@ def cpu_capability() -> str | None:
 _wish = os.environ.get("M2F_CPU_CAPABILITY")
 if _wish and LIBRARIES["cpu"].loaded and cpu_capability() != _wish:
     warnings.warn(
-        f"M2F_CPU_CAPABILITY: expected an instruction set that this processor has, of 'avx512', 'avx2', 'baseline'; "
+        f"M2F_CPU_CAPABILITY: expected an instruction set that this CPU has, of 'avx512', 'avx2', 'baseline'; "
         f"got {_wish!r}, using {cpu_capability()!r}",
         RuntimeWarning,
         stacklevel=2,
@@ -155,7 +155,7 @@ def set_cpu_capability(name: str) -> None:
             `M2F_CPU_CAPABILITY` does the same at load time.
 
     Raises:
-        ValueError: unknown, or not supported by this processor.
+        ValueError: unknown, or not supported by this CPU.
         RuntimeError: the CPU library is not loaded.
     """
     handle = LIBRARIES["cpu"].handle
@@ -163,5 +163,5 @@ def set_cpu_capability(name: str) -> None:
         raise RuntimeError(f"the CPU library is not in use: {LIBRARIES['cpu'].problem}")
     if handle.m2f_set_cpu_capability(name.encode()) != 0:
         raise ValueError(
-            f"name: expected an instruction set that this processor has, of 'avx512', 'avx2', 'baseline'; got {name!r}"
+            f"name: expected an instruction set that this CPU has, of 'avx512', 'avx2', 'baseline'; got {name!r}"
         )

@@ -16,7 +16,7 @@ from m2f_kernels._version import __version__
 
 
 def cpu_name() -> str:
-    """The processor's marketing name where the system tells it."""
+    """The CPU's marketing name where the system reports one."""
     try:
         names = re.findall(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:

@@ -2,7 +2,7 @@
 
 Opt-in: nothing is tuned at a first call. What is found is written to `m2f_kernels/tuned/sm_<capability>.json` (or where
 the environment variable M2F_TUNED says), and used from the next process on. Nearly all of the time goes into compiling
-1250 configurations: that is done first, in as many processes as there are processors, into Triton's cache on disk.
+1250 configurations: that is done first, in as many processes as there are CPU cores, into Triton's cache on disk.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def _choose_cpu_capability(name):
     try:
         _library.set_cpu_capability(name)
     except ValueError as error:
-        pytest.skip(f"this processor cannot run the {name} kernels: {error}")
+        pytest.skip(f"this CPU cannot run the {name} kernels: {error}")
     assert _library.cpu_capability() == name
     return before
 

@@ -153,7 +153,7 @@ def test_environment_chooses_the_instruction_set(name):
         before = _library.cpu_capability()
         _library.set_cpu_capability(name)
     except ValueError as error:
-        pytest.skip(f"this processor cannot run the {name} kernels: {error}")
+        pytest.skip(f"this CPU cannot run the {name} kernels: {error}")
     finally:
         _library.set_cpu_capability(before)
     assert run(PRINT_CAPABILITY, PACKAGE.parent, M2F_CPU_CAPABILITY=name).stdout.strip() == name

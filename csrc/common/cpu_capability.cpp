@@ -20,7 +20,7 @@ CpuCapability best() {
   return CpuCapability::kBaseline;
 }
 
-// -1 if the name is unknown or more than the processor has.
+// -1 if the name is unknown or more than the CPU has.
 int parse(const char* name) {
   for (int i = 0; i <= static_cast<int>(best()); ++i)
     if (std::strcmp(name, kNames[i]) == 0) return i;

@@ -5,7 +5,7 @@ namespace m2f {
 
 enum class CpuCapability : int { kBaseline, kAVX2, kAVX512 };
 
-// The best this processor has, or what M2F_CPU_CAPABILITY or m2f_set_cpu_capability asked for.
+// The best this CPU has, or what M2F_CPU_CAPABILITY or m2f_set_cpu_capability asked for.
 CpuCapability cpu_capability();
 
 }  // namespace m2f
@@ -13,6 +13,6 @@ CpuCapability cpu_capability();
 extern "C" {
 // "avx512", "avx2" or "baseline".
 __attribute__((visibility("default"))) const char* m2f_cpu_capability();
-// 0 on success, 1 if the name is unknown or the processor lacks it.
+// 0 on success, 1 if the name is unknown or the CPU lacks it.
 __attribute__((visibility("default"))) int m2f_set_cpu_capability(const char* name);
 }

@@ -1,4 +1,4 @@
-// The baseline CPU kernels on fixed inputs, for comparing processors: built with each compiler, run (under an emulator
+// The baseline CPU kernels on fixed inputs, for comparing CPUs: built with each compiler, run (under an emulator
 // if need be), and the numbers that come out compared. Needs no PyTorch.
 #include <cmath>
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""The baseline kernels on another processor: compiled for aarch64, run in an emulator, compared with this machine's."""
+"""The baseline kernels on another CPU: compiled for aarch64, run in an emulator, compared with this machine's."""
 
 from __future__ import annotations
 
