@@ -321,8 +321,8 @@ BENCHMARK = Benchmark(
         "bf16, one minus the mean intersection over union of the masks with those of float32. Random weights do not "
         "segment anything: attention masks are noisier than those of a trained model, and many logits lie next to "
         "zero, where any rounding decides. Stages are forward passes; what they leave of a training step is its "
-        "backward pass. A pass of few images waits for the processor, which launches a thousand kernels; *CUDA graph* "
-        "is this package's inference captured once and replayed, whose times are the GPU's alone."
+        "backward pass. A pass of few images is launch-bound on a GPU: the CPU launches a thousand kernels. "
+        "*CUDA graph* is this package's inference captured once and replayed, whose times are the GPU's alone."
     ),
     cases=cases,
     data=data,

@@ -3,7 +3,7 @@
     OMP_NUM_THREADS=1 python -m benchmarks.id_maps
 
 One image, 100 queries at stride 4, 3 outputs, K = 12544: matching, losses and gradients of the criterion,
-in processor time, which other programs of the machine do not change.
+in CPU time, which other programs of the machine do not change.
 Memory of the targets: what they hold; the criterion makes no copy of them.
 """
 
@@ -69,7 +69,7 @@ def main() -> int:
     held = {form: sum(x.nbytes for x in tree_leaves(given) if isinstance(x, Tensor)) for form, given in forms.items()}
     dense = statistics.median(times["dense"])
     print(f"{count} targets of {size} x {size}; losses and gradients have equal bits: {equal}\n")
-    print("| targets | MiB | loss part, ms of processor time | against dense |\n|---|---:|---:|---:|")
+    print("| targets | MiB | loss part, ms of CPU time | against dense |\n|---|---:|---:|---:|")
     for form, taken in times.items():
         ms = statistics.median(taken)
         print(f"| {form} | {held[form] / 2**20:.1f} | {ms:.0f} | {ms / dense:.2f}x |")

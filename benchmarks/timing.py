@@ -2,8 +2,8 @@
 
 Interleaving spreads whatever else the machine does over all implementations alike, which
 a ratio needs more than a small variance. CPU: `time.perf_counter`. CUDA: events; before every run the
-L2 cache is overwritten and the GPU kept waiting for twice the time that the processor needs to launch the run, so that
-all are measured by what the GPU does. A run that waits for the GPU itself, or takes the processor more than
+L2 cache is overwritten and the GPU kept waiting for twice the time that the CPU needs to launch the run, so that
+all are measured by what the GPU does. A run that waits for the GPU itself, or takes the CPU more than
 `_LONGEST_LAUNCH_S`, gets no such start: it is measured from an idle GPU to its end, as a user meets it. The result of a
 run is freed after the clock stops.
 """
