@@ -158,7 +158,12 @@ def train(given: argparse.Namespace) -> int:
         raise UsageError(f"backbone: expected one of {', '.join(BACKBONES)}; got {backbone!r}")
     device = resolve_device(given.device)
     samples, validation = _datasets(given)
-    recipe = Recipe.shapes(**changes) if data == "shapes" else Recipe(**changes)
+    if getattr(samples, "semantic", False):
+        side = changes.pop("size", 512)
+        published = {"crop": (side, 2 * side), "steps": 90000} if data == "cityscapes" else {"crop": (side, side)}
+        recipe = Recipe.semantic(**{**published, **changes})
+    else:
+        recipe = Recipe.shapes(**changes) if data == "shapes" else Recipe(**changes)
     torch.manual_seed(given.seed)  # of the initial weights: the same in all processes
     report = None
     if weights is not None:
@@ -409,7 +414,8 @@ def _dataset(
     if kind not in DATA:
         raise UsageError(f"data: expected {', '.join(DATA[:-1])} or {DATA[-1]}; got {kind!r}")
     if kind != "semantic":
-        odd = [f"--{n.replace('_', '-')}" for n in ("labels", "ignore_label", "reduce_labels") if getattr(given, n)]
+        values = {name: getattr(given, name) for name in ("labels", "ignore_label", "reduce_labels")}
+        odd = [f"--{n.replace('_', '-')}" for n, value in values.items() if value is not None and value is not False]
         if odd:
             raise UsageError(f"{', '.join(odd)}: for --data semantic alone; got {kind}")
     if kind == "shapes":
@@ -601,7 +607,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--steps", type=int, help="steps of the optimiser; else the recipe's, as are the next four")
     p.add_argument("--batch-size", type=int, help="images per step of each process")
     p.add_argument("--lr", type=float, help="learning rate")
-    p.add_argument("--size", type=int, help="side of the inputs that large-scale jitter makes")
+    p.add_argument("--size", type=int, help="side of the inputs that jitter or crops make")
     p.add_argument("--workers", type=int, help="processes that prepare data")
     p.add_argument("--autocast", default="none", help=_AUTOCAST)
     p.add_argument("--parallel", default="ddp", help="several processes: ddp, or fsdp (a share of the model each)")

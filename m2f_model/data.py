@@ -20,7 +20,7 @@ from torch import Tensor
 from m2f_kernels._checks import describe
 from m2f_model.config import PIXEL_MEAN, PIXEL_STD
 from m2f_model.samples import AnnotationError, DenseMasks, Masks, Sample, without_empty
-from m2f_model.segment import STRIDE, normalise
+from m2f_model.segment import STRIDE, normalise, resized_size
 
 
 class Dataset(Protocol):
@@ -185,6 +185,20 @@ class _View(NamedTuple):
         top, left = (int(offset * max(0, side - size + 1)) for offset, side in zip(offsets, resized, strict=True))
         return cls(resized, top, left, min(size, h), min(size, w), flip < 0.5)
 
+    @classmethod
+    def cropped(
+        cls, image: tuple[int, int], crop: tuple[int, int], scales: tuple[float, float], generator: torch.Generator
+    ) -> _View:
+        """As published for semantic data: a random crop, after the short side has become a random multiple, in tenths
+        and within `scales`, of the crop's longer side, and the long one at most four times that side."""
+        scale, flip, *offsets = torch.rand(4, generator=generator, device="cpu").tolist()
+        base, steps = max(crop), round(10 * (scales[1] - scales[0])) + 1
+        short = max(1, int(base * (scales[0] + 0.1 * int(scale * steps)) + 1e-6))
+        resized = h, w = resized_size(*image, (short, max(short, 4 * base)))
+        height, width = min(crop[0], h), min(crop[1], w)
+        top, left = int(offsets[0] * (h - height + 1)), int(offsets[1] * (w - width + 1))
+        return cls(resized, top, left, height, width, flip < 0.5)
+
     def of_image(self, image: Tensor) -> Tensor:
         """uint8 [3, height, width]: only the window is resized (antialiased), from what lies in it and beside it."""
         (h, w), (height, width) = self.resized, image.shape[1:]
@@ -232,6 +246,38 @@ def jitter(sample: Mapping[str, Any], size: int, scales: tuple[float, float], ge
     return {"image": view.of_image(sample["image"]), "labels": sample["labels"][kept], "masks": masks[: len(kept)]}
 
 
+def jitter_colours(image: Tensor, generator: torch.Generator) -> Tensor:
+    """uint8 [3, H, W]: brightness, contrast, saturation and hue changed at random, as in SSD (Liu et al. 2016).
+
+    Each with a probability of 1/2: brightness by up to 32, contrast and saturation by factors from 0.5 to 1.5, hue by
+    up to a tenth of the circle; contrast before or after the last two.
+    """
+    draws = torch.rand(9, generator=generator, device="cpu").tolist()
+    pixels: np.ndarray[Any, Any] = image.permute(1, 2, 0).numpy()
+
+    def whole(values: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return values.clip(0, 255).astype(np.uint8)
+
+    def contrast(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        return whole(pixels * np.float32(0.5 + draws[4])) if draws[3] < 0.5 else pixels
+
+    if draws[1] < 0.5:
+        pixels = whole(pixels + np.float32(64 * draws[2] - 32))
+    if draws[0] < 0.5:
+        pixels = contrast(pixels)
+    if draws[5] < 0.5 or draws[7] < 0.5:
+        colours = np.array(Image.fromarray(np.ascontiguousarray(pixels)).convert("HSV"))
+        if draws[5] < 0.5:
+            colours[..., 1] = whole(colours[..., 1] * np.float32(0.5 + draws[6]))
+        if draws[7] < 0.5:
+            turn = round((2 * draws[8] - 1) * 25.5)  # of 255
+            colours[..., 0] = ((colours[..., 0].astype(np.int16) + turn) % 256).astype(np.uint8)
+        pixels = np.array(Image.fromarray(colours, "HSV").convert("RGB"))
+    if draws[0] >= 0.5:
+        pixels = contrast(pixels)
+    return torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1).contiguous()
+
+
 def _windows(sample: Mapping[str, Any], view: _View | None) -> Iterator[np.ndarray[Any, Any] | None]:
     """Of each mask what the view shows; all of it for None."""
     masks = sample["masks"]
@@ -275,7 +321,7 @@ def unpack(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def collate(
     samples: Sequence[Sample],
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
     mean: Sequence[float] = PIXEL_MEAN,
     std: Sequence[float] = PIXEL_STD,
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
@@ -284,7 +330,7 @@ def collate(
         sides = (max(s["image"].shape[axis] for s in samples) for axis in (1, 2))
         h, w = (-(-side // STRIDE) * STRIDE for side in sides)
     else:
-        h = w = -(-size // STRIDE) * STRIDE
+        h, w = (-(-side // STRIDE) * STRIDE for side in ((size, size) if isinstance(size, int) else size))
     pixels = torch.zeros(len(samples), 3, h, w, device="cpu")
     targets = []
     for i, sample in enumerate(samples):
@@ -308,7 +354,9 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
         batch_size: of this process.
         seed: of order and augmentation.
         size: side of the square inputs; None for images as they are.
-        scales: range of large-scale jitter.
+        scales: range of large-scale jitter, or of the sizes before the crop.
+        crop: (height, width) of the inputs, in place of `size`: random crops, as published for semantic data.
+        colours: change colours at random, see :func:`jitter_colours`.
         rank, world_size: which process this is.
         mean, std: of each channel, by which pixels are normalised.
     """
@@ -321,6 +369,8 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
         seed: int = 0,
         size: int | None = None,
         scales: tuple[float, float] = (0.1, 2.0),
+        crop: tuple[int, int] | None = None,
+        colours: bool = False,
         rank: int = 0,
         world_size: int = 1,
         mean: Sequence[float] = PIXEL_MEAN,
@@ -328,13 +378,14 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
     ) -> None:
         self.mean, self.std = mean, std
         self.data, self.batch_size, self.seed = data, batch_size, seed
-        self.size, self.scales = size, scales
+        self.size, self.scales, self.crop, self.colours = size, scales, crop, colours
         self.rank, self.world_size = rank, world_size
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, device="cpu"))
 
     def __getitem__(self, step: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
         first = (step * self.world_size + self.rank) * self.batch_size
-        return collate([self._sample(first + i) for i in range(self.batch_size)], self.size, self.mean, self.std)
+        samples = [self._sample(first + i) for i in range(self.batch_size)]
+        return collate(samples, self.crop or self.size, self.mean, self.std)
 
     def _sample(self, position: int) -> Sample:
         """The sample at a position of the endless sequence of all processes."""
@@ -347,10 +398,15 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
         index = int(self._order[1][place])
         read = getattr(self.data, "compact", self.data.__getitem__)
         sample = _checked(read(index), index, len(self.data.label_names))
-        if self.size is None:
-            return _packed(sample, None)
         generator = torch.Generator().manual_seed((self.seed + 1) * 1000003 + position)
-        return _packed(sample, _View.draw(tuple(sample["image"].shape[1:]), self.size, self.scales, generator))
+        height, width = sample["image"].shape[1:]
+        view = None
+        if self.crop is not None:
+            view = _View.cropped((height, width), self.crop, self.scales, generator)
+        elif self.size is not None:
+            view = _View.draw((height, width), self.size, self.scales, generator)
+        found = _packed(sample, view)
+        return {**found, "image": jitter_colours(found["image"], generator)} if self.colours else found
 
 
 def _checked(sample: Mapping[str, Any], index: int, num_labels: int) -> Mapping[str, Any]:

@@ -28,7 +28,7 @@ from m2f_kernels import CudaGraphs
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.criterion import losses_of
 from m2f_model.data import Batches, Dataset, Guarded, Relabelled, Steps, identity, unpack
-from m2f_model.evaluate import evaluate
+from m2f_model.evaluate import evaluate, evaluate_semantic
 from m2f_model.files import remove_leftovers, write_atomically
 from m2f_model.interrupts import Interrupted, Interrupts, leave_signals_to_the_parent
 from m2f_model.labels import same_labels
@@ -48,6 +48,7 @@ from m2f_model.parallel import (
 from m2f_model.samples import Sample
 from m2f_model.weights import load_exactly, read_checkpoint
 
+SCHEDULES = ("step", "poly")
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -62,7 +63,10 @@ class Recipe:
         milestones: shares of the steps after which the learning rate is divided by 10.
         clip: largest norm of all gradients together.
         size: side of the square inputs that large-scale jitter makes; None for images as they are.
-        scales: range of large-scale jitter.
+        scales: range of large-scale jitter, or of the sizes before a crop.
+        crop: (height, width) of the inputs in place of `size`, random crops as published for semantic data.
+        colours: change colours at random.
+        schedule: of the learning rate, "step" (milestones) or "poly" (the rest of the steps to the power of 0.9).
         autocast: "none", "bf16" or "fp16".
         parallel: what several processes do with the model: "ddp", all have it, or "fsdp", each has a share (FSDP2).
         activation_checkpointing: keep only the inputs of the decoders' layers.
@@ -85,6 +89,9 @@ class Recipe:
     clip: float = 0.01
     size: int | None = 1024
     scales: tuple[float, float] = (0.1, 2.0)
+    crop: tuple[int, int] | None = None
+    colours: bool = False
+    schedule: str = "step"
     autocast: str = "none"
     parallel: str = "ddp"
     activation_checkpointing: bool = False
@@ -113,6 +120,10 @@ class Recipe:
             raise ValueError("cuda_graphs: expected False with activation_checkpointing, which runs layers twice")
         if self.size is not None and (self.size < 32 or self.size % 32):
             raise ValueError(f"size: expected a multiple of 32; got {self.size}")
+        if self.crop is not None and (self.size is not None or min(self.crop) < 32 or any(x % 32 for x in self.crop)):
+            raise ValueError(f"crop: expected multiples of 32, and no size; got {self.crop}, size {self.size}")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule: expected one of {', '.join(map(repr, SCHEDULES))}; got {self.schedule!r}")
         if not 0 < self.scales[0] <= self.scales[1]:
             raise ValueError(f"scales: expected 0 < smallest <= largest; got {self.scales}")
 
@@ -122,8 +133,16 @@ class Recipe:
         short = {"steps": 1500, "batch_size": 8, "lr": 5e-4, "backbone_lr": 1.0, "size": None, "workers": 0}
         return cls(**{**short, "save_every": 500, "evaluate_every": 500, "evaluate_count": 200, **changes})
 
+    @classmethod
+    def semantic(cls, **changes: Any) -> Recipe:
+        """The published one for ADE20K's semantic data: random crops, colours, a polynomial schedule."""
+        published = {"steps": 160000, "size": None, "crop": (512, 512), "scales": (0.5, 2.0), "colours": True}
+        return cls(**{**published, "schedule": "poly", **changes})
+
     def learning_rate(self, step: int) -> float:
         """Factor of the learning rate at a step."""
+        if self.schedule == "poly":
+            return float(max(0.0, 1 - step / self.steps) ** 0.9)
         return float(0.1 ** sum(step >= share * self.steps for share in self.milestones))
 
 
@@ -213,10 +232,12 @@ def _check_labels(data: Dataset, config: Mask2FormerConfig) -> None:
 def of_data(config: Mask2FormerConfig, data: Dataset, recipe: Recipe) -> Mask2FormerConfig:
     """`config` with what a model trained on `data` has: its names and stuff, and the size at which it saw images.
 
-    That is the published proportion, 800 and 1333 for large-scale jitter to 1024; without jitter the median short side
-    of some images, and the longest side or twice the short one.
+    That is the published proportion: 800 and 1333 for large-scale jitter to 1024, 512 and 2048 for crops of 512. Else
+    the median short side of some images, and the longest side or twice the short one.
     """
-    if recipe.size is not None:
+    if recipe.crop is not None:
+        size: tuple[int, ...] = (max(recipe.crop), 4 * max(recipe.crop))
+    elif recipe.size is not None:
         size = tuple(max(1, round(recipe.size * side / 1024)) for side in (800, 1333))
     else:
         step = max(1, len(data) // 16)
@@ -229,7 +250,7 @@ def of_data(config: Mask2FormerConfig, data: Dataset, recipe: Recipe) -> Mask2Fo
         stuff_labels=tuple(data.stuff_labels),
         image_size=(size[0], size[1]),
         keep_aspect_ratio=True,
-        semantic_only=False,
+        semantic_only=getattr(data, "semantic", False),
     )
 
 
@@ -243,7 +264,8 @@ class Trainer:
         recipe: how.
         out: directory of checkpoints, TensorBoard's events and, at the end, the model in Hugging Face's format.
         process: which process this is.
-        validation: samples to measure panoptic quality on, of the same categories in any order.
+        validation: samples to measure panoptic quality on, or mean intersection over union where data are semantic; of
+            the same categories in any order.
         log: takes a line of text now and then.
         progress: wraps the iteration over what is checked at the start, for a progress bar.
 
@@ -401,6 +423,8 @@ class Trainer:
             seed=recipe.seed,
             size=recipe.size,
             scales=recipe.scales,
+            crop=recipe.crop,
+            colours=recipe.colours,
             rank=process.rank,
             world_size=process.world_size,
             mean=self.model.config.pixel_mean,
@@ -517,15 +541,17 @@ class Trainer:
         try:
             # The checkpoint of this step is written: a run that goes on from it has the same random numbers.
             with torch.random.fork_rng(cuda):
-                quality = evaluate(self.model, validation, self.recipe.evaluate_count)
+                measure: Any = evaluate_semantic if getattr(self.data, "semantic", False) else evaluate
+                quality = measure(self.model, validation, self.recipe.evaluate_count)
         except Interrupted:
             return
         finally:
             self.model.train()
         if writer is None:
             return
-        self.log(f"step {self.step}  PQ {quality.pq:.3f}  SQ {quality.sq:.3f}  RQ {quality.rq:.3f}")
-        for name, value in quality._asdict().items():
+        values = quality._asdict()
+        self.log(f"step {self.step}  " + "  ".join(f"{_TITLES.get(k, k)} {v:.3f}" for k, v in values.items()))
+        for name, value in values.items():
             writer.add_scalar(f"validation/{name}", value, self.step)
 
     # ------------------------------------------------------------ checkpoints
@@ -597,7 +623,8 @@ class Trainer:
             state = read_checkpoint(self.checkpoint, where, needs_config=False)
         except ValueError as error:
             raise ValueError(f"{error}. Move it away to begin anew") from error
-        found, wanted = {**state["recipe"], "processes": len(state["random"])}, asdict(self.recipe)
+        # What a former version did not have was as by default.
+        found, wanted = {**asdict(Recipe()), **state["recipe"], "processes": len(state["random"])}, asdict(self.recipe)
         wanted["processes"] = self.process.world_size
         different = [k for k in wanted if k not in _FREE and _plain(found.get(k)) != _plain(wanted[k])]
         if different:
@@ -665,6 +692,8 @@ class _UntilInterrupted:
         return self._data[index]
 
 
+#: What figures are called in the log.
+_TITLES = {"pq": "PQ", "sq": "SQ", "rq": "RQ", "miou": "mIoU", "macc": "mean accuracy", "pacc": "pixel accuracy"}
 #: Steps of float16 that are skipped one after the other before a run counts as diverged. The scale, 65536 at first, is
 #: halved each time.
 _SKIPPED_IN_A_ROW = 50
