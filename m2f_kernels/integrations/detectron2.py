@@ -6,9 +6,15 @@ autograd function of their own. :func:`install` provides a module of that name; 
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
+from torch import Tensor
+
+from m2f_kernels import dispatch
 from m2f_kernels.integrations import _extension
 from m2f_kernels.integrations._rebind import replace_everywhere
 
@@ -21,10 +27,28 @@ _installed: ModuleType | None = None
 _before: ModuleType | None = None
 
 
-def _module() -> ModuleType:
+def _module(published: ModuleType | None) -> ModuleType:
+    """`published` runs the calls that no kernel serves; without one, plain PyTorch that is no worse than theirs."""
     module = ModuleType(NAME, f"The extension module {NAME}, provided by m2f_kernels.")
-    vars(module).update(ms_deform_attn_forward=_extension.forward, ms_deform_attn_backward=_extension.backward)
+    functions: dict[str, Callable[..., Any]] = {
+        "ms_deform_attn_forward": _extension.forward,
+        "ms_deform_attn_backward": _extension.backward,
+    }
+    for name, ours in functions.items():
+        vars(module)[name] = _asking(ours, getattr(published, name, None))
     return module
+
+
+def _asking(ours: Callable[..., Any], theirs: Callable[..., Any] | None) -> Callable[..., Any]:
+    if theirs is None:
+        return ours
+
+    @functools.wraps(ours)
+    def call(value: Any, *args: Any, **kwargs: Any) -> Any:
+        passed_on = isinstance(value, Tensor) and not dispatch.serves("ms_deform_attn", value)
+        return (theirs if passed_on else ours)(value, *args, **kwargs)
+
+    return call
 
 
 def install(*, replace: bool = False) -> None:
@@ -38,7 +62,8 @@ def install(*, replace: bool = False) -> None:
     A second call does nothing.
 
     Args:
-        replace: take the place of a module of that name that is imported already, in all modules that hold it.
+        replace: take the place of a module of that name that is imported already, in all modules that hold it. Calls
+            that no kernel serves, by their device and dtype, still go to that one.
 
     Raises:
         RuntimeError: such a module is imported, and `replace` is False.
@@ -53,7 +78,7 @@ def install(*, replace: bool = False) -> None:
             f"a module {NAME} is imported already, from {where}; install() before it is, or install(replace=True) to "
             "take its place"
         )
-    _installed, _before = _module(), found
+    _installed, _before = _module(found), found
     if found is not None:
         replace_everywhere(found, _installed)
     sys.modules[NAME] = _installed

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor
 
 import m2f_kernels
+from m2f_kernels import dispatch
 from m2f_kernels._checks import describe
 from m2f_kernels.integrations._rebind import replace_everywhere
 from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes
@@ -37,7 +38,8 @@ def patch_function(holder: Holder, name: str) -> list[str]:
 
     The function takes `(value, value_spatial_shapes, sampling_locations, attention_weights)`, as in Deformable-DETR and
     its copies, and returns [N, Q, H*D]. value is [N, S, H, D], or [N, H, D, S] as in LW-DETR and RF-DETR; its shape
-    tells which. A second call changes nothing. What a closure holds stays.
+    tells which. It asks at every call: where no kernel serves the device and dtype of value, the function that was
+    replaced runs. A second call changes nothing. What a closure holds stays.
 
     Args:
         holder: a module, its name, which is imported, or a registry: a dictionary.
@@ -114,6 +116,8 @@ def _replacement(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
         if len(args) + len(kwargs) != len(names) or given.keys() != set(names):
             return original(*args, **kwargs)  # raises, as Python does
         value, shapes, locations, weights = (given[name] for name in names)
+        if isinstance(value, Tensor) and not dispatch.serves("ms_deform_attn", value):
+            return original(*args, **kwargs)
         return m2f_kernels.ms_deform_attn(_channels_last(value, shapes, weights), shapes, None, locations, weights)
 
     return multi_scale_deformable_attention

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import m2f_kernels
+from m2f_kernels import dispatch
 from m2f_kernels.integrations import _extension
 from m2f_kernels.integrations._rebind import replace_everywhere
 from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes
@@ -33,7 +34,7 @@ _undo: list[Callable[[], object]] = []
 # ---------------------------------------------------------------- replacements
 
 
-def _attention_forward(
+def _attend(
     self: Any,
     query: Tensor,
     key: Tensor | None = None,
@@ -94,26 +95,65 @@ def _attention_forward(
     return self.dropout(output) + identity
 
 
+def _attention_forward(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The method, which hands a call that no kernel serves to `original`."""
+
+    @functools.wraps(original)
+    def forward(self: Any, query: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        ours = dispatch.serves("ms_deform_attn_from_offsets", query)
+        return (_attend if ours else original)(self, query, *args, **kwargs)
+
+    return forward
+
+
 def _attention_function(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`multi_scale_deformable_attn_pytorch`: the operator without level_start_index. One function per original, so
-    that taking it back knows what it stood for."""
+    """`multi_scale_deformable_attn_pytorch`: the operator without level_start_index, where a kernel serves it. One
+    function per original, so that taking it back knows what it stood for."""
 
     @functools.wraps(original)
     def multi_scale_deformable_attn_pytorch(
         value: Tensor, value_spatial_shapes: SpatialShapes, sampling_locations: Tensor, attention_weights: Tensor
     ) -> Tensor:
+        if not dispatch.serves("ms_deform_attn", value):
+            return original(value, value_spatial_shapes, sampling_locations, attention_weights)
         return m2f_kernels.ms_deform_attn(value, value_spatial_shapes, None, sampling_locations, attention_weights)
 
     return multi_scale_deformable_attn_pytorch
 
 
-class _InPlaceExtension:
+class _Extension:
+    """Stands in for detrex's compiled extension in `detrex.layers.multi_scale_deform_attn`: gradients are returned.
+
+    A call that no kernel of this package serves goes to the extension that this one stands for, if there is one.
+    """
+
+    def __init__(self, original: Any) -> None:
+        self._original = original
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._original, name)  # the extension's other operators
+
+    def _theirs(self, name: str, value: Tensor) -> Callable[..., Any] | None:
+        if not isinstance(value, Tensor) or dispatch.serves("ms_deform_attn", value):
+            return None
+        return getattr(self._original, name, None)
+
+    def ms_deform_attn_forward(self, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        found: Tensor = (self._theirs("ms_deform_attn_forward", value) or _extension.forward)(value, *args, **kwargs)
+        return found
+
+    def ms_deform_attn_backward(self, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (self._theirs("ms_deform_attn_backward", value) or self._backward)(value, *args, **kwargs)
+
+    def _backward(self, *args: Any, **kwargs: Any) -> Any:
+        return _extension.backward(*args, **kwargs)
+
+
+class _InPlaceExtension(_Extension):
     """Stands in for mmcv's compiled extension in `mmcv.ops.multi_scale_deform_attn`: gradients go into buffers."""
 
-    ms_deform_attn_forward = staticmethod(_extension.forward)
-
-    @staticmethod
-    def ms_deform_attn_backward(
+    def _backward(
+        self,
         value: Tensor,
         value_spatial_shapes: Tensor,
         value_level_start_index: Tensor,
@@ -138,20 +178,13 @@ class _InPlaceExtension:
             buffer.copy_(gradient)
 
 
-class _Extension:
-    """Stands in for detrex's compiled extension in `detrex.layers.multi_scale_deform_attn`: gradients are returned."""
-
-    ms_deform_attn_forward = staticmethod(_extension.forward)
-    ms_deform_attn_backward = staticmethod(_extension.backward)
-
-
 def _point_sample(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """`mmcv.ops.point_sample`, which hands to `original` what the operator does not do."""
 
     @functools.wraps(original)
     def point_sample(input: Tensor, points: Tensor, align_corners: bool = False, **kwargs: Any) -> Tensor:
         ours = not align_corners and not kwargs and not points.requires_grad and input.dim() == 4
-        if not ours or points.dim() not in (3, 4):
+        if not ours or points.dim() not in (3, 4) or not dispatch.serves("point_sample", input):
             return original(input, points, align_corners, **kwargs)
         flat = points.flatten(1, 2) if points.dim() == 4 else points
         flat = flat if flat.dtype == torch.float64 else flat.float()
@@ -185,10 +218,11 @@ def _everywhere(old: Any, new: Any) -> list[str]:
     return replace_everywhere(old, new)
 
 
-def _patch_attention(module: ModuleType, extension_name: str, extension: Any) -> list[str]:
+def _patch_attention(module: ModuleType, extension_name: str, extension: type[_Extension]) -> list[str]:
     original = module.multi_scale_deformable_attn_pytorch
-    _set(module.MultiScaleDeformableAttention, "forward", _attention_forward)
-    _set(module, extension_name, extension)
+    attention: Any = module.MultiScaleDeformableAttention
+    _set(attention, "forward", _attention_forward(attention.forward))
+    _set(module, extension_name, extension(getattr(module, extension_name, None)))
     return [
         f"{module.__name__}.MultiScaleDeformableAttention.forward",
         f"{module.__name__}.{extension_name}",
@@ -207,8 +241,9 @@ def patch() -> list[str]:
       `point_sample` with `align_corners=True`, other options of `grid_sample`, 5-d inputs or points that need a
       gradient runs as before.
 
-    Functions are replaced in the namespaces of modules: what a closure or a registry holds stays. On devices other than
-    CPU and CUDA the reference runs, with a warning. A second call replaces what was imported since the first.
+    Functions are replaced in the namespaces of modules: what a closure or a registry holds stays. Each asks at every
+    call: what no kernel serves, by its device and dtype, runs the code that was replaced, an extension's included. A
+    second call replaces what was imported since the first.
 
     Returns:
         the names replaced, as "module.name".

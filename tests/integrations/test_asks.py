@@ -1,6 +1,8 @@
 """Accelerated models ask at every call: where no kernel serves, what they replaced runs, to the bit."""
 
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -9,7 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import m2f_kernels
 from m2f_kernels import dispatch
 from m2f_kernels._library import NativeLibrary
+from m2f_kernels.integrations import detectron2, functions, mmcv
 from tests.integrations.families import FAMILIES
+from tests.integrations.mmcv_cases import make_inputs, results
+from tests.integrations.test_mmcv import build, standins  # noqa: F401, a fixture
+from tests.ops.ms_deform_attn_cases import make_case
 
 
 class Operators(TorchDispatchMode):
@@ -107,3 +113,103 @@ def test_a_model_on_meta():
     model.to_empty(device="cpu").load_state_dict(state)
     _, seen = run(model, family)
     assert "ms_deform_attn_from_offsets" in seen
+
+
+# ---------------------------------------------------------------- packages other than transformers
+NO_KERNEL = pytest.mark.filterwarnings("ignore:m2f_kernels.* runs on plain PyTorch")
+
+
+@NO_KERNEL
+@pytest.mark.parametrize("package", ["mmcv", "detrex"])
+def test_attention_of_mmcv_and_detrex(package, standins, without_library):  # noqa: F811
+    module, inputs = build(package, batch_first=True), make_inputs(True, 2)
+    expected = results(module, inputs)
+    mmcv.patch()
+    with Operators() as operators:
+        found = results(module, inputs)
+    assert operators.seen == set()
+    assert all(torch.equal(found[name], x) for name, x in expected.items())
+    without_library()
+    with Operators() as operators:
+        results(module, inputs)
+    assert "ms_deform_attn_from_offsets" in operators.seen
+
+
+@NO_KERNEL
+def test_functions_of_mmcv(standins, without_library):  # noqa: F811
+    import mmcv.ops as ops
+    from mmcv.ops import multi_scale_deform_attn as module
+
+    case, images, points = make_case(points=(2, 2)), torch.randn(2, 3, 6, 5), torch.rand(2, 7, 2)
+    samples, weights = (case.tensors[name].unflatten(3, (2, -1)) for name in ("samples", "weights"))
+    shapes, starts = torch.tensor(case.sizes), torch.tensor(case.levels[2::3])
+
+    def run():
+        with Operators() as operators:
+            attended = module.multi_scale_deformable_attn_pytorch(case.value, shapes, samples, weights)
+            sampled = ops.point_sample(images, points)
+        return attended, sampled, operators.seen
+
+    *expected, _ = run()
+    original = module.ext_module
+    calls = []
+    module.ext_module = type("Compiled", (), {"ms_deform_attn_forward": lambda *args, **kwargs: calls.append(args)})
+    mmcv.patch()
+    *found, seen = run()
+    assert seen == set()
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+    given = case.value, shapes, starts, samples, weights, 64
+    module.ext_module.ms_deform_attn_forward(*given[:5], im2col_step=64)
+    assert len(calls) == 1, "the compiled extension of mmcv"
+    without_library()
+    assert run()[2] == {"ms_deform_attn", "point_sample"}
+    assert module.ext_module.ms_deform_attn_forward(*given).shape == expected[0].shape
+    assert len(calls) == 1
+    mmcv.unpatch()
+    module.ext_module = original
+
+
+@NO_KERNEL
+def test_the_extension_of_detectron2(without_library):
+    """What install(replace=True) put aside runs where no kernel serves."""
+    case, calls = make_case(points=(2, 2)), []
+    samples, weights = (case.tensors[name].unflatten(3, (2, -1)) for name in ("samples", "weights"))
+    given = case.value, torch.tensor(case.sizes), torch.tensor(case.levels[2::3]), samples, weights, 64
+    compiled = ModuleType(detectron2.NAME)
+    compiled.ms_deform_attn_forward = lambda *args: calls.append(args)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, detectron2.NAME, compiled)
+        detectron2.install(replace=True)
+        try:
+            module = sys.modules[detectron2.NAME]
+            assert module.ms_deform_attn_forward(*given) is None
+            assert len(calls) == 1
+            with m2f_kernels.use_backend("reference"):
+                assert module.ms_deform_attn_forward(*given).shape == case.grad_output.shape
+            without_library()
+            assert module.ms_deform_attn_forward(*given).shape == case.grad_output.shape
+            assert len(calls) == 1
+        finally:
+            detectron2.uninstall()
+
+
+@NO_KERNEL
+def test_any_function(without_library):
+    module, calls = ModuleType("standin_asking"), []
+
+    def core(value, shapes, locations, weights):
+        calls.append(1)
+        return value.new_zeros(weights.shape[0], weights.shape[1], value.shape[2] * value.shape[3])
+
+    module.core = core
+    case = make_case(points=(2, 2))
+    samples, weights = (case.tensors[name].unflatten(3, (2, -1)) for name in ("samples", "weights"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module.__name__, module)
+        functions.patch_function(module, "core")
+        module.core(case.value, case.sizes, samples, weights)
+        assert calls == [1]
+        without_library()
+        module.core(case.value, case.sizes, samples, weights)
+        assert calls == [1]
+        functions.unpatch_function(module, "core")

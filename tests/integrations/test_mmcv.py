@@ -157,7 +157,7 @@ def test_a_subclass_with_a_forward_of_its_own_is_left_alone(standins):
     integration.patch()
     x = torch.randn(3)
     assert Custom(DIM, 4, 2, 3).forward(x) is x
-    assert Plain.forward is integration._attention_forward
+    assert Plain.forward.__code__.co_filename == integration.__file__
 
 
 def test_pixel_decoder_of_mmdet(standins):
@@ -170,7 +170,7 @@ def test_pixel_decoder_of_mmdet(standins):
     before = results(module, inputs)
     integration.patch()
     assert_close(results(module, inputs), before)
-    assert type(module).forward is integration._attention_forward
+    assert type(module).forward.__code__.co_filename == integration.__file__
 
 
 @pytest.mark.parametrize("missing", ["reference_points", "spatial_shapes"])
@@ -268,7 +268,7 @@ def test_point_sample(standins, shape, dtype):
         assert found.shape == expected.shape
         assert relative_error(found, expected) <= FORWARD[dtype]
         assert relative_error(gradient, expected_gradient) <= GRADIENT[dtype]
-    assert not calls
+    assert bool(calls) == (dtype == torch.float64), "no kernel takes float64"
     integration.unpatch()
     assert mmcv.ops.point_sample is mmdet.models.point_sample is original
 
