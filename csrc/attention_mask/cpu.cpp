@@ -15,16 +15,7 @@ namespace {
 
 using IntList = std::vector<int64_t>;
 
-const AttentionMaskKernels& kernels() {
-#if defined(M2F_X86)
-  switch (cpu_capability()) {
-    case CpuCapability::kAVX512: return attention_mask_kernels_avx512();
-    case CpuCapability::kAVX2: return attention_mask_kernels_avx2();
-    default: break;
-  }
-#endif
-  return attention_mask_kernels_baseline();
-}
+const AttentionMaskKernels& kernels() { return M2F_KERNELS_IN_USE(attention_mask_kernels); }
 
 void check_not_float64(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(dtype_of(tensor, name) != DType::kFloat64, name,

@@ -10,6 +10,16 @@ CpuCapability cpu_capability();
 
 }  // namespace m2f
 
+// Of name_baseline(), name_avx2() and name_avx512(), the one to call.
+#if defined(M2F_X86)
+#define M2F_KERNELS_IN_USE(name)                                \
+  (cpu_capability() == CpuCapability::kAVX512 ? name##_avx512() \
+   : cpu_capability() == CpuCapability::kAVX2 ? name##_avx2()   \
+                                              : name##_baseline())
+#else
+#define M2F_KERNELS_IN_USE(name) name##_baseline()
+#endif
+
 extern "C" {
 // "avx512", "avx2" or "baseline".
 __attribute__((visibility("default"))) const char* m2f_cpu_capability();

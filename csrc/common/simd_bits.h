@@ -60,13 +60,13 @@ M2F_INLINE uint32_t not_less_bits(FloatVec a, FloatVec b) {
 
 M2F_INLINE FloatVec maximum(FloatVec a, FloatVec b) { return a > b ? a : b; }
 
-inline float sum_lanes(FloatVec x) {
+inline float horizontal_sum(FloatVec x) {
   float sum = 0;
   for (int i = 0; i < kFloatLanes; ++i) sum += x[i];
   return sum;
 }
 
-inline float max_lanes(FloatVec x) {
+inline float horizontal_max(FloatVec x) {
   float max = x[0];
   for (int i = 1; i < kFloatLanes; ++i) max = x[i] > max ? x[i] : max;
   return max;

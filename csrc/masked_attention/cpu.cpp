@@ -13,16 +13,7 @@ namespace {
 
 using IntList = std::vector<int64_t>;
 
-const MaskedAttentionKernels& kernels() {
-#if defined(M2F_X86)
-  switch (cpu_capability()) {
-    case CpuCapability::kAVX512: return masked_attention_kernels_avx512();
-    case CpuCapability::kAVX2: return masked_attention_kernels_avx2();
-    default: break;
-  }
-#endif
-  return masked_attention_kernels_baseline();
-}
+const MaskedAttentionKernels& kernels() { return M2F_KERNELS_IN_USE(masked_attention_kernels); }
 
 // Keys are divided by their number alone, so that results do not depend on the number of threads; heads, which are
 // independent of each other, as far as the threads need it.

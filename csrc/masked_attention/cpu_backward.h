@@ -22,7 +22,7 @@ struct BackwardHead {
   float *query, *grad_output, *delta, *logsumexp;
   float* grad_query;  // [Q][padded(D)], what the head leaves behind
 
-  BackwardHead(const MaskedAttentionArgs& args, Pieces& pieces, float* partial) {
+  BackwardHead(const MaskedAttentionArgs& args, Scratch& pieces, float* partial) {
     const int64_t d = padded(args.d);
     for (float** rows : {&query, &grad_output}) *rows = pieces.take<float>(args.q * d);
     for (float** numbers : {&delta, &logsumexp}) *numbers = pieces.take<float>(args.q);
@@ -35,7 +35,7 @@ struct BackwardMemory {
   float *key, *key_columns, *value_columns, *grad_key, *grad_value;
   float *weights, *grad_scores;  // [kChunk][kTile]
 
-  BackwardMemory(const MaskedAttentionArgs& args, Pieces& pieces) {
+  BackwardMemory(const MaskedAttentionArgs& args, Scratch& pieces) {
     active = ActiveQueries::take(pieces, args);
     for (float** tile : {&key, &key_columns, &value_columns, &grad_key, &grad_value})
       *tile = pieces.take<float>(kTile * padded(args.d));
@@ -46,12 +46,12 @@ struct BackwardMemory {
 int64_t backward_partial(const MaskedAttentionArgs& args) { return args.q * padded(args.d); }
 
 size_t backward_head_bytes(const MaskedAttentionArgs& args) {
-  Pieces pieces{nullptr};
+  Scratch pieces{nullptr};
   BackwardHead head(args, pieces, nullptr);
   return pieces.used;
 }
 
-BackwardHead backward_head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Pieces pieces,
+BackwardHead backward_head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Scratch pieces,
                               size_t head_bytes) {
   pieces.used += (h - task.first_head) * head_bytes;
   const int64_t index = (task.n * args.h + h) * args.parts + task.part;
@@ -59,7 +59,7 @@ BackwardHead backward_head_of(const MaskedAttentionArgs& args, const Task& task,
 }
 
 size_t backward_scratch(const MaskedAttentionArgs& args) {
-  Pieces pieces{nullptr};
+  Scratch pieces{nullptr};
   BackwardMemory memory(args, pieces);
   return pieces.used + most_heads(args) * backward_head_bytes(args);
 }
@@ -218,7 +218,7 @@ void finish_queries(const MaskedAttentionArgs& args, int64_t n, int64_t h, float
 void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
   const int64_t d = padded(args.d);
   const size_t bytes = backward_head_bytes(args);
-  Pieces pieces{static_cast<char*>(scratch)};
+  Scratch pieces{static_cast<char*>(scratch)};
   BackwardMemory m(args, pieces);
   for (int64_t index = first_task; index < last_task; ++index) {
     const Task task(args, index);
@@ -231,7 +231,7 @@ void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_
         FloatVec sum = {};
         for (int64_t c = 0; c < d; c += kFloatLanes)
           sum += load(output + q * d + c) * load(head.grad_output + q * d + c);
-        head.delta[q] = sum_lanes(sum);
+        head.delta[q] = horizontal_sum(sum);
         head.logsumexp[q] = args.saved_logsumexp[(task.n * args.h + h) * args.q + q] * kLog2E;
       }
       load_rows(args.query, task.n, h, 0, args.q, args.d, static_cast<float>(args.scale) * kLog2E, head.query);

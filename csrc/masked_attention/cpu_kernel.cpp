@@ -29,7 +29,7 @@ struct Head {
   float *sum, *maximum, *total;
 
   // With parts, the second three are what the head leaves behind.
-  Head(const MaskedAttentionArgs& args, Pieces& pieces, Pieces& results) {
+  Head(const MaskedAttentionArgs& args, Scratch& pieces, Scratch& results) {
     query = pieces.take<float>(args.q * padded(args.d));
     normaliser = pieces.take<float>(args.q * kFloatLanes);
     sum = results.take<float>(args.q * padded(args.d));
@@ -39,7 +39,7 @@ struct Head {
 };
 
 int64_t forward_partial(const MaskedAttentionArgs& args) {
-  Pieces pieces{nullptr}, results{nullptr};
+  Scratch pieces{nullptr}, results{nullptr};
   Head head(args, pieces, results);
   return static_cast<int64_t>(results.used / sizeof(float));
 }
@@ -48,7 +48,7 @@ struct ForwardMemory {
   ActiveQueries active;
   float *tile, *key_columns, *value, *weights;
 
-  ForwardMemory(const MaskedAttentionArgs& args, Pieces& pieces) {
+  ForwardMemory(const MaskedAttentionArgs& args, Scratch& pieces) {
     active = ActiveQueries::take(pieces, args);
     for (float** rows : {&tile, &key_columns, &value}) *rows = pieces.take<float>(kTile * padded(args.d));
     weights = pieces.take<float>(kRows * kTile);
@@ -56,22 +56,22 @@ struct ForwardMemory {
 };
 
 // One head of a task; each takes the same amount of scratch.
-Head head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Pieces pieces, size_t head_bytes) {
+Head head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Scratch pieces, size_t head_bytes) {
   pieces.used += (h - task.first_head) * head_bytes;
   if (args.parts == 1) return Head(args, pieces, pieces);
   const int64_t index = (task.n * args.h + h) * args.parts + task.part;
-  Pieces results{reinterpret_cast<char*>(args.partial + index * forward_partial(args))};
+  Scratch results{reinterpret_cast<char*>(args.partial + index * forward_partial(args))};
   return Head(args, pieces, results);
 }
 
 size_t head_bytes(const MaskedAttentionArgs& args) {
-  Pieces pieces{nullptr};
+  Scratch pieces{nullptr};
   Head head(args, pieces, pieces);
   return pieces.used;
 }
 
 size_t forward_scratch(const MaskedAttentionArgs& args) {
-  Pieces pieces{nullptr};
+  Scratch pieces{nullptr};
   ForwardMemory memory(args, pieces);
   return pieces.used + most_heads(args) * head_bytes(args);
 }
@@ -89,7 +89,7 @@ M2F_INLINE float online_softmax(float* row, const uint32_t* bits, int first, int
   }
   float factor = 1;
   if (__builtin_expect(greater_bits(largest, splat<float>(maximum_ + kHeadroom)) != 0, 0)) {
-    const float now = max_lanes(largest);
+    const float now = horizontal_max(largest);
     factor = exp2(splat<float>(maximum_ - now))[0];
     sum = sum * factor;
     maximum_ = now;
@@ -157,7 +157,7 @@ void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_t
   const int64_t d = padded(args.d);
   const float log2_scale = static_cast<float>(args.scale * 1.4426950408889634);
   const size_t bytes = head_bytes(args);
-  Pieces pieces{static_cast<char*>(scratch)};
+  Scratch pieces{static_cast<char*>(scratch)};
   ForwardMemory m(args, pieces);
   for (int64_t index = first_task; index < last_task; ++index) {
     const Task task(args, index);
@@ -179,7 +179,7 @@ void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_t
     for (int64_t h = task.first_head; h < task.last_head; ++h) {
       const Head head = head_of(args, task, h, pieces, bytes);
       for (int64_t q = 0; q < args.q; ++q) {
-        head.total[q] = sum_lanes(load(head.normaliser + q * kFloatLanes));
+        head.total[q] = horizontal_sum(load(head.normaliser + q * kFloatLanes));
         if (args.parts == 1) finish(args, task.n, h, q, head.sum + q * d, head.maximum[q], head.total[q]);
       }
     }
@@ -190,7 +190,7 @@ void combine_forward(const MaskedAttentionArgs& args, int64_t first, int64_t las
   const int64_t d = padded(args.d), stride = forward_partial(args);
   float* sum = static_cast<float*>(scratch);
   for (int64_t index = first; index < last; ++index) {
-    Pieces nothing{nullptr}, results{reinterpret_cast<char*>(args.partial + index * args.parts * stride)};
+    Scratch nothing{nullptr}, results{reinterpret_cast<char*>(args.partial + index * args.parts * stride)};
     const Head head(args, nothing, results);  // of the first part; the others follow `stride` floats apart
     for (int64_t q = 0; q < args.q; ++q) {
       float largest = -__builtin_inff(), total = 0;

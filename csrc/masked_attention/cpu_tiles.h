@@ -2,6 +2,7 @@
 // three small matrix products that everything is made of. Compiled once per instruction set.
 #pragma once
 
+#include "common/scratch.h"
 #include "common/simd.h"
 #include "common/simd_bits.h"
 #include "masked_attention/cpu_kernel.h"
@@ -19,19 +20,6 @@ constexpr int kKeyVectors = kVectorBytes == 64 ? 4 : 2;
 // Channels padded to whole vectors.
 inline int64_t padded(int64_t d) { return (d + kFloatLanes - 1) / kFloatLanes * kFloatLanes; }
 
-// Hands out 64-byte aligned pieces of a task's scratch memory; with a null base it measures.
-struct Pieces {
-  char* base;
-  size_t used = 0;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* piece = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += (count * sizeof(T) + 63) / 64 * 64;
-    return piece;
-  }
-};
-
 // `count` rows as float, `padded(d)` apart, zero-padded, times `factor`.
 inline void load_rows(const Rows& rows, int64_t i, int64_t j, int64_t first, int64_t count, int64_t d, float factor,
                       float* out) {
@@ -48,7 +36,7 @@ inline bool all_finite(const float* x, int64_t count) {
   FloatVec sum[4] = {};
   for (int64_t i = 0; i < count; i += 4 * kFloatLanes)
     for (int j = 0; j < 4; ++j) sum[j] += load(x + i + j * kFloatLanes) * 0.0f;  // NaN where x is not finite
-  return sum_lanes((sum[0] + sum[1]) + (sum[2] + sum[3])) == 0;
+  return horizontal_sum((sum[0] + sum[1]) + (sum[2] + sum[3])) == 0;
 }
 
 // Transposes kFloatLanes x kFloatLanes numbers: log2 rounds of a perfect shuffle of the rows.
@@ -145,7 +133,7 @@ struct ActiveQueries {
   int64_t count[3];
   uint32_t* bits;  // [Q][kWords]
 
-  static ActiveQueries take(Pieces& pieces, const MaskedAttentionArgs& args) {
+  static ActiveQueries take(Scratch& pieces, const MaskedAttentionArgs& args) {
     return {pieces.take<int32_t>(3 * args.q), {}, pieces.take<uint32_t>(args.q * kWords)};
   }
 

@@ -17,16 +17,7 @@ namespace {
 using IntList = std::vector<int64_t>;
 using OptionalTensor = std::optional<Tensor>;
 
-const MSDeformAttnKernels& kernels() {
-#if defined(M2F_X86)
-  switch (cpu_capability()) {
-    case CpuCapability::kAVX512: return ms_deform_attn_kernels_avx512();
-    case CpuCapability::kAVX2: return ms_deform_attn_kernels_avx2();
-    default: break;
-  }
-#endif
-  return ms_deform_attn_kernels_baseline();
-}
+const MSDeformAttnKernels& kernels() { return M2F_KERNELS_IN_USE(ms_deform_attn_kernels); }
 
 // [N, Q, H, K, 2] (or without the 2) with contiguous rows.
 Tensor dense_rows(const Tensor& tensor) {

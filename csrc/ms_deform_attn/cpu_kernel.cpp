@@ -186,7 +186,7 @@ inline void for_each_query(const MSDeformAttnArgs& args, int64_t n, int64_t h, i
 
 // ---------------------------------------------------------------- forward
 template <typename V>
-size_t forward_layout(const MSDeformAttnArgs& args, Allocator& memory, Samples<Arithmetic<V>>& s, V*& row, V*& panel) {
+size_t forward_layout(const MSDeformAttnArgs& args, Scratch& memory, Samples<Arithmetic<V>>& s, V*& row, V*& panel) {
   using T = Arithmetic<V>;
   const Panel shape = make_panel<T>(args);
   s = take_samples<T>(args, memory, false);
@@ -198,7 +198,7 @@ size_t forward_layout(const MSDeformAttnArgs& args, Allocator& memory, Samples<A
 template <typename V>
 void forward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
   using T = Arithmetic<V>;
-  Allocator memory{static_cast<char*>(scratch), 0};
+  Scratch memory{static_cast<char*>(scratch)};
   Samples<T> s;
   V *row, *panel;
   forward_layout<V>(args, memory, s, row, panel);
@@ -248,7 +248,7 @@ struct BackwardMemory {
   V* row;                     // output gradient of the current query, padded to whole vectors
   Arithmetic<V>*out_xy, *out_weight;
 
-  size_t layout(const MSDeformAttnArgs& args, Allocator& memory) {
+  size_t layout(const MSDeformAttnArgs& args, Scratch& memory) {
     using T = Arithmetic<V>;
     const Panel shape = make_panel<T>(args);
     samples = take_samples<T>(args, memory, true);
@@ -359,7 +359,7 @@ void unpack_rows(const MSDeformAttnArgs& args, const Panel& shape, const T* pane
 template <typename V>
 void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
   using T = Arithmetic<V>;
-  Allocator memory{static_cast<char*>(scratch), 0};
+  Scratch memory{static_cast<char*>(scratch)};
   BackwardMemory<V> m;
   m.layout(args, memory);
   const Panel shape = make_panel<T>(args);
@@ -451,7 +451,7 @@ inline auto with_value_type(DType dtype, F&& f) {
 size_t forward_scratch(const MSDeformAttnArgs& args) {
   return with_value_type(args.value.dtype, [&](auto v) {
     using V = decltype(v);
-    Allocator measure{nullptr, 0};
+    Scratch measure{nullptr};
     Samples<Arithmetic<V>> s;
     V *row, *panel;
     return forward_layout<V>(args, measure, s, row, panel);
@@ -464,7 +464,7 @@ void forward_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_
 
 size_t backward_scratch(const MSDeformAttnArgs& args) {
   return with_value_type(args.value.dtype, [&](auto v) {
-    Allocator measure{nullptr, 0};
+    Scratch measure{nullptr};
     return BackwardMemory<decltype(v)>{}.layout(args, measure);
   });
 }

@@ -2,6 +2,7 @@
 // query's samples. Included by cpu_kernel.cpp only; everything is private to each instruction set's copy.
 #pragma once
 
+#include "common/scratch.h"
 #include "common/simd.h"
 #include "ms_deform_attn/cpu_kernel.h"
 
@@ -87,25 +88,12 @@ struct Samples {
   Int<T>* pixel;  // panel index of the top left corner
   T* corner[4];   // weight * bilinear weight, of corners (y0,x0) (y0,x1) (y1,x0) (y1,x1)
   // Backward.
-  T* dot[4];  // output gradient . corner value
   T *grad_x, *grad_y, *grad_weight;
   Vec<T>* partial;  // [4][padded] dot products not yet reduced over lanes
 };
 
-struct Allocator {
-  char* base;  // null while only measuring
-  size_t used;
-
-  template <typename T>
-  T* take(int64_t count) {
-    T* p = base ? reinterpret_cast<T*>(base + used) : nullptr;
-    used += static_cast<size_t>(round_up(count * static_cast<int64_t>(sizeof(T)), 64));
-    return p;
-  }
-};
-
 template <typename T>
-Samples<T> take_samples(const MSDeformAttnArgs& args, Allocator& memory, bool backward) {
+Samples<T> take_samples(const MSDeformAttnArgs& args, Scratch& memory, bool backward) {
   Samples<T> s{};
   s.k = args.levels.points_total;
   s.padded = round_up(s.k, kLanes<T>);
@@ -130,7 +118,6 @@ Samples<T> take_samples(const MSDeformAttnArgs& args, Allocator& memory, bool ba
   s.pixel = memory.take<Int<T>>(s.padded);
   for (T*& corner : s.corner) corner = memory.take<T>(s.padded);
   if (backward) {
-    for (T*& dot : s.dot) dot = memory.take<T>(s.padded);
     s.grad_x = memory.take<T>(s.padded);
     s.grad_y = memory.take<T>(s.padded);
     s.grad_weight = memory.take<T>(s.padded);

@@ -13,16 +13,7 @@
 namespace m2f {
 namespace {
 
-const PointLossKernels& kernels() {
-#if defined(M2F_X86)
-  switch (cpu_capability()) {
-    case CpuCapability::kAVX512: return point_loss_kernels_avx512();
-    case CpuCapability::kAVX2: return point_loss_kernels_avx2();
-    default: break;
-  }
-#endif
-  return point_loss_kernels_baseline();
-}
+const PointLossKernels& kernels() { return M2F_KERNELS_IN_USE(point_loss_kernels); }
 
 Tensor contiguous_floats(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected float32");
@@ -121,7 +112,6 @@ Tensor point_mask_loss_backward(const Tensor& grad_cross_entropy_, const Tensor&
   const Tensor labels = contiguous_floats(labels_, "labels");
   const int64_t m = rows.numel();
   PointLossBackwardArgs args{};
-  args.planes = planes;
   args.k = points.size(1);
   args.height = height;
   args.width = width;

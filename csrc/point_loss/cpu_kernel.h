@@ -28,7 +28,7 @@ struct PointLossArgs {
 };
 
 struct PointLossBackwardArgs {
-  int64_t planes, k, height, width;
+  int64_t k, height, width;
   const int64_t* order;  // masks by plane: those of plane p are order[start[p]] ... order[start[p + 1] - 1]
   const int64_t* start;  // [planes + 1]
   const float* points;   // [M, K, 2]

@@ -11,16 +11,7 @@
 namespace m2f {
 namespace {
 
-const PointSampleKernels& kernels() {
-#if defined(M2F_X86)
-  switch (cpu_capability()) {
-    case CpuCapability::kAVX512: return point_sample_kernels_avx512();
-    case CpuCapability::kAVX2: return point_sample_kernels_avx2();
-    default: break;
-  }
-#endif
-  return point_sample_kernels_baseline();
-}
+const PointSampleKernels& kernels() { return M2F_KERNELS_IN_USE(point_sample_kernels); }
 
 // Points that a task should have at least: what a thread does while another one starts.
 constexpr int64_t kPointsPerTask = 4096;
