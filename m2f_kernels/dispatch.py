@@ -121,7 +121,7 @@ class BackendChoice:
         backend: "cpp" (the CPU library), "cuda" (the CUDA library), "triton", "fallback" or "reference" (plain PyTorch,
             see `BACKENDS`); "fake" on the meta device, where nothing is computed.
         reason: in words.
-        passed_over: what would have come before `backend`, each with the reason why it does not serve.
+        passed_over: the backends that are preferred to `backend`, each with the reason why it does not serve.
     """
 
     op: str
@@ -318,9 +318,9 @@ def use_backend(name: str, op: str | Callable[..., Any] | None = None) -> Iterat
 
     Args:
         name: "auto", the default choice; "cuda", the compiled CUDA library; "triton"; "fallback", the plain PyTorch
-            that runs where no kernel does; "reference", the slow plain PyTorch that is the truth. "cuda" and "triton"
-            say what serves devices of type "cuda"; on others, and for operators of which there is no such kernel, the
-            choice stays as it is. A call that they cannot serve raises a RuntimeError that says why.
+            that runs where no kernel does; "reference", the slow plain PyTorch that defines the right results. "cuda"
+            and "triton" act on devices of type "cuda", and on operators that have such a kernel; elsewhere the choice
+            stays as it is. A call that they cannot serve raises a RuntimeError with the reason.
         op: an operator of this package, or its name; None for all. The setting is process-wide, not per thread.
 
     Raises:
@@ -395,7 +395,7 @@ def software_for(type: str) -> Software:
 
 
 def explain(op: str | Callable[..., Any], *args: Any, **kwargs: Any) -> BackendChoice:
-    """Say which backend `op(*args)` would take and why, without running it.
+    """The backend that `op(*args)` would take, and the reason. Nothing is run.
 
     Args:
         op: an operator of this package, or its name.

@@ -266,36 +266,36 @@ class _Replay(torch.autograd.Function):
 
 
 class CudaGraphs:
-    """A model whose passes are captured at the first input of each shape, and replayed after.
+    """A model whose passes run as CUDA graphs: captured at the first input of each shape, replayed afterwards.
 
         fast = m2f_kernels.CudaGraphs(model)
         with torch.inference_mode():
             output = fast(pixels)
 
-    Inputs are copied to where the graph reads them, so that no size is padded. Graphs share one pool of memory; the
-    least recently used go first. Weights changed in place, exchanged, loaded or moved make the next call capture anew,
-    and so do other classes of modules (`accelerate`, `restore`) and another dtype of autocast. Threads and streams take
-    turns. Where a call cannot be captured it runs as ever: `reason` says why, and a warning does so once for each.
+    Inputs are copied to the graph's own tensors and never padded. Graphs share one pool of memory; the least recently
+    used are dropped first. A call captures anew after weights were changed in place, exchanged, loaded or moved, after
+    `accelerate` or `restore`, and under another dtype of autocast. Threads and streams take turns. A call that cannot
+    be captured runs eagerly: `reason` says why, and so does one warning for each reason.
 
     With `training` the forward and the backward pass of the model are two graphs, replayed where gradients are wanted;
-    the loss between them is computed as ever. An optimiser may change the weights in place. There is one backward pass
-    for a forward pass, and no other call is replayed between the two.
+    the loss between them runs eagerly. An optimiser may change the weights in place. Each forward pass has at most one
+    backward pass, and no other call is replayed between the two.
 
     Args:
         model: on one CUDA device; without `training` in eval mode.
-        entries: how many graphs to keep.
-        max_bytes: how large the pool may become; where a new graph makes it larger, all others are dropped. None: as
-            large as they need.
-        clone: give outputs of one's own. False gives the graph's: the next call with that shape overwrites them.
-        warmups: calls before a capture.
+        entries: the largest number of graphs that are kept.
+        max_bytes: the largest size of the pool; if a new graph exceeds it, all others are dropped. None for no limit.
+        clone: return copies of the outputs. False returns the graph's own, which the next call with that shape
+            overwrites.
+        warmups: eager calls before a capture.
         training: capture also where gradients are wanted.
 
     Raises:
-        TypeError, ValueError: naming the argument.
+        TypeError, ValueError: bad input; the message names the argument.
 
     Attributes:
-        reason: why the last call was not replayed; None where it was.
-        captures: how many graphs were captured so far.
+        reason: the reason why the last call was not replayed; None if it was.
+        captures: the number of graphs captured so far.
     """
 
     def __init__(

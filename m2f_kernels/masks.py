@@ -1,4 +1,4 @@
-"""The compact forms in which masks travel between operators."""
+"""The compact forms of masks that operators take and return."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pack(attend: Tensor) -> tuple[Tensor, Tensor]:
 
     Returns:
         int32 [N, Q, ceil(S/32)], key `s` in bit `s % 32` of word `s // 32`, zero beyond S; and bool [N, Q],
-        whether a row has any bit.
+        True for a row that has any bit.
     """
     n, q, s = attend.shape
     words = (s + WORD - 1) // WORD
@@ -66,9 +66,9 @@ class PackedMask(NamedTuple):
 
     Attributes:
         bits: int32 [N, Q, ceil(S/32)]; key `s` is bit `s % 32` of word `s // 32`, 1 means attend. Bits beyond S are 0.
-        row_any: bool [N, Q], whether a query has any bit. One that has none attends everywhere (the row rule of
-            Mask2Former); its bits stay 0.
-        num_keys: S.
+        row_any: bool [N, Q], True for a query that has any bit. A query without one attends everywhere (Mask2Former's
+            row rule); its bits stay 0.
+        num_keys: S, the number of keys.
     """
 
     bits: Tensor
@@ -83,8 +83,8 @@ class PackedMask(NamedTuple):
 class InstanceMap(NamedTuple):
     """Target masks of one image that do not overlap, as one map of ids, whatever their number.
 
-    Taken in place of [T, H, W] by :func:`mask_matching_cost`, :func:`point_mask_loss`, the matcher and the criterion,
-    which sample the map where it lies: costs, losses and gradients have the bits that the dense masks give.
+    :func:`mask_matching_cost`, :func:`point_mask_loss`, the matcher and the criterion take it in place of dense masks
+    [T, H, W] and sample the map itself: costs, losses and gradients are bitwise those of the dense masks.
 
     Attributes:
         id_map: [H, W] of int64, int32, int16 or uint8.
@@ -106,13 +106,13 @@ class InstanceMap(NamedTuple):
 class RunLengths(NamedTuple):
     """Target masks of one image as COCO's run lengths: they may overlap, and take 4 bytes per run.
 
-    Taken wherever :class:`InstanceMap` is, and sampled where they lie: a pixel is looked up by bisection. Made by
+    Taken wherever :class:`InstanceMap` is, and sampled without decoding: a pixel is looked up by bisection. Made by
     :meth:`from_coco` and :meth:`from_masks`.
 
     Attributes:
-        runs: int32. H; for each target and at last for their end [T + 1], how many ends lie before those of the target;
-            and of each target where its runs end, counted in pixels column by column, background first. They grow, the
-            last is H * W, and where their number would be odd it stands there twice.
+        runs: int32, three parts in a row. H; then T + 1 offsets into the last part, one where the ends of each target
+            begin and one for the end of all; then for each target the ends of its runs, in pixels counted column by
+            column, background first. Ends increase up to H * W, which is repeated if their number would be odd.
         num_targets, height, width: T, H, W.
     """
 
@@ -201,10 +201,11 @@ def grouped(tensors: Sequence[Tensor]) -> list[Targets]:
 
 
 class FactoredMasks(NamedTuple):
-    """Mask logits as the two factors whose product they are; Q + h*w vectors of C numbers instead of Q * h*w logits.
+    """Low-rank mask logits: embeddings [N, Q, C] and features [N, C, h, w], multiplied on demand.
 
-    A tuple of its two fields, so it passes through `torch.compile`, checkpointing and anything else that takes
-    pytrees. The operators on points take it wherever they take logits.
+    They take Q + h*w vectors of C numbers instead of Q * h*w logits. A tuple of its two fields, so it passes through
+    `torch.compile`, checkpointing and anything else that takes pytrees. The operators on points take it wherever they
+    take logits.
 
     Attributes:
         mask_embed: [N, Q, C], one embedding per query.
@@ -216,11 +217,11 @@ class FactoredMasks(NamedTuple):
 
     @property
     def shape(self) -> torch.Size:
-        """[N, Q, h, w], that of the logits."""
+        """The shape of the logits, [N, Q, h, w]."""
         return torch.Size((*self.mask_embed.shape[:2], *self.mask_features.shape[2:]))
 
     def logits(self) -> Tensor:
-        """[N, Q, h, w], differentiable in both factors."""
+        """The logits [N, Q, h, w], differentiable in both factors."""
         return torch.einsum("nqc,nchw->nqhw", self.mask_embed, self.mask_features)
 
     def select(self, queries: Tensor | slice) -> FactoredMasks:

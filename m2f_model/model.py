@@ -84,7 +84,7 @@ class Mask2Former(nn.Module):
                 included.
 
         Raises:
-            ValueError, TypeError: naming the argument, what was expected and what came.
+            ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
         """
         got = describe(pixel_values)
         if not isinstance(pixel_values, Tensor) or not pixel_values.is_floating_point():

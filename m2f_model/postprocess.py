@@ -78,7 +78,7 @@ def semantic(
             of semantic segmentation alone; else the masks are resized first, as published for all others.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: bad input; the message names the argument.
     """
     if _is_compatible(output, frames, mode):
         return list(_processor().post_process_semantic_segmentation(_theirs(output), _sizes(frames)))
@@ -117,7 +117,7 @@ def instance(
         stuff_labels: labels that have no instances.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: bad input; the message names the argument.
     """
     if _is_compatible(output, frames, mode):
         found = _processor().post_process_instance_segmentation(
@@ -169,7 +169,7 @@ def panoptic(
         overlap_threshold: a segment that keeps a smaller share of its mask than this is dropped.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: bad input; the message names the argument.
     """
     if _is_compatible(output, frames, mode):
         found = _processor().post_process_panoptic_segmentation(

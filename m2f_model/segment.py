@@ -77,7 +77,7 @@ class Segmenter:
         cuda_graphs: replay the model's kernels as a CUDA graph for each size, see :class:`m2f_kernels.CudaGraphs`.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: bad input; the message names the argument.
     """
 
     def __init__(

@@ -40,7 +40,7 @@ class SemanticMaps:
         category_ids: the value of each class.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: bad input; the message names the argument.
         AnnotationError: by :meth:`check` and at reading, naming the file.
     """
 

@@ -46,7 +46,7 @@ def forward(
         [N, Q, H*D] in value's dtype, also under autocast: a compiled extension does not know it either.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     _check_step(im2col_step)
     check_floating("value", value, "[N, S, H, D]")
@@ -68,7 +68,7 @@ def backward(
     """Gradients of :func:`forward` for value, sampling_loc and attn_weight, each in its input's dtype.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     _check_step(im2col_step)
     check_floating("value", value, "[N, S, H, D]")

@@ -58,12 +58,12 @@ def install(*, replace: bool = False) -> None:
     `ms_deform_attn_forward(value, spatial_shapes, level_start_index, sampling_loc, attn_weight, im2col_step)` and
     `ms_deform_attn_backward(value, spatial_shapes, level_start_index, sampling_loc, attn_weight, grad_output,
     im2col_step)`, which returns the gradients of value, sampling_loc and attn_weight. On CPU and CUDA; float64,
-    float32, and unlike the published one bfloat16, float16 and mixtures; any batch size whatever `im2col_step` is.
+    float32, and unlike the published one bfloat16, float16 and mixed dtypes; any batch size, whatever `im2col_step`.
     A second call does nothing.
 
     Args:
-        replace: take the place of a module of that name that is imported already, in all modules that hold it. Calls
-            that no kernel serves, by their device and dtype, still go to that one.
+        replace: replace a module of that name that is imported already, in all modules that hold it. A call with a
+            device and dtype that no kernel serves still goes to the replaced module.
 
     Raises:
         RuntimeError: such a module is imported, and `replace` is False.

@@ -34,12 +34,12 @@ Holder = ModuleType | str | MutableMapping[str, Any]
 
 
 def patch_function(holder: Holder, name: str) -> list[str]:
-    """Replace a multi-scale deformable attention in plain PyTorch by the operator, wherever it was imported to.
+    """Replace a function of deformable attention in plain PyTorch by the operator, in all modules that hold it.
 
     The function takes `(value, value_spatial_shapes, sampling_locations, attention_weights)`, as in Deformable-DETR and
     its copies, and returns [N, Q, H*D]. value is [N, S, H, D], or [N, H, D, S] as in LW-DETR and RF-DETR; its shape
-    tells which. It asks at every call: where no kernel serves the device and dtype of value, the function that was
-    replaced runs. A second call changes nothing. What a closure holds stays.
+    tells which. A call with a device and dtype of value that no kernel serves runs the replaced function. A second
+    call changes nothing. A function that a closure holds stays.
 
     Args:
         holder: a module, its name, which is imported, or a registry: a dictionary.
@@ -49,7 +49,7 @@ def patch_function(holder: Holder, name: str) -> list[str]:
         the names replaced, as "module.name".
 
     Raises:
-        TypeError: it is no function, or takes other arguments.
+        TypeError: the named object is not a function, or takes other arguments.
         ValueError: the holder has no such name.
     """
     where, original = _find(holder, name)

@@ -93,8 +93,8 @@ def _found(package: str) -> str:
 def register() -> None:
     """Let `use_kernels=True`, `model.set_use_kernels(True)` and `kernels.kernelize(model)` use this package.
 
-    For every model of `transformers` whose deformable attention is marked as replaceable; on CPU and CUDA, in training,
-    inference and under `torch.compile`. Takes effect for models that are kernelized afterwards. A second call does
+    It serves every model of `transformers` whose deformable attention is marked as replaceable, on CPU and CUDA, in
+    training, inference and under `torch.compile`. It acts on models that are kernelized afterwards. A second call does
     nothing.
 
     Raises:

@@ -241,9 +241,9 @@ def patch() -> list[str]:
       `point_sample` with `align_corners=True`, other options of `grid_sample`, 5-d inputs or points that need a
       gradient runs as before.
 
-    Functions are replaced in the namespaces of modules: what a closure or a registry holds stays. Each asks at every
-    call: what no kernel serves, by its device and dtype, runs the code that was replaced, an extension's included. A
-    second call replaces what was imported since the first.
+    Functions are replaced in the namespaces of modules; those that a closure or a registry holds stay. A call with a
+    device and dtype that no kernel serves runs the replaced code, that of an extension included. A second call of
+    `patch` replaces what was imported since the first.
 
     Returns:
         the names replaced, as "module.name".

@@ -53,7 +53,8 @@ def export(
 
     Raises:
         ImportError: onnx or onnxscript is not installed.
-        ValueError, TypeError: naming the argument; also where an operator that only training needs is in the model.
+        ValueError, TypeError: bad input; the message names the argument. Also a model with an operator that only
+            training needs.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:

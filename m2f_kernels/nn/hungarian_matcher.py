@@ -21,11 +21,11 @@ NON_FINITE = ("replace", "raise")
 
 
 class HungarianMatcher(nn.Module):
-    """Gives each target the query that fits it best (Cheng et al. 2022, section 3.3; DETR, Carion et al. 2020).
+    """Assigns one query to each target at the lowest total cost (Cheng et al. 2022, section 3.3; Carion et al. 2020).
 
     Cost: `cost_class * -softmax(class_logits)[label] + cost_mask * cross_entropy + cost_dice * dice`, masks compared
-    at uniform points. Features of factored masks are sampled once per image, all outputs that share them are
-    multiplied together, and all costs travel to the host in one transfer.
+    at uniform points. Features of factored masks are sampled once per image and multiplied at once for all outputs that
+    share them. All costs are copied to the host in one transfer.
 
     Args:
         cost_class, cost_mask, cost_dice: weights of the three costs.
@@ -33,12 +33,12 @@ class HungarianMatcher(nn.Module):
         fresh_points: draw new points for each decoder output, as published. By default the outputs of an image share
             them, which samples the features once instead of once per output; each cost stays an unbiased estimate
             with the same variance, but the estimates of different outputs are then correlated.
-        non_finite: "replace" counts a NaN or infinite cost as the largest number, so that it is matched last, and
-            keeps their number in `self.non_finite_costs`; "raise" makes them a ValueError.
+        non_finite: "replace" treats a NaN or infinite cost as the largest number, so that it is matched last, and
+            counts them in `self.non_finite_costs`; "raise" raises a ValueError.
         generator: source of the points, on the predictions' device; None for PyTorch's.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: bad input; the message names the argument.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class HungarianMatcher(nn.Module):
             in ascending order of queries.
 
         Raises:
-            ValueError, TypeError: naming the argument; a label out of range names image and label.
+            ValueError, TypeError: bad input; the message names the argument, or image and label.
         """
         return self.match(read_batch(predictions, targets, None))
 

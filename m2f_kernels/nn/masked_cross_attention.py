@@ -76,14 +76,14 @@ class MaskedCrossAttention(nn.Module):
             mask: a :class:`PackedMask`, or bool [N, Q, S], True = attend.
             query_pos: [N, Q, C] or [Q, C], added to the queries.
             key_pos: [N, S, C] or [S, C], the pixels' position embedding, added to the keys and not to the values.
-            key_value: keys and values [N, H, S, D] from :func:`project_keys_values`; of `pixels` only the shape is then
-                looked at, and `key_pos` not at all.
+            key_value: keys and values [N, H, S, D] from :func:`project_keys_values`; only the shape of `pixels` is then
+                used, and `key_pos` is ignored.
 
         Returns:
             [N, Q, C].
 
         Raises:
-            ValueError, TypeError: naming the argument.
+            ValueError, TypeError: bad input; the message names the argument.
         """
         check_floating("query", query, "[N, Q, C]")
         check_floating("pixels", pixels, "[N, S, C]")
@@ -112,8 +112,8 @@ def project_keys_values(
     depend on nothing that the layers compute. Give each result to its layer as `key_value`.
 
     Args:
-        layers: modules of one size, whose parameters are there: those of a layer that FSDP2 shards by itself are not,
-            until it runs.
+        layers: modules of one size, with whole parameters: a layer that FSDP2 wraps by itself has them only while it
+            runs.
         pixels: [N, S, C].
         key_pos: [N, S, C] or [S, C], added to the keys.
 
@@ -121,7 +121,7 @@ def project_keys_values(
         per layer, keys and values [N, H, S, D], views of two tensors.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: bad input; the message names the argument.
     """
     if not layers or any((x.embed_dim, x.num_heads) != (layers[0].embed_dim, layers[0].num_heads) for x in layers):
         raise ValueError(f"layers: expected at least one, all of one size; got {describe(list(layers))}")

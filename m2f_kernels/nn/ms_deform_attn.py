@@ -96,7 +96,7 @@ class MSDeformAttn(nn.Module):
             [N, Q, C].
 
         Raises:
-            ValueError, TypeError: naming the argument.
+            ValueError, TypeError: bad input; the message names the argument.
         """
         check_floating("query", query, "[N, Q, C]")
         check_floating("value", value, "[N, S, C]")

@@ -51,12 +51,11 @@ def apart(*vectors: Tensor, weights: tuple[float, ...]) -> tuple[Tensor, ...]:
 
 
 class PointMaskCriterion(nn.Module):
-    """Matching, then cross-entropy of classes, and binary cross-entropy and dice of masks at sampled points.
+    """Mask2Former's training loss: matching, cross-entropy of classes, cross-entropy and dice of masks at points.
 
     Masked-attention Mask Transformer (Cheng et al. 2022), section 3.3 and "loss weights" of section 4.1. Masks of
-    unmatched queries are never computed; those of matched ones exist a bounded chunk at a time, and so do their
-    gradients. One copy from the device to the host and one back, from pinned memory, whatever the number of outputs and
-    images.
+    unmatched queries are never computed; those of matched queries, and their gradients, exist a bounded chunk at a
+    time. It copies to the host once and back once, from pinned memory, for any number of outputs and images.
 
     Args:
         num_labels: classes without no-object, which is the last class.
@@ -69,7 +68,7 @@ class PointMaskCriterion(nn.Module):
         generator: source of all points, on the predictions' device; None for PyTorch's.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: bad input; the message names the argument.
     """
 
     class_weights: Tensor
@@ -131,7 +130,7 @@ class PointMaskCriterion(nn.Module):
             `_i`. Mask losses are sums over masks divided by the number of targets of all ranks per rank, at least 1.
 
         Raises:
-            ValueError, TypeError: naming the argument; a label out of range names image and label.
+            ValueError, TypeError: bad input; the message names the argument, or image and label.
         """
         batch = read_batch(predictions, targets, self.num_labels)
         indices = self.matcher.match(batch)

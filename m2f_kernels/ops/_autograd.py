@@ -44,9 +44,9 @@ def reference_gradients(
 
 
 class _DifferentiableOnce(torch.autograd.Function):
-    """Passes `gradients` on and ties them to what they were computed from, so that differentiating again is an error.
+    """Identity on `gradients` whose backward raises, so that a double backward is an error instead of zero.
 
-    Without it PyTorch would take them for constants, and second derivatives for zero.
+    Without it PyTorch would take the gradients for constants.
     """
 
     generate_vmap_rule = True

@@ -104,12 +104,12 @@ class Acceleration(NamedTuple):
 
 
 def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
-    """Let the modules of a `transformers` model that this package knows run on its fused operators, in place.
+    """The model, its modules replaced in place by fused ones, and a report of what was replaced.
 
-    Whatever the model returns, its parameters and their names stay the same; calling it again changes nothing.
-    :func:`restore` undoes it, and so does the end of a `with` block. At every call a module runs the code that it
-    replaced where no kernel serves its operators on the device and for the dtype that it is called with: nothing is
-    made slower.
+    Modules of `transformers` that this package knows are replaced. The model's results, its parameters and their names
+    stay the same; a second call changes nothing. :func:`restore` undoes it, and so does the end of a `with` block. A
+    module that is called on a device or with a dtype for which its operators have no kernel runs the original code, so
+    nothing becomes slower.
 
         model, report = m2f_kernels.accelerate(model)
         with m2f_kernels.accelerate(model):
@@ -117,16 +117,16 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
 
     Args:
         model: any module that contains modules of `transformers`; wrapped, compiled or on the meta device, too.
-        cuda_graphs: let calls of `model` without gradients replay a CUDA graph for each shape of their input, see
-            :class:`m2f_kernels.CudaGraphs`, which `model.forward` is until :func:`restore`.
+        cuda_graphs: replay a CUDA graph, one per input shape, in calls of `model` without gradients. `model.forward` is
+            a :class:`m2f_kernels.CudaGraphs` until :func:`restore`.
 
     Returns:
-        The model and a report, which says as a string what was replaced, what was left alone and why, and which
-        operators have no kernel where the model is now.
+        the model and a report. `str(report)` lists what was replaced, what was left alone and why, and which operators
+        have no kernel on the model's present device.
 
     Raises:
         TypeError: not a module.
-        ValueError: nothing in it is known.
+        ValueError: it contains no module that this package knows.
         ImportError: no supported version of transformers.
     """
     if not isinstance(model, nn.Module):
@@ -185,7 +185,7 @@ def _remove_graphs(modules: Iterable[nn.Module], graphs: CudaGraphs | None = Non
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Give every module of `model` its own class back; does nothing where none was replaced.
+    """The model with every replaced module's own class back, in place. Does nothing where none was replaced.
 
     Raises:
         TypeError: not a module.

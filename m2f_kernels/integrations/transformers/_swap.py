@@ -79,7 +79,7 @@ class _Accelerated:
 
 
 class _Name:
-    """A class that is pickled by its name, and means the original where that name holds an accelerated class."""
+    """A class, pickled by its name; it unpickles as the original class, also where that name holds the other."""
 
     def __init__(self, cls: type) -> None:
         self.cls = cls
@@ -119,7 +119,7 @@ class _Pair(NamedTuple):
     original: type
 
 
-#: Of each accelerated class, what it is made of.
+#: The mixin and the original of each accelerated class.
 _PAIRS: dict[type, _Pair] = {}
 
 

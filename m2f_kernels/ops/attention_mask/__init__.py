@@ -41,7 +41,7 @@ _PLAIN: dict[str, Any] = {"fallback": fallback, "reference": reference}
 
 
 def resize_mask_features(mask_features: Tensor, sizes: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Mask features at the sizes of the levels that the decoder attends, all in one pass over `mask_features`.
+    """Mask features resized to every level that the decoder attends to, in one pass over `mask_features`.
 
     Bilinear, `align_corners=False`, no antialias: what Mask2Former does to full-resolution logits (Cheng et al. 2022,
     section 3.2.1). Resizing and the product with the mask embeddings are both linear and commute, so resizing the
@@ -57,7 +57,7 @@ def resize_mask_features(mask_features: Tensor, sizes: Sequence[tuple[int, int]]
         serves, views of one tensor.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     check_floating("mask_features", mask_features, "[N, C, H, W]")
     if mask_features.shape[2] < 1 or mask_features.shape[3] < 1:
@@ -83,7 +83,7 @@ def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> Packed
     """The attention mask of one decoder layer: predict, threshold and pack in one kernel (Cheng et al. 2022, 3.2.1).
 
     A query attends to a pixel unless `sigmoid(mask_embed . feature) < 0.5`; the logits are accumulated in float32 and
-    never written. So a logit of NaN attends, as published.
+    never written. A NaN logit therefore attends, as in the published code.
 
     Args:
         mask_embed: [N, Q, C], the mask embeddings of the queries. float64, float32, bfloat16 or float16.
@@ -94,7 +94,7 @@ def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> Packed
         the mask, with S = h*w keys. Not differentiable.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     check_floating("mask_embed", mask_embed, "[N, Q, C]")
     n, _, c = mask_embed.shape
@@ -117,7 +117,7 @@ def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> Packed
 
 
 def pack_attention_mask(mask: Tensor) -> PackedMask:
-    """Pack a mask that exists already.
+    """A boolean mask, or mask logits, packed to one bit per query and key.
 
     Args:
         mask: bool (True = attend), or logits (attend unless `sigmoid(logit) < 0.5`) as float64, float32, bfloat16 or
@@ -127,7 +127,7 @@ def pack_attention_mask(mask: Tensor) -> PackedMask:
         the mask, with S (= h*w) keys. Not differentiable.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     if not isinstance(mask, Tensor):
         raise TypeError(f"mask: expected a tensor [N, Q, S] or [N, Q, h, w]; got {describe(mask)}")

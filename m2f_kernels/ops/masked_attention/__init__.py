@@ -73,12 +73,12 @@ def masked_attention(
         mask: from :func:`predict_attention_mask` or :func:`pack_attention_mask`; or bool [N, Q, S] or [N, 1, Q, S],
             True = attend, which is packed first.
         scale: factor of the scores; None for 1/sqrt(D).
-        first_key: None where the mask is for all queries and keys. Otherwise `mask` [N, R, M] is for queries [0, R) and
-            keys [first_key, first_key + M) alone, and all other pairs are open: the self-attention of encoder-only
-            models (EoMT, Kerssies et al. 2025, section 3.2), in which queries attend to patches under a mask. Of those
-            queries one attends everywhere only where its mask is empty and is for all keys.
+        first_key: None if the mask covers all queries and keys. Otherwise `mask` [N, R, M] covers queries [0, R) and
+            keys [first_key, first_key + M), and all other pairs attend: the self-attention of encoder-only models
+            (EoMT, Kerssies et al. 2025, section 3.2), in which queries attend to patches under a mask. A query with an
+            empty mask then attends everywhere only if the mask covers all keys.
 
-    The three floating tensors have one dtype; under autocast they are cast to autocast's. Arithmetic is float32;
+    query, key and value have one dtype; under autocast they are cast to autocast's. Arithmetic is float32;
     float64 runs through the reference.
 
     Returns:
@@ -87,7 +87,7 @@ def masked_attention(
         saved for it. Bitwise deterministic, forward and backward, for any number of threads.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     check_floating("query", query, "[N, H, Q, D]")
     check_floating("key", key, "[N, H, S, D]")

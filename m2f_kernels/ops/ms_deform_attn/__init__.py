@@ -77,10 +77,10 @@ def ms_deform_attn(
         spatial_shapes: (h, w) of each of up to 16 levels, as pairs or as an integer tensor [L, 2]. A CUDA
             tensor is read by the kernel, without synchronisation; a level that does not lie within value then
             contributes nothing, where on the host it is an error.
-        level_start_index: [L], where each level starts in value; None when they follow each other.
+        level_start_index: [L], the index in value at which each level starts; None if the levels follow each other.
         sampling_locations: [N, Q, H, L, P, 2], (x, y) normalised to [0, 1], pixel centres at
             (i + 0.5) / size. With `points_per_level`, [N, Q, H, sum(points_per_level), 2].
-        attention_weights: [N, Q, H, L, P], used as they are. With `points_per_level`,
+        attention_weights: [N, Q, H, L, P], used as they are, without a softmax. With `points_per_level`,
             [N, Q, H, sum(points_per_level)].
         points_per_level: L counts, for levels with different numbers of points (RT-DETRv2, D-FINE).
 
@@ -94,7 +94,7 @@ def ms_deform_attn(
         `torch.use_deterministic_algorithms(True)` Triton computes it instead, or without Triton slow plain PyTorch.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     check_floating("value", value, "[N, S, H, D]")
     n, _, heads, _ = value.shape
@@ -125,10 +125,10 @@ def ms_deform_attn_from_offsets(
     points_per_level: Sequence[int] | None = None,
     offset_scale: float = 0.5,
 ) -> Tensor:
-    """:func:`ms_deform_attn` before its element-wise prologue (Deformable DETR, section 4.1 and appendix A.4).
+    """Multi-scale deformable attention from sampling offsets and attention logits (Deformable DETR, section 4.1, A.4).
 
-    The softmax over all levels and points, and the sampling locations, are computed inside the kernel in
-    float32, forward and backward: neither is ever written to memory.
+    The same as :func:`ms_deform_attn` of the sampling locations and the softmaxed weights. Both are computed inside the
+    kernel in float32, forward and backward, and never written to memory.
 
     Args:
         value, spatial_shapes, level_start_index, points_per_level: as in :func:`ms_deform_attn`.
@@ -145,7 +145,7 @@ def ms_deform_attn_from_offsets(
         reproducibility as in :func:`ms_deform_attn`.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     check_floating("value", value, "[N, S, H, D]")
     n, _, heads, _ = value.shape

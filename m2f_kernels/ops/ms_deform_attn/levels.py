@@ -128,7 +128,7 @@ def resolve_levels(
         value: [N, S, H, D]; the levels have to cover its S positions.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: bad input; the message names the argument.
     """
     length = value.shape[1]
     if tracing():

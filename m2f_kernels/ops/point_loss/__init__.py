@@ -76,11 +76,11 @@ _BLOCK_BYTES = 8 * 2**20
 def mask_matching_cost(
     mask_logits: Tensor | FactoredMasks, target_masks: Tensor | Sequence[Given], points: Tensor
 ) -> tuple[Any, Any]:
-    """Cost of giving each query to each target: cross-entropy and dice over K points (Cheng et al. 2022, section 3.3).
+    """Matching costs of each query and target: cross-entropy and dice over K points (Cheng et al. 2022, section 3.3).
 
     With x the sampled logits and t the sampled targets, `(sum_k softplus(x) - x t^T) / K`, which is the mean binary
-    cross-entropy, and `1 - (2 sigmoid(x) t^T + 1) / (sum_k sigmoid(x) + sum_k t + 1)`. Of factored masks the features
-    are sampled and multiplied: no mask is ever materialised. Not differentiable; float32 whatever autocast says.
+    cross-entropy, and `1 - (2 sigmoid(x) t^T + 1) / (sum_k sigmoid(x) + sum_k t + 1)`. For factored masks the features
+    are sampled and multiplied, and no mask is materialised. Not differentiable; float32 also under autocast.
 
     Args:
         mask_logits: [N, Q, h, w], or factored masks. float64, float32, bfloat16 or float16.
@@ -94,7 +94,7 @@ def mask_matching_cost(
         float64 masks).
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     check_masks("mask_logits", mask_logits)
     if isinstance(mask_logits, Tensor) and mask_logits.dim() != 4:
@@ -142,7 +142,7 @@ def point_mask_loss(
         s = sigmoid. float32 (float64 for float64 masks). Differentiable once in the masks; bitwise deterministic.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     check_masks("mask_logits", mask_logits)
     masks, targets, target_rows = pair_up(mask_logits, target_masks, matches)

@@ -52,9 +52,9 @@ def point_sample(input: Tensor | FactoredMasks, points: Tensor) -> Tensor:
     Pixel centres lie at `(i + 0.5) / size`; pixels outside are zero, and so is a sample at a NaN coordinate.
 
     Args:
-        input: [N, C, h, w]. float64, float32, bfloat16, float16; or bool or uint8 (target masks), which are read in
-            place and never cast whole: of uint8 any value but 0 is foreground, so masks of 0 and 255 are those of 0
-            and 1. Or factored masks, whose features are sampled and then multiplied.
+        input: [N, C, h, w]. float64, float32, bfloat16 or float16; or bool or uint8 (target masks), which are read in
+            place, without a float copy. In uint8 any value but 0 is foreground: 255 counts as 1. Or factored masks,
+            whose features are sampled and then multiplied.
         points: [N, K, 2], (x, y) in [0, 1]; outside is allowed. float64 or float32.
 
     Returns:
@@ -62,7 +62,7 @@ def point_sample(input: Tensor | FactoredMasks, points: Tensor) -> Tensor:
         `input`, not in `points`; bitwise deterministic.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     if isinstance(input, FactoredMasks):
         check_masks("input", input)
@@ -107,9 +107,9 @@ def uncertain_points(
 ) -> Tensor:
     """Random points, most of them where a mask is uncertain (PointRend, section 4.1.1; Cheng et al. 2022, section 3.3).
 
-    Of `int(oversample_ratio * num_points)` uniform candidates the `int(importance_sample_ratio * num_points)` with
-    smallest |logit|, filled up with fresh uniform points. The points are a function of a 64-bit seed, drawn from
-    `generator`, and of each mask's position only: the same on every device and for any number of threads.
+    Of `int(oversample_ratio * num_points)` uniform candidates it keeps the `int(importance_sample_ratio * num_points)`
+    with the smallest |logit|, and fills up with fresh uniform points. The points depend only on a 64-bit seed, drawn
+    from `generator`, and on each mask's position: they are the same on every device and for any number of threads.
 
     Args:
         mask_logits: [M, h, w] or [N, Q, h, w], or factored masks, which are multiplied out a bounded chunk at a time.
@@ -117,14 +117,14 @@ def uncertain_points(
         num_points: K, at least 1.
         oversample_ratio: at least 1.
         importance_sample_ratio: from 0 to 1.
-        queries: for each image an int64 tensor, which of its masks; None for all.
+        queries: for each image the indices of its masks, an int64 tensor; None for all masks.
         generator: source of the seed, on the masks' device; None for PyTorch's.
 
     Returns:
         float32 [M, K, 2], M masks in order of images. No gradient flows through it.
 
     Raises:
-        ValueError, TypeError: naming the argument, what was expected and what came.
+        ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
     """
     check_masks("mask_logits", mask_logits)
     counts = point_counts(num_points, oversample_ratio, importance_sample_ratio)
