@@ -110,10 +110,11 @@ class RunLengths(NamedTuple):
     :meth:`from_coco` and :meth:`from_masks`.
 
     Attributes:
-        runs: int32, three parts in a row. H; then T + 1 offsets into the last part, one where the ends of each target
-            begin and one for the end of all; then for each target the ends of its runs, in pixels counted column by
-            column, background first. Ends increase up to H * W, which is repeated if their number would be odd.
-        num_targets, height, width: T, H, W.
+        runs: int32, three parts in a row. The height h of a column; then T + 1 offsets into the last part, one where
+            the ends of each target begin and one for the end of all; then for each target the ends of its runs, in
+            pixels counted column by column, background first. Ends increase up to h * w, which is repeated if their
+            number would be odd.
+        num_targets, height, width: T, H, W. What H and W have beyond h and w, below and to the right, is background.
     """
 
     runs: Tensor
@@ -139,18 +140,32 @@ class RunLengths(NamedTuple):
         return cls(*run_lengths.from_coco(encoded, size, name))
 
     @classmethod
-    def from_masks(cls, masks: Tensor) -> RunLengths:
-        """Run lengths of masks [T, H, W], bool or uint8 (any value but 0 is foreground), on their device.
+    def from_masks(cls, masks: Tensor | Iterable[Tensor], size: tuple[int, int] | None = None) -> RunLengths:
+        """Run lengths of masks, on their device.
+
+        Args:
+            masks: [T, H, W] or any iterable of [H, W], of which one at a time is held; bool or uint8 (any value but 0
+                is foreground).
+            size: (H, W), needed where there is no target and `masks` is no tensor.
 
         Raises:
             ValueError, TypeError: what was expected and what came.
         """
-        return cls(*run_lengths.from_masks(masks))
+        return cls(*run_lengths.from_masks(masks, size))
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(T, H, W), that of the dense masks."""
         return self.num_targets, self.height, self.width
+
+    def padded(self, height: int, width: int) -> RunLengths:
+        """The same masks with background below and to the right, up to a size; the runs are shared."""
+        if height < self.height or width < self.width or height * width >= 2**31:
+            raise ValueError(
+                f"height, width: expected at least {self.height}, {self.width}, and fewer than 2^31 pixels; "
+                f"got {height}, {width}"
+            )
+        return self._replace(height=height, width=width)
 
     def masks(self) -> Tensor:
         """bool [T, H, W], the dense masks."""

@@ -6,11 +6,13 @@ where each run ends, so that a pixel is foreground where an odd number of runs e
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_kernels._checks import describe
@@ -112,35 +114,59 @@ def _ends(counts: np.ndarray[Any, Any], size: tuple[int, int], name: str) -> np.
     return np.concatenate([ends, [pixels] * (2 - len(ends) % 2)])
 
 
-def from_masks(masks: Tensor) -> Fields:
+def from_masks(masks: Tensor | Iterable[Tensor], size: tuple[int, int] | None) -> Fields:
     """See :meth:`m2f_kernels.RunLengths.from_masks`."""
-    if not isinstance(masks, Tensor) or masks.dtype not in (torch.bool, torch.uint8):
-        raise TypeError(f"masks: expected a bool or uint8 tensor [T, H, W]; got {describe(masks)}")
-    if masks.dim() != 3 or masks.shape[1] * masks.shape[2] < 1:
-        raise ValueError(f"masks: expected [T, H, W] with at least one pixel; got {describe(masks)}")
-    count, height, width = masks.shape
+    expected = None if size is None else _size("size", size)
+    if isinstance(masks, Tensor):
+        if masks.dim() != 3 or masks.shape[1] * masks.shape[2] < 1:
+            raise ValueError(f"masks: expected [T, H, W] with at least one pixel; got {describe(masks)}")
+        expected = expected or (masks.shape[1], masks.shape[2])
+    elif not isinstance(masks, Iterable) or isinstance(masks, (str, bytes)):
+        raise TypeError(f"masks: expected a tensor [T, H, W] or an iterable of [H, W]; got {describe(masks)}")
+    ends: list[Tensor] = []
     # Mask after mask: nothing of the size of all of them is made.
-    ends = [_ends_of_mask(mask) for mask in masks]
-    lengths = torch.tensor([height, 0, *map(len, ends)], dtype=torch.int32, device=masks.device)
-    lengths[1:] = lengths[1:].cumsum(0)
-    return torch.cat([lengths, *ends]), count, height, width
+    for i, mask in enumerate(masks):
+        if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.uint8):
+            raise TypeError(f"masks[{i}]: expected a bool or uint8 tensor [H, W]; got {describe(mask)}")
+        if mask.dim() != 2 or not mask.numel() or (expected is not None and tuple(mask.shape) != expected):
+            wanted = "[H, W]" if expected is None else f"{list(expected)}, one size for all"
+            raise ValueError(f"masks[{i}]: expected {wanted}; got {describe(mask)}")
+        expected = (mask.shape[0], mask.shape[1])
+        ends.append(_ends_of_mask(mask))
+    if expected is None:
+        raise ValueError("masks: expected at least one mask, or size=(H, W) where there is none")
+    device = masks.device if isinstance(masks, Tensor) else ends[0].device if ends else "cpu"
+    firsts = np.cumsum([0, *map(len, ends)])
+    head = torch.from_numpy(np.array([expected[0], *firsts], np.int32)).to(device)
+    return torch.cat([head, *ends]), len(ends), *expected
 
 
 def _ends_of_mask(mask: Tensor) -> Tensor:
-    pixels = (mask != 0).T.flatten()
-    changes = torch.cat([pixels[:1], pixels[1:] != pixels[:-1]]).nonzero()[:, 0].int()
-    last = changes.new_full((2 - len(changes) % 2,), len(pixels))
+    height, width = mask.shape
+    columns = mask.any(0).nonzero()[:, 0]
+    changes = columns.new_zeros(0, dtype=torch.int32)
+    if len(columns):
+        left, right = int(columns[0]), int(columns[-1]) + 1
+        pixels = (mask[:, left:right] != 0).T.flatten()
+        # Before and behind these columns is background.
+        around = F.pad(pixels, (1, 1))
+        changes = (around[1:] != around[:-1]).nonzero()[:, 0].int() + left * height
+        changes = changes[: len(changes) - int(right == width and bool(pixels[-1]))]
+    last = changes.new_full((2 - len(changes) % 2,), height * width)
     return torch.cat([changes, last])
 
 
 def decode(runs: Tensor, count: int, height: int, width: int) -> Tensor:
     """bool [T, H, W]."""
-    pixels = torch.arange(height * width, dtype=torch.int32, device=runs.device)
-    firsts, ends = runs[1 : count + 2], runs[count + 2 :]
-    masks = torch.empty(count, height, width, dtype=torch.bool, device=runs.device)
-    for i in range(count):
-        before = torch.searchsorted(ends[firsts[i] : firsts[i + 1]], pixels, right=True, out_int32=True)
-        masks[i] = (before % 2 == 1).view(width, height).T
+    masks = torch.zeros(count, height, width, dtype=torch.bool, device=runs.device)
+    firsts, ends = runs[1 : count + 2].tolist(), runs[count + 2 :]
+    column = int(runs[0])
+    for i, (first, end) in enumerate(itertools.pairwise(firsts)):
+        own = ends[first:end]
+        pixels = torch.arange(int(own[-1]), dtype=torch.int32, device=runs.device)
+        before = torch.searchsorted(own, pixels, right=True, out_int32=True)
+        foreground = (before % 2 == 1).view(-1, column).T
+        masks[i, :column, : foreground.shape[1]] = foreground
     return masks
 
 
@@ -163,17 +189,18 @@ def look_up(runs: Tensor, count: int, targets: Tensor, row: Tensor, column: Tens
 def problem(runs: Tensor, count: int, height: int, width: int) -> str | None:
     """What the runs of a `RunLengths` on the CPU lack; None where kernels can rely on them."""
     numbers = runs.numpy()
-    firsts, ends = numbers[1 : count + 2], numbers[count + 2 :]
-    if numbers[0] != height:
-        return f"H = {height} first"
+    column, firsts, ends = int(numbers[0]), numbers[1 : count + 2], numbers[count + 2 :]
+    if not 1 <= column <= height:
+        return f"columns of 1 to {height} pixels"
     lengths = np.diff(firsts)
     if firsts[0] != 0 or firsts[-1] != len(ends) or (lengths < 2).any() or (lengths % 2).any():
         return "where each target begins, with an even number of ends, at least 2, for each"
-    pixels = height * width
-    if (ends[firsts[1:] - 1] != pixels).any() or (ends < 0).any():
-        return f"ends from 0 to {pixels}, which is each target's last"
+    last = int(ends[-1]) if count else column
+    whole = last % column == 0 and column <= last <= column * width
+    if not whole or (ends[firsts[1:] - 1] != last).any() or (ends < 0).any():
+        return f"ends from 0 to that of the last column, of at most {width}, which is each target's last"
     grows = np.diff(ends) > 0
     grows[firsts[1:-1] - 1] = True  # from one target to the next
     twice = firsts[1:] - 2
-    grows[twice[ends[twice] == pixels]] = True
+    grows[twice[ends[twice] == last]] = True
     return None if grows.all() else "ends that grow"

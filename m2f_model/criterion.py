@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,9 +11,9 @@ from m2f_kernels.nn import PointMaskCriterion
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.transformer_decoder import Prediction
 
-#: For each image "labels", int64 [T], and "masks" [T, H, W], bool, uint8 (not 0 is foreground) or floating point, of
-#: the input's extent.
-Targets = Sequence[Mapping[str, Tensor]]
+#: For each image "labels", int64 [T], and "masks" of the input's extent: [T, H, W], bool, uint8 (not 0 is foreground)
+#: or floating point, or in their place `m2f_kernels.InstanceMap` or `RunLengths`.
+Targets = Sequence[Mapping[str, Any]]
 
 
 def build_criterion(config: Mask2FormerConfig) -> PointMaskCriterion:

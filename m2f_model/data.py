@@ -17,10 +17,14 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from m2f_kernels import RunLengths
 from m2f_kernels._checks import describe
 from m2f_model.config import PIXEL_MEAN, PIXEL_STD
 from m2f_model.samples import AnnotationError, DenseMasks, Masks, Sample, without_empty
 from m2f_model.segment import STRIDE, normalise, resized_size
+
+#: Pixels [N, 3, H, W], and for each image its target: labels and masks.
+Batch = tuple[Tensor, list[dict[str, Any]]]
 
 
 class Dataset(Protocol):
@@ -286,46 +290,31 @@ def _windows(sample: Mapping[str, Any], view: _View | None) -> Iterator[np.ndarr
     return masks.window(*((np.arange(height), np.arange(width)) if view is None else view.indices(height, width)))
 
 
-def _packed(sample: Mapping[str, Any], view: _View | None) -> Sample:
-    """The part of a sample that `view` shows (all of it for None), with eight pixels of a mask to a byte."""
+def _encoded(sample: Mapping[str, Any], view: _View | None) -> dict[str, Any]:
+    """The part of a sample that `view` shows (all of it for None), its masks as run lengths; one at a time is dense."""
     image = sample["image"] if view is None else view.of_image(sample["image"])
-    height, width = image.shape[1:]
-    packed = np.zeros((len(sample["masks"]), height, -(-width // 8)), np.uint8)
     kept: list[int] = []
-    for i, window in enumerate(_windows(sample, view)):
-        if window is not None and window.any():
-            packed[len(kept)] = np.packbits(window, axis=1)
-            kept.append(i)
-    return {"image": image, "labels": sample["labels"][kept], PACKED: torch.from_numpy(packed[: len(kept)])}
 
+    def seen() -> Iterator[Tensor]:
+        for i, window in enumerate(_windows(sample, view)):
+            if window is not None and window.any():
+                kept.append(i)
+                yield torch.from_numpy(window)
 
-#: The key of masks that are packed, uint8 [T, H, W / 8]: the first of eight pixels is a byte's highest bit.
-PACKED = "packed_masks"
-#: Bytes that unpacking takes beside its result.
-_UNPACK_BYTES = 32 * 2**20
-
-
-def unpack(target: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A target with "masks", bool [T, H, W], on the device of its packed ones; any other as it is."""
-    if PACKED not in target:
-        return dict(target)
-    packed = target[PACKED]
-    count, height, width = packed.shape
-    bits = torch.tensor([1 << i for i in reversed(range(8))], dtype=torch.uint8, device=packed.device)
-    masks = torch.empty(count, height, width, 8, dtype=torch.bool, device=packed.device)
-    step = max(1, _UNPACK_BYTES // max(1, 8 * height * width))
-    for part, out in zip(packed.split(step), masks.split(step), strict=True):
-        torch.ne(part[..., None] & bits, 0, out=out)
-    return {**{k: v for k, v in target.items() if k != PACKED}, "masks": masks.flatten(2)}
+    masks = RunLengths.from_masks(seen(), (image.shape[1], image.shape[2]))
+    return {"image": image, "labels": sample["labels"][kept], "masks": masks}
 
 
 def collate(
-    samples: Sequence[Sample],
+    samples: Sequence[Mapping[str, Any]],
     size: int | tuple[int, int] | None = None,
     mean: Sequence[float] = PIXEL_MEAN,
     std: Sequence[float] = PIXEL_STD,
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """Normalised pixels [N, 3, H, W] and targets, padded to `size`, or to the largest image and multiples of 32."""
+) -> Batch:
+    """Normalised pixels [N, 3, H, W] and targets, padded to `size`, or to the largest image and multiples of 32.
+
+    Masks are tensors or run lengths, as the samples have them.
+    """
     if size is None:
         sides = (max(s["image"].shape[axis] for s in samples) for axis in (1, 2))
         h, w = (-(-side // STRIDE) * STRIDE for side in sides)
@@ -336,16 +325,16 @@ def collate(
     for i, sample in enumerate(samples):
         _, height, width = sample["image"].shape
         pixels[i, :, :height, :width] = normalise(sample["image"], mean, std)
-        key, pixels_each = (PACKED, 8) if PACKED in sample else ("masks", 1)
-        masks = F.pad(sample[key], (0, w // pixels_each - sample[key].shape[2], 0, h - height))
-        targets.append({"labels": sample["labels"], key: masks})
+        masks = sample["masks"]
+        padded = masks.padded(h, w) if isinstance(masks, RunLengths) else F.pad(masks, (0, w - width, 0, h - height))
+        targets.append({"labels": sample["labels"], "masks": padded})
     return pixels, targets
 
 
-class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
+class Batches(torch.utils.data.Dataset[Batch]):
     """Training batches by step: a function of the seed and the step alone, so that a resumed run goes on exactly.
 
-    Masks are packed, eight pixels to a byte: :func:`unpack` makes them bool, on whatever device.
+    Masks are `m2f_kernels.RunLengths`, which the criterion samples as they are: dense ones of all targets never exist.
 
     All processes together go through the data in a new random order each time; each takes its part of every batch.
 
@@ -382,12 +371,12 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
         self.rank, self.world_size = rank, world_size
         self._order: tuple[int, Tensor] = (-1, torch.empty(0, device="cpu"))
 
-    def __getitem__(self, step: int) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    def __getitem__(self, step: int) -> Batch:
         first = (step * self.world_size + self.rank) * self.batch_size
         samples = [self._sample(first + i) for i in range(self.batch_size)]
         return collate(samples, self.crop or self.size, self.mean, self.std)
 
-    def _sample(self, position: int) -> Sample:
+    def _sample(self, position: int) -> dict[str, Any]:
         """The sample at a position of the endless sequence of all processes."""
         epoch, place = divmod(position, len(self.data))
         if self._order[0] != epoch:
@@ -405,7 +394,7 @@ class Batches(torch.utils.data.Dataset[tuple[Tensor, list[dict[str, Tensor]]]]):
             view = _View.cropped((height, width), self.crop, self.scales, generator)
         elif self.size is not None:
             view = _View.draw((height, width), self.size, self.scales, generator)
-        found = _packed(sample, view)
+        found = _encoded(sample, view)
         return {**found, "image": jitter_colours(found["image"], generator)} if self.colours else found
 
 

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from m2f_kernels import CudaGraphs
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.criterion import losses_of
-from m2f_model.data import Batches, Dataset, Guarded, Relabelled, Steps, identity, unpack
+from m2f_model.data import Batch, Batches, Dataset, Guarded, Relabelled, Steps, identity
 from m2f_model.evaluate import evaluate, evaluate_semantic
 from m2f_model.files import remove_leftovers, write_atomically
 from m2f_model.interrupts import Interrupted, Interrupts, leave_signals_to_the_parent
@@ -389,11 +389,11 @@ class Trainer:
         if self.step == self.recipe.steps:
             self._save_model()
 
-    def update(self, pixels: Tensor, targets: list[dict[str, Tensor]]) -> tuple[dict[str, Tensor], Tensor]:
+    def update(self, pixels: Tensor, targets: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
         """One step of the optimiser: its losses, and the norm of its gradients before clipping."""
         device = self.process.device
         pixels = pixels.to(device, non_blocking=True)
-        targets = [unpack({k: v.to(device, non_blocking=True) for k, v in target.items()}) for target in targets]
+        targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in targets]
         statistics = self._statistics()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
             if self.graphs is None:
@@ -415,7 +415,7 @@ class Trainer:
         self._note_finite(losses, norm.detach(), statistics)
         return losses, norm
 
-    def _batches(self, last: int) -> Generator[tuple[Tensor, list[dict[str, Tensor]]], None, None]:
+    def _batches(self, last: int) -> Generator[Batch, None, None]:
         recipe, process = self.recipe, self.process
         batches = Batches(
             self.data,

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from PIL import Image
 from pycocotools import mask as coco
 
-from m2f_model import data as data_module
+import m2f_kernels
 from m2f_model.coco import CocoInstances, CocoPanoptic
-from m2f_model.data import PACKED, Batches, Guarded, Shapes, collate, jitter, unpack
+from m2f_model.data import Batches, Guarded, Shapes, collate, jitter
 from m2f_model.samples import AnnotationError, IdMap, RunLengths
 
 H, W = 40, 60
@@ -421,19 +421,30 @@ def test_jitter_crops_first(seed):
         assert all(torch.equal(found[k], out[k]) for k in out)
 
 
-def test_packed_masks(monkeypatch):
-    """Of widths that are no multiples of 8, in parts."""
-    monkeypatch.setattr(data_module, "_UNPACK_BYTES", 5000)
-    samples = [Shapes(size=s, seed=1)[i] for i, s in enumerate((40, 53, 70))]
-    _, expected = collate(samples)
-    _, packed = collate([data_module._packed(s, None) for s in samples])
-    for a, b in zip(packed, expected, strict=True):
-        assert a[PACKED].dtype == torch.uint8
-        assert a[PACKED].numel() * 8 == b["masks"].numel()
-        found = unpack(a)
-        assert found.keys() == b.keys()
-        assert all(torch.equal(found[k], b[k]) for k in b)
-        assert unpack(b)["masks"] is b["masks"]
+@pytest.mark.parametrize("size", [None, 48])
+def test_batches_have_run_lengths(size):
+    """Of the masks that dense ones, scaled, flipped, cropped and padded, are."""
+    read = []
+
+    class Recorded(Shapes):
+        def __getitem__(self, index):
+            read.append(super().__getitem__(index))
+            return read[-1]
+
+    batches = Batches(Recorded(length=6, size=70, seed=1), 6, seed=2, size=size, scales=(0.5, 2.0))
+    pixels, targets = batches[0]
+    samples, flipped = read, set()
+    if size is not None:
+        seeds = [torch.Generator().manual_seed(3 * 1000003 + i) for i in range(6)]
+        flipped = {bool(torch.rand(2, generator=g.clone_state())[1] < 0.5) for g in seeds}
+        samples = [jitter(s, size, (0.5, 2.0), g) for s, g in zip(read, seeds, strict=True)]
+    expected_pixels, expected = collate(samples, size)
+    assert torch.equal(pixels, expected_pixels)
+    for found, dense in zip(targets, expected, strict=True):
+        assert isinstance(found["masks"], m2f_kernels.RunLengths)
+        assert torch.equal(found["masks"].masks(), dense["masks"])
+        assert torch.equal(found["labels"], dense["labels"])
+    assert size is None or flipped == {True, False}
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from m2f_model import Mask2Former, Mask2FormerConfig
-from m2f_model.data import Batches, _View, jitter_colours, unpack
+from m2f_model.data import Batches, _View, jitter_colours
 from m2f_model.evaluate import evaluate_semantic, label_map
 from m2f_model.samples import AnnotationError
 from m2f_model.semantic import CITYSCAPES_IDS, SemanticMaps, read_names
@@ -206,8 +206,8 @@ def test_crops_of_masks_are_those_of_the_image(tmp_path):
     for step in range(3):
         pixels, targets = batches[step]
         assert pixels.shape == (3, 3, 64, 96)
-        for image, target in zip(pixels, map(unpack, targets), strict=True):
-            masks = target["masks"]
+        for image, target in zip(pixels, targets, strict=True):
+            masks = target["masks"].masks()
             assert masks.shape[1:] == (64, 96)
             seen = (image[0] / 80).round()
             agree = [(seen[mask] == label).float().mean() for label, mask in zip(target["labels"], masks, strict=True)]

@@ -48,6 +48,40 @@ def test_lengths_of_nothing():
     assert ["".join(map(str, x.T.flatten().int().tolist())) for x in read.masks()] == expected
 
 
+@pytest.mark.parametrize("values", [torch.bool, torch.uint8], ids=str)
+def test_masks_one_by_one(generator, values):
+    """Of any iterable, with strides of any kind."""
+    masks = dense(generator).to(values)
+    expected = RunLengths.from_masks(masks)
+    turned = (x.T.contiguous().T for x in masks)
+    assert torch.equal(RunLengths.from_masks(turned).runs, expected.runs)
+    assert RunLengths.from_masks(iter(()), SIZE).masks().shape == (0, *SIZE)
+    for given, error, words in (
+        (iter(()), ValueError, "at least one mask"),
+        ([masks[0], masks[1, 1:]], ValueError, "masks[1]: expected [9, 7], one size for all"),
+        ([masks[0].float()], TypeError, "masks[0]: expected a bool or uint8"),
+        (masks[0], ValueError, "masks: expected [T, H, W]"),
+        (7, TypeError, "masks: expected a tensor [T, H, W] or an iterable"),
+    ):
+        with pytest.raises(error, match=re.escape(words)):
+            RunLengths.from_masks(given)
+
+
+def test_padded(generator):
+    """The frame grows, the runs are the same; samples too are those of padded masks."""
+    masks = dense(generator)
+    runs = RunLengths.from_masks(masks)
+    padded = runs.padded(SIZE[0] + 4, SIZE[1] + 2)
+    assert padded.runs is runs.runs
+    expected = torch.nn.functional.pad(masks, (0, 2, 0, 4))
+    assert torch.equal(padded.masks(), expected)
+    logits, at = torch.randn(1, 3, 5, 4, generator=generator), torch.rand(1, 90, 2, generator=generator)
+    found, dense_cost = (m2f_kernels.mask_matching_cost(logits, [x], at)[0][0] for x in (padded, expected))
+    assert torch.equal(found, dense_cost)
+    with pytest.raises(ValueError, match="height, width: expected at least 9, 7"):
+        runs.padded(8, 7)
+
+
 def test_bytes_are_masks(generator):
     masks = dense(generator)
     assert torch.equal(RunLengths.from_masks(masks.byte() * 255).runs, RunLengths.from_masks(masks).runs)
@@ -114,8 +148,8 @@ def changed(runs, at, value):
 #: Of two targets of 4 x 4: H, three places, then ends 3, 9, 11, 16 and 16, 16.
 GOOD = RunLengths.from_coco([one(counts=[3, 6, 2, 5]), one()])
 WRONG = {
-    "of another height": {"height": 5},
-    "of another width": {"width": 5},
+    "of less height": {"height": 3},
+    "of less width": {"width": 3},
     "of more targets": {"num_targets": 3},
     "no integers": {"runs": GOOD.runs.float()},
     "too short": {"runs": GOOD.runs[:-2]},
@@ -126,6 +160,8 @@ WRONG = {
     "ends that fall": {"runs": changed(GOOD.runs, 5, 2)},
     "ends twice": {"runs": changed(GOOD.runs, 5, 3)},
     "beyond the last pixel": {"runs": changed(GOOD.runs, 7, 17)},
+    "no column": {"runs": changed(GOOD.runs, 0, 0)},
+    "of half a column": {"runs": changed(GOOD.runs, 0, 3)},
 }
 
 
