@@ -277,7 +277,7 @@ def table(rows: Sequence[Row]) -> str:
         *times,
         "ratio",
         *(f"ratio ({name})" for name in settings[1:]),
-        "aim",
+        "target",
         "peak MiB above the weights",
     ]
     header += ["deformable attention's share before", "difference, of outputs up to"]
