@@ -29,7 +29,7 @@ def tracing() -> bool:
 
 
 def host_size(value: Any) -> Any:
-    """A size as an integer: `torch.jit.trace` makes every size a tensor. Anything else as it is."""
+    """A size as an integer, since `torch.jit.trace` makes every size a tensor. Other values are returned unchanged."""
     return int(value) if tracing() and isinstance(value, Tensor) and value.dim() == 0 else value
 
 
@@ -69,7 +69,7 @@ def check_same_dtype(name: str, value: Tensor, other_name: str, other: Tensor) -
 
 
 def check_number(name: str, value: Any) -> float:
-    """Require a finite integer or float; a symbolic one passes as it is."""
+    """Require a finite integer or float; a symbolic number always passes."""
     if isinstance(value, (torch.SymInt, torch.SymFloat)):
         return value  # type: ignore[return-value]
     if isinstance(value, bool) or not isinstance(value, (int, float)):

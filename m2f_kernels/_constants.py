@@ -1,4 +1,4 @@
-"""Tensors that depend on sizes alone, kept between calls: their many small kernels run once for each size."""
+"""A cache of tensors that depend on sizes alone, so that the many small kernels that make them run once per size."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ def capturing(device: torch.device) -> bool:
 
 
 class Held(NamedTuple):
-    """A kept tensor that a graph reads, and whether it is still what would be made now."""
+    """A cached tensor that a CUDA graph reads; `valid()` is true while the cache would return the same."""
 
     tensor: Tensor
     valid: Callable[[], bool]
 
 
 _holding = threading.local()
-#: What graphs that others have captured read: nobody says when such a graph is gone.
+#: Tensors that graphs captured by other code read. They are kept for ever: nothing tells when such a graph is gone.
 _read_by_others: dict[int, Tensor] = {}
 
 
 @contextlib.contextmanager
 def holding() -> Iterator[list[Held]]:
-    """Collects the kept tensors that this thread is given: a CUDA graph that reads them must keep them alive."""
+    """Collects the cached tensors that this thread receives: a CUDA graph that reads them must keep them alive."""
     before = getattr(_holding, "found", None)
     found: list[Held] = []
     _holding.found = found
@@ -56,7 +56,7 @@ def holding() -> Iterator[list[Held]]:
 
 
 def hand_out(kept: Tensor, valid: Callable[[], bool] = lambda: True) -> Tensor:
-    """`kept`, which its cache may drop while a stream or a graph still reads it."""
+    """Returns `kept`, made safe to drop from its cache while a stream or a graph still reads it."""
     found = getattr(_holding, "found", None)
     if found is not None:
         found.append(Held(kept, valid))
@@ -68,12 +68,12 @@ def hand_out(kept: Tensor, valid: Callable[[], bool] = lambda: True) -> Tensor:
 
 
 class ConstantCache:
-    """The least recently used go first. Threads and streams may share it.
+    """A cache of tensors that drops the least recently used first. Threads and streams may share it.
 
     Nothing is kept under `torch.compile`, export, tracing or `torch.func`, nor while a CUDA graph is captured.
 
     Args:
-        entries: how many tensors to keep.
+        entries: the largest number of tensors.
     """
 
     def __init__(self, entries: int) -> None:
@@ -93,7 +93,7 @@ class ConstantCache:
             if kept is not None:
                 self._kept.move_to_end(full)
         if kept is None:
-            # Else it could not be saved for a backward pass later.
+            # An inference tensor could not be saved for a backward pass later.
             with torch.inference_mode(False), torch.no_grad():
                 kept = make()
             if capturing(like.device):

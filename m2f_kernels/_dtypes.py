@@ -24,5 +24,5 @@ def autocast(tensor: Tensor) -> Tensor:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:
-    """Autocast off for tensors of `device`; the meta device has none to switch off, and raises."""
+    """A context with autocast off for tensors of `device`; also for the meta device, where PyTorch's own raises."""
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

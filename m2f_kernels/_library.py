@@ -27,7 +27,7 @@ _DIRECTORY = Path(os.environ.get("M2F_LIBRARIES", Path(__file__).parent / "lib")
 
 @dataclass(frozen=True)
 class NativeLibrary:
-    """One compiled library: where it is, and why it is not in use if it is not."""
+    """One compiled library: its path, and the reason if it is not in use."""
 
     name: str
     path: Path

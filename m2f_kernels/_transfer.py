@@ -10,7 +10,7 @@ PINNED = {"cuda"}
 
 
 def to_device(host: Tensor, device: torch.device) -> Tensor:
-    """`host` on `device`; the copy follows in the device's order, and `host` may be changed at once."""
+    """`host` copied to `device`. The copy is asynchronous, and `host` may be changed at once."""
     if device.type in PINNED:
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

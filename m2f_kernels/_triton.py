@@ -29,7 +29,7 @@ class Architecture:
 
     Attributes:
         capability: compute capability, 90 for sm_90; 0 for AMD.
-        multiprocessors: how many there are to fill with programs.
+        multiprocessors: their number.
         warp_size: threads of a warp.
         gfx: AMD's name, such as "gfx942"; empty for NVIDIA.
     """
@@ -151,7 +151,7 @@ def launch(
 
 
 def rows_and_blocks(rows: int, blocks: int) -> tuple[int, int, int]:
-    """The grid of a kernel that takes each of many rows a block at a time; its programs ask `block_id`."""
+    """The grid of a kernel that processes many rows, each in blocks; its programs get their block from `block_id`."""
     layers = triton.cdiv(blocks, MAX_GRID)
     return rows, triton.cdiv(blocks, layers), layers
 
@@ -168,7 +168,7 @@ def in_parts(
     """`function(*tensors)`, at most `limit` elements at a time along one axis.
 
     Args:
-        axes: that axis of each tensor; -1 for one that goes into every part whole.
+        axes: that axis of each tensor; -1 for a tensor that every part gets whole.
         joined: that axis of the results.
     """
     count = next(x.shape[axis] for x, axis in zip(tensors, axes, strict=True) if axis >= 0)

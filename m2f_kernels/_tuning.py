@@ -1,7 +1,7 @@
 """Launch configurations of the Triton kernels: a table per architecture, written by `python -m m2f_kernels.tune`.
 
-Nothing is tuned at a first call. A kernel asks :func:`configuration` with a heuristic default; a line of the
-architecture's table, measured once by whoever ran the tuner, takes its place.
+Nothing is tuned at a first call. A kernel calls :func:`configuration` with a heuristic default, which an entry of the
+architecture's table, written by the tuner, overrides.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Configuration = dict[str, int]
 #: Kernel -> key (what of the arguments matters, for example "16 bit, D 32") -> configuration.
 Table = dict[str, dict[str, Configuration]]
 
-#: Where tables lie: `<directory>/sm_90.json`. The environment variable names another place.
+#: The directory of the tables, `<directory>/sm_90.json`. The environment variable names another.
 DIRECTORY = Path(os.environ.get("M2F_TUNED", Path(__file__).parent / "tuned"))
 
 _forced: dict[tuple[str, str], Configuration] = {}

@@ -1,4 +1,4 @@
-"""Former home of :mod:`m2f_kernels.dispatch`; its public names are found here for one more release."""
+"""The former name of :mod:`m2f_kernels.dispatch`; its public names stay here for one more release."""
 
 from __future__ import annotations
 

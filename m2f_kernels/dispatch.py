@@ -30,7 +30,7 @@ from m2f_kernels._checks import tracing
 from m2f_kernels._library import LIBRARY, NativeLibrary, cpu_capability
 
 #: What `use_backend` takes. "cuda" is the compiled library, "fallback" the plain PyTorch that runs where no kernel
-#: does, "reference" the slow plain PyTorch that every test holds the others against.
+#: does, "reference" the slow plain PyTorch that every test compares the others with.
 BACKENDS = ("auto", "cuda", "triton", "fallback", "reference")
 PLAIN = ("fallback", "reference")
 
@@ -54,7 +54,7 @@ class Operator:
         triton: the module of its Triton kernels, or None.
         float64: its kernels on the CPU and in the CUDA library take float64. (No Triton kernel does.)
         reproducible: the CUDA library's gradients do not depend on the order in which programs run.
-        needs: what its Triton kernels ask of a device beyond what all do: a function that names what is missing.
+        needs: a function that names what a device lacks for its Triton kernels, beyond the needs of all; or None.
     """
 
     name: str
@@ -430,8 +430,8 @@ def _wants_reproducible(requires_grad: bool) -> bool:
 
 
 def plain(op: str, tensor: Tensor) -> str | None:
-    """ "fallback" or "reference" where plain PyTorch has to serve a call, None where the registered operator is to be
-    called, which has a kernel (or on the meta device a fake).
+    """ "fallback" or "reference" if plain PyTorch has to serve a call; None if the registered operator has a kernel (or
+    on the meta device a fake).
 
     Args:
         op: the public name.
@@ -445,7 +445,7 @@ def plain(op: str, tensor: Tensor) -> str | None:
 def serves(op: str, tensor: Tensor) -> bool:
     """True if a kernel serves a call, or the user has forced plain PyTorch on it.
 
-    An integration calls the operator then, and otherwise the code that it stands for.
+    Integrations call the operator if so, and otherwise the code that they replaced.
 
     Args:
         op: the public name.
@@ -464,7 +464,7 @@ def _plain(
     key = (op, device, dtype, forced, reproducible)
     if key not in _plain_choices:
         if device.type == "cuda" and not torch.cuda.is_available() and _forced_for(op, forced) not in PLAIN:
-            # Tracing for another machine: that one chooses when the operator is called.
+            # Tracing for another machine, which chooses when the operator is called there.
             _plain_choices[key] = None
         else:
             backend = _choose_and_warn(key).backend
@@ -489,7 +489,7 @@ def _choose_and_warn(key: _Key) -> BackendChoice:
             warn_fallback(choice, device.type)
     elif choice.passed_over and wish == "auto" and not reproducible:
         library = here.libraries["cuda"]
-        # A library that was not built, or for another make of GPU, is nothing to complain about: Triton is at hand.
+        # No warning for a library that was not built, or not for this make of GPU: Triton serves.
         if library.path.exists() and not here.hip:
             _warn_once(
                 choice.passed_over[0],
@@ -518,7 +518,7 @@ def _warn_once(key: str, message: str) -> None:
 
 
 def warn_fallback(choice: BackendChoice, device: str) -> None:
-    """Say once per operator and device type that no kernel serves it, and what would end that."""
+    """Warns once per operator and device type that no kernel serves it, and how to get one."""
     why = "; ".join(choice.passed_over) or choice.reason
     _warn_once(
         f"{choice.op} {device}",
@@ -539,13 +539,14 @@ def register(
     kernels: Mapping[str, Callable[..., Any]],
     reproducible: Mapping[str, Callable[[tuple[Any, ...]], bool]] | None = None,
 ) -> None:
-    """Serve the registered operators that belong to a public one, on every device.
+    """Register the implementations of the operators that belong to a public one, on every device.
 
     Args:
-        op: what there is for it. It is found by its name from now on.
+        op: its kernels. :func:`operator` finds it by its name from now on.
         kernels: name in the namespace `m2f` -> plain PyTorch, which serves where no kernel does. The CUDA library
             implements the same name in the namespace `m2f_cuda`, the Triton module a function of that name.
-        reproducible: for those of which a call may need a fixed order of sums, whether one with these arguments does.
+        reproducible: for operators of which some calls need a fixed order of sums: a function of the arguments that is
+            true for such a call.
     """
     OPERATORS[op.name] = op
     for name, function in kernels.items():
@@ -570,8 +571,8 @@ _kernel_choices: dict[tuple[str, _Key], Callable[..., Any]] = {}
 def _cuda_kernel(
     op: Operator, name: str, function: Callable[..., Any], needs: Callable[[tuple[Any, ...]], bool] | None
 ) -> Callable[..., Any]:
-    """The implementation on CUDA devices: picks the kernel for its first argument, from the second call on by one look
-    into a dictionary."""
+    """The implementation on CUDA devices: picks the kernel by the first argument, from the second call on with one
+    lookup in a dictionary."""
 
     def call(*args: Any) -> Any:
         first: Tensor = args[0]

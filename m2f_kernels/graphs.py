@@ -21,7 +21,7 @@ from m2f_kernels._checks import describe
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.ops._autograd import transformed
 
-#: What an instance is made with besides the model.
+#: The constructor's arguments besides the model.
 _OPTIONS = ("entries", "max_bytes", "clone", "warmups", "training")
 #: Inputs whose failed captures are remembered.
 _FAILURES = 64
@@ -36,13 +36,13 @@ class CudaDevice:
         self.reset()
 
     def reset(self) -> None:
-        """Let the next capture begin a new pool: the old one is freed with the last graph in it."""
+        """Makes the next capture begin a new pool; the old one is freed with the last graph in it."""
         self._pool: Any = None
         self._stream: Any = None
         self._last: Any = None
 
     def on(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
-        """The device of the tensors need not be the current one."""
+        """A context in which `device`, that of the tensors, is the current one."""
         return torch.cuda.device(device)
 
     def capturing(self, device: torch.device) -> bool:
@@ -50,7 +50,7 @@ class CudaDevice:
         return _constants.capturing(device)
 
     def warm_up(self, run: Callable[[], Any], times: int) -> None:
-        """Compiles, tunes, and makes what is kept between calls; random numbers stay what they were."""
+        """Calls `run` before a capture, so that kernels are compiled and caches filled. Restores the random state."""
         if self._pool is None:
             self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
         random = torch.cuda.get_rng_state()
@@ -66,10 +66,10 @@ class CudaDevice:
         """The result of `run` as it was captured, and the function that replays it."""
         graph, before = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         try:
-            # Other threads may go on: those of a loader that pins memory, for example.
+            # Other threads may use CUDA meanwhile: those of a loader that pins memory, for example.
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                 result = run()
-        finally:  # which a capture that cannot end does not do
+        finally:  # a capture that fails leaves its own stream current
             torch.cuda.set_stream(before)
         return result, graph.replay
 
@@ -79,7 +79,7 @@ class CudaDevice:
         return sum(x["total_size"] for x in segments if tuple(x["segment_pool_id"]) == tuple(self._pool))
 
     def begin(self) -> None:
-        """Let the current stream wait for the last replay: graphs share their memory."""
+        """Makes the current stream wait for the last replay, since graphs share their memory."""
         if self._last is not None:
             torch.cuda.current_stream().wait_event(self._last)
 
@@ -90,14 +90,14 @@ class CudaDevice:
 
 
 class Graph:
-    """One input shape's: static inputs and outputs, and what replays them.
+    """The graph of one input shape: static inputs and outputs, and the function that replays it.
 
     Attributes:
         inputs: tensors that the graph reads.
         outputs: different tensors that it writes.
-        held: what it reads of caches.
-        stamp, versions: of the weights that it was captured with, see :class:`_Seen`; a graph with a backward pass
-            reads weights as they are, and has no versions.
+        held: the cached tensors that it reads.
+        stamp, versions: those of the weights at its capture, see :class:`_Seen`; a graph with a backward pass reads
+            the current weights, and has no versions.
         backward: its backward pass, if it has one.
     """
 
@@ -142,7 +142,7 @@ class Backward:
         self.replay: Callable[[], None] = lambda: None
 
     def run(self) -> Sequence[Tensor | None]:
-        """The gradients of `wanted`, as of a call outside of autocast."""
+        """The gradients of `wanted`, computed outside of autocast."""
         taken = [x for x in self.taken if x is not None]
         if not taken:
             return self.given
@@ -152,7 +152,7 @@ class Backward:
     def capture(self, device: Any) -> None:
         found, self.replay = device.capture(self.run)
         self.given = list(found)
-        self._outputs = []  # with all that autograd knows of them
+        self._outputs = []  # frees them and their autograd graph
 
 
 class _Seen:
@@ -161,7 +161,7 @@ class _Seen:
     Attributes:
         modules: the model first.
         weights: parameters and buffers, each once.
-        stamp: what changes where a weight is exchanged, moved or frozen, or a module's class is another.
+        stamp: a value that changes when a weight is exchanged, moved or frozen, or a module gets another class.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -215,7 +215,8 @@ class _Seen:
 
 @contextlib.contextmanager
 def _no_cast_is_kept() -> Iterator[None]:
-    """Autocast keeps the weights that it has cast until its region ends: a graph would read what is freed then."""
+    """A context without autocast's cache of cast weights, which ends with the autocast region: a graph would read freed
+    memory."""
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:
@@ -226,7 +227,7 @@ def _no_cast_is_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_stay(seen: _Seen) -> Iterator[None]:
-    """Running statistics are not those of calls that only warm up."""
+    """A context that restores buffers at its end, so that warm-up calls leave running statistics unchanged."""
     buffers = [x for x in seen.weights if not isinstance(x, nn.Parameter)]
     before = [x.clone() for x in buffers]
     try:
@@ -238,7 +239,7 @@ def _buffers_stay(seen: _Seen) -> Iterator[None]:
 
 
 class _Replay(torch.autograd.Function):
-    """Forward and backward pass of a model by its two graphs."""
+    """The autograd function that replays a model's forward and backward graphs."""
 
     @staticmethod
     def forward(ctx: Any, owner: CudaGraphs, graph: Graph, inputs: list[Tensor], *wanted: Tensor) -> Any:
@@ -322,7 +323,7 @@ class CudaGraphs:
         return len(self._kept)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and files hold the model and the options; graphs are captured anew."""
+        """The model and the options: a copied or pickled instance captures its graphs anew."""
         return {name: getattr(self, name) for name in ("model", *_OPTIONS)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -430,7 +431,7 @@ class CudaGraphs:
         return f"an argument is {describe(unhashable[0])}" if unhashable else None
 
     def _key(self, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> Hashable:
-        """All but the weights that decides about the kernels."""
+        """Everything besides the weights that determines the kernels of a call."""
         shown = tuple(
             (tuple(x.shape), x.stride(), x.dtype, x.device, differentiates and x.requires_grad)
             if isinstance(x, Tensor)
@@ -447,9 +448,9 @@ class CudaGraphs:
         return shown, str(spec), cast, modes, tuple(x.training for x in seen.modules) if differentiates else None
 
     def _capture(self, key: Hashable, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> str | None:
-        """Make sure that there is a valid graph for `key`; why there can be none."""
+        """Makes sure that there is a valid graph for `key`; returns the reason if there cannot be one."""
         for other, graph in list(self._kept.items()):
-            # With gradients weights are read as they are, but for what is kept of those that do not change.
+            # With gradients the graph reads the current weights; only unchanged ones are cached in another form.
             valid = all(x.valid() for x in graph.held) if graph.backward else graph.versions == seen.versions
             if not valid or graph.stamp != seen.stamp:
                 del self._kept[other]

@@ -43,7 +43,7 @@ def forward(
         im2col_step: at least 1; has no effect.
 
     Returns:
-        [N, Q, H*D] in value's dtype, also under autocast: a compiled extension does not know it either.
+        [N, Q, H*D] in value's dtype, also under autocast, as from the compiled extension.
 
     Raises:
         ValueError, TypeError: bad input; the message names the argument, what was expected and what came.

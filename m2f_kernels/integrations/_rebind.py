@@ -1,4 +1,4 @@
-"""Replacing an object in every module that holds it, so that `from library import name` done earlier is no obstacle."""
+"""Replaces an object in every module that holds it, also where it came by an earlier `from library import name`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 
 def replace_everywhere(old: Any, new: Any) -> list[str]:
-    """Let every name in an imported module that is bound to `old` be bound to `new`.
+    """Binds every name in an imported module that is bound to `old` to `new`, and returns the names.
 
-    This package's own modules keep what they have. Doing it again with the two exchanged undoes it, also in modules
+    This package's own modules are left out. Calling it again with the arguments exchanged undoes it, also in modules
     that were imported in between.
 
     Returns:

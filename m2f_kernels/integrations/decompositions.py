@@ -1,9 +1,9 @@
-"""The operators written in PyTorch's own: for formats that know nothing else, such as ONNX.
+"""The operators written in PyTorch's own operators, for formats without custom operators, such as ONNX.
 
 `exported.run_decompositions(decompositions())` replaces each node of this package by the same mathematics in standard
 operators. The references are not used as they are: they read values (`nonzero`) and shift bits, and sample by index
-arithmetic where `grid_sample` says the same in one node. What differs, at inputs that are not finite, is in the
-docstrings; tests hold every decomposition against its reference.
+arithmetic where `grid_sample` does the same in one node. Docstrings name the differences, at inputs that are not
+finite; tests compare every decomposition with its reference.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 def _sampling_grid(locations: Tensor) -> Tensor:
     """Locations in [0, 1] as `grid_sample` counts them, in [-1, 1].
 
-    NaN and what is far outside are moved just outside, where they contribute zero as they should: runtimes disagree
-    about the pixel that a NaN or an infinite coordinate becomes.
+    NaN and coordinates far outside are moved to just outside, where they contribute zero: runtimes disagree about the
+    pixel of a NaN or an infinite coordinate.
     """
     return 2 * torch.where(locations.isnan(), -1, locations).clamp(-1, 2) - 1
 

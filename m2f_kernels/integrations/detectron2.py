@@ -22,13 +22,13 @@ __all__ = ["install", "uninstall"]
 
 NAME = "MultiScaleDeformableAttention"
 
-#: The module of ours that is installed, and what `replace=True` put aside.
+#: The installed module of this package, and the one that `replace=True` replaced.
 _installed: ModuleType | None = None
 _before: ModuleType | None = None
 
 
 def _module(published: ModuleType | None) -> ModuleType:
-    """`published` runs the calls that no kernel serves; without one, plain PyTorch that is no worse than theirs."""
+    """The module to install. `published` runs the calls that no kernel serves; if None, plain PyTorch does."""
     module = ModuleType(NAME, f"The extension module {NAME}, provided by m2f_kernels.")
     functions: dict[str, Callable[..., Any]] = {
         "ms_deform_attn_forward": _extension.forward,
@@ -85,9 +85,9 @@ def install(*, replace: bool = False) -> None:
 
 
 def uninstall() -> None:
-    """Take the module away again; one that :func:`install` replaced comes back, in all modules that hold ours.
+    """Undo :func:`install`: a replaced module comes back, in all modules that hold this package's.
 
-    Where there was none, code that imported ours keeps it: it would otherwise have nothing to call.
+    If there was none, code that has imported this package's module keeps it.
 
     Raises:
         RuntimeError: nothing is installed.

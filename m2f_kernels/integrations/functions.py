@@ -1,4 +1,4 @@
-"""Any other package whose deformable attention is a function in plain PyTorch: two lines, and the operator serves it.
+"""Replaces deformable attention in any package that has it as a function in plain PyTorch.
 
 from m2f_kernels.integrations.functions import patch_function
 patch_function("ultralytics.nn.modules.utils", "multi_scale_deformable_attn_pytorch")
@@ -23,11 +23,11 @@ from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes
 
 __all__ = ["patch_function", "unpatch_function"]
 
-#: What each parameter's name ends in, in all copies of the function.
+#: The ends of the parameters' names in all copies of the function.
 _PARAMETERS = ("value", "shapes", "locations", "weights")
 _EXPECTED = "(value, value_spatial_shapes, sampling_locations, attention_weights)"
 
-#: Of each function of ours, the one that it stands for.
+#: The original of each replacement.
 _originals: dict[Any, Any] = {}
 
 Holder = ModuleType | str | MutableMapping[str, Any]
@@ -82,7 +82,7 @@ def _rebind(holder: Holder, name: str, where: str, old: Any, new: Any) -> list[s
 
 
 def _find(holder: Holder, name: str) -> tuple[str, Any]:
-    """The full name of what `holder` calls `name`, and that."""
+    """The full name of `holder`'s object `name`, and the object."""
     if isinstance(holder, MutableMapping):
         if name not in holder:
             raise ValueError(f"name: expected a key of the registry; got {name!r}")

@@ -1,4 +1,4 @@
-"""Hugging Face kernels: `use_kernels=True` finds this package's deformable attention, with nothing to download.
+"""Registers this package's deformable attention with Hugging Face kernels (`use_kernels=True`), without a download.
 
 `transformers` marks its layers with names ("MultiScaleDeformableAttention") and asks the `kernels` package for a
 repository that implements the name on a model's device. :func:`register` names this package for it, on CPU and CUDA.
@@ -72,7 +72,7 @@ def _mapping() -> dict[str, Any]:
         raise ImportError(
             "expected transformers (with integrations.hub_kernels) to be installed; pip install transformers kernels"
         ) from error
-    # Older versions look only whether it can be imported, and say so in a flag.
+    # Older versions only check whether it can be imported, and store that in a flag.
     if not (imports.is_kernels_available() and getattr(integration, "_kernels_available", True)):
         low, high = getattr(imports, "KERNELS_MIN_VERSION", None), getattr(imports, "KERNELS_MAX_VERSION", None)
         wanted = "kernels" + (f" >= {low}" if low else "") + (f", < {high}" if high else "")
@@ -128,7 +128,7 @@ def unregister() -> None:
 
 
 def _tell_kernels(table: dict[str, Any]) -> None:
-    """`kernels` keeps what it was told: tell it now, for who calls it directly."""
+    """Registers the layer in `kernels`' own table too, for code that calls `kernels` directly."""
     kernels: Any = importlib.import_module("kernels")
     kernels.register_kernel_mapping({LAYER: table})
 

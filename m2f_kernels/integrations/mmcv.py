@@ -27,7 +27,7 @@ __all__ = ["patch", "unpatch"]
 MMCV_MODULE = "mmcv.ops.multi_scale_deform_attn"
 DETREX_MODULE = "detrex.layers.multi_scale_deform_attn"
 
-#: What takes each replacement back, in the order in which they were made. Empty: not patched.
+#: Functions that undo the replacements, in the order in which these were made. Empty: not patched.
 _undo: list[Callable[[], object]] = []
 
 
@@ -179,7 +179,7 @@ class _InPlaceExtension(_Extension):
 
 
 def _point_sample(original: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`mmcv.ops.point_sample`, which hands to `original` what the operator does not do."""
+    """`mmcv.ops.point_sample` by the operator; other calls go to `original`."""
 
     @functools.wraps(original)
     def point_sample(input: Tensor, points: Tensor, align_corners: bool = False, **kwargs: Any) -> Tensor:
@@ -275,7 +275,7 @@ def _take_back() -> None:
 
 
 def unpatch() -> None:
-    """Put everything back that :func:`patch` replaced, also in modules imported since.
+    """Undo :func:`patch`, also in modules imported since.
 
     Raises:
         RuntimeError: nothing is patched.

@@ -1,4 +1,4 @@
-"""ONNX: the operators as standard ones (GridSample and friends), for onnxruntime and whatever else reads the format."""
+"""Export to ONNX: the operators as standard ones, such as GridSample, for onnxruntime and other runtimes."""
 
 from __future__ import annotations
 
@@ -95,10 +95,10 @@ def export(
 
 @contextmanager
 def _known_to_the_exporter(table: Mapping[Any, Any]) -> Iterator[None]:
-    """Let the exporter decompose these operators with all others, in one pass.
+    """A context in which the exporter decomposes these operators with all others, in one pass.
 
-    A pass of ours before it would fix the strides of what the exporter's then decomposes to other strides, such as
-    PyTorch's attention; and tracing twice takes twice as long.
+    A separate pass before would fix the strides of operators that the exporter then decomposes to other strides, such
+    as PyTorch's attention; and tracing twice takes twice as long.
     """
     known: dict[Any, Any] = torch._decomp.decomposition_table
     known.update(table)
