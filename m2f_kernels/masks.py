@@ -53,7 +53,7 @@ def widen(bits: Tensor, first_key: int, num_keys: int, all_keys: int) -> Tensor:
     moved = F.pad(bits, (skipped, words - skipped - bits.shape[2]))
     if shift:
         before = F.pad(moved, (1, -1)) >> (WORD - shift) & ((1 << shift) - 1)
-        # What leaves the last word of `bits` enters one more; where there is none, it was zero.
+        # Bits shifted out of the last word of `bits` go into one more word; if there is none, they are zero.
         moved = moved << shift | before
     return moved | around
 
@@ -126,7 +126,7 @@ class RunLengths(NamedTuple):
     def from_coco(
         cls, encoded: Sequence[Mapping[str, Any]], size: tuple[int, int] | None = None, name: str = "encoded"
     ) -> RunLengths:
-        """Run lengths of what `pycocotools` and COCO's files have, on the CPU.
+        """Run lengths from the form of `pycocotools` and COCO's files, on the CPU.
 
         Args:
             encoded: for each target `{"size": [H, W], "counts": c}`, all of one size; c is a list of lengths,
@@ -135,7 +135,7 @@ class RunLengths(NamedTuple):
             name: of the argument, in messages.
 
         Raises:
-            ValueError, TypeError: naming the target, what was expected and what came.
+            ValueError, TypeError: bad input; the message names the target, what was expected and what came.
         """
         return cls(*run_lengths.from_coco(encoded, size, name))
 
@@ -155,11 +155,11 @@ class RunLengths(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(T, H, W), that of the dense masks."""
+        """The shape of the dense masks, (T, H, W)."""
         return self.num_targets, self.height, self.width
 
     def padded(self, height: int, width: int) -> RunLengths:
-        """The same masks with background below and to the right, up to a size; the runs are shared."""
+        """The same masks padded with background below and to the right, up to a size. They share the runs."""
         if height < self.height or width < self.width or height * width >= 2**31:
             raise ValueError(
                 f"height, width: expected at least {self.height}, {self.width}, and fewer than 2^31 pixels; "
@@ -177,19 +177,19 @@ class RunLengths(NamedTuple):
 
 
 class Targets(NamedTuple):
-    """Targets of one image as the operators on points take them, checked; see :func:`listed`.
+    """Checked targets of one image, as the operators on points take them; see :func:`listed`.
 
     Attributes:
-        pixels: [T, H, W]: masks; one map of ids, the same for all targets (stride 0); or, where there are runs, nothing
-            but this shape.
-        marks: of a map int64 [T], the ids; of runs int32, :attr:`RunLengths.runs`; of masks None.
+        pixels: [T, H, W]: dense masks; or one map of ids, the same for all targets (stride 0); or, for run lengths, a
+            tensor of which only the shape is used.
+        marks: for a map the ids, int64 [T]; for run lengths :attr:`RunLengths.runs`, int32; for dense masks None.
     """
 
     pixels: Tensor
     marks: Tensor | None = None
 
     def dense(self, rows: Tensor) -> Tensor:
-        """[R, H, W], the masks of some targets, int64 [R]."""
+        """The dense masks [R, H, W] of the targets `rows`, int64 [R]."""
         pixels, marks = self
         if marks is None:
             return pixels[rows]
@@ -200,12 +200,12 @@ class Targets(NamedTuple):
 
 
 def listed(targets: Iterable[Targets]) -> list[Tensor]:
-    """Of each image its pixels [T, H, W] and, after them, its marks, of rank 1, if it has any: an operator's list."""
+    """The list of tensors that operators take: for each image its pixels [T, H, W], then its marks, of rank 1, if any."""
     return [x for target in targets for x in target if x is not None]
 
 
 def grouped(tensors: Sequence[Tensor]) -> list[Targets]:
-    """The inverse."""
+    """The inverse of :func:`listed`."""
     found: list[Targets] = []
     for x in tensors:
         if x.dim() == 1 and found:

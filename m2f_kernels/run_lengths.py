@@ -1,7 +1,7 @@
-"""Run lengths of masks: COCO's forms read, and masks encoded and decoded. What :class:`m2f_kernels.RunLengths` holds.
+"""The run lengths that :class:`m2f_kernels.RunLengths` holds: reading COCO's forms, encoding and decoding masks.
 
-COCO counts pixels column by column, in runs that are background and foreground by turns, background first. Kept is
-where each run ends, so that a pixel is foreground where an odd number of runs end at it or before it.
+COCO counts pixels column by column, in runs that alternate between background and foreground, background first. This
+module stores the end of each run, so that a pixel is foreground if an odd number of runs end at it or before it.
 """
 
 from __future__ import annotations
@@ -79,8 +79,9 @@ def _counts(name: str, counts: Any) -> np.ndarray[Any, Any]:
 def _decompress(name: str, text: bytes) -> np.ndarray[Any, Any]:
     """Lengths of COCO's compressed form.
 
-    A number is written in groups of five bits, the lowest first, each a character from '0' on; bit 5 says that another
-    one follows, and bit 4 of the last one is the sign. From the fourth number on, the one before the last is taken off.
+    A number is written in groups of five bits, the lowest first, each a character from '0' on; bit 5 is set if another
+    one follows, and bit 4 of the last one is the sign. From the fourth number on, each is a difference to the number
+    two before.
     """
     groups = np.frombuffer(text, np.uint8).astype(np.int64) - ord("0")
     if not len(groups):
@@ -103,14 +104,14 @@ def _decompress(name: str, text: bytes) -> np.ndarray[Any, Any]:
 
 
 def _ends(counts: np.ndarray[Any, Any], size: tuple[int, int], name: str) -> np.ndarray[Any, Any]:
-    """Where runs end, without those of no pixels between others."""
+    """The ends of runs, without empty runs between others."""
     pixels = size[0] * size[1]
     if len(counts) and counts.min() < 0:
         raise ValueError(f"{name}: expected lengths of at least 0; got {counts.min()}")
     if counts.sum() != pixels:
         raise ValueError(f"{name}: expected lengths that sum to {pixels}, {size[0]} * {size[1]}; got {counts.sum()}")
     ends, times = np.unique(np.cumsum(counts), return_counts=True)
-    ends = ends[(times % 2 == 1) & (ends < pixels)]  # what ends twice at one pixel changes nothing there
+    ends = ends[(times % 2 == 1) & (ends < pixels)]  # two ends at one pixel cancel each other
     return np.concatenate([ends, [pixels] * (2 - len(ends) % 2)])
 
 
@@ -148,7 +149,7 @@ def _ends_of_mask(mask: Tensor) -> Tensor:
     if len(columns):
         left, right = int(columns[0]), int(columns[-1]) + 1
         pixels = (mask[:, left:right] != 0).T.flatten()
-        # Before and behind these columns is background.
+        # Outside of these columns is background.
         around = F.pad(pixels, (1, 1))
         changes = (around[1:] != around[:-1]).nonzero()[:, 0].int() + left * height
         changes = changes[: len(changes) - int(right == width and bool(pixels[-1]))]
@@ -171,7 +172,7 @@ def decode(runs: Tensor, count: int, height: int, width: int) -> Tensor:
 
 
 def look_up(runs: Tensor, count: int, targets: Tensor, row: Tensor, column: Tensor) -> Tensor:
-    """Whether pixels (row, column), none of them negative, are foreground of some targets; false outside the masks.
+    """True for pixels (row, column), none of them negative, that are foreground of `targets`; False outside the masks.
 
     Args:
         runs, count: of a `RunLengths`.
@@ -187,7 +188,7 @@ def look_up(runs: Tensor, count: int, targets: Tensor, row: Tensor, column: Tens
 
 
 def problem(runs: Tensor, count: int, height: int, width: int) -> str | None:
-    """What the runs of a `RunLengths` on the CPU lack; None where kernels can rely on them."""
+    """The fault of a `RunLengths`' runs on the CPU, in words; None if kernels can rely on them."""
     numbers = runs.numpy()
     column, firsts, ends = int(numbers[0]), numbers[1 : count + 2], numbers[count + 2 :]
     if not 1 <= column <= height:

@@ -1,7 +1,7 @@
-"""Models of Hugging Face `transformers` on fused operators, in one line, and back.
+"""Runs models of Hugging Face `transformers` on fused operators: `accelerate` and `restore`, `patch` and `unpatch`.
 
-`accelerate` changes a model that exists, `patch` the classes before models are made of them. Parameters, their names
-and what a model returns stay; memory and time change. `transformers` itself is imported only when one of these
+`accelerate` changes an existing model, `patch` the classes of which models are made. Parameters, their names
+and the outputs stay the same; memory and time change. `transformers` is imported only when one of these
 functions is called.
 """
 
@@ -33,7 +33,7 @@ class Entry:
     """A module of the model, or a class.
 
     Attributes:
-        name: where the module is in the model, or the class's name.
+        name: the module's path in the model, or the class's name.
         cls: name of its class.
         text: what replaced it, or why it was left alone.
     """
@@ -51,10 +51,10 @@ class Report:
         replaced: modules that were replaced.
         left: modules of known classes that were left alone, each with the reason.
         already: modules that had been replaced before.
-        unserved: operators that have no kernel where the model is now, for its dtype, and what would change that.
-            Modules ask at every call, and call what they replaced where no kernel serves.
-        modules: the modules of `replaced`, to be given back at the end of a `with` block.
-        graphs: what `model.forward` was replaced by, where CUDA graphs were asked for.
+        unserved: operators without a kernel for the model's present device and dtype, each with the reason. The modules
+            choose at every call, and run the original code where no kernel serves.
+        modules: the modules of `replaced`, to be restored at the end of a `with` block.
+        graphs: the replacement of `model.forward`, if `cuda_graphs` was given.
     """
 
     replaced: tuple[Entry, ...]

@@ -25,7 +25,7 @@ FAMILIES = ("deformable", "eomt", "mask2former", "oneformer")
 if TYPE_CHECKING:
     Mixin = nn.Module
 else:
-    #: What mixins derive from: nothing. The original class comes after them, and is a module, as mypy is told.
+    #: The base of mixins: none. The original class follows them and is a module, which mypy has to be told.
     Mixin = object
 
 
@@ -37,8 +37,8 @@ class Replacement:
         mixin: a class at module level. Nothing may be set on an instance when it is accelerated. A class can also be
             accelerated before it has instances, so the mixin itself takes `super()` for those that `check` refuses.
         what: one line for the report.
-        check: why this instance is left alone; None where it is replaced.
-        ops: the operators that have to have a kernel where it runs; otherwise it calls the original at call time.
+        check: returns the reason why an instance is left alone, or None if it is replaced.
+        ops: operators that need a kernel on the device of a call; without one that call runs the original code.
     """
 
     mixin: type
@@ -218,7 +218,7 @@ def _set_class(module: nn.Module, cls: Any) -> None:
 
 
 def swap_back(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Undo :func:`swap` where it was done; returns what cannot be: instances of classes derived since."""
+    """Undoes :func:`swap`. Returns the modules for which it cannot: instances of classes derived since."""
     stuck: list[nn.Module] = []
     for module in modules:
         cls: Any = type(module)
@@ -263,9 +263,9 @@ def known_classes(families: Iterable[str] = ()) -> Iterator[tuple[str, type, Rep
 
 
 def rename(old: type, new: type) -> bool:
-    """Let that name in transformers' modules which means class `old` mean `new`; returns whether there was one.
+    """Binds the name of class `old` in transformers' modules to `new`. Returns True if there was one.
 
-    All modules, since packages keep the classes of their modules once someone asked for them.
+    In all modules, since packages cache the classes of their modules after the first access.
     """
     renamed = False
     for module_name, module in list(sys.modules.items()):
@@ -277,5 +277,5 @@ def rename(old: type, new: type) -> bool:
 
 
 def patched_classes() -> list[tuple[type, _Pair]]:
-    """The accelerated classes that exist, each with what it is made of."""
+    """The accelerated classes that exist, each with its mixin and original."""
     return list(_PAIRS.items())

@@ -1,8 +1,8 @@
 """Multi-scale deformable attention of every family in `transformers`.
 
-The attention modules are replaced whole: softmax and sampling locations happen inside the kernel, and the sizes of the
-levels are taken as integers where the family has them, so that a GPU is not waited for. What a family does besides
-(projections, position embeddings, padding) is done as in the original.
+Whole attention modules are replaced: softmax and sampling locations are computed inside the kernel, and the sizes of
+the levels are taken as integers where the family has them, which avoids a synchronisation. The rest (projections,
+position embeddings, padding) is as in the original.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, plan
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
 from m2f_kernels.ops.ms_deform_attn.levels import MAX_LEVELS
 
-#: What the attention modules' `forward` takes in the supported versions.
+#: Arguments of the attention modules' `forward` in the supported versions.
 _PARAMETERS = {
     "self",
     "hidden_states",
@@ -39,10 +39,10 @@ _PARAMETERS = {
 }
 
 
-#: Set while a module around layers that do not hand on the flag for the weights runs with it.
+#: True while a module runs with `output_attentions` whose layers do not pass that flag on.
 _ASKED: ContextVar[bool] = ContextVar("m2f_weights_asked", default=False)
 
-#: What transformers 5 calls the hooks that record outputs.
+#: The name of the hooks by which transformers 5 records outputs.
 _RECORDING_HOOK = "output_capturing_hook"
 
 
@@ -81,7 +81,7 @@ class _Attention(Mixin):
     output_proj: nn.Module
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
-        # In the fused operator's graph there are no weights that could have a gradient.
+        # The fused operator has no weights in autograd's graph, so they would have no gradient.
         differentiated = torch.is_grad_enabled() and self._m2f_weights_asked(kwargs)
         if args or differentiated or not self._m2f_fusable(kwargs):
             return super().forward(hidden_states, *args, **kwargs)
@@ -101,7 +101,7 @@ class _Attention(Mixin):
             points_per_level=points,
             offset_scale=self._m2f_offset_scale(),
         )
-        # The weights are no by-product of the kernel; only those who look get them.
+        # The kernel does not produce the weights; they are computed only where they are seen.
         looked_at = self._m2f_always_weights or kwargs.get("output_attentions") or self._forward_hooks
         return self._m2f_project(out), self._m2f_weights(logits) if looked_at else None
 
@@ -109,7 +109,7 @@ class _Attention(Mixin):
         """True if the caller asked for attention weights."""
         if kwargs.get("output_attentions"):
             return True
-        # transformers 5 records outputs by hooks that stay; they do something while this is set.
+        # transformers 5 records outputs by hooks that stay registered; they are active while this is set.
         recording = sys.modules.get("transformers.utils.output_capturing")
         # By name, since the hooks are made in a function.
         own = [hook for hook in self._forward_hooks.values() if getattr(hook, "__name__", "") != _RECORDING_HOOK]
@@ -136,7 +136,7 @@ class _Attention(Mixin):
         return value.unflatten(-1, (self.n_heads, -1))
 
     def _m2f_padding(self, mask: Tensor) -> Tensor:
-        """True at padding, [N, S]; what a family calls its mask is True at pixels."""
+        """The padding mask, bool [N, S], True at padding. The family's own mask is True at pixels."""
         return ~mask
 
     def _m2f_project(self, out: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ class DetectorAttention(_Attention):
 
 
 class WeightedDetectorAttention(DetectorAttention):
-    """Grounding DINO's and OmDet-Turbo's: their layers drop the flag for the weights, and return them to who set it."""
+    """Grounding DINO's and OmDet-Turbo's: their layers return the weights, but do not pass on the flag for them."""
 
     _m2f_always_weights = True
 
@@ -183,7 +183,7 @@ class _ScaledAttention(_Attention):
         raise NotImplementedError
 
     def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
-        # The original's broadcasting has no meaning but for one box per query.
+        # The original's broadcasting is meaningful for one box per query only.
         return (
             super()._m2f_fusable(kwargs)
             and self._m2f_method() == "default"
@@ -231,7 +231,7 @@ class UnprojectedAttention(_ScaledAttention):
 
 
 class Core(Mixin):
-    """`MultiScaleDeformableAttention`, for modules around it that are not known here."""
+    """`MultiScaleDeformableAttention` itself, for unknown modules around it."""
 
     def forward(
         self,
@@ -277,7 +277,7 @@ def _check_parameters(module: nn.Module, known: set[str]) -> str | None:
 
 
 def _check_core(module: nn.Module) -> str | None:
-    """The core that the fused path stands for has to be the one of transformers."""
+    """The reason why a module's core is not the one of transformers that the fused path replaces, or None."""
     core = getattr(module, "attn", None)
     if core is None:
         function: Any = getattr(module, "ms_deformable_attn_core", None)

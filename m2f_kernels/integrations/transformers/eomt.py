@@ -2,7 +2,7 @@
 
 In the last blocks of these encoders queries are tokens among others; in training they attend to patches under the mask
 that they predict, and all other pairs are open. The published model writes that mask for all pairs of tokens and every
-head, in floating point; here the bits of the queries' patches are all there is.
+head, in floating point; here the mask is one bit per query and patch.
 
 VidEoMT has the same blocks and loss, but its `forward` neither masks nor trains: only the loss is replaced.
 """
@@ -39,7 +39,7 @@ _MODULES = {
 
 
 class QueryMask(NamedTuple):
-    """The mask of a block: of the first tokens, for those from `first_key` on."""
+    """The mask of a block: its rows are the first tokens, its keys the tokens from `first_key` on."""
 
     packed: PackedMask
     first_key: int
@@ -148,7 +148,7 @@ class ForUniversalSegmentation(Mixin):
         served = kernels_serve(DECODER_OPS, next(self.parameters()))
         if pixel_values is None or not served or not self._m2f_fusable(kwargs):
             return super().forward(*given, **kwargs)
-        # The original's decorator: it collects hidden states and makes a tuple where that is asked for.
+        # The original's decorator, which collects hidden states and returns a tuple if asked to.
         captured = sys.modules[_MODULES[self._m2f_family]].capture_outputs(_forward)
         return captured(self, *given, **kwargs)
 
@@ -173,7 +173,7 @@ class ForUniversalSegmentation(Mixin):
         return list(self.layers)[self.num_hidden_layers - self.config.num_blocks :]
 
     def _m2f_embed(self, pixel_values: Tensor) -> tuple[Tensor, dict[str, Any]]:
-        """The tokens before the first block, and what every block gets besides."""
+        """The tokens before the first block, and the further arguments of every block."""
         return self.embeddings(pixel_values), {}
 
     def _m2f_predict(self, tokens: Tensor) -> tuple[Tensor, FactoredMasks]:
@@ -260,7 +260,7 @@ def _forward(
 def _loss(
     model: Any, outputs: list[tuple[Tensor, FactoredMasks]], logits: Tensor, mask_labels: Any, class_labels: Any
 ) -> Tensor:
-    """The sum over all outputs: in one call where the criterion knows factored masks, else one by one as published."""
+    """The loss, summed over all outputs: in one call if the criterion takes factored masks, else one by one."""
     # Hooks of the criterion see one call per output, with logits.
     fused = isinstance(model.criterion, mask2former.Criterion) and not observed(model.criterion)
     predictions: list[dict[str, Any]] = [

@@ -1,7 +1,7 @@
-"""Mask2Former of `transformers`: attention masks, masked attention, losses, and no logits that nobody asked for.
+"""Mask2Former of `transformers`: attention masks, masked attention, losses. Mask logits are computed only if needed.
 
-The decoder predicts masks as their two factors. Where a caller above asks for that (`factored=True`, an argument that
-only these classes have), they travel up as such, and only what is returned or supervised is ever multiplied.
+The decoder predicts masks as their two factors. With `factored=True`, an argument that only these classes have, it
+returns the factors, so that only masks that are returned or supervised are multiplied.
 """
 
 from __future__ import annotations
@@ -261,7 +261,7 @@ class Decoder(Mixin):
 
 
 class TransformerModule(Mixin):
-    """`forward` of the module around the decoder, which hands `factored` on."""
+    """`forward` of the module around the decoder, which passes `factored` on."""
 
     # Attributes of the original class.
     num_feature_levels: int
@@ -360,7 +360,7 @@ class Model(Mixin):
 class Criterion(Mixin):
     """`forward` of the loss: masks may be factored, and may be of any floating dtype."""
 
-    #: The matcher whose work is done here too.
+    #: The matcher that this class replaces, too.
     _m2f_matcher = _MATCHER
 
     # Attributes of the original class.
@@ -396,7 +396,7 @@ class Criterion(Mixin):
 
 
 class ForUniversalSegmentation(Mixin):
-    """`forward` of the model with heads: logits of the last output alone, unless the auxiliary ones are asked for."""
+    """`forward` of the model with heads: mask logits of the last output, and of the others on request."""
 
     # Attributes of the original class.
     config: Any

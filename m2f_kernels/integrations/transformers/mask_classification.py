@@ -23,10 +23,10 @@ from m2f_kernels.ops.point_loss import Given
 #: Masks of one decoder output: factored, or logits [N, Q, h, w] where something needed them.
 Masks = Tensor | FactoredMasks
 
-#: What is replaced, for the report.
+#: The replaced parts, in words for the report.
 ATTENTION = "masked attention from a packed mask, scores never written"
 MASKS = "attention masks from resized features, one product for keys and values of the layers that share a level"
-#: Why a decoder takes the original's way in training.
+#: The reason why a decoder runs the original code in training.
 DROPPED = "attention weights or activations are dropped out in training"
 LOSSES = "matching and losses from factored masks at sampled points"
 
@@ -56,7 +56,7 @@ def attention_problem(attention: nn.Module, gathered: bool = True) -> str | None
     """The reason why an attention module cannot be computed from its weights alone, or None.
 
     Args:
-        gathered: False for one whose weights are put together only when the layer around it runs.
+        gathered: False if its weights are gathered only when the layer around it runs.
     """
     # By name: torch.export traces with classes derived from it that bear its name.
     if (name := qualified_name(type(attention))) != qualified_name(nn.MultiheadAttention):
@@ -65,7 +65,7 @@ def attention_problem(attention: nn.Module, gathered: bool = True) -> str | None
     weight, channels = attention.in_proj_weight, attention.embed_dim
     if attention.batch_first or attention.bias_k is not None or attention.add_zero_attn:
         return "its attention has batch_first, add_bias_kv or add_zero_attn"
-    # Anything else is a shard of the parameter, which only the module's own call would put together.
+    # Anything else is a shard of the parameter, which only the module's own call would gather.
     sharded = gathered and hasattr(weight, "to_local")
     if weight is None or tuple(weight.shape) != (3 * channels, channels) or sharded:
         return "its attention's projections are sharded or of different sizes"
@@ -77,7 +77,7 @@ def attention_problem(attention: nn.Module, gathered: bool = True) -> str | None
 def gathers(*modules: nn.Module) -> bool:
     """True if one of these modules gathers its parameters when it is called, and may free them afterwards (FSDP2).
 
-    Before its call they may be there all the same, from the last call: nothing that reads them then has their gradient.
+    Before its call they may still be there from the last call, but code that reads them then gets no gradient.
     """
     # Where the class does not exist, nobody has sharded anything with it.
     sharded: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
@@ -158,7 +158,7 @@ def project_levels(
 ) -> list[Memory]:
     """The memory of every layer; layer i attends to level i modulo the number of levels.
 
-    `themselves` says which of the layers project for themselves.
+    `themselves` is True for layers that project for themselves.
     """
     found = [
         Memory(pixels=levels[i % len(levels)], positions=positions[i % len(levels)]) for i in range(len(attentions))
@@ -226,7 +226,7 @@ def layers_problem(layers: Iterable[nn.Module], mixin: type) -> str | None:
 
 
 def warn_unfused(module: nn.Module, reason: str) -> None:
-    """Say once for each reason that a replaced module takes the original's way."""
+    """Warns, once for each reason, that a replaced module runs the original code."""
     if not torch.compiler.is_compiling():
         warnings.warn(f"{type(module).__name__} runs as in transformers: {reason}", RuntimeWarning, stacklevel=3)
 
@@ -241,7 +241,7 @@ def matcher_problem(criterion: Any, matcher: str) -> str | None:
 
 
 class _Criterion(PointMaskCriterion):
-    """The losses as `transformers` computes them, whose module `published` is: unweighted, and its normaliser."""
+    """The losses as the module `published` of `transformers` computes them: unweighted, with its normaliser."""
 
     def __init__(self, published: Any, num_labels: int) -> None:
         matcher = published.matcher
@@ -308,9 +308,9 @@ def _pad(targets: TargetMasks, height: int, width: int) -> TargetMasks:
         return targets._replace(pixels=pixels.new_empty(0, height, width)) if not count else targets
     if marks is None:
         return TargetMasks(F.pad(pixels, (0, width - w, 0, height - h)))
-    if marks.dtype == torch.int32:  # outside the size that runs know of is background
+    if marks.dtype == torch.int32:  # background outside of the runs' own size
         return TargetMasks(pixels[:1, :1, :1].expand(count, height, width), marks)
-    # Around a map is an id that no target has.
+    # The padding of a map is an id that no target has.
     padded = (marks.amin() - 1).expand(height, width).clone()
     padded[:h, :w] = pixels[0]
     return TargetMasks(padded.expand(count, -1, -1), marks)

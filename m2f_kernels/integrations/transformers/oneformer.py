@@ -1,7 +1,7 @@
-"""OneFormer of `transformers`: attention masks, masked attention, losses, and no logits that nobody looks at.
+"""OneFormer of `transformers`: attention masks, masked attention, losses. Mask logits are computed only if needed.
 
-OneFormer returns the predictions of all decoder outputs, asked or not. The masks of the earlier ones are multiplied out
-when someone looks at them (:class:`AuxiliaryPrediction`). Text encoder and contrastive loss are the original's.
+OneFormer always returns the predictions of all decoder outputs. The masks of the earlier ones are multiplied at first
+access (:class:`AuxiliaryPrediction`). Text encoder and contrastive loss are the original's.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ _MASKS = "masks_queries_logits"
 class AuxiliaryPrediction(dict[str, Any]):
     """{"class_queries_logits": [N, Q, num_labels + 1], "masks_queries_logits": [N, Q, h, w]} of a decoder output.
 
-    A dictionary whose masks exist from the first look at them on. Copying and pickling look.
+    A dictionary whose masks are computed at first access. Copying and pickling access them.
     """
 
     factors: FactoredMasks | None = None
@@ -121,7 +121,7 @@ _pytree.register_pytree_node(
 
 
 def masks_of(prediction: dict[str, Any]) -> Masks:
-    """The masks of an auxiliary prediction, factored where they still are."""
+    """The masks of an auxiliary prediction: factored if they have not been multiplied yet."""
     factors = prediction.factors if isinstance(prediction, AuxiliaryPrediction) else None
     masks: Masks = prediction[_MASKS] if factors is None else factors
     return masks
@@ -473,7 +473,7 @@ def check_layer(layer: Any) -> str | None:
 
 
 def check_cross_attention(layer: Any) -> str | None:
-    # Whether the weights of a sharded layer are there is asked when it runs.
+    # A sharded layer's weights are checked when it runs.
     return attention_problem(layer.multihead_attn, gathered=False)
 
 

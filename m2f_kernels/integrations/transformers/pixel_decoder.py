@@ -19,14 +19,14 @@ _FFN_ROWS = 1024
 
 _CONSTANTS = ConstantCache(64)
 
-#: What is replaced, for the report.
+#: The replaced parts, in words for the report.
 POSITIONS = "sine positions of a row and a column, not of every pixel"
 ENCODER_LAYER = "encoder layer with fewer copies"
 PIXEL_DECODER = "no masks of padding that is not there, feature maps in one layout"
 
 
 class PositionEmbedding(Mixin):
-    """`forward` of the sine embedding: a row's half depends on the row alone and a column's on the column alone."""
+    """`forward` of the sine embedding: one half depends on the row only, the other on the column only."""
 
     def forward(self, shape: torch.Size, device: Any, dtype: torch.dtype, mask: Tensor | None = None) -> Tensor:
         if mask is not None:
@@ -49,7 +49,7 @@ class PositionEmbedding(Mixin):
 
 
 class _Clamp(torch.autograd.Function):
-    """Clamps in place, and keeps what comes out: what the next layer keeps, too."""
+    """Clamps in place, and saves its output for backward, which the next layer saves, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
@@ -66,11 +66,11 @@ class _Clamp(torch.autograd.Function):
 
 
 def clamp_overflow(x: Tensor, in_place: bool) -> Tensor:
-    """`x`, and where any of it is infinite or NaN all of it clamped, as the original does; without asking the host."""
+    """`x`, all of it clamped if any of it is infinite or NaN, as in the original; without a synchronisation."""
     largest = torch.finfo(x.dtype).max
     limit = largest - 1000
     if in_place and limit == largest and plain(x) and x.grad_fn is not None:
-        # Finite numbers stay as they are.
+        # Finite numbers are unchanged.
         clamped: Tensor = _Clamp.apply(x, limit)
         return clamped
     return torch.where(x.isfinite().all(), x, x.clamp(-limit, limit))
@@ -94,7 +94,7 @@ class EncoderLayer(Mixin):
     ) -> tuple[Tensor, ...]:
         if args or self.activation_fn is not F.relu:
             return super().forward(hidden_states, attention_mask, *args, **kwargs)
-        # OneFormer drops out where its configuration says that it is trained, whatever mode the module is in.
+        # OneFormer applies dropout if its configuration says that it is trained, whatever the module's mode.
         training = bool(getattr(self, "is_training", self.training))
         attended, weights = self.self_attn(
             hidden_states=hidden_states,
@@ -106,11 +106,11 @@ class EncoderLayer(Mixin):
         hidden_states = self.self_attn_layer_norm(hidden_states + F.dropout(attended, self.dropout, training))
         hidden_states = self.final_layer_norm(hidden_states + self._m2f_feed_forward(hidden_states, training))
         if training:
-            # What a hook has kept is not to be changed.
+            # A hook may have kept this tensor, so it must not be changed.
             hidden_states = clamp_overflow(hidden_states, in_place=not watched(self.final_layer_norm))
         if not kwargs.get("output_attentions"):
             return (hidden_states,)
-        # Mask2Former hands the weights on transposed.
+        # Mask2Former returns the weights transposed.
         return hidden_states, weights if hasattr(self, "is_training") else weights.transpose(1, 0)
 
     def _m2f_feed_forward(self, x: Tensor, training: bool) -> Tensor:
@@ -118,7 +118,7 @@ class EncoderLayer(Mixin):
             # A hook sees one call, of what the original passes on; it may keep it, so nothing is in place.
             hidden = F.dropout(F.relu(self.fc1(x)), self.activation_dropout, training)
             return F.dropout(self.fc2(hidden), self.dropout, training)
-        # Rows, since in place on a view costs the backward pass two copies.
+        # Row by row: an in-place operation on a view would cost the backward pass two copies.
         rows = x.flatten(0, 1)
         whole = x.device.type != "cpu" or training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         parts = [rows] if whole else rows.split(_FFN_ROWS)
@@ -130,7 +130,7 @@ class EncoderLayer(Mixin):
 
 
 class PixelDecoder(Mixin):
-    """`forward` of the pixel decoder around the encoder. Its images have no padding, so it makes no masks of it."""
+    """`forward` of the pixel decoder around the encoder. Images have no padding, so there is no padding mask."""
 
     # Attributes of the original classes.
     config: Any
@@ -168,7 +168,7 @@ class PixelDecoder(Mixin):
         for feature, (lateral, output) in zip(
             features[: self.num_fpn_levels][::-1], self._m2f_convolutions(), strict=True
         ):
-            # Convolutions, norms and resizing each have a layout of their own; left to themselves they copy more.
+            # Convolutions, norms and resizing prefer different memory layouts; one layout for all saves copies.
             current = lateral(feature.contiguous())
             finer = F.interpolate(maps[-1].contiguous(), size=current.shape[-2:], mode="bilinear", align_corners=False)
             in_place = not (torch.is_grad_enabled() or watched(lateral) or watched(lateral[-1]))
