@@ -200,7 +200,7 @@ class Targets(NamedTuple):
 
 
 def listed(targets: Iterable[Targets]) -> list[Tensor]:
-    """The list of tensors that operators take: for each image its pixels [T, H, W], then its marks, of rank 1, if any."""
+    """The list of tensors that operators take: for each image its pixels [T, H, W], then its marks, of rank 1."""
     return [x for target in targets for x in target if x is not None]
 
 
