@@ -167,6 +167,12 @@ class PointMaskCriterion(nn.Module):
         classes = self._class_losses(batch, arrived[0].view(outputs, n, q))
         return Unweighted(classes, self._mask_losses(batch, indices, arrived[1:]))
 
+    def mask_sums(self, batch: Batch, indices: Indices) -> Tensor:
+        """Unweighted sums over matched masks alone, cross-entropy and dice of each output: [2, L]."""
+        rows = [x for group in batch.groups for x in _matched_rows(batch, group, indices)]
+        arrived = to_device(torch.cat(rows), batch.device).split([len(x) for x in rows])
+        return self._mask_losses(batch, indices, arrived)
+
     def _class_losses(self, batch: Batch, position: Tensor) -> Tensor:
         """[L], the weighted mean over all queries of all images."""
         outputs, n, q, classes = batch.class_logits.shape

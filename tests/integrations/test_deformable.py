@@ -257,7 +257,7 @@ def test_discrete_sampling_of_a_patched_class():
         before = model(**family.inputs())
         for module in model.modules():
             if (plan := _swap.plan(module)) is not None:
-                _swap.swap(module, plan.replacement)
+                _swap.swap(module, plan.mixin)
                 assert isinstance(module, _swap._Accelerated)
         after = model(**family.inputs())
     assert torch.equal(before.logits, after.logits)

@@ -197,7 +197,8 @@ def test_criterion_left_alone(name, pixels, fixed_points, generator):
     model, accelerated = both(name)
 
     class Matcher(type(model.criterion.matcher)):
-        pass
+        def forward(self, masks, *rest):
+            return super().forward(masks, *rest)
 
     for one in (model, accelerated):
         one.criterion.matcher.__class__ = Matcher

@@ -347,6 +347,7 @@ def test_wrapped_attention(inputs):
         assert_same(model(**inputs), accelerated(**inputs))
 
 
+@pytest.mark.usefixtures("fixed_points")
 def test_another_matcher(inputs, texts, generator):
     model, accelerated = both("no_auxiliary_loss", use_auxiliary_loss=True, is_training=True)
 

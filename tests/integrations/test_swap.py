@@ -316,6 +316,21 @@ def test_patch(model, patched):
     assert torch.equal(outputs(FAMILY.make()), expected)
 
 
+def test_patch_checks_what_is_made(patched):
+    """What `accelerate` would leave alone is made by the patched class as published, and is one of its instances."""
+    family = FAMILIES["rt_detr"]
+    name = "RTDetrMultiscaleDeformableAttention"
+    attention = getattr(modeling("rt_detr"), name)
+    levels = dict.fromkeys(("n_levels", "num_feature_levels"), 17)
+    config = family.config(lambda name: getattr(transformers, name))
+    vars(config).update(levels)
+    made = attention(config, num_heads=2, n_points=1)
+    assert type(made).__name__ == name
+    assert made not in accelerated_modules(made)
+    assert isinstance(made, attention)
+    assert "17 levels" in m2f_kernels.accelerate(nn.ModuleList([made, family.make()])).report.left[0].text
+
+
 def test_patch_initialises_alike(patched):
     """The original sets the offsets' biases by the class of the module."""
     config = FAMILY.config(lambda name: getattr(transformers, name))

@@ -93,7 +93,7 @@ def fix_points(set_attribute, module=None, loss="Mask2FormerLoss"):
         own = points[: sum(counts[1:])].expand(len(masks.rows), -1, -1)
         if isinstance(masks.masks, m2f_kernels.FactoredMasks):
             return point_loss.factored_loss(masks, targets, target_rows, own, None, (0, 0, 0))
-        return point_loss.loss_of_planes(masks.planes, masks.rows, targets, target_rows, own)
+        return point_loss.loss_of_planes(masks.planes, masks.rows, targets, target_rows, own, masks.counts)
 
     def theirs(self, logits, uncertainty, count, *_):
         return points[:count].expand(logits.shape[0], -1, -1)

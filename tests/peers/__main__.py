@@ -47,13 +47,14 @@ def run(tests: list[str], peers: Path, patched: bool, extra: list[str]) -> dict[
         **os.environ,
         "M2F_PEERS_TESTS": str(peers / "tests"),
         "M2F_PEERS_PATCHED": str(int(patched)),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        # transformers' folder of tests is named as this project's: the plugin is found beside this file.
+        "PYTHONPATH": os.pathsep.join([str(COMMON.parent), str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
     }
     own = tests == [str(COMMON)]
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        plugin = ["-p", "tests.peers.patched"] if patched and not own else []
+        plugin = ["-p", "m2f_patched"] if patched and not own else []
         command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-W", "ignore", "--tb=line", *plugin]
         where = ROOT if own else peers
         done = subprocess.run(
@@ -76,15 +77,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.peers", description=__doc__.partition("\n")[0])
     parser.add_argument("--peers", type=Path, help="a checkout of transformers; else pip's source distribution")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "m2f-peers", help="for the latter")
+    parser.add_argument("--family", action="append", choices=[n for n, f in FAMILIES.items() if f.installed])
     parser.epilog = "All other arguments are pytest's, for example -k EXPRESSION."
     options, extra = parser.parse_known_args()
     peers = options.peers or fetch(options.folder)
     tests = [str(COMMON)]
+    if options.family and not options.peers:
+        extra += ["-k", " or ".join(f"Test_{name}" for name in options.family)]
     if options.peers:
         paths = [
             peers / "tests" / "models" / name / f"test_modeling_{name}.py"
-            for name, f in FAMILIES.items()
-            if f.installed
+            for name in options.family or [n for n, f in FAMILIES.items() if f.installed]
         ]
         tests = [str(path) for path in paths if path.exists()]
         if not tests:

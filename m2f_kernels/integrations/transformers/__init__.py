@@ -147,10 +147,10 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
         if plan.reason is not None:
             left.append(Entry(name, cls, plan.reason))
         elif plan.already:
-            already.append(Entry(name, cls, plan.replacement.what))
+            already.append(Entry(name, cls, plan.replacement.partly(module) or plan.replacement.what))
         else:
-            replaced.append(Entry(name, cls, plan.replacement.what))
-            _swap.swap(module, plan.replacement)
+            replaced.append(Entry(name, cls, plan.replacement.partly(module) or plan.replacement.what))
+            _swap.swap(module, plan.mixin)
             swapped.append(module)
     report = Report(tuple(replaced), tuple(left), tuple(already), _unserved(model, ops), tuple(swapped))
     if not (replaced or left or already):

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
+from m2f_kernels.integrations.transformers import _copies as copies
+from m2f_kernels.integrations.transformers._copies import calls_super, methods_of, parameters, same_function
+
 #: Modules beside this one, each with a `REPLACEMENTS`.
 FAMILIES = ("deformable", "eomt", "mask2former", "oneformer")
 
@@ -39,12 +42,18 @@ class Replacement:
         what: one line for the report.
         check: returns the reason why an instance is left alone, or None if it is replaced.
         ops: operators that need a kernel on the device of a call; without one that call runs the original code.
+        parts: `mixin`, then mixins that replace fewer methods. Where there are any, classes that override methods or
+            are copies in other packages run the parts that they have left as they were; `_m2f_changed` of the
+            accelerated class names the others.
+        partly: `what` of an instance that runs some parts only; None where it runs all.
     """
 
     mixin: type
     what: str
     check: Callable[[nn.Module], str | None] = lambda module: None
     ops: tuple[str, ...] = ()
+    parts: tuple[type, ...] = ()
+    partly: Callable[[nn.Module], str | None] = lambda module: None
 
 
 @cache
@@ -64,6 +73,13 @@ def replacements() -> dict[str, Replacement]:
 
 class _Accelerated:
     """The base of every accelerated class: gives it its name in `repr`, and lets instances be pickled."""
+
+    #: Methods of the published class that this class has otherwise, where its replacement has parts.
+    _m2f_changed: frozenset[str] = frozenset()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls._m2f_changed = _changed_methods(cls)
 
     def _get_name(self) -> str:
         return f"Accelerated{type(self).__name__}"
@@ -127,25 +143,51 @@ def _original(cls: type) -> type:
     return _PAIRS[cls].original if cls in _PAIRS else cls
 
 
+#: A name in the accelerated classes themselves, not in what derives from them.
+_MADE = "_m2f_made"
+
+
 @cache
 def _metaclass(of: type) -> type:
     """The metaclass of accelerated classes: instances of the original class count as instances of the accelerated one.
 
-    So `isinstance` still holds for modules that were made before a name was patched."""
+    So `isinstance` still holds for modules that were made before a name was patched. What is made by a patched class is
+    of the original one where `accelerate` would leave it alone."""
 
     def instance_check(cls: type, instance: object) -> bool:
         return type.__instancecheck__(cls, instance) or (cls in _PAIRS and isinstance(instance, _PAIRS[cls].original))
 
-    return type(of.__name__, (of,), {"__instancecheck__": instance_check})
+    def make(cls: type, *args: Any, **kwargs: Any) -> Any:
+        made = of.__call__(cls, *args, **kwargs)
+        # Of a patched class: an instance that accelerate() would leave alone is one of the original class.
+        if type(made) in _PAIRS and (found := plan(made)) is not None and found.reason is not None:
+            _set_class(made, _PAIRS[type(made)].original)
+        return made
+
+    return type(of.__name__, (of,), {"__instancecheck__": instance_check, "__call__": make})
 
 
 @cache
 def accelerated_class(mixin: type, original: type) -> type:
     """The class of accelerated instances of `original`; always the same one."""
-    names = {"__module__": original.__module__, "__qualname__": original.__qualname__, "__doc__": original.__doc__}
-    made: type = _metaclass(type(original))(original.__name__, (mixin, _Accelerated, original), names)
+    names = {
+        "__module__": original.__module__,
+        "__qualname__": original.__qualname__,
+        "__doc__": original.__doc__,
+        _MADE: True,
+    }
+    base = _base(mixin, original)
+    # What a class overrides goes before what is replaced, and its super() is that.
+    bases = (mixin, _Accelerated, original) if base is original else (original, accelerated_class(mixin, base))
+    made: type = _metaclass(type(original))(original.__name__, bases, names)
     _PAIRS[made] = _Pair(mixin, original)
     return made
+
+
+def _base(mixin: type, original: type) -> type:
+    """Above which class in what `original` derives from the mixin belongs: itself, unless the replacement has parts."""
+    known = known_class(original)
+    return known.cls if known is not None and mixin in known.replacement.parts else original
 
 
 def overridden_methods(mixin: type, original: type) -> set[str]:
@@ -175,37 +217,129 @@ def observed(module: nn.Module) -> bool:
     return any(not owner.startswith("torch.distributed.fsdp") for owner in owners)
 
 
+class Known(NamedTuple):
+    """The replacement for a class, found by its name, by that of a class that it derives from, or as a copy.
+
+    Attributes:
+        cls: the published class, or the copy of it.
+        published: its name in transformers.
+        derived: the classes between.
+    """
+
+    cls: type
+    published: str
+    replacement: Replacement
+    derived: tuple[type, ...]
+
+
+def _plain_mro(cls: type) -> list[type]:
+    """The classes that `cls` derives from, and itself, without those made here."""
+    return [x for x in cls.__mro__ if _MADE not in vars(x) and not x.__module__.startswith(f"{__package__}.")]
+
+
+def _known_class(cls: type) -> Known | None:
+    table, mro = replacements(), _plain_mro(cls)
+    for i, base in enumerate(mro):
+        if (replacement := table.get(qualified_name(base))) is not None:
+            return Known(base, qualified_name(base), replacement, tuple(mro[:i]))
+    for i, base in enumerate(mro):
+        for name, replacement in table.items():
+            if any(_copies(base, name, part) for part in replacement.parts):
+                return Known(base, name, replacement, tuple(mro[:i]))
+    return None
+
+
+#: The replacement for a class; None where none is known.
+known_class: Callable[[type], Known | None] = cache(_known_class)
+
+
+def _copies(cls: type, name: str, mixin: type) -> bool:
+    """True if a class has a method of its own that is the published one which the mixin replaces."""
+    for method, replaced in methods_of(mixin).items():
+        own = vars(cls).get(method)
+        # By the names of the arguments first: what is published may not have been imported.
+        if parameters(own) == parameters(replaced) != ():
+            published = published_class(name)
+            if published is not None and same_function(own, vars(published).get(method)):
+                return True
+    return False
+
+
+def published_class(name: str) -> type | None:
+    """The class of that qualified name in transformers, as it is published; None where this version has none."""
+    module, _, own = name.rpartition(".")
+    try:
+        found = getattr(import_module(module), own, None)
+    except ModuleNotFoundError:
+        return None
+    return None if found is None else _original(found)
+
+
+def _changed_methods(cls: type) -> frozenset[str]:
+    known = known_class(cls)
+    published = published_class(known.published) if known is not None and known.replacement.parts else None
+    return frozenset() if published is None else copies.changed_methods(_plain_mro(cls), published)
+
+
+#: The methods of the published class that a class has otherwise; none where its replacement has no parts.
+changed_methods: Callable[[type], frozenset[str]] = cache(_changed_methods)
+
+
 class Plan(NamedTuple):
     """The plan for a module: its replacement, the reason to leave it alone or None, and whether it is accelerated."""
 
     replacement: Replacement
     reason: str | None
     already: bool
+    mixin: type
 
 
 def plan(module: nn.Module) -> Plan | None:
     """The plan for `module`; None if neither its class nor any that it derives from is known."""
-    table, derived = replacements(), []
-    for cls in type(module).__mro__:
-        replacement = table.get(qualified_name(cls))
-        if replacement is not None:
-            break
-        derived.append(cls)
-    else:
+    known = known_class(type(module))
+    if known is None:
         return None
-    methods = overridden_methods(replacement.mixin, _original(cls))
-    for own in derived:
-        if own not in replacement.mixin.__mro__ and (names := sorted(methods & vars(own).keys())):
-            return Plan(replacement, f"the subclass {qualified_name(own)} overrides {', '.join(names)}", False)
-    if names := sorted(methods & vars(module).keys()):
-        return Plan(replacement, f"this instance has its own {', '.join(names)}, set by another package's hook", False)
-    return Plan(replacement, replacement.check(module), isinstance(module, _Accelerated))
+    replacement, already = known.replacement, isinstance(module, _Accelerated)
+    methods = overridden_methods(replacement.mixin, known.cls)
+    mixin: type | None = replacement.mixin
+    reason = None
+    if replacement.parts:
+        mixin = _part(known)
+        if mixin is None:
+            changed = sorted(methods & changed_methods(known.cls))
+            reason = f"its {', '.join(changed)} is not as in transformers"
+    else:
+        for own in known.derived:
+            if names := sorted(methods & vars(own).keys()):
+                reason = f"the subclass {qualified_name(own)} overrides {', '.join(names)}"
+                break
+    if reason is None and (names := sorted(methods & vars(module).keys())):
+        reason = f"this instance has its own {', '.join(names)}, set by another package's hook"
+    if reason is not None:
+        return Plan(replacement, reason, False, replacement.mixin)
+    assert mixin is not None
+    return Plan(replacement, replacement.check(module), already, mixin)
 
 
-def swap(module: nn.Module, replacement: Replacement) -> None:
+def _part(known: Known) -> type | None:
+    """The first part that replaces nothing which the published class or its copy has otherwise."""
+    changed = changed_methods(known.cls)
+    parts = known.replacement.parts
+    return next((part for part in parts if not overridden_methods(part, known.cls) & changed), None)
+
+
+def reaches(module: nn.Module, method: str) -> bool:
+    """True if a call of a method may arrive at what replaces it: whoever overrides it names `super()`."""
+    known = known_class(type(module))
+    if known is None or (part := _part(known)) is None or method not in overridden_methods(part, known.cls):
+        return False
+    return all(calls_super(vars(x)[method]) for x in known.derived if method in vars(x))
+
+
+def swap(module: nn.Module, mixin: type) -> None:
     """Accelerate one module in place."""
     cls: Any = type(module)
-    _set_class(module, accelerated_class(replacement.mixin, cls))
+    _set_class(module, accelerated_class(mixin, cls))
 
 
 def _set_class(module: nn.Module, cls: Any) -> None:

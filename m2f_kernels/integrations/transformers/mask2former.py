@@ -20,13 +20,21 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     DROPPED,
     LOSSES,
     MASKS,
+    MATCHER_OPS,
+    MATCHING,
+    MaskLosses,
     Masks,
+    Matcher,
     Memory,
     attend,
     attention_problem,
+    check_matcher,
+    criterion_left,
+    criterion_partly,
     dense_masks,
     drops,
     gathers,
+    has_own_losses,
     kernels_serve,
     layers_problem,
     logits_of,
@@ -357,8 +365,8 @@ class Model(Mixin):
         )
 
 
-class Criterion(Mixin):
-    """`forward` of the loss: masks may be factored, and may be of any floating dtype."""
+class Criterion(MaskLosses):
+    """`forward` of the loss, and `loss_masks`: masks may be factored, and may be of any floating dtype."""
 
     #: The matcher that this class replaces, too.
     _m2f_matcher = _MATCHER
@@ -378,7 +386,7 @@ class Criterion(Mixin):
         reason = matcher_problem(self, self._m2f_matcher)
         if reason is not None:
             warn_unfused(self, reason)
-        if reason is not None or not losses_served(masks_queries_logits):
+        if reason is not None or has_own_losses(self, bool(auxiliary)) or not losses_served(masks_queries_logits):
             unfused: dict[str, Tensor] = super().forward(
                 logits_of(masks_queries_logits),
                 class_queries_logits,
@@ -446,6 +454,7 @@ class ForUniversalSegmentation(Mixin):
         )
         auxiliary = config.output_auxiliary_logits if output_auxiliary_logits is None else output_auxiliary_logits
         supervised = mask_labels is not None and class_labels is not None
+        takes_factors = takes_factored_masks(self.criterion) and check_model(self) is None
         # Hooks see every call.
         first = 0 if supervised or auxiliary or watched(self.class_predictor) else -1
         states = outputs.transformer_decoder_intermediate_states[first:]
@@ -453,12 +462,12 @@ class ForUniversalSegmentation(Mixin):
         masks: tuple[Masks, ...] = outputs.masks_queries_logits[first:]
         last = logits_of(masks[-1])
         logits: tuple[Tensor, ...] = ()
-        if auxiliary or (supervised and not isinstance(self.criterion, Criterion)):
+        if auxiliary or (supervised and not takes_factors):
             logits = (*(logits_of(x) for x in masks[:-1]), last)
         loss = None
         if supervised:
-            given = masks if isinstance(self.criterion, Criterion) else logits
-            if given is logits:
+            given = masks if takes_factors else logits
+            if not takes_factors:
                 assert mask_labels is not None
                 mask_labels = dense_masks(mask_labels, last.device)
             loss = self.get_loss(
@@ -507,9 +516,18 @@ def check_decoder(decoder: Any) -> str | None:
     return predictor_problem(decoder.mask_predictor) or layers_problem(decoder.layers, DecoderLayer)
 
 
+def takes_factored_masks(criterion: nn.Module) -> bool:
+    """True if a criterion's `forward` is the one here, and not one of a class derived from it."""
+    own = "forward" in vars(criterion)
+    return isinstance(criterion, Criterion) and type(criterion).forward is Criterion.forward and not own
+
+
 def check_criterion(criterion: Any) -> str | None:
-    methods = ("loss_labels", "loss_masks", "calculate_uncertainty", "sample_points_using_uncertainty")
-    return subclass_problem(criterion, f"{_MODULE}.Mask2FormerLoss", methods) or matcher_problem(criterion, _MATCHER)
+    return criterion_left(criterion, _MATCHER)
+
+
+def partly_criterion(criterion: Any) -> str | None:
+    return criterion_partly(criterion, _MATCHER)
 
 
 def check_model(model: Any) -> str | None:
@@ -529,7 +547,10 @@ REPLACEMENTS = {
         "MaskedAttentionDecoder": Replacement(Decoder, MASKS, check_decoder, DECODER_OPS),
         "TransformerModule": Replacement(TransformerModule, _FACTORED),
         "Model": Replacement(Model, _FACTORED),
-        "Loss": Replacement(Criterion, LOSSES, check_criterion, CRITERION_OPS),
+        "HungarianMatcher": Replacement(Matcher, MATCHING, check_matcher, MATCHER_OPS, (Matcher,)),
+        "Loss": Replacement(
+            Criterion, LOSSES, check_criterion, CRITERION_OPS, (Criterion, MaskLosses), partly_criterion
+        ),
         "ForUniversalSegmentation": Replacement(ForUniversalSegmentation, _FACTORED, check_model),
     }.items()
 }

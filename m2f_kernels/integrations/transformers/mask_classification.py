@@ -12,13 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels import dispatch
-from m2f_kernels.integrations.transformers._swap import plan, qualified_name, watched
+from m2f_kernels.integrations.transformers._swap import (
+    Mixin,
+    changed_methods,
+    plan,
+    qualified_name,
+    reaches,
+    watched,
+)
 from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask, RunLengths
 from m2f_kernels.masks import Targets as TargetMasks
+from m2f_kernels.nn.hungarian_matcher import HungarianMatcher
 from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion, apart
-from m2f_kernels.nn.predictions import Targets, read_batch
+from m2f_kernels.nn.predictions import Batch, Group, Targets, read_batch
 from m2f_kernels.ops.masked_attention import masked_attention
-from m2f_kernels.ops.point_loss import Given
+from m2f_kernels.ops.point_loss import Given, check_targets
 
 #: Masks of one decoder output: factored, or logits [N, Q, h, w] where something needed them.
 Masks = Tensor | FactoredMasks
@@ -29,6 +37,7 @@ MASKS = "attention masks from resized features, one product for keys and values 
 #: The reason why a decoder runs the original code in training.
 DROPPED = "attention weights or activations are dropped out in training"
 LOSSES = "matching and losses from factored masks at sampled points"
+MATCHING = "matching at sampled points, all costs of an image in one operator"
 
 
 def logits_of(masks: Masks) -> Tensor:
@@ -200,6 +209,7 @@ def subclass_problem(module: nn.Module, original: str, methods: Iterable[str]) -
 
 #: What the decoder and the criterion call. Where no kernel serves one of them, the published code runs.
 DECODER_OPS = ("resize_mask_features", "predict_attention_mask", "masked_attention")
+MATCHER_OPS = ("point_sample", "mask_matching_cost")
 CRITERION_OPS = ("point_sample", "uncertain_points", "mask_matching_cost", "point_mask_loss")
 
 
@@ -234,10 +244,174 @@ def warn_unfused(module: nn.Module, reason: str) -> None:
 # ---------------------------------------------------------------- the losses
 
 
-def matcher_problem(criterion: Any, matcher: str) -> str | None:
-    """The reason why a criterion's losses cannot be computed here, or None: its matcher is of an unknown class."""
-    name = qualified_name(type(criterion.matcher))
-    return None if name == matcher else f"its matcher is {name}, unknown to m2f_kernels"
+def matcher_problem(criterion: Any, published: str) -> str | None:
+    """The reason why a criterion's losses cannot be computed here, or None: its matching differs."""
+    matcher = criterion.matcher
+    if watched(matcher):
+        return "its matcher has hooks, which are only served by calling it"
+    if qualified_name(type(matcher)) == published and "forward" not in vars(matcher):
+        return None
+    known = plan(matcher)
+    same = known is not None and issubclass(known.mixin, Matcher) and known.reason is None
+    if same and "forward" not in changed_methods(type(matcher)):
+        return None
+    return f"its matcher is {qualified_name(type(matcher))}, unknown to m2f_kernels"
+
+
+#: The methods of a criterion that the fused losses of masks stand for, and those that all fused losses stand for.
+_SAMPLING = frozenset(
+    {
+        "calculate_uncertainty",
+        "sample_points_using_uncertainty",
+        "_get_predictions_permutation_indices",
+        "_get_targets_permutation_indices",
+        "_pad_images_to_max_in_batch",
+        "_max_by_axis",
+    }
+)
+_WHOLE = _SAMPLING | {"loss_labels", "loss_masks"}
+
+
+def _own(criterion: Any, methods: frozenset[str]) -> list[str]:
+    """Those of the methods that a criterion has otherwise than published: in its class, or on itself."""
+    changed: frozenset[str] = getattr(type(criterion), "_m2f_changed", frozenset())
+    return sorted(methods & (changed | vars(criterion).keys()))
+
+
+def has_own_losses(criterion: Any, auxiliary: bool) -> bool:
+    """True if a criterion has a part of its own that the fused losses would not call; `auxiliary`: of several outputs.
+
+    The published `forward` calls itself for every auxiliary output.
+    """
+    return bool(_own(criterion, _WHOLE | {"forward"} if auxiliary else _WHOLE))
+
+
+def _criterion_problems(criterion: Any, matcher: str) -> tuple[str | None, str | None]:
+    """The reasons, or None, why a criterion is not computed as a whole, and why the losses of its masks are not."""
+    cls = type(criterion)
+    problems = []
+    numbers = ("num_points", "oversample_ratio", "importance_sample_ratio")
+    for method, methods, needed in (
+        ("forward", _WHOLE, (*numbers, "empty_weight", "get_num_masks")),
+        ("loss_masks", _SAMPLING, numbers),
+    ):
+        own = set(methods & (changed_methods(cls) | vars(criterion).keys()))
+        if not reaches(criterion, method):
+            own.add(method)
+        missing = [name for name in needed if not hasattr(criterion, name)]
+        reason = None
+        if own:
+            reason = f"{qualified_name(cls)} has its own {', '.join(sorted(own))}"
+        elif missing:
+            reason = f"{qualified_name(cls)} has no {', '.join(missing)}"
+        problems.append(reason)
+    whole, masks = problems
+    return whole or matcher_problem(criterion, matcher), masks
+
+
+def criterion_left(criterion: Any, matcher: str) -> str | None:
+    """The reason why nothing of a criterion can be replaced, or None."""
+    whole, masks = _criterion_problems(criterion, matcher)
+    return None if whole is None or masks is None else whole
+
+
+def criterion_partly(criterion: Any, matcher: str) -> str | None:
+    """The part of a criterion that is replaced, where that is not all, for the report."""
+    whole, _ = _criterion_problems(criterion, matcher)
+    return None if whole is None else f"losses of masks at sampled points alone: {whole}"
+
+
+def check_matcher(matcher: Any) -> str | None:
+    """The reason why a matcher is left alone, or None."""
+    if not reaches(matcher, "forward"):
+        return f"{qualified_name(type(matcher))} has its own forward"
+    missing = [x for x in ("cost_class", "cost_mask", "cost_dice", "num_points") if not hasattr(matcher, x)]
+    return f"{qualified_name(type(matcher))} has no {', '.join(missing)}" if missing else None
+
+
+class Matcher(Mixin):
+    """`forward` of the matcher: costs of all pairs at sampled points, one transfer to the host."""
+
+    # Attributes of the original class.
+    cost_class: float
+    cost_mask: float
+    cost_dice: float
+    num_points: int
+
+    @torch.no_grad()
+    def forward(
+        self,
+        masks_queries_logits: Masks,
+        class_queries_logits: Tensor,
+        mask_labels: Sequence[Given],
+        class_labels: Sequence[Tensor],
+    ) -> list[tuple[Tensor, Tensor]]:
+        if not _are_masks(masks_queries_logits) or not losses_served(masks_queries_logits):
+            labels = dense_masks(mask_labels, class_queries_logits.device)
+            published: list[tuple[Tensor, Tensor]] = super().forward(
+                logits_of(masks_queries_logits), class_queries_logits, labels, class_labels
+            )
+            return published
+        device = class_queries_logits.device
+        targets = [
+            {"labels": labels.to(device), "masks": _readable(masks, device)}
+            for labels, masks in zip(class_labels, mask_labels, strict=True)
+        ]
+        matcher = HungarianMatcher(self.cost_class, self.cost_mask, self.cost_dice, self.num_points, fresh_points=True)
+        (found,) = matcher([{"class_logits": class_queries_logits, "masks": masks_queries_logits}], targets)
+        return found
+
+
+class MaskLosses(Mixin):
+    """`loss_masks` of the criterion: points drawn and both losses of the matched masks in one operator."""
+
+    # Attributes of the original class.
+    num_points: int
+    oversample_ratio: float
+    importance_sample_ratio: float
+
+    def loss_masks(
+        self, masks_queries_logits: Masks, mask_labels: Any, indices: Any, num_masks: Any
+    ) -> dict[str, Tensor]:
+        masks = masks_queries_logits
+        if _own(self, _SAMPLING) or not _are_masks(masks) or not losses_served(masks):
+            labels = dense_masks(mask_labels, logits_of(masks).device)
+            above: Any = super()
+            published: dict[str, Tensor] = above.loss_masks(logits_of(masks), labels, indices, num_masks)
+            return published
+        like = masks.mask_embed if isinstance(masks, FactoredMasks) else masks
+        targets = [_readable(x, like.device) for x in mask_labels]
+        found = check_targets("mask_labels", targets, masks.shape[0], like)
+        pairs = [(_index(queries), _index(chosen)) for queries, chosen in indices]
+        # Classes have no part in it.
+        classes = torch.zeros(1, *masks.shape[:2], 2, device=like.device)
+        labels = [torch.zeros(len(x.pixels), dtype=torch.int64, device=like.device) for x in found]
+        batch = Batch(classes, [Group([0], masks)], labels, _pad_to_largest(found))
+        with torch.autocast(batch.device.type, enabled=False):
+            criterion = PointMaskCriterion(
+                1,
+                num_points=self.num_points,
+                oversample_ratio=self.oversample_ratio,
+                importance_sample_ratio=self.importance_sample_ratio,
+            )
+            cross_entropy, dice = criterion.mask_sums(batch, [pairs])[:, 0]
+            return {"loss_mask": cross_entropy / num_masks, "loss_dice": dice / num_masks}
+
+
+def _index(x: Any) -> Tensor:
+    return torch.as_tensor(x, dtype=torch.int64, device="cpu")
+
+
+def _are_masks(masks: Any) -> bool:
+    return isinstance(masks, FactoredMasks) or (isinstance(masks, Tensor) and masks.dim() == 4)
+
+
+def _readable(masks: Given, device: torch.device) -> Given:
+    """Targets as the operators take them: tensors on the predictions' device, with integers as float32."""
+    if not isinstance(masks, Tensor):
+        return masks
+    whole = not masks.is_floating_point() and masks.dtype not in (torch.bool, torch.uint8)
+    return masks.to(device, torch.float32 if whole else masks.dtype)
 
 
 class _Criterion(PointMaskCriterion):

@@ -22,13 +22,21 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     DROPPED,
     LOSSES,
     MASKS,
+    MATCHER_OPS,
+    MATCHING,
+    MaskLosses,
     Masks,
+    Matcher,
     Memory,
     attend,
     attention_problem,
+    check_matcher,
+    criterion_left,
+    criterion_partly,
     dense_masks,
     drops,
     gathers,
+    has_own_losses,
     kernels_serve,
     layers_problem,
     losses_served,
@@ -410,8 +418,8 @@ class QueryLayer(Mixin):
         return output
 
 
-class Criterion(Mixin):
-    """`forward` of the loss: masks may be factored, and may be of any floating dtype."""
+class Criterion(MaskLosses):
+    """`forward` of the loss, and `loss_masks`: masks may be factored, and may be of any floating dtype."""
 
     # Attributes of the original class.
     num_classes: int
@@ -431,7 +439,11 @@ class Criterion(Mixin):
         reason = matcher_problem(self, _MATCHER)
         if reason is not None:
             warn_unfused(self, reason)
-        if reason is not None or not losses_served(masks_queries_logits):
+        if (
+            reason is not None
+            or has_own_losses(self, bool(auxiliary_predictions))
+            or not losses_served(masks_queries_logits)
+        ):
             return super().forward(
                 masks_queries_logits,
                 class_queries_logits,
@@ -484,8 +496,11 @@ def check_decoder(decoder: Any) -> str | None:
 
 
 def check_criterion(criterion: Any) -> str | None:
-    methods = ("loss_labels", "loss_masks", "calculate_uncertainty", "sample_points_using_uncertainty")
-    return subclass_problem(criterion, f"{_MODULE}.OneFormerLoss", methods) or matcher_problem(criterion, _MATCHER)
+    return criterion_left(criterion, _MATCHER)
+
+
+def partly_criterion(criterion: Any) -> str | None:
+    return criterion_partly(criterion, _MATCHER)
 
 
 def check_query_layer(layer: Any) -> str | None:
@@ -506,6 +521,9 @@ REPLACEMENTS = {
         "TransformerDecoderCrossAttentionLayer": Replacement(CrossAttentionLayer, ATTENTION, check_cross_attention),
         "TransformerDecoderLayer": Replacement(DecoderLayer, "hands on what masked attention needs", check_layer),
         "TransformerDecoder": Replacement(Decoder, MASKS, check_decoder, DECODER_OPS),
-        "Loss": Replacement(Criterion, LOSSES, check_criterion, CRITERION_OPS),
+        "HungarianMatcher": Replacement(Matcher, MATCHING, check_matcher, MATCHER_OPS, (Matcher,)),
+        "Loss": Replacement(
+            Criterion, LOSSES, check_criterion, CRITERION_OPS, (Criterion, MaskLosses), partly_criterion
+        ),
     }.items()
 }
