@@ -69,7 +69,7 @@ class HungarianMatcher(nn.Module):
         self.non_finite_costs = 0
 
     def forward(self, predictions: Predictions, targets: Targets) -> Indices:
-        """Match every output of every image.
+        """The queries that are matched with targets, for every output and every image.
 
         Args:
             predictions: a list over decoder outputs of `{"class_logits": [N, Q, num_labels + 1], "masks": M}`, M
@@ -88,14 +88,14 @@ class HungarianMatcher(nn.Module):
 
     @torch.no_grad()
     def match(self, batch: Batch) -> Indices:
-        """The same for checked arguments."""
+        """The same as :meth:`forward`, for checked arguments."""
         with without_autocast(batch.device):
             return self._solve(batch, self._costs(batch))
 
     def _costs(self, batch: Batch) -> Tensor:
         """The costs [L_order, Q, T] of every image, flat and one after the other, then all labels, in one tensor.
 
-        Outputs lie in the order of :func:`_order`. What is added and weighted is so for all images at once.
+        Outputs are in the order of :func:`_order`. Sums and weights are applied to all images at once.
         """
         if not batch.labels:
             return batch.class_logits.new_empty(0)
@@ -104,7 +104,7 @@ class HungarianMatcher(nn.Module):
         if order != list(range(len(order))):
             probability = torch.stack([probability[output] for output in order])
         labels = torch.cat(batch.labels)
-        # A label out of range is found on the host, with the costs; here it must only not be followed.
+        # A label out of range is detected on the host, with the costs; here it must only not be used as an index.
         classes = labels.clamp(0, batch.class_logits.shape[3] - 2).split(batch.counts)
         classification = [probability[:, i][..., chosen].flatten() for i, chosen in enumerate(classes)]
         cost = -self.cost_class * torch.cat(classification)
@@ -174,7 +174,7 @@ class HungarianMatcher(nn.Module):
 
 
 def _order(batch: Batch) -> list[int]:
-    """Outputs in the order in which their masks are computed: those that share features together."""
+    """The order in which the masks of outputs are computed: outputs that share features follow each other."""
     return [output for group in batch.groups for output in group.outputs]
 
 

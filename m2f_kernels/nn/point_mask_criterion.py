@@ -21,14 +21,14 @@ from m2f_kernels.ops.point_sample.masks import MaskRows
 
 
 class Unweighted(NamedTuple):
-    """Losses of every output: of classes means over queries [L], of masks and dice sums over matched masks [2, L]."""
+    """Losses of every output: class losses, means over queries [L]; mask and dice losses, sums over masks [2, L]."""
 
     classes: Tensor
     sums: Tensor
 
 
 class _Apart(torch.autograd.Function):
-    """Elements of vectors of one length, weighted, each a tensor of its own that may be changed in place."""
+    """Autograd function that splits vectors of one length into weighted elements, which may be changed in place."""
 
     @staticmethod
     def forward(weights: tuple[float, ...], *vectors: Tensor) -> tuple[Tensor, ...]:
@@ -45,7 +45,7 @@ class _Apart(torch.autograd.Function):
 
 
 def apart(*vectors: Tensor, weights: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """The elements of all vectors [L] times the weight of each, in one kernel and back: tensors of their own."""
+    """The elements of all vectors [L], each vector times its weight, as separate tensors; one kernel, also backward."""
     found: tuple[Tensor, ...] = _Apart.apply(weights, *vectors)
     return found
 
@@ -151,9 +151,9 @@ class PointMaskCriterion(nn.Module):
         return losses
 
     def _unweighted(self, batch: Batch, indices: Indices) -> Unweighted:
-        """The losses of all outputs. What the host has decided travels to the device in one copy."""
+        """The losses of all outputs. The matches are copied to the device at once."""
         outputs, n, q, _ = batch.class_logits.shape
-        # Which label each query has, counted over all images' labels, with no-object as one more.
+        # The label of each query, as an index into all images' labels and one more, no-object.
         position = torch.full((outputs, n, q), sum(batch.counts), dtype=torch.int64, device="cpu")
         start = 0
         for image, count in enumerate(batch.counts):
@@ -174,7 +174,7 @@ class PointMaskCriterion(nn.Module):
         return self._mask_losses(batch, indices, arrived)
 
     def _class_losses(self, batch: Batch, position: Tensor) -> Tensor:
-        """[L], the weighted mean over all queries of all images."""
+        """The class losses [L], weighted means over all queries of all images."""
         outputs, n, q, classes = batch.class_logits.shape
         no_object = torch.full((1,), classes - 1, device=batch.device)
         labels = torch.cat([*batch.labels, no_object])[position]
@@ -191,9 +191,9 @@ class PointMaskCriterion(nn.Module):
             counts = [sum(len(indices[output][image][0]) for output in group.outputs) for image in range(batch.images)]
             masks = MaskRows(group.masks, rows[2 * i], counts)
             losses = torch.stack(uncertain_loss(masks, batch.masks, rows[2 * i + 1], points, self.matcher.generator))
-            # Masks lie in order of images, then of outputs.
+            # Masks are in order of images, then of outputs.
             per_image = [x.view(2, size, -1).sum(2) for x in losses.split(counts, 1)]
-            # Of an empty batch too the sums are connected to the predictions.
+            # The sums of an empty batch depend on the predictions, too, so that they have a gradient.
             sums.append(torch.stack(per_image).sum(0) if per_image else losses.sum().expand(2, size))
         total = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
         order = [output for group in batch.groups for output in group.outputs]
@@ -202,7 +202,7 @@ class PointMaskCriterion(nn.Module):
         return total
 
     def _num_masks(self, batch: Batch) -> float | Tensor:
-        """Targets of all ranks, per rank, at least 1."""
+        """The number of targets of all ranks divided by the number of ranks, at least 1."""
         count = sum(batch.counts)
         if not (dist.is_available() and dist.is_initialized()):
             return max(count, 1)
@@ -212,9 +212,9 @@ class PointMaskCriterion(nn.Module):
 
 
 def _matched_rows(batch: Batch, group: Group, indices: Indices) -> tuple[Tensor, Tensor]:
-    """Of a group's matched masks, in order of images and then of outputs: their rows, and those of their targets.
+    """The rows of a group's matched masks, in order of images and then of outputs, and the rows of their targets.
 
-    Rows of masks count over the group's [N, outputs * Q], those of targets over the targets of all images.
+    Rows of masks are indices into the group's [N, outputs * Q], those of targets into the targets of all images.
     """
     q = batch.class_logits.shape[2]
     masks, targets = (

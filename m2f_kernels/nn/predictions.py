@@ -23,7 +23,7 @@ Targets: TypeAlias = Sequence[Mapping[str, Any]]
 
 @dataclass
 class Group:
-    """Consecutive rows of queries whose masks can be computed together: outputs that share mask features, or one."""
+    """Consecutive rows of queries whose masks are computed together: those of outputs that share features, or of one."""
 
     outputs: list[int]
     masks: Tensor | FactoredMasks  # [N, outputs * Q, ...]
@@ -53,7 +53,7 @@ class Batch:
 
 
 def read_batch(predictions: Predictions, targets: Targets, num_labels: int | None) -> Batch:
-    """Check both arguments of the criterion, and put outputs together that share their mask features."""
+    """The checked arguments of the criterion, with outputs that share their mask features grouped."""
     if not isinstance(predictions, Sequence) or not predictions:
         raise ValueError(f"predictions: expected a list of at least one output; got {describe(predictions)}")
     outputs = [_output(f"predictions[{i}]", x) for i, x in enumerate(predictions)]
@@ -111,7 +111,7 @@ def _targets(targets: Targets, n: int, masks: Tensor | FactoredMasks) -> tuple[l
 def _groups(masks: list[Tensor | FactoredMasks]) -> list[Group]:
     shared: dict[int, list[int]] = {}
     for i, x in enumerate(masks):
-        # Logits stand alone: putting them together would copy them.
+        # Logits are not grouped, since that would copy them.
         shared.setdefault(id(x.mask_features) if isinstance(x, FactoredMasks) else -1 - i, []).append(i)
     groups = []
     for outputs in shared.values():

@@ -1,8 +1,8 @@
 """Code shared by the autograd formulas of all operators, and :func:`call`, by which public functions call operators.
 
-`torch.library.register_autograd` makes an `autograd.Function` that PyTorch's own `torch.func` refuses, and that passes
-over forward-mode tangents without a word. So :func:`call` goes through a function of this module where one of the two
-is active, with the same formula; everywhere else, under `torch.compile` and `torch.export` too, it is the operator.
+`torch.library.register_autograd` makes an `autograd.Function` that `torch.func` refuses, and that silently ignores
+forward-mode tangents. So :func:`call` uses an autograd function of this module, with the same formula, while one of the
+two is active. Otherwise, also under `torch.compile` and `torch.export`, it calls the operator.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class _DifferentiableOnce(torch.autograd.Function):
 
 
 def differentiable_once(title: str, gradients: tuple[Tensor, ...], sources: list[Any]) -> tuple[Tensor, ...]:
-    """`gradients`, such that a second derivative raises; `title` names the operator in the message."""
+    """`gradients` unchanged, but a second derivative raises; `title` names the operator in the message."""
     tensors = [x for x in sources if isinstance(x, Tensor) and (transformed() or x.requires_grad)]
     if not tensors or not (torch.is_grad_enabled() or transformed()):
         return gradients
@@ -87,12 +87,12 @@ def transformed() -> bool:
     return active or forward_ad._current_level >= 0
 
 
-#: For each operator that is differentiable: its formula, and what it saves.
+#: The backward formula of each differentiable operator, and the function that saves tensors for it.
 _FORMULAS: dict[str, type[torch.autograd.Function]] = {}
 
 
 def call(name: str, *args: Any) -> Any:
-    """`torch.ops.m2f.<name>(*args)`, with the right derivatives under `torch.func` too, and in ONNX' operators for it.
+    """`torch.ops.m2f.<name>(*args)`, with derivatives under `torch.func` too, and decomposed for ONNX' exporters.
 
     Raises:
         NotImplementedError: forward-mode AD reaches an operator without a formula for it.
@@ -102,12 +102,12 @@ def call(name: str, *args: Any) -> Any:
     function = _FORMULAS.get(name)
     if function is None or not transformed():
         return getattr(torch.ops.m2f, name)(*args)
-    # Tensors in a list are targets, which have no gradient: only those at the top can be told apart.
+    # Tensors in a list are targets, which have no gradient; only top-level arguments are looked at.
     return function.apply(*args)
 
 
 def _for_onnx(name: str) -> Callable[..., Any]:
-    """An operator as PyTorch's ONNX exporters know it: in standard operators, where there is a decomposition."""
+    """The function that PyTorch's ONNX exporters trace: an operator's decomposition, or without one the operator."""
     from m2f_kernels.integrations.decompositions import decompositions
 
     op = getattr(torch.ops.m2f, name)
@@ -137,13 +137,13 @@ def register_autograd(
     def setup_both(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         setup(ctx, inputs, output)
         if jvp is not None:
-            ctx.set_materialize_grads(False)  # a tensor without a tangent is to be seen as that
+            ctx.set_materialize_grads(False)  # so that a tensor without a tangent has None
             ctx.constants_for_forward = [x for x in inputs if not isinstance(x, Tensor)]
             ctx.save_for_forward(*(x for x in inputs if isinstance(x, Tensor)))
 
     def backward(ctx: Any, *grads: Any) -> Any:
         gradients = vjp(ctx, *grads)
-        # A list of tensors has a list of gradients in the dispatcher, and one here.
+        # For a list of tensors the dispatcher takes a list of gradients, an autograd function a single None.
         return tuple(None if isinstance(g, list) else g for g in gradients)
 
     def forward_mode(ctx: Any, *tangents: Any) -> Any:
@@ -161,12 +161,12 @@ def register_autograd(
     _FORMULAS[name] = type(name, (torch.autograd.Function,), {key: staticmethod(f) for key, f in methods.items()})
 
 
-#: For each operator, how `torch.vmap` runs it.
+#: The `torch.vmap` rule of each operator.
 _MAPS: dict[str, Callable[..., Any]] = {}
 
 
 def register_vmap(name: str, shared: Sequence[int] | None = None) -> None:
-    """Let `torch.vmap` map `m2f::<name>`.
+    """Register a `torch.vmap` rule for `m2f::<name>`.
 
     Args:
         shared: positions of the tensors without a batch axis, where all others and all outputs begin with the batch:
@@ -208,7 +208,7 @@ def _in_the_batch(
             given[i] = placed.flatten(0, 1)
     found = call(name, *given)
     outputs = (found,) if isinstance(found, Tensor) else tuple(found)
-    # What was not needed is empty, and of rank 1.
+    # Gradients that were not needed are empty, of rank 1.
     mapped = [x.dim() > 1 or images == 0 for x in outputs]
     unfolded = tuple(x.unflatten(0, (count, images)) if m else x for x, m in zip(outputs, mapped, strict=True))
     dims = tuple(0 if m else None for m in mapped)

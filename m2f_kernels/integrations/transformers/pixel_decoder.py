@@ -118,7 +118,7 @@ class EncoderLayer(Mixin):
             # A hook sees one call, of what the original passes on; it may keep it, so nothing is in place.
             hidden = F.dropout(F.relu(self.fc1(x)), self.activation_dropout, training)
             return F.dropout(self.fc2(hidden), self.dropout, training)
-        # Row by row: an in-place operation on a view would cost the backward pass two copies.
+        # As one matrix: an in-place operation on a view would cost the backward pass two copies.
         rows = x.flatten(0, 1)
         whole = x.device.type != "cpu" or training or torch.is_grad_enabled() or torch.compiler.is_compiling()
         parts = [rows] if whole else rows.split(_FFN_ROWS)

@@ -1,6 +1,7 @@
-"""Attention masks in plain PyTorch for where no kernel serves: no more work than the published form.
+"""Attention masks in plain PyTorch, for devices without a kernel. It costs no more than the published code.
 
-That form resizes the full-resolution logits of each layer, takes their sigmoid, repeats it for every head and compares.
+The published code resizes the full-resolution logits of each layer, takes their sigmoid, repeats it for every head and
+compares.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention masks of Mask2Former's decoder in plain PyTorch: the truth every kernel is held against.
+"""Attention masks of Mask2Former's decoder in plain PyTorch: the definition that tests compare every kernel with.
 
 Masked-attention Mask Transformer (Cheng et al., 2022), section 3.2.1: the mask of a layer is the previous
 prediction, resized to the layer's level and thresholded at 0.5; a query whose mask is empty attends everywhere.
@@ -38,7 +38,7 @@ def resize_mask_features(mask_features: Tensor, sizes: Sequence[int]) -> Tensor:
 
 
 def attends(logits: Tensor) -> Tensor:
-    """Bool, where a logit lets its query attend: exactly where `sigmoid(logit) < 0.5` does not hold, so at NaN too."""
+    """Bool, True where the query attends: where `sigmoid(logit) < 0.5` is false, so at a NaN logit too."""
     return ~(logits < 0)
 
 

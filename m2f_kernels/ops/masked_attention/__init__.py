@@ -35,8 +35,8 @@ from m2f_kernels.ops.masked_attention import fallback, reference
 __all__ = ["masked_attention"]
 
 # ---------------------------------------------------------------- schemas
-# Outputs and gradients lie in memory as [N, Q, H, D] and [N, S, H, D]: merging the heads of what the public function
-# returns is then free, whichever layout the inputs have.
+# Outputs and gradients are in memory as [N, Q, H, D] and [N, S, H, D], so that merging the heads of the public
+# function's result needs no copy, whatever the layout of the inputs.
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor bits, Tensor row_any"
@@ -120,8 +120,8 @@ def masked_attention(
 def _checked_part(
     mask: PackedMask | Tensor, query: Tensor, keys: int, first_key: int | None
 ) -> tuple[int, PackedMask | Tensor]:
-    """The first key of a mask and the mask, packed or bool [N, R, M], after checking that it belongs to query and keys;
-    of the whole mask the first key is 0."""
+    """The index of a mask's first key (0 for a whole mask) and the mask, packed or bool [N, R, M], after checking that
+    it fits the queries and keys."""
     if first_key is None:
         return 0, _checked(mask, query.shape[2], query, keys)
     bits = mask.bits if isinstance(mask, PackedMask) else mask
@@ -142,7 +142,7 @@ def _checked_part(
 
 
 def _checked(mask: PackedMask | Tensor, q: int, query: Tensor, keys: int) -> PackedMask | Tensor:
-    """The mask of `q` queries, packed or bool [N, Q, S], after checking that it belongs to them and to the keys."""
+    """The mask of `q` queries, packed or bool [N, Q, S], after checking that it fits the queries and keys."""
     n = query.shape[0]
     if isinstance(mask, PackedMask):
         if isinstance(mask.num_keys, bool) or not isinstance(mask.num_keys, (int, torch.SymInt)):
@@ -178,7 +178,7 @@ def _checked(mask: PackedMask | Tensor, q: int, query: Tensor, keys: int) -> Pac
 
 
 def _packed(mask: PackedMask | Tensor, first_key: int, keys: int) -> PackedMask:
-    """The mask of some keys, packed, as one of all `keys`; the others are open, and rows then have no rule."""
+    """A packed mask of all `keys` from one of some of them; the others are attended to, and there is no row rule."""
     packed = mask if isinstance(mask, PackedMask) else pack_attention_mask(mask)
     if packed.num_keys == keys:
         return packed
@@ -186,11 +186,11 @@ def _packed(mask: PackedMask | Tensor, first_key: int, keys: int) -> PackedMask:
 
 
 # ---------------------------------------------------------------- plain PyTorch
-# Behind the registered operators, for whoever calls those where no kernel serves.
+# Implements the registered operators for direct calls where no kernel serves.
 
 
 def _attend(bits: Tensor, row_any: Tensor, query: Tensor, key: Tensor) -> Tensor:
-    """bool [N, Q, S] of bits of the first queries; those after them attend everywhere."""
+    """The bool mask [N, Q, S] from the bits of the first queries; all later queries attend everywhere."""
     attend = unpack(bits, row_any, key.shape[2])
     return F.pad(attend, (0, 0, 0, query.shape[2] - attend.shape[1]), value=True)
 

@@ -1,6 +1,6 @@
-"""Masked attention in plain PyTorch for where no kernel serves: no more work than the published form.
+"""Masked attention in plain PyTorch, for devices without a kernel. It costs no more than the published code.
 
-That form is `torch.nn.MultiheadAttention` with a mask: a product, a softmax whose result autograd saves, a product.
+The published code is `torch.nn.MultiheadAttention` with a mask: a product, a softmax that autograd saves, a product.
 Here one mask serves all heads, and blocked keys that are not finite contribute nothing, forward and backward.
 """
 
@@ -23,7 +23,7 @@ def blocked(mask: PackedMask | Tensor, first_key: int, queries: int, keys: int) 
 
     Args:
         mask: packed or bool [N, R, M], True = attend, for the first R queries and M keys from `first_key` on; all other
-            pairs are open. Where it is for all keys, a row without any attends everywhere.
+            pairs attend. If it covers all keys, a row without any True attends everywhere.
     """
     if isinstance(mask, Tensor):
         open_, row_any, covered = mask, mask.any(-1, keepdim=True), mask.shape[2]
@@ -40,7 +40,7 @@ def blocked(mask: PackedMask | Tensor, first_key: int, queries: int, keys: int) 
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Zero for what is not finite."""
+    """The tensor with zeros in place of NaN and infinity."""
     return torch.nan_to_num(x, nan=0, posinf=0, neginf=0)
 
 
@@ -51,7 +51,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        # NaN for values that are not finite, else 0: it makes the scores of who attends to them NaN.
+        # NaN for values that are not finite, else 0: it makes the scores of queries that attend to them NaN.
         poison = (value * 0).sum(-1).unsqueeze(1)
         scores = torch.baddbmm(poison, query, key.transpose(1, 2), alpha=scale)
         scores.unflatten(0, (blocked.shape[0], -1)).masked_fill_(blocked.unsqueeze(1), -torch.inf)
@@ -72,7 +72,7 @@ class _Attention(torch.autograd.Function):
             return (None,) * 5
         grad_value = torch.bmm(weights.transpose(1, 2), grad)
         grad_weights = torch.bmm(grad, _finite(value).transpose(1, 2))
-        # Of blocked keys the weight is zero, and so is this, which then meets a key that is finite.
+        # The weight of a blocked key is zero, and so is this factor; the key that it is multiplied with is finite.
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_query = torch.baddbmm(query.new_empty(()), grad_scores, _finite(key), beta=0, alpha=ctx.scale)
         grad_key = torch.baddbmm(query.new_empty(()), grad_scores.transpose(1, 2), query, beta=0, alpha=ctx.scale)
@@ -83,8 +83,8 @@ class _Attention(torch.autograd.Function):
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, scale: float) -> Tensor:
     """The output of `reference.masked_attention`, in query's dtype throughout.
 
-    A query that attends to a value which is not finite has NaN in that head, except that where looking costs nothing
-    the reference computes it, in which some are infinite.
+    A query that attends to a value that is not finite has NaN in that head's output. Where checking is free (on a CPU)
+    the reference computes it instead, which gives infinity in some channels.
     """
     if query.numel() == 0 or (readable(value) and not value.isfinite().all()):
         return reference.masked_attention(query, key, value, ~blocked, scale)[0]

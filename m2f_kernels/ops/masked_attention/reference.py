@@ -1,4 +1,4 @@
-"""Masked cross-attention in plain PyTorch: the truth every kernel is held against.
+"""Masked cross-attention in plain PyTorch: the definition that tests compare every kernel with.
 
 Masked-attention Mask Transformer (Cheng et al., 2022), section 3.2.1, equation 1: softmax(mask + Q K^T) V.
 """
@@ -14,8 +14,8 @@ from m2f_kernels._dtypes import accumulation_dtype
 def masked_attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Each query attends to the keys that `attend` names.
 
-    A blocked key contributes exactly nothing, also where it is NaN or infinite (0 * NaN would be NaN): such keys are
-    multiplied in pair by pair, and only where they are attended to.
+    A blocked key contributes exactly nothing, even if it is NaN or infinite (0 * NaN would be NaN): such keys are
+    handled pair by pair, and only for queries that attend to them.
 
     Args:
         query: [N, H, Q, D].

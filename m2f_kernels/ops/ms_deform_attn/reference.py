@@ -1,4 +1,4 @@
-"""Multi-scale deformable attention in plain PyTorch: the truth every kernel is held against.
+"""Multi-scale deformable attention in plain PyTorch: the definition that tests compare every kernel with.
 
 Deformable DETR (Zhu et al., 2021), section 4.1, equation 3. Written with index
 arithmetic and `index_select` rather than `grid_sample`, so that the rules at the border
@@ -20,7 +20,7 @@ def _bilinear(value: Tensor, height: int, width: int, location: Tensor) -> tuple
     """Sample one level. value [N, h*w, H, D], location [N, Q, H, P, 2] in [0, 1].
 
     Returns:
-        the samples [N, Q, H, P, D], zero where they lie outside, and which of them lie inside [N, Q, H, P].
+        the samples [N, Q, H, P, D], zero outside, and a bool tensor [N, Q, H, P], True for samples inside.
     """
     n, _, heads, d = value.shape
     x = location[..., 0] * width - 0.5
@@ -96,7 +96,7 @@ def locations_from_offsets(
     """
     points = torch.tensor(points_per_level, device=sampling_offsets.device)
     per_point = reference_points.repeat_interleave(points, dim=2, output_size=sum(points_per_level)).unsqueeze(2)
-    # What is not finite contributes nothing, and 0 * inf must not reach a gradient either.
+    # Values that are not finite contribute nothing, and 0 * inf must not reach a gradient either.
     finite = sampling_offsets.isfinite().all(-1, True) & per_point.isfinite().all(-1, True)
     per_point, offsets = torch.where(finite, per_point, 0), torch.where(finite, sampling_offsets, 0)
     if reference_points.shape[-1] == 2:

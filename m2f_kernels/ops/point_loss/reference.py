@@ -1,4 +1,4 @@
-"""Matching cost and point loss of masks in plain PyTorch: the truth every kernel is held against.
+"""Matching cost and point loss of masks in plain PyTorch: the definition that tests compare every kernel with.
 
 Masked-attention Mask Transformer (Cheng et al., 2022), section 3.3: binary cross-entropy and dice over sampled points.
 """
@@ -17,7 +17,7 @@ from m2f_kernels.ops.point_sample import reference
 
 
 def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Cost of giving a query to a target, both sampled at the same K points.
+    """Matching costs of queries and targets, both sampled at the same K points.
 
     Args:
         logits: x, [Q, K].

@@ -1,4 +1,4 @@
-"""Point sampling in plain PyTorch: the truth every kernel is held against.
+"""Point sampling in plain PyTorch: the definition that tests compare every kernel with.
 
 PointRend (Kirillov et al., 2020), sections 3.1 and 4.1.1. Random points come from the counter-based generator Philox
 (Salmon et al., 2011), so that a point depends on the seed, the mask's number and its own number only: not on the
@@ -18,7 +18,7 @@ from m2f_kernels.masks import Targets
 
 
 def sample_dtype(dtype: torch.dtype, exact: bool) -> torch.dtype:
-    """The dtype of samples: that of a floating input, float32 of bool and uint8; exact ones keep float32 anyway."""
+    """The dtype of samples: that of a floating input, float32 for bool and uint8; with `exact` at least float32."""
     return accumulation_dtype(dtype) if exact or not dtype.is_floating_point else dtype
 
 
@@ -49,12 +49,12 @@ def point_sample(input: Tensor, points: Tensor, exact: bool = False) -> Tensor:
 
 
 def sample_targets(targets: Targets, points: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Bilinear samples, as :func:`point_sample` has them, of an image's targets, whatever form they have.
+    """Bilinear samples of an image's targets, in any of their forms, by the rules of :func:`point_sample`.
 
     Args:
         targets: T of them.
         points: [K, 2], (x, y) in [0, 1].
-        rows: [C, K], which target at each point; None for all at every one.
+        rows: [C, K], the index of the target at each point; None for all targets at every point.
 
     Returns:
         [C, K], C = T for None, in float32 or the points' dtype.
@@ -71,7 +71,7 @@ def sample_targets(targets: Targets, points: Tensor, rows: Tensor | None = None)
             return (found if found.is_floating_point() else found != 0)[None]
         if marks.dtype == torch.int32:
             return run_lengths.look_up(marks, count, rows, row, column)[None]
-        # Not masks[0], which is not there without targets.
+        # Not masks[0], which does not exist without targets.
         return (masks[rows * 0, row, column] == marks[rows])[None]
 
     dtype = torch.promote_types(torch.float32 if marks is not None else accumulation_dtype(masks.dtype), points.dtype)
