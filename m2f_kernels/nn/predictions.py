@@ -23,7 +23,7 @@ Targets: TypeAlias = Sequence[Mapping[str, Any]]
 
 @dataclass
 class Group:
-    """Consecutive rows of queries whose masks are computed together: those of outputs that share features, or of one."""
+    """Consecutive rows of queries whose masks are computed together: of one output, or of several that share features."""
 
     outputs: list[int]
     masks: Tensor | FactoredMasks  # [N, outputs * Q, ...]
