@@ -23,7 +23,7 @@ Targets: TypeAlias = Sequence[Mapping[str, Any]]
 
 @dataclass
 class Group:
-    """Consecutive rows of queries whose masks are computed together: of one output, or of several that share features."""
+    """Consecutive rows of queries whose masks are computed together: of one output or several that share features."""
 
     outputs: list[int]
     masks: Tensor | FactoredMasks  # [N, outputs * Q, ...]

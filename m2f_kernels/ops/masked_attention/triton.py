@@ -125,7 +125,7 @@ def _forward_kernel(
     first_key = split * (TILES * BLOCK_K)
     queries = first_query + tl.arange(0, BLOCK_Q)
     exists = queries < num_queries
-    # From here on, of this image: 32-bit offsets, which take half the registers.
+    # From here on offsets within this image: 32 bits, which take half the registers.
     bits += n * num_queries * num_words
     empty = tl.load(row_any + n * num_queries + queries, mask=exists, other=1).to(tl.int32) == 0
     active, count = _active_tiles(bits, queries, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
@@ -155,7 +155,7 @@ def _forward_kernel(
             scores = dot(q, tl.trans(k))
         scores = tl.where(_expand(words, BLOCK_Q, BLOCK_K, AXIS), scores * scale_log2, float("-inf"))
         new_maximum = tl.maximum(maximum, tl.max(scores, axis=AXIS))
-        # No key yet: any finite number keeps exp2 from NaN.
+        # Before the first key: any finite maximum keeps exp2 from NaN.
         shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(scores - tl.expand_dims(shift, AXIS))
         decay = tl.exp2(maximum - shift)
@@ -198,9 +198,9 @@ def _forward_one_by_one(
     query, key, value, bits, rows, exists, empty, query_q, key_s, value_s, first_query, num_queries, first_key, end,
     num_words, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
-    """The same sums key by key: only a product with a key that is attended to is added.
+    """The same sums computed key by key: only products with keys that are attended to are added.
 
-    Queries are read again for each key, so that this rare path takes no registers of the frequent one.
+    Queries are read again for each key, so that this rare path takes no registers from the frequent one.
     """
     maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -227,7 +227,7 @@ def _combine_kernel(
     sums, statistics, output, logsumexp, num_queries, num_splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program puts one query of one head together from its splits, CHUNK of them at a time."""
+    """One program combines the splits of one query of one head, CHUNK of them at a time."""
     q = tl.program_id(0)
     h = tl.program_id(1)
     n = tl.program_id(2).to(tl.int64)
@@ -308,7 +308,7 @@ def masked_attention(
     splits = triton.cdiv(tiles, owned)
     direct = splits == 1
     block_d = configs.padded(d)
-    # What Triton 3.6's assembler (ptxas 12.8) makes of half-precision keys in the rows that cannot be loaded as vectors
+    # Code of Triton 3.6's assembler (ptxas 12.8) for half-precision keys in the rows that cannot be loaded as vectors
     # gave wrong numbers on an H100: see docs/triton.md. Queries in the rows were right.
     keys_first = bool(config["KEYS_FIRST"]) and (query.element_size() == 4 or _loads_vectors(query, key, value))
     sums = statistics = output
@@ -355,10 +355,10 @@ def _load_query_block(
 def _backward_tile(
     q, g, lse2, delta, k, v, words, scale_log2, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """Gradients that one tile of keys and one block of queries give each other, without the factor of the scores."""
+    """The gradients between one tile of keys and one block of queries, without the factor of the scores."""
     attend = _expand(words, BLOCK_Q, BLOCK_K, 0)
-    # [keys, queries]. Whatever a blocked pair has is replaced, not multiplied by 0: it may not be finite. Its weight
-    # then says as much as its bit.
+    # [keys, queries]. The score of a blocked pair is replaced, not multiplied by 0, since it may not be finite. Its
+    # weight is then 0, so the bits are not needed below.
     exponent = dot(k, tl.trans(q)) * scale_log2 - lse2[None, :]
     # No weight exceeds 1; with scores so large that their rounding errors do, one would overflow. A NaN stays.
     weights = tl.where(attend, tl.exp2(tl.where(exponent > 0, 0.0, exponent)), 0.0)
@@ -391,10 +391,10 @@ def _query_gradient_one_by_one(
     first_query, end_query, num_queries, heads, first_key, end_key, num_words, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dQ of some queries key by key: only a product with a key that is attended to is added.
+    """dQ of some queries computed key by key: only products with keys that are attended to are added.
 
-    A few queries at a time, and everything is read again for each key, so that this rare path takes no registers of
-    the frequent one.
+    It takes a few queries at a time and reads everything again for each key, so that this rare path takes no registers
+    from the frequent one.
     """
     BLOCK: tl.constexpr = 16
     for first in range(first_query, tl.minimum(end_query, num_queries), BLOCK):

@@ -1,8 +1,8 @@
-"""Triton kernels of the queries that have no mask: of `masked_attention` with a mask for its first queries alone.
+"""Triton kernels for the queries without a mask, in `masked_attention` with a mask for its first queries only.
 
-The first queries run the kernels of `triton.py`. Those after them attend to every key; here they do, at no more memory
-than the output and one number per query: no parts of the keys' range, so nothing grows with queries times keys.
-Gradients of keys and values are added to those that the masked queries left, in a fixed order.
+The first queries run the kernels of `triton.py`. The queries after them attend to every key, by the kernels here, which
+need no memory beyond the output and one number per query: keys are not split, so nothing grows with queries times keys.
+Gradients of keys and values are added to those of the masked queries, in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from m2f_kernels.ops.masked_attention.triton import _LN2, _load_query_block, _lo
 
 @triton.jit
 def _place(blocks, heads):
-    """Block, head and image of this program. One axis for all three: the others of a grid end at 65535."""
+    """Block, head and image of this program, all from one axis of the grid: the other axes are limited to 65535."""
     program = tl.program_id(0)
     head = program // blocks
     return program % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
@@ -63,7 +63,7 @@ def _open_forward_kernel(
 
 @triton.jit
 def _pair_weights(k, q, lse2, scale_log2):
-    """The weights [keys, queries] from the saved log-sum-exp. No weight exceeds 1, whatever was rounded."""
+    """The weights [keys, queries] from the saved log-sum-exp, at most 1 in spite of rounding."""
     exponent = dot(k, tl.trans(q)) * scale_log2 - lse2[None, :]
     return tl.exp2(tl.where(exponent > 0, 0.0, exponent))
 
@@ -87,9 +87,9 @@ def _open_keys_kernel(
     first, num_queries, num_keys, blocks, heads, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
-    """One program: what all queries from `first` on add to dK and dV of BLOCK_K keys of one head.
+    """One program: the share of all queries from `first` on in dK and dV of BLOCK_K keys of one head.
 
-    ADD: dkey and dvalue hold what the masked queries gave.
+    ADD: dkey and dvalue contain the share of the masked queries.
     """
     block, h, n = _place(blocks, heads)
     first_key = block * BLOCK_K

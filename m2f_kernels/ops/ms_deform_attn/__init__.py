@@ -213,12 +213,12 @@ def _check_heads(value: Tensor) -> None:
 
 
 # ---------------------------------------------------------------- plain PyTorch
-# Behind the registered operators, for whoever calls those where no kernel serves: without autograd, which has formulas
+# Implements the registered operators for direct calls where no kernel serves: without autograd, which has formulas
 # of its own. The public functions call plain PyTorch itself.
 
 
 def _plain_module(op: str, value: Tensor, sums: bool = False) -> Any:
-    """`sums`: gradients are wanted that a fallback on a GPU would sum in no fixed order."""
+    """The module of plain PyTorch for a call. `sums`: a fallback on a GPU would sum its gradients in no fixed order."""
     if sums and value.device.type != "cpu" and torch.are_deterministic_algorithms_enabled():
         return reference
     return _PLAIN[dispatch.plain(op, value) or "fallback"]
@@ -306,7 +306,7 @@ def _from_offsets_backward_plain(
 
 
 def _register(name: str, plain: Any, plain_backward: Any, value_gradient: int) -> None:
-    """`value_gradient`: where `needs_value` stands among the backward's arguments."""
+    """Registers a forward and a backward operator; argument `value_gradient` of the backward is `needs_value`."""
     dispatch.register(
         dispatch.Operator(
             name, library=True, triton="m2f_kernels.ops.ms_deform_attn.triton", float64=True, reproducible=False
@@ -363,7 +363,7 @@ def _(grad_output: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
 
 
 def gradients(grad_output: Tensor, inputs: list[Any], needs_value: bool, needs_sampling: bool) -> tuple[Tensor, ...]:
-    """Those of value, locations and weights; `inputs` as in the schema of ms_deform_attn. Empty where not needed."""
+    """Gradients of value, locations and weights, empty if not needed; `inputs` as in the schema of ms_deform_attn."""
     plain = dispatch.plain("ms_deform_attn", inputs[0]) is not None
     op: Any = _ms_deform_attn_backward_plain if plain else torch.ops.m2f.ms_deform_attn_backward
     return op(grad_output, *inputs, needs_value, needs_sampling)

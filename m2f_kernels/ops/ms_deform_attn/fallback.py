@@ -1,8 +1,9 @@
-"""Multi-scale deformable attention in plain PyTorch for where no kernel serves: no more work than the published form.
+"""Deformable attention in plain PyTorch, for devices without a kernel. It costs no more than the published code.
 
-That form is Deformable DETR's `ms_deform_attn_core_pytorch` and its copies: `grid_sample` for each level, a product
-with the weights, a sum. Here it has the rules of `reference.py` (what is not finite contributes nothing), locations in
-float32 whatever the inputs, and PyTorch's autograd, which saves what it saves for the published one.
+The published code is Deformable DETR's `ms_deform_attn_core_pytorch` and its copies: `grid_sample` for each level, a
+product with the weights, a sum. This one follows the rules of `reference.py` (coordinates that are not finite
+contribute nothing), has locations in float32 whatever the inputs, and uses PyTorch's autograd, which saves the same
+tensors.
 """
 
 from __future__ import annotations
@@ -84,8 +85,8 @@ def ms_deform_attn_from_offsets(
         sides = [2 / side for level in range(count) for side in (levels[3 * level + 1], levels[3 * level])]
         step = offsets.new_tensor(sides).view(count, 2)
     else:
-        # In the box's gradient an infinite offset times zero would be NaN, so products are made with finite numbers,
-        # and what was not finite is put back where the gradient does not see it: infinity times zero makes it NaN.
+        # In the box's gradient an infinite offset times zero would be NaN. So products use finite numbers, and the
+        # others are put back outside of autograd, as infinity times zero, which is NaN.
         centre = torch.add(centre, points[..., 2:].detach(), alpha=0)
         shares = offsets.new_tensor([2 * offset_scale / p for p in points_per_level]).view(count, 1)
         step = points[..., 2:] * shares  # [N, Q, L, 2]

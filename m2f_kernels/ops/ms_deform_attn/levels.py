@@ -1,8 +1,8 @@
-"""Feature levels as callers describe them, brought into the two forms that the operators take.
+"""Converts callers' descriptions of the feature levels into the two forms that the operators take.
 
-`levels` is `(h, w, start)` per level, flattened, known on the host; where the sizes
+`levels` is `(h, w, start)` per level, flattened, on the host. If the sizes
 exist only in a tensor whose values cannot be read now (on a GPU, where reading is a
-synchronisation, or while tracing), `levels` is empty and the tensors travel instead.
+synchronisation, or while tracing), `levels` is empty and the tensors are passed on.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _host_levels(sizes: list[tuple[int, int]], starts: Sequence[int] | None, len
         flat += [h, w, start]
         end += h * w
     if starts is not None:
-        # Levels that cover as many positions as value has leave none out exactly if no two of them overlap.
+        # Levels with as many positions as value has cover all of them exactly if no two levels overlap.
         order = sorted(range(len(sizes)), key=lambda i: starts[i])
         for first, second in itertools.pairwise(order):
             if starts[first] + sizes[first][0] * sizes[first][1] > starts[second]:
@@ -93,9 +93,9 @@ def _host_levels(sizes: list[tuple[int, int]], starts: Sequence[int] | None, len
 
 
 def _traced_sizes(sizes: Any) -> Any:
-    """Pairs of sizes, which `torch.jit.trace` makes tensors, as one tensor [L, 2]: the trace then follows them.
+    """Pairs of sizes as one tensor [L, 2] under `torch.jit.trace`, where they are tensors: the trace depends on them.
 
-    The ONNX exporter that traces gets integers, and writes `GridSample` for these sizes alone.
+    The ONNX exporter that traces gets integers, and writes `GridSample` for these sizes only.
     """
     try:
         pairs = [list(pair) for pair in sizes]
@@ -118,13 +118,13 @@ def _traced_sizes(sizes: Any) -> Any:
 def resolve_levels(
     spatial_shapes: SpatialShapes, level_start_index: Tensor | Sequence[int] | None, value: Tensor
 ) -> Levels:
-    """Check the description of the levels and bring it into schema form.
+    """The levels in the form of the operators' schema, after checking them.
 
     Args:
         spatial_shapes: `(h, w)` of each level, as pairs or an integer tensor [L, 2].
         level_start_index: first position of each level in value, [L]; None for
-            levels that follow each other. On a GPU it is read by the kernel, and
-            not at all when `spatial_shapes` is on the host.
+            levels that follow each other. On a GPU the kernel reads it; it is
+                ignored if `spatial_shapes` is on the host.
         value: [N, S, H, D]; the levels have to cover its S positions.
 
     Raises:
@@ -175,7 +175,7 @@ def resolve_levels(
 
 
 def read_levels(levels: Sequence[int], spatial_shapes: Tensor | None, level_start_index: Tensor | None) -> list[int]:
-    """The inverse, where reading the tensors is allowed: `(h, w, start)` per level, flattened."""
+    """`(h, w, start)` per level, flattened, read from the tensors if needed. The inverse of :func:`resolve_levels`."""
     if levels:
         return list(levels)
     if spatial_shapes is None or level_start_index is None:

@@ -1,10 +1,10 @@
 """Triton kernels of multi-scale deformable attention: see `reference.py` for what they compute.
 
-They serve what the compiled library serves, except float64 values, on every GPU that Triton compiles for.
+They serve the same calls as the compiled library, except float64 values, on every GPU that Triton compiles for.
 
 One program takes a block of queries of one head. Its lanes lie along the channels, 16 bytes of value each, and every
-lane of a query works out the geometry of its samples: that costs fewer instructions than handing it around. An absent
-corner is clamped to a present one and has weight 0, so that one predicate per sample guards its four loads. Levels are
+lane of a query computes the geometry of its samples: that costs fewer instructions than exchanging it. A corner outside
+is clamped to one inside and has weight 0, so that one predicate per sample guards its four loads. Levels are
 unrolled: their sizes are kernel arguments where the host knows them (no specialisation on their values), or read from
 the device and checked there: a level that does not lie within value contributes nothing.
 
@@ -13,7 +13,7 @@ in float32 with atomics, in no fixed order; under `torch.use_deterministic_algor
 bits, whose sum does not depend on the order of its terms. Everything else is deterministic: the softmax's sum over
 samples and reference points' sum over heads have kernels of their own.
 
-Multiplications and additions that matter to which pixels a sample meets are fused explicitly (`tl.fma`), so that
+Multiplications and additions that determine the pixels of a sample are fused explicitly (`tl.fma`), so that
 forward, backward and interpreter agree whatever the compiler's default is.
 """
 
@@ -30,9 +30,9 @@ from torch import Tensor
 
 from m2f_kernels._triton import Architecture, architecture, launch, narrow
 
-#: Bits of a fixed-point value gradient below its largest possible term; fewer where that many terms might overflow.
+#: Bits of a fixed-point value gradient below its largest possible term; fewer if the number of terms could overflow.
 FRACTION_BITS = 40
-#: How many of them come from the attention weight: each factor is scaled by itself, within float32's range.
+#: The share of the attention weight in these bits: each factor is scaled by itself, within float32's range.
 _WEIGHT_BITS = 20
 #: Samples per query and head up to which the loop over points is unrolled.
 _UNROLLED = 16
@@ -44,8 +44,8 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def _level(shapes, starts, sizes, positions, LEVEL: tl.constexpr, ON_DEVICE: tl.constexpr):
-    """Height, width and first position of a level; where along x it ends, before it begins if it does not lie within
-    value."""
+    """Height, width and first position of a level, and its end along x, which is before its start if the level does not
+    lie within value."""
     if ON_DEVICE:
         height = tl.load(shapes + 2 * LEVEL)
         width = tl.load(shapes + 2 * LEVEL + 1)
@@ -93,7 +93,7 @@ def _pair(at, stride_d, mask, PACKED: tl.constexpr, HALF: tl.constexpr):
 @triton.jit
 def _softmax(at, stride_k, mask, SAMPLES: tl.constexpr, UNROLL: tl.constexpr, BLOCK_Q: tl.constexpr):
     """The largest logit m of each query and the inverse s of its softmax's sum: exp(x - m) * s is the weight of x."""
-    # Sample by sample, as they are used: as a tile they would be handed from lane to lane again and again.
+    # Sample by sample, as they are used: a tile would be exchanged between lanes again and again.
     largest = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     if UNROLL:
@@ -163,7 +163,7 @@ def _add_sample(
     weight = _weight(at_weight, mask, largest, scale, FROM_OFFSETS)
     x = tl.fma(x, step_x, origin_x)
     y = tl.fma(y, step_y, origin_y)
-    # Comparisons with NaN are false: what is not finite contributes nothing, and neither does its weight.
+    # Comparisons with NaN are false: a coordinate that is not finite contributes nothing, whatever its weight.
     inside = mask & (x > -1.0) & (x < end) & (y > -1.0) & (y < height.to(tl.float32))
     x0, x1, fx, has_left, has_right = _axis(x, width, inside)
     y0, y1, fy, has_top, has_bottom = _axis(y, height, inside)
@@ -256,8 +256,8 @@ def _forward_kernel(
 
 @triton.jit
 def _add_gradient(at, weight, grad, present, bad, FIXED: tl.constexpr):
-    """Adds `weight` times `grad` [Q, D] where a corner is present; with FIXED as integers, of which `bad` tells where
-    a term was no number."""
+    """Adds `weight` times `grad` [Q, D] where a corner lies inside; with FIXED as integers. `bad` marks terms that are
+    not finite."""
     term = weight[:, None] * grad
     if FIXED:
         finite = tl.abs(term) < float("inf")
@@ -327,7 +327,7 @@ def _backward_sample(
         grad_x = weight * (left_x + fy * (right_x - left_x))
         grad_y = weight * (below - above)
         if NEEDS_SAMPLING:
-            # Outside, factors may not be finite, and must not meet a zero.
+            # Outside, factors may not be finite, and must not be multiplied by zero.
             to_x = tl.where(inside, grad_x * step_x, 0.0)
             to_y = tl.where(inside, grad_y * step_y, 0.0)
             tl.store(grad_points + 2 * k, narrow(to_x, grad_points.dtype.element_ty), mask=mask)
@@ -454,7 +454,7 @@ def _from_fixed_kernel(
     sums, inverse_scales, not_numbers, out, positions, count, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK fixed-point numbers back to floating point; NaN for the heads whose terms were no numbers."""
+    """One program: BLOCK fixed-point numbers back to floating point; NaN for heads with terms that were not finite."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     group = i // (positions * HEADS * CHANNELS) * HEADS + i // CHANNELS % HEADS
     scale = tl.load(inverse_scales + group, mask=i < count, other=0.0)
@@ -473,7 +473,7 @@ def _power_of_two(*numbers: int, limit: int = 16) -> int:
 
 
 def _strides(tensor: Tensor, axes: int) -> list[int]:
-    """Of the leading axes; 0 where there is no second element to step to, so that it forbids no alignment."""
+    """The strides of the leading axes; 0 for an axis with one element, so that it does not limit the alignment."""
     return [tensor.stride(i) if tensor.shape[i] > 1 else 0 for i in range(axes)]
 
 
@@ -519,7 +519,7 @@ class _Call:
         first = tuple(itertools.accumulate(points_per_level, initial=0))
         reach = max((self.positions - 1) * strides[1] + self.channels, self.positions * self.heads * self.channels)
         self.arguments = (value, shapes, starts, reference, self.points, weights)
-        # Bounds twice: from constants AMD's compiler unrolls loops and holds the corners of all samples at once.
+        # Bounds as numbers too: with constants alone AMD's compiler unrolls loops and holds all corners at once.
         self.sizes, self.bounds = tuple(levels) or (0,), first
         self.numbers = (
             *self.strides, *((0,) * 4 if reference is None else reference.stride()), *point_strides, *weights.stride(),
@@ -554,8 +554,8 @@ _PACKED = {
 
 
 def _pack(points: Tensor) -> tuple[Tensor, str | None]:
-    """Points [..., 2] as integers of two coordinates each [...] and the name of their dtype; as they are and None where
-    two coordinates are not aligned to their common size."""
+    """Points [..., 2] as integers [...] of two coordinates each, and the name of their dtype. Unchanged points and None
+    if pairs of coordinates are not aligned to their size."""
     if points.dtype not in _PACKED:
         return points, None
     integer, name = _PACKED[points.dtype]
@@ -658,7 +658,7 @@ def _backward(
     n, q, heads = call.batch, call.queries, call.heads
     samples = sum(points_per_level)
     nothing = value.new_empty(0, dtype=torch.float32)
-    # Sums in float32, or integers, and what is scattered into them; in value's dtype at the end.
+    # Sums and their terms are float32 or integers; the result is in value's dtype.
     sums = (
         torch.zeros(value.shape, dtype=torch.int64 if fixed else torch.float32, device=device)
         if needs_value
