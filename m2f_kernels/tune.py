@@ -1,7 +1,8 @@
 """`python -m m2f_kernels.tune`: measure launch configurations on this GPU and keep the fastest.
 
-Opt-in: nothing is tuned at a first call. What is found is written to `m2f_kernels/tuned/sm_<capability>.json` (or where
-the environment variable M2F_TUNED says), and used from the next process on. Nearly all of the time goes into compiling
+Opt-in: nothing is tuned at a first call. The result is written to `m2f_kernels/tuned/sm_<capability>.json` (or to the
+directory in the environment variable M2F_TUNED), and used from the next process on. Nearly all of the time goes into
+compiling
 1250 configurations: that is done first, in as many processes as there are CPU cores, into Triton's cache on disk.
 """
 
@@ -31,7 +32,7 @@ from m2f_kernels.ops.masked_attention import configs as attention_configs
 KEYS, HEADS, CHANNELS = 16384, 8, 256
 _REPEATS = 20
 _HEAD_START_CYCLES = 1_000_000
-#: Largest relative difference from the default configuration's result: another order of additions, no more.
+#: Largest relative difference from the default configuration's result: room for another order of additions only.
 _TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
@@ -109,7 +110,7 @@ def batches(found: Iterator[Problem], size: int = 8) -> list[Batch]:
 
 
 def compile_batch(batch: Batch, capability: int, device: str) -> None:
-    """Call the operator with each of the candidates. What fails here is named when it is measured."""
+    """Call the operator with each of the candidates. A candidate that fails here is reported when it is measured."""
     index, candidates = batch
     problem = next(islice(problems(capability, torch.device(device)), index, None))
     for candidate in candidates:
@@ -152,9 +153,9 @@ def milliseconds(run: Callable[[], object]) -> float:
 def fastest(
     problem: Problem, measure: Callable[[Callable[[], object]], float], log: Callable[[str], None]
 ) -> tuple[Configuration, bool]:
-    """The candidate with the least time, and whether all that ran computed what the default does.
+    """The fastest candidate, and True if all that ran agree with the default.
 
-    A candidate that fails or computes something else is named and left out.
+    A candidate that fails or gives another result is reported and left out.
 
     Raises:
         RuntimeError: the default itself does not run.

@@ -22,7 +22,7 @@ _ALL_ONES = 0x0101010101010101 * _GATHER % 2**64 - 2**64
 
 
 def resize_mask_features(mask_features: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """As `reference.resize_mask_features`, the levels [N, C, h, w] apart: joining them would write them again."""
+    """As `reference.resize_mask_features`, but as separate levels [N, C, h, w]: joining them would copy them."""
     pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
     if mask_features.numel() == 0:
         return [mask_features.new_empty(*mask_features.shape[:2], h, w) for h, w in pairs]

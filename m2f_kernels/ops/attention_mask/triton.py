@@ -46,7 +46,7 @@ def _pack_kernel(
     if IS_BOOL:
         attend = value != 0
     else:
-        # A logit of NaN attends, as it does where the published rule compares its sigmoid.
+        # A NaN logit attends, as in the published code, which compares its sigmoid.
         attend = (value.to(tl.float32) < 0) == 0
     attend = attend & (keys < num_keys)
     packed = tl.sum(attend.to(tl.int32) << tl.arange(0, _WORD)[None, :], axis=1)
@@ -144,7 +144,7 @@ def _shrink_kernel(
     features, out, stride_n, stride_c, stride_h, num_channels, groups, width, total, start_2, start_4, start_8,
     GROUP: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """One program reads GROUP rows of one channel and writes what every level has of them.
+    """One program reads GROUP rows of one channel and writes the rows of every level that depend on them.
 
     GROUP is the largest ratio. A level that is absent starts at -1. At an even integer ratio both bilinear weights are
     1/2: the mean of the four centre pixels.

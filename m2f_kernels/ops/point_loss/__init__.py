@@ -30,7 +30,7 @@ from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, MaskRows, multiply, 
 
 __all__ = ["Matches", "mask_matching_cost", "point_mask_loss"]
 
-#: For each image the queries and the targets that were given to each other, int64 [M_i] both.
+#: For each image the matched queries and their targets, int64 [M_i] both.
 Matches = Sequence[tuple[Tensor, Tensor]]
 
 # ---------------------------------------------------------------- schemas
@@ -50,7 +50,7 @@ LIBRARY.define(
     "Tensor probability, Tensor labels, SymInt planes, SymInt height, SymInt width) -> Tensor",
     tags=_TAGS,
 )
-# With a seed the points are drawn where the masks are uncertain, chunk by chunk, and come out; without, they are given.
+# With a seed the points are drawn where the masks are uncertain, chunk by chunk, and returned; without, they are given.
 LIBRARY.define(
     "factored_point_mask_loss(Tensor mask_embed, Tensor mask_features, Tensor rows, SymInt[] counts, Tensor[] targets, "
     "Tensor target_rows, Tensor? points, Tensor? seed, SymInt candidates, SymInt keep, SymInt fresh) "
@@ -63,7 +63,7 @@ LIBRARY.define(
     "-> (Tensor, Tensor)",
     tags=_TAGS,
 )
-#: Targets of one image, as users give them; the last is what pycocotools makes.
+#: Targets of one image, as users pass them; the last form is pycocotools'.
 Given = Tensor | InstanceMap | RunLengths | Sequence[Mapping[str, Any]]
 
 #: Sampled logits of the matching cost exist a block of queries at a time, of about this many bytes.
@@ -162,7 +162,7 @@ def uncertain_point_mask_loss(
     importance_sample_ratio: float = 0.75,
     generator: torch.Generator | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`point_mask_loss` at :func:`uncertain_points`, for which factored masks are multiplied out only once."""
+    """:func:`point_mask_loss` at :func:`uncertain_points`; factored masks are multiplied only once for both."""
     check_masks("mask_logits", mask_logits)
     counts = point_counts(num_points, oversample_ratio, importance_sample_ratio)
     masks, targets, target_rows = pair_up(mask_logits, target_masks, matches)
@@ -209,7 +209,7 @@ def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> 
     dtype = accumulation_dtype(embed.dtype)
     embed, samples = embed.to(dtype), samples.to(dtype)  # float64 points make the reference's samples float64
     k = samples.shape[1]
-    # A block of a CPU stays in its cache; elsewhere it costs launches.
+    # On a CPU a block stays in the cache; on other devices blocks cost launches.
     bound = _BLOCK_BYTES if embed.device.type == "cpu" else CHUNK_BYTES
     parts = -(-embed.shape[0] * k * dtype.itemsize // bound)
     blocks = embed.tensor_split(max(1, parts))
@@ -277,7 +277,7 @@ def factored_loss(
 
 
 def check_targets(name: str, targets: object, images: int, masks: Tensor) -> list[Targets]:
-    """Require targets of every image; a tensor [N, T, H, W] is taken apart into views."""
+    """The checked targets of every image; a tensor [N, T, H, W] becomes a list of views."""
     if isinstance(targets, Tensor):
         check_pixels(name, targets, "[N, T, H, W]")
         if targets.shape[0] != images:
@@ -301,7 +301,7 @@ def _targets_of(name: str, target: object, masks: Tensor) -> Targets:
     if isinstance(target, InstanceMap):
         return _targets_of_map(name, target, masks)
     if isinstance(target, (list, tuple)) and not isinstance(target, RunLengths) and _all_mappings(target):
-        # Without targets their size does not matter.
+        # The size of no targets does not matter.
         target = RunLengths.from_coco(target, None if target else (1, 1), name).to(masks.device)
     if isinstance(target, RunLengths):
         return _targets_of_runs(name, target, masks)
@@ -339,7 +339,7 @@ def _targets_of_runs(name: str, target: RunLengths, masks: Tensor) -> Targets:
         problem = run_lengths.problem(*target)
         if problem is not None:
             raise ValueError(f"{name}.runs: expected {problem}; make it with RunLengths.from_coco or from_masks")
-    # Nothing but a shape: the kernels read the runs.
+    # A tensor for its shape only: the kernels read the runs.
     return Targets(runs.new_empty(1, dtype=torch.bool).expand(count, height, width), runs.contiguous())
 
 
@@ -394,7 +394,7 @@ dispatch.register(
     {
         "point_mask_loss": torch.no_grad()(reference.point_mask_loss),
         "point_mask_loss_backward": torch.no_grad()(reference.point_mask_loss_backward),
-        # Loops over chunks that call the operators; Triton's do once what every chunk would do.
+        # Loops over chunks that call the operators; Triton's do the common work of all chunks once.
         "factored_point_mask_loss": factored.forward,
         "factored_point_mask_loss_backward": factored.backward,
     },

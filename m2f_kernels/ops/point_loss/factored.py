@@ -29,7 +29,7 @@ def forward(
     keep: int,
     fresh: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Cross-entropy and dice [M], drawn points [M, K, 2] (empty where given), probability and labels [M, K]."""
+    """Cross-entropy and dice [M], drawn points [M, K, 2] (empty if they were given), probability and labels [M, K]."""
     dtype = accumulation_dtype(mask_embed.dtype)
     k = keep + fresh if points is None else points.shape[1]
     m = rows.shape[0]
@@ -88,7 +88,7 @@ def backward(
                     torch.mm(embed[here].T, gradient, out=total)
                 else:
                     total.addmm_(embed[here].T, gradient)
-            # A query may have several targets. A product with zeros and ones adds its rows, in the same order always.
+            # A query may have several targets: a product with zeros and ones adds its rows, always in the same order.
             own_rows = rows[starts[image] : starts[image + 1]] - image * q
             chosen = (own_rows == torch.arange(q, device=rows.device)[:, None]).to(dtype)
             grad_embed[image] = chosen @ grad_rows

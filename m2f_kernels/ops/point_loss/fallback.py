@@ -1,5 +1,5 @@
-"""Matching cost and point loss of masks in plain PyTorch for where no kernel serves: no more work than the published
-form, which samples logits and targets by `grid_sample`."""
+"""Matching cost and point loss of masks in plain PyTorch, for devices without a kernel. They cost no more than the
+published code, which samples logits and targets by `grid_sample`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def matched_planes(masks: FactoredMasks, rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """The logits [M, h, w] of the masks that have a target, and of no others."""
+    """The logits [M, h, w] of the masks that have a target."""
     embed, features = masks
     dtype = accumulation_dtype(embed.dtype)
     with without_autocast(embed.device):
@@ -55,7 +55,7 @@ def _labels(targets: Sequence[Targets], target_rows: Tensor, counts: Sequence[in
 
 
 def _labels_of_image(targets: Targets, rows: Tensor, grid: Tensor) -> Iterator[Tensor]:
-    """The same for one image; of maps and run lengths a few masks are dense at a time."""
+    """The same for one image; masks of maps and run lengths are decoded a few at a time."""
     step = max(1, len(rows))
     if targets.marks is not None:
         step = targets_at_once(targets)
@@ -74,7 +74,7 @@ def point_mask_loss(
 ) -> tuple[Tensor, Tensor]:
     """The two losses [M] of `reference.point_mask_loss`.
 
-    `counts` are the masks of each image, their sum M. Without `rows` the planes are those masks, in their order.
+    `counts` are the numbers of masks of each image, their sum M. Without `rows` the planes are these masks, in order.
     """
     if points.shape[0] == 0:  # grid_sample refuses no images
         rows = target_rows if rows is None else rows

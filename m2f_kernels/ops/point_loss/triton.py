@@ -1,7 +1,7 @@
 """Triton kernels of matching cost and point loss: see `reference.py` for what they compute.
 
 Sums over points are taken per block and then over blocks, always in the same order; the gradient of the logits is
-scattered in fixed point (see `point_sample/triton.py`). Nothing here waits for the host.
+scattered in fixed point (see `point_sample/triton.py`). Nothing here synchronises.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def sigmoid_softplus(x):
-    """Both from one exponential of -|x|, log(1 + e) as 2 artanh(e / (2 + e)), which is accurate for small e too."""
+    """Sigmoid and softplus of x from one e = exp(-|x|). log(1 + e) = 2 artanh(e / (2 + e)) is accurate for small e."""
     e = tl.exp2(-tl.abs(x) * _LOG2E)
     inverse = 1.0 / (1.0 + e)
     sigmoid = tl.where(x < 0, e * inverse, inverse)
@@ -96,7 +96,7 @@ def _cost_kernel(
         tl.store(sums + split * 2 * num_queries + q, softplus_sum, mask=q < num_queries)
         tl.store(sums + (split * 2 + 1) * num_queries + q, sigmoid_sum, mask=q < num_queries)
     if tl.program_id(0) == 0:
-        # A loop of its own, over what the cache still has: in the one above these sums made registers spill.
+        # A separate loop, whose loads hit the cache: in the loop above these sums made registers spill.
         label_sum = tl.zeros((BLOCK_T,), tl.float32)
         for start in range(first, last, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
@@ -232,7 +232,7 @@ def _loss_of_blocks(sums: Tensor, points: int) -> tuple[Tensor, Tensor]:
 def point_mask_loss(
     mask_logits: Tensor, rows: Tensor, targets: list[Tensor], target_rows: Tensor, points: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`m2f::point_mask_loss`: one launch per image, which serves the masks whose target is that image's."""
+    """`m2f::point_mask_loss`: one launch per image, for the masks whose targets are that image's."""
     m, k = points.shape[:2]
     points = points.contiguous()
     probability, labels = (torch.empty(m, k, dtype=torch.float32, device=points.device) for _ in range(2))
@@ -253,7 +253,7 @@ def _blocks(points: int) -> int:
 def _launch_loss(
     mask_logits: Tensor, rows: Tensor, targets: Targets, first: int, target_rows: Tensor, points: Tensor, *outs: Tensor
 ) -> None:
-    """The masks of `rows` whose targets are those of one image, which count from `first`."""
+    """Launches the loss of the masks in `rows` whose targets are those of one image, numbered from `first`."""
     (m, k), (pixels, marks) = points.shape[:2], targets
     count, height, width = pixels.shape
     if m and count:
@@ -277,7 +277,7 @@ def _sums_kernel(
     probability, labels, grad_cross_entropy, grad_dice, both, total, largest, num_points, SCALED: tl.constexpr,
     BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the sums of one mask that its gradient needs, and a bound of its terms or (SCALED) their scale."""
+    """One program: the sums that the gradient of one mask needs, and a bound on its terms or (SCALED) their scale."""
     m = tl.program_id(0).to(tl.int64)
     both_sum = tl.zeros((BLOCK,), tl.float32)
     total_sum = tl.zeros((BLOCK,), tl.float32)
@@ -373,7 +373,7 @@ def _launch_backward(
 
 
 # ---------------------------------------------------------------- factored masks
-# As `factored.py` on other devices, but that what each chunk does not need is done once for all.
+# As `factored.py` on other devices, but with the common work of all chunks done once.
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ __all__ = ["point_sample", "uncertain_points"]
 
 _TAGS = (torch.Tag.pt2_compliant_tag,)
 LIBRARY.define("point_sample(Tensor input, Tensor points, bool exact) -> Tensor", tags=_TAGS)
-# An image's targets that are no dense masks, see `masks.Targets`: [T, K] at points [K, 2].
+# An image's targets in a form that is not dense, see `masks.Targets`: [T, K] at points [K, 2].
 LIBRARY.define("sample_targets(Tensor pixels, Tensor marks, Tensor points) -> Tensor", tags=_TAGS)
 LIBRARY.define(
     "point_sample_backward(Tensor grad_output, Tensor points, SymInt height, SymInt width) -> Tensor", tags=_TAGS
@@ -85,7 +85,7 @@ def sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
 
 
 def sample_targets(targets: Targets, points: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """An image's targets at points [K, 2], in [T, K]; `dtype` is that of the masks they are compared with."""
+    """An image's targets sampled at points [K, 2]: [T, K]; `dtype` is that of the masks they are compared with."""
     pixels, marks = targets
     if dtype == torch.float64:
         return reference.sample_targets(targets, points.double())
@@ -138,7 +138,7 @@ def uncertain_points(
 
 
 def points_of_planes(mask_logits: Tensor, rows: Tensor, seed: Tensor, first_stream: int, *counts: int) -> Tensor:
-    """The operator, or plain PyTorch where no kernel serves or that is asked for."""
+    """The uncertain points by the operator, or by plain PyTorch where no kernel serves or the user forces it."""
     if (plain := dispatch.plain("uncertain_points", mask_logits)) is not None:
         return _PLAIN[plain].uncertain_points(mask_logits, rows, seed, first_stream, *counts)
     return torch.ops.m2f.uncertain_points(mask_logits, rows, seed, first_stream, *counts)
@@ -227,7 +227,7 @@ def point_counts(num_points: int, oversample_ratio: float, importance_sample_rat
 
 
 # ---------------------------------------------------------------- plain PyTorch
-# Behind the registered operators, for whoever calls those where no kernel serves.
+# Implements the registered operators for direct calls where no kernel serves.
 
 
 @torch.no_grad()
@@ -304,7 +304,7 @@ def _point_sample_vjp(ctx: Any, grad_output: Tensor) -> tuple[Any, ...]:
 
 
 def _point_sample_jvp(tensors: Any, constants: Any, tangents: Any) -> Tensor:
-    # Linear in the input; to the points no derivative flows, forward or backward.
+    # Linear in the input; the points have no derivative, forward or backward.
     if tangents[1] is not None:
         raise NotImplementedError("m2f_kernels: point sampling has no derivative with respect to its points")
     found: Tensor = call("point_sample", tangents[0], tensors[1], *constants)

@@ -1,6 +1,6 @@
-"""Point sampling in plain PyTorch for where no kernel serves: no more work than the published form.
+"""Point sampling in plain PyTorch, for devices without a kernel. It costs no more than the published code.
 
-That form is `grid_sample` at `2 * points - 1`, of targets cast to floating point.
+The published code is `grid_sample` at `2 * points - 1`, of targets cast to floating point.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from m2f_kernels.masks import Targets
 from m2f_kernels.ops.point_sample import reference
 from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES
 
-#: In the coordinates of `grid_sample`, from -1 to 1 inside: far enough outside for images of one pixel too.
+#: A coordinate of `grid_sample` (-1 to 1 is inside) that is far enough outside even for images of one pixel.
 OUTSIDE = 4.0
 
 
 def keep_finite(grid: Tensor) -> Tensor:
-    """`grid` with what is not finite or far outside moved to where it contributes nothing, in place.
+    """`grid`, in place, with points that are not finite or far outside moved to where they contribute nothing.
 
-    Not recorded by autograd: the gradient there is zero already, and elsewhere nothing changes.
+    Autograd does not record this: the gradient of these points is zero already, and the others are unchanged.
     """
     with torch.no_grad():
         grid.clamp_(-OUTSIDE, OUTSIDE).nan_to_num_(OUTSIDE)
@@ -36,7 +36,7 @@ def grid_of(points: Tensor) -> Tensor:
 def floating(masks: Tensor, dtype: torch.dtype) -> Tensor:
     """bool, uint8 (any value but 0 counts as 1) or floating point masks in a floating dtype."""
     if masks.dtype == torch.uint8:
-        return masks.clamp(max=1.0).to(dtype)  # a bound of floating point makes the result that, in one step
+        return masks.clamp(max=1.0).to(dtype)  # clamping to a floating-point bound also converts, in one step
     return masks.to(dtype)
 
 
@@ -55,7 +55,7 @@ def point_sample(input: Tensor, points: Tensor, exact: bool = False) -> Tensor:
 
 
 def sample_targets(targets: Targets, points: Tensor) -> Tensor:
-    """As `reference.sample_targets`, from a few dense masks at a time: the bits that dense masks give."""
+    """As `reference.sample_targets`, from a few dense masks at a time; bitwise as from dense masks."""
     rows = torch.arange(len(targets.pixels), device=points.device)
     parts = [x for x in rows.split(targets_at_once(targets)) if len(x)]
     found = [point_sample(targets.dense(x)[None], points[None], exact=True)[0] for x in parts]
@@ -63,7 +63,7 @@ def sample_targets(targets: Targets, points: Tensor) -> Tensor:
 
 
 def targets_at_once(targets: Targets) -> int:
-    """How many of them are dense at a time: looking them up takes 8 bytes for each pixel."""
+    """The number of masks that are dense at a time: looking one up takes 8 bytes for each pixel."""
     return max(1, CHUNK_BYTES // (8 * targets.pixels.shape[1] * targets.pixels.shape[2]))
 
 
@@ -73,8 +73,8 @@ def uncertain_points(
     """As `reference.uncertain_points`, the same points.
 
     The random numbers are the operator's own, Philox in 64-bit integers: a hundred operations, where PyTorch's
-    generator would be one. Its numbers would be others than those of the kernels, and would depend on the device and on
-    how masks are divided into chunks, which the operator rules out. All else is within the limits of a fallback.
+    generator would be one. PyTorch's numbers would differ from the kernels', and depend on the device and on the
+    division of masks into chunks, which the operator excludes. All other steps are within the limits of a fallback.
     """
     streams = first_stream + torch.arange(rows.shape[0], device=rows.device)
     points = reference.uniform_points(seed, streams, 0, candidates + fresh)
@@ -82,7 +82,7 @@ def uncertain_points(
 
 
 def most_uncertain(mask_logits: Tensor, rows: Tensor, drawn: Tensor, fresh: Tensor, keep: int) -> Tensor:
-    """Of random points [M, *, 2] the `keep` most uncertain, in their order, and then `fresh` ones: [M, K, 2]."""
+    """The `keep` most uncertain of random points [M, *, 2], in their order, then the `fresh` ones: [M, K, 2]."""
     if rows.shape[0] == 0:  # grid_sample refuses no images
         return drawn.new_empty(0, keep + fresh.shape[1], 2)
     planes = mask_logits[rows].to(accumulation_dtype(mask_logits.dtype)).unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Some masks of a batch, as the operators on points take them: planes of logits, or factors multiplied in chunks."""
+"""Selected masks of a batch, as operators on points take them: planes of logits, or factors multiplied in chunks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.ops._autograd import transformed
 
-#: Logits of factored masks exist a chunk at a time; with what is computed at their points, about this many bytes.
+#: Approximate bytes of a chunk of factored masks: their logits, and the values computed at their points.
 CHUNK_BYTES = 32 * 2**20
 
 
@@ -47,7 +47,7 @@ def chunk_bounds(counts: Sequence[int], mask_bytes: int, bound: int = CHUNK_BYTE
 
 
 def multiply(embed: Tensor, features: Tensor, out: Tensor | None = None) -> Tensor:
-    """embed [m, C] times features [C, S], whatever autocast says; the accumulation dtype goes in and comes out."""
+    """embed [m, C] times features [C, S] in the accumulation dtype, that of both, also under autocast."""
     with without_autocast(embed.device):
         return torch.mm(embed, features, out=None if transformed() else out)  # torch.vmap knows no out=
 
@@ -59,7 +59,7 @@ def exact(features: Tensor) -> Tensor:
 
 @dataclass
 class MaskRows:
-    """M masks out of a batch: numbers of rows of the flattened batch, those of one image after those of another."""
+    """M masks out of a batch, as row numbers of the flattened batch, image after image."""
 
     masks: Tensor | FactoredMasks
     rows: Tensor  # int64 [M]
@@ -76,14 +76,14 @@ class MaskRows:
         return self.masks.flatten(0, -3)
 
     def chunks(self) -> Iterator[Chunk]:
-        """The logits of factored masks, in the accumulation dtype; a chunk's memory is used again for the next."""
+        """Yields the logits of factored masks in chunks, in the accumulation dtype. Each chunk reuses the memory."""
         assert isinstance(self.masks, FactoredMasks)
         needed = mask_bytes(self.masks.mask_features, 0, accumulation_dtype(self.masks.mask_embed.dtype))
         yield from product_chunks(*self.masks, self.rows, self.counts, needed)
 
 
 def mask_bytes(mask_features: Tensor, points: int, dtype: torch.dtype) -> int:
-    """Bytes that one mask takes in a chunk: its plane, and (x, y), probability and label at each of its points."""
+    """The bytes of one mask in a chunk: its plane, and (x, y), probability and label at each of its points."""
     return int((mask_features.shape[2] * mask_features.shape[3] + 4 * points) * dtype.itemsize)
 
 
@@ -95,7 +95,7 @@ def product_chunks(
     mask_bytes: int,
     bound: int = CHUNK_BYTES,
 ) -> Iterator[Chunk]:
-    """The masks that `rows` names, multiplied out; each takes `mask_bytes` while its chunk exists."""
+    """Yields the logits of the masks in `rows` in chunks; each mask takes `mask_bytes` while its chunk exists."""
     dtype = accumulation_dtype(mask_embed.dtype)
     h, w = mask_features.shape[2:]
     embed = mask_embed.flatten(0, 1)[rows].to(dtype)
@@ -111,9 +111,9 @@ def product_chunks(
 
 
 def select_rows(masks: Tensor | FactoredMasks, queries: Sequence[Tensor] | None, name: str = "queries") -> MaskRows:
-    """The masks that `queries` names for each image; all of them for None. [M, h, w] counts as one image.
+    """The masks that `queries` selects for each image; all of them for None. [M, h, w] counts as one image.
 
-    `name` is the argument that the queries came in."""
+    `name` is the name of that argument, for messages."""
     n, q = (1, masks.shape[0]) if isinstance(masks, Tensor) and masks.dim() == 3 else masks.shape[:2]
     device = masks.device if isinstance(masks, Tensor) else masks.mask_embed.device
     if queries is None:

@@ -1,9 +1,8 @@
 """Triton kernels of point sampling and uncertain points: see `reference.py` for what they compute.
 
-Gradients do not depend on the order in which programs run. Where many channels share their points, those are sorted by
-cell once, and each pixel gathers its terms. Otherwise they are scattered with integer atomics: fixed-point numbers of
-64 bits, whose sum does not depend on the order of its terms. 40 bits below the largest term are kept, more than float32
-has.
+Gradients do not depend on the order in which programs run. With many channels the points are sorted by cell once, and
+each pixel gathers its terms. Otherwise terms are scattered with integer atomics, as fixed-point numbers of 64 bits,
+whose sum does not depend on the order. They keep 40 bits below the largest term, more than float32 has.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from m2f_kernels.ops.point_sample.reference import sample_dtype
 
 #: Bits of a fixed-point gradient below the largest single term.
 FRACTION_BITS = 40
-#: Channels from which on sorting the points costs less than scattering: on an H200, 12544 points of a 256 x 256 map,
+#: The number of channels from which on sorting is faster than scattering: on an H200, 12544 points of a 256 x 256 map,
 #: 90 against 101 us with 64 channels, 78 against 62 with 32.
 SORTED_CHANNELS = 64
 _BINS = tl.constexpr(2048)
@@ -38,9 +37,9 @@ def dense_planes(tensor: Tensor) -> Tensor:
 @triton.jit
 def axis(coordinate, size):
     """Pixel below a normalised coordinate, the fraction above it, and whether it contributes anything."""
-    length = tl.cast(size, tl.float32)  # a size of 1 is a constant, which has no methods
+    length = tl.cast(size, tl.float32)  # Triton makes a size of 1 a constant, which has no methods
     scaled = coordinate * length
-    lost = tl.fma(coordinate, length, -scaled)  # what rounding took from the product
+    lost = tl.fma(coordinate, length, -scaled)  # the rounding error of the product
     x = scaled - 0.5
     contributes = (x > -1) & (x < length)  # false for NaN
     safe = tl.where(contributes, x, 0.0)
@@ -79,16 +78,16 @@ def weigh(a, b, c, d, fx, fy):
 
 @triton.jit
 def runs_of(runs, target, num_targets):
-    """The height of the columns, and the ends of a target's runs and their number; see `masks.RunLengths`."""
+    """The height of columns, the address of the ends of a target's runs, and their number; see `masks.RunLengths`."""
     first = tl.load(runs + 1 + target)
     return tl.load(runs), runs + num_targets + 2 + first, tl.load(runs + 2 + target) - first
 
 
 @triton.jit
 def _foreground(ends, count, run_height, row, column, steps):
-    """Of pixels (row, column) and of those below, whether they lie in a run of foreground: two numbers, 0 or 1.
+    """1 for pixels (row, column) in a run of foreground, else 0; and the same for the pixels below them.
 
-    By bisection: how many ends lie at or before a pixel.
+    Bisection counts the ends at or before a pixel.
     """
     pixel = column * run_height + row
     before = tl.zeros_like(pixel) + 0 * count
@@ -133,7 +132,7 @@ def scatter(plane, x, y, height, width, gradient, inside):
 
 @triton.jit
 def fixed(value):
-    """Rounded to the nearest integer; NaN, which no integer can show, is left to the scale."""
+    """The nearest integer. A NaN has no integer; the scale records it."""
     return tl.floor(tl.where(value == value, value, 0.0) + 0.5).to(tl.int64)
 
 
@@ -201,7 +200,7 @@ def _sample_targets_kernel(
 
 
 def bisections(marks: Tensor) -> int:
-    """Steps enough for any target's runs."""
+    """The number of bisection steps that suffices for any target's runs."""
     return len(marks).bit_length()
 
 
@@ -239,7 +238,7 @@ def _sample_backward_kernel(
 
 @triton.jit(do_not_specialize=["num_pixels"])
 def _float_kernel(sums, scale, out, num_pixels, CLEAR: tl.constexpr, BLOCK: tl.constexpr):
-    """Fixed-point planes back to numbers; a plane whose scale is no number becomes NaN."""
+    """Fixed-point planes back to floating point; a plane whose scale is NaN becomes NaN."""
     plane = tl.program_id(0).to(tl.int64)
     i = block_id() * BLOCK + tl.arange(0, BLOCK)
     at = plane * num_pixels + i
@@ -425,7 +424,7 @@ def _narrow(
         k = start + tl.arange(0, BLOCK)
         key = tl.load(keys + k, mask=k < count, other=0)
         found = (k < count) & ((key >> ABOVE) == prefix)
-        # What does not belong is counted in the last bin, which 10 bits never reach; 11 bits have no key there.
+        # Other keys are counted in the last bin, which 10 bits never reach, and in which 11 bits have no key.
         bins += tl.histogram(tl.where(found, (key >> SHIFT) & ((1 << BITS) - 1), _BINS - 1), _BINS)
     below = tl.cumsum(bins, 0)
     bin = tl.sum((below < wanted).to(tl.int32), axis=0)
@@ -497,7 +496,7 @@ def launch_kept(
         _candidates_kernel, rows_and_blocks(m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed,
         keys, first_stream, candidates, height, width, BLOCK=512, num_warps=4,
     )  # fmt: skip
-    # A histogram costs its 2048 bins whatever it counts: few large blocks. With 16 warps the largest spills with
+    # The cost of a histogram is its 2048 bins, so blocks are few and large. With 16 warps the largest spills with
     # Triton 3.6 and 3.7.
     block = min(max(triton.next_power_of_2(candidates), 1024), 4096)
     launch(
