@@ -188,6 +188,17 @@ class Targets(NamedTuple):
     pixels: Tensor
     marks: Tensor | None = None
 
+    def at(self, rows: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        """Pixels (row, column) of some targets, int64 that broadcast: bool, or floating point where the masks are."""
+        pixels, marks = self
+        if marks is None:
+            found = pixels[rows, row, column]
+            return found if found.is_floating_point() else found != 0
+        if marks.dtype == torch.int32:
+            return run_lengths.look_up(marks, len(pixels), rows, row, column)
+        # Not pixels[0], which is not there without targets.
+        return pixels[rows * 0, row, column] == marks[rows]
+
     def dense(self, rows: Tensor) -> Tensor:
         """The dense masks [R, H, W] of the targets `rows`, int64 [R]."""
         pixels, marks = self

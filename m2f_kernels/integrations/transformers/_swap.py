@@ -23,7 +23,7 @@ from m2f_kernels.integrations.transformers import _copies as copies
 from m2f_kernels.integrations.transformers._copies import calls_super, methods_of, parameters, same_function
 
 #: Modules beside this one, each with a `REPLACEMENTS`.
-FAMILIES = ("deformable", "eomt", "mask2former", "oneformer")
+FAMILIES = ("deformable", "eomt", "mask2former", "oneformer", "rf_detr")
 
 if TYPE_CHECKING:
     Mixin = nn.Module

@@ -12,7 +12,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from m2f_kernels import run_lengths
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels.masks import Targets
 
@@ -61,21 +60,9 @@ def sample_targets(targets: Targets, points: Tensor, rows: Tensor | None = None)
     """
     masks, marks = targets
     count, height, width = masks.shape
-    device = masks.device
-    rows = torch.arange(count, device=device)[:, None] if rows is None else rows
-
-    def corner(row: Tensor, column: Tensor) -> Tensor:
-        """[1, C, K] from [1, K]."""
-        if marks is None:
-            found = masks[rows, row, column]
-            return (found if found.is_floating_point() else found != 0)[None]
-        if marks.dtype == torch.int32:
-            return run_lengths.look_up(marks, count, rows, row, column)[None]
-        # Not masks[0], which does not exist without targets.
-        return (masks[rows * 0, row, column] == marks[rows])[None]
-
+    chosen = torch.arange(count, device=masks.device)[:, None] if rows is None else rows
     dtype = torch.promote_types(torch.float32 if marks is not None else accumulation_dtype(masks.dtype), points.dtype)
-    return _bilinear(corner, points[None], height, width, dtype)[0]
+    return _bilinear(lambda row, column: targets.at(chosen, row, column)[None], points[None], height, width, dtype)[0]
 
 
 def _bilinear(
