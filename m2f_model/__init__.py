@@ -23,7 +23,7 @@ __all__ = [
     "segment_files",
 ]
 
-#: Where the names are. They are imported when they are asked for, so that `m2f --help` need not wait for PyTorch.
+#: The modules of the public names. Names are imported at first access, so that `m2f --help` does not import PyTorch.
 _HOMES = {
     "Mask2Former": "m2f_model.model",
     "Mask2FormerConfig": "m2f_model.config",

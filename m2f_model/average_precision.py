@@ -23,10 +23,10 @@ class Precision(NamedTuple):
 
 
 class PrecisionCounts:
-    """Instances that are there and such that were found, by image.
+    """True and predicted instances, by image.
 
     Args:
-        num_labels: labels are less.
+        num_labels: number of labels; a label is less than this.
     """
 
     def __init__(self, num_labels: int) -> None:
@@ -34,11 +34,11 @@ class PrecisionCounts:
         self._images: dict[Any, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {}
 
     def add(self, image: Any, truth: Iterable[Mapping[str, Any]], found: Iterable[Mapping[str, Any]]) -> None:
-        """Note one image.
+        """Add the instances of one image.
 
         Args:
-            image: its id: of results with equal scores those of the smallest one count first, as in COCO.
-            truth: for each "label", "segmentation" (run lengths), "iscrowd", and "area" where the data say it.
+            image: its id. Of results with equal scores those of the image with the smallest id count first, as in COCO.
+            truth: for each "label", "segmentation" (run lengths), "iscrowd", and "area" if the data state it.
             found: for each "label", "score", "segmentation".
         """
         self._images[image] = (list(map(dict, truth)), list(map(dict, found)))
@@ -59,7 +59,7 @@ class PrecisionCounts:
             for target in truth:
                 area = target.get("area", float(coco.area(_compressed(target["segmentation"]))))
                 entry = {"image_id": keys[image], "category_id": target["label"] + 1, "area": area}
-                # COCO's code takes an annotation with the id 0 for none.
+                # COCO's code treats an annotation with the id 0 as none.
                 entry |= {"id": len(annotations) + 1, "iscrowd": int(target["iscrowd"])}
                 annotations.append({**entry, "segmentation": _compressed(target["segmentation"])})
             for result in found:

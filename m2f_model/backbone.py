@@ -18,7 +18,7 @@ from m2f_model.config import Mask2FormerConfig
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
-    """Batch norm with constants for statistics and parameters: an affine map; backward does not need its input."""
+    """Batch norm with constant statistics and parameters: an affine map, whose backward does not need its input."""
 
     @staticmethod
     def forward(
@@ -34,9 +34,9 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
 
 class FrozenBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm as a fixed affine map (detectron2's FrozenBatchNorm2d), kept without the activations before it.
+    """Batch norm as a fixed affine map (detectron2's FrozenBatchNorm2d), which saves no activations for backward.
 
-    Its scale is computed once, and anew where a parameter or statistic is not what it was.
+    Its scale is cached, and computed again after a parameter or statistic has changed.
     """
 
     running_mean: Tensor
@@ -78,7 +78,7 @@ class ConvolutionLayer(nn.Module):
         return out
 
 
-#: By module, what is made from its parameters and the stamp of those: not in the module, so that it is not saved.
+#: For each module the tensors derived from its parameters, with a stamp. Not in the module, so that it is not saved.
 _KEPT: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
 
 
@@ -108,7 +108,7 @@ def _kept(module: nn.Module, name: str, sources: list[Tensor], make: Callable[[]
 
 
 def _folded(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of both at once; None where gradients, `torch.compile`, a hook or a class want them apart."""
+    """Weight and bias of convolution and norm folded; None if gradients, `torch.compile`, hooks or the class forbid it."""
     if torch.is_grad_enabled() or type(convolution) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
         return None
     weight, bias = convolution.weight, convolution.bias
@@ -154,7 +154,7 @@ class Backbone(nn.Module):
         self.body = body
         self.channels = list(channels)
         for module in body.modules() if frozen_batch_norm else ():
-            # Parameters and statistics stay where they are, under their names. Without statistics nothing is to freeze.
+            # Parameters and statistics keep their places and names. A norm without statistics need not be frozen.
             if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and module.track_running_stats:
                 module.__class__ = FrozenBatchNorm2d
                 module.requires_grad_(False)
@@ -163,7 +163,7 @@ class Backbone(nn.Module):
                 _prepare_resnet(module)
 
     def train(self, mode: bool = True) -> Backbone:
-        """As every module's; training frees the memory of folded weights."""
+        """As `nn.Module.train`; training mode frees the memory of folded weights."""
         for module in self.modules() if mode else ():
             _KEPT.pop(module, None)
         return super().train(mode)
@@ -187,7 +187,7 @@ class Backbone(nn.Module):
 
 
 def _prepare_resnet(module: nn.Module) -> None:
-    """Let a ResNet's layer fold its frozen norm; apply activations in place, which nothing else reads."""
+    """Makes a ResNet's layers fold frozen norms and apply activations in place, since nothing else reads their input."""
     if type(module).__name__ in ("ResNetConvLayer", "ResNetShortCut"):
         module.__class__ = ConvolutionLayer
     activation = getattr(module, "activation", None)

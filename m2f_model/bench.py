@@ -31,7 +31,7 @@ from m2f_model.weights import from_huggingface
 IMPLEMENTATIONS = ("transformers", "m2f")
 #: Largest error of the last prediction, relative to its largest value, above which a case has no times.
 TOLERANCE = 1e-3
-#: What the parts are called in either model.
+#: The names of the parts in both models.
 STAGES = {
     "m2f": {
         "backbone": "backbone",
@@ -53,7 +53,7 @@ class MeasurementError(RuntimeError):
 
 
 class Disagreement(MeasurementError):
-    """Both implementations do not predict the same."""
+    """The two implementations predict different results."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def build(case: Case, implementation: str) -> nn.Module:
     theirs: Any = transformers.Mask2FormerForUniversalSegmentation(config.to_transformers()).eval()
     with torch.no_grad():
         for name, parameter in theirs.named_parameters():
-            if "sampling_offsets" in name or "attention_weights" in name:  # else: every query alike
+            if "sampling_offsets" in name or "attention_weights" in name:  # otherwise all queries would be alike
                 parameter += 0.05 * torch.randn_like(parameter)
     for module in theirs.modules():  # frozen, as published and as in ours: the same gradients are computed
         if isinstance(module, nn.BatchNorm2d):

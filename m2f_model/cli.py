@@ -1,7 +1,7 @@
 """The command `m2f`; `python -m m2f_model` is the same.
 
-Nothing that takes time is imported before a command runs, nor any package that only `m2f-kernels[model]` brings: help
-comes at once, and without them.
+Slow imports, and those of packages that only `m2f-kernels[model]` installs, happen when a command runs, so that help
+is fast and works without them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ if TYPE_CHECKING:
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"}
 _AUTOCAST = "none, bf16 or fp16"
-#: What weights can be held in for inference, and PyTorch's names.
+#: The dtypes of weights for inference, and PyTorch's names for them.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-#: Data that have a layout of their own, and all kinds.
+#: Data sets with a layout of their own, and all kinds of data.
 LAYOUTS = ("ade20k", "cityscapes")
 DATA = ("shapes", "instance", "panoptic", "semantic", *LAYOUTS)
 
 
 class UsageError(ValueError):
-    """A mistake on the command line: one line, exit code 2."""
+    """A mistake on the command line: a message of one line and exit code 2."""
 
 
 # ---------------------------------------------------------------- what the commands do
@@ -92,7 +92,7 @@ def info(given: argparse.Namespace) -> int:
 
 
 def bench(given: argparse.Namespace) -> int:
-    """Time and peak memory of the whole model beside transformers', same weights, runs interleaved."""
+    """Measure time and peak memory of the whole model beside transformers', with the same weights."""
     _need("transformers", "PIL", "rich")
     import torch
     from rich.console import Console
@@ -132,7 +132,7 @@ def _ratio(theirs: dict[str, float], ours: dict[str, float], key: str) -> str:
 
 
 def train(given: argparse.Namespace) -> int:
-    """Train; started again with the same options, go on. Several processes: torchrun ... -m m2f_model train ..."""
+    """Train a model, or resume with the same options. Several processes: torchrun ... -m m2f_model train ..."""
     _need("transformers", "PIL", "pycocotools", "tensorboard", "rich")
     import torch
 
@@ -174,7 +174,7 @@ def train(given: argparse.Namespace) -> int:
         if data == "shapes":
             config = Mask2FormerConfig.tiny(len(samples.label_names), **labels)
         else:
-            # Batch norm is frozen where it is pre-trained; nothing is, here.
+            # Only pre-trained batch norm is frozen; this model is new.
             labels["frozen_batch_norm"] = False
             config = Mask2FormerConfig(len(samples.label_names), BACKBONES[backbone or "r50"], **labels)
         model = Mask2Former(config)
@@ -258,7 +258,7 @@ def evaluate(given: argparse.Namespace) -> int:
     return 0
 
 
-#: What the figures of a report are called in tables.
+#: The headings of a report's figures in tables.
 _TITLES = {"pq": "panoptic quality", "ap": "average precision of masks", "miou": "intersection over union"}
 
 
@@ -283,7 +283,7 @@ def _tables(report: Report, per_class: bool) -> Iterable[Any]:
 
 
 def load(weights: str, preset: str | None, dtype: str = "float32") -> Mask2Former:
-    """A model from any kind of weights, in `dtype`; what is wrong with the arguments is said before any import."""
+    """A model from any kind of weights, in `dtype`. Wrong arguments are reported before slow imports."""
     from m2f_model.config import Mask2FormerConfig
 
     path = Path(weights)
@@ -317,7 +317,7 @@ def load(weights: str, preset: str | None, dtype: str = "float32") -> Mask2Forme
 
 
 def fit_labels(model: Mask2Former, data: Dataset) -> Relabelling | None:
-    """Give `model` the classes of `data`, where it has others; what was kept then."""
+    """Gives `model` the classes of `data` if it has others, and returns which were kept, or None."""
     from m2f_model.labels import same_labels
 
     known = model.config.label_names
@@ -327,7 +327,7 @@ def fit_labels(model: Mask2Former, data: Dataset) -> Relabelling | None:
 
 
 def collect(paths: Sequence[Path]) -> tuple[list[Path], Path]:
-    """Files as given and all images of directories, below them too; and the directory that all of them are in."""
+    """The given files and all images in the given directories (recursively), and the closest directory of all."""
     files: dict[Path, None] = {}
     for path in paths:
         if path.is_dir():
@@ -344,7 +344,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Path], Path]:
 
 
 def stuff_labels(text: str, model: Mask2Former) -> list[int]:
-    """Labels from names or numbers with commas between; none from "none"."""
+    """Labels from names or numbers separated by commas; an empty result from "none"."""
     names = [part.strip() for part in text.split(",") if part.strip()]
     known = [name.strip().lower() for name in model.config.label_names or ()]
     labels = []
@@ -446,7 +446,7 @@ def _need(*modules: str) -> None:
 
 
 def _progress(what: str) -> Any:
-    """Wraps an iteration to show a progress bar, where somebody sees it."""
+    """Wraps an iteration to show a progress bar on a terminal."""
     from rich.console import Console
     from rich.progress import track
 
@@ -468,7 +468,7 @@ def _one_line(error: Exception | str) -> str:
 
 
 class _Parser(argparse.ArgumentParser):
-    """One line for a mistake, without the usage; options may stand between images."""
+    """A parser whose errors are one line, without the usage; options may be mixed with images."""
 
     _intermixed = False
 
@@ -636,13 +636,13 @@ def main(arguments: Iterable[str] | None = None) -> NoReturn:
             raise
         _say(f"error: {_one_line(error)}")
         sys.exit(2)
-    except KeyboardInterrupt:  # what was to be said is said
+    except KeyboardInterrupt:  # the message has been printed
         sys.exit(130)
     sys.exit(code)
 
 
 def _is_expected(error: Exception) -> bool:
-    """Errors that say what to do about them; all others are ours, and want a traceback."""
+    """True for errors with a message for the user; all others are bugs, and keep their traceback."""
     kinds = (ValueError, OSError, FloatingPointError, MemoryError, ImportError)
     named = (type(error).__module__ == "m2f_model.bench", type(error).__name__ == "OutOfMemoryError")
     return isinstance(error, kinds) or any(named)

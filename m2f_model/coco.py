@@ -1,4 +1,4 @@
-"""COCO's instance and panoptic formats, read with care: whatever cannot be used is said with file and id."""
+"""Reads COCO's instance and panoptic formats. Errors name the file and the entry's id."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CocoInstances:
         images: directory of the images.
 
     Raises:
-        AnnotationError: naming file and id: at once for what the JSON file says of ids, categories and sizes; by
-            :meth:`check` and at reading for images and masks.
+        AnnotationError: naming file and id. Ids, categories and sizes in the JSON file are checked at once, images and
+            masks by :meth:`check` and when they are read.
     """
 
     stuff_labels: tuple[int, ...] = ()
@@ -109,7 +109,7 @@ class CocoInstances:
         return torch.tensor(labels, dtype=torch.int64, device="cpu"), RunLengths(encoded, height, width)
 
     def _encode(self, annotation: dict[str, Any], height: int, width: int, check_only: bool = False) -> Any:
-        """Compressed run lengths, of what pycocotools can be trusted with: it checks nothing."""
+        """Compressed run lengths of a segmentation, checked before pycocotools gets it, which checks nothing."""
         from pycocotools import mask as coco
 
         segmentation = annotation["segmentation"]
@@ -151,7 +151,7 @@ _FAR = 10
 
 
 def _polygons(polygons: list[Any], height: int, width: int) -> list[list[float]]:
-    """`polygons`, after checking that rasterising them costs no more than the image is worth."""
+    """`polygons`, after checking that they are near the image, so that rasterising them is cheap."""
     if not polygons:
         raise ValueError("there is no polygon")
     side = max(height, width)
@@ -210,8 +210,8 @@ class CocoPanoptic:
         segments: directory of the PNG files; by default named as the JSON file without its suffix.
 
     Raises:
-        AnnotationError: naming file and id: at once for what the JSON file says; by :meth:`check` and at reading for
-            images and PNG files.
+        AnnotationError: naming file and id. The JSON file is checked at once, images and PNG files by :meth:`check` and
+            when they are read.
     """
 
     def __init__(self, annotations: str | Path, images: str | Path, segments: str | Path | None = None) -> None:
@@ -313,7 +313,7 @@ _GREY = ("1", "L", "LA", "I", "I;16", "I;16B", "I;16L", "I;16N")
 def _check_id_image(file: Image.Image, path: Path) -> None:
     if file.mode not in (*_GREY, "P", "RGB", "RGBA"):
         raise ValueError(f"{path}: expected a PNG file whose colours are ids; got Pillow's mode {file.mode!r}")
-    # Of channels of 16 bits Pillow keeps 8.
+    # Pillow keeps 8 bits of 16-bit colour channels.
     if file.mode in ("RGB", "RGBA", "LA") and any(";16" in str(tile[3]) for tile in getattr(file, "tile", [])):
         raise ValueError(
             f"{path}: expected colours of 8 bits, which are ids; got 16 bits for each of red, green and blue"
@@ -321,7 +321,7 @@ def _check_id_image(file: Image.Image, path: Path) -> None:
 
 
 def read_ids(path: Path, wanted: list[int]) -> np.ndarray[Any, Any]:
-    """int [H, W], the ids of a PNG file, whichever way of writing them has pixels of all that are wanted."""
+    """The ids of a PNG file, int [H, W], read as colours or as values: the way in which all wanted ids occur."""
     with open_image(path) as file:
         _check_id_image(file, path)
         image = ImageOps.exif_transpose(file)
@@ -361,7 +361,7 @@ def read_tables(path: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 def _read_json(path: Path, keys: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The content, in whatever encoding Unicode has, and a digest of it."""
+    """The content, in any encoding of Unicode, and a digest of it."""
     data = path.read_bytes()
     try:
         content = json.loads(data)

@@ -163,7 +163,7 @@ class Mask2FormerConfig:
         backbone, dataset = next((b, d) for b in BACKBONES for d in DATASETS if f"{b}-{d}" == name)
         labels, semantic = DATASETS[dataset], dataset.endswith("semantic")
         queries = 200 if backbone == "swin-large" and not semantic else 100
-        # The configurations of these say SyncBN; all others keep detectron2's default, frozen.
+        # The published configurations of these use SyncBN; all others keep detectron2's default, frozen.
         resnet = backbone in ("r50", "r101")
         trained = (resnet and dataset.startswith("cityscapes")) or name == "r101-ade20k-semantic"
         size = (800, 1333)
@@ -200,7 +200,7 @@ class Mask2FormerConfig:
         return cls(**{**fields, **sizes, **layers, "frozen_batch_norm": False, **changes})
 
     def to_transformers(self) -> Any:
-        """The same in `transformers`' words; what those lack rides along under `m2f`."""
+        """The configuration as `transformers` has it; fields that it lacks are under `m2f`."""
         if self.backbone is None:
             raise ValueError("backbone: expected a `transformers` backbone configuration, to be written down; got None")
         import transformers  # takes seconds, and the names of backbones are wanted without it
@@ -208,7 +208,7 @@ class Mask2FormerConfig:
         names = self.label_names or tuple(f"LABEL_{i}" for i in range(self.num_labels))
         values = asdict(self)
         backbone = transformers.AutoConfig.for_model(**values["backbone"])
-        theirs: Any = transformers.Mask2FormerConfig  # takes what it does not know, too
+        theirs: Any = transformers.Mask2FormerConfig  # accepts unknown fields
         return theirs(
             backbone_config=backbone,
             id2label=dict(enumerate(names)),
@@ -220,7 +220,7 @@ class Mask2FormerConfig:
 
     @classmethod
     def from_transformers(cls, config: Any) -> Mask2FormerConfig:
-        """From `transformers`' configuration; what is stuff, if that does not say it, from the names of the labels.
+        """From `transformers`' configuration; stuff labels, if missing there, from the names of the labels.
 
         Raises:
             ValueError: naming a setting that this package does not implement, and no published checkpoint has.
@@ -259,7 +259,7 @@ _SAME = {
     "num_points": "train_num_points",
 }
 
-#: Fields that `transformers`' configuration has no word for.
+#: Fields that `transformers`' configuration lacks.
 _OURS = (
     *("frozen_batch_norm", "stuff_labels", "semantic_only"),
     *("image_size", "keep_aspect_ratio", "pixel_mean", "pixel_std"),

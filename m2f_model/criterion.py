@@ -1,4 +1,4 @@
-"""The training loss: what the configuration says, in the words of :class:`m2f_kernels.nn.PointMaskCriterion`."""
+"""The training loss: a :class:`m2f_kernels.nn.PointMaskCriterion` with the settings of the configuration."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ class Relabelled:
         self._data = data
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_data":  # not there yet while it is unpickled
+        if name == "_data":  # does not exist yet during unpickling
             raise AttributeError(name)
         return getattr(self._data, name)
 
@@ -94,7 +94,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 class Shapes:
-    """Discs, squares and triangles that hide each other, before a sky and on a ground.
+    """Synthetic images: discs, squares and triangles that occlude each other, before a sky and on a ground.
 
     Discs are reddish, squares greenish, triangles violet, in any brightness: with shapes as the only cue, telling them
     apart takes a small model much longer than finding them. Sample `i` is a function of `seed` and `i` alone; nothing
@@ -232,7 +232,7 @@ class _View(NamedTuple):
 def jitter(sample: Mapping[str, Any], size: int, scales: tuple[float, float], generator: torch.Generator) -> Sample:
     """Large-scale jitter (Ghiasi et al. 2021) and a random flip: resized to a random multiple of `size`, cropped to it.
 
-    Only what is left after cropping is ever made.
+    Only the part that is left after cropping is computed.
 
     Args:
         sample: of any size; its masks are a tensor or :class:`Masks`.
@@ -399,7 +399,7 @@ class Batches(torch.utils.data.Dataset[Batch]):
 
 
 def _checked(sample: Mapping[str, Any], index: int, num_labels: int) -> Mapping[str, Any]:
-    """A sample that is one, of a data set that may be anybody's."""
+    """The sample, after checking it: data sets may be the user's own."""
     image, labels, masks = (sample[key] for key in ("image", "labels", "masks"))
     wrong = None
     if not isinstance(image, Tensor) or image.dtype != torch.uint8 or image.dim() != 3 or len(image) != 3:
@@ -416,8 +416,8 @@ def _checked(sample: Mapping[str, Any], index: int, num_labels: int) -> Mapping[
 
 
 class Guarded(torch.utils.data.Dataset[Any]):
-    """Batches for a process that prepares them: what is wrong with the data is handed over instead of raised there,
-    where it would become a traceback of two processes."""
+    """Batches for a process that prepares them: errors of the data are returned instead of raised, which would give a
+    traceback of two processes."""
 
     def __init__(self, batches: Batches) -> None:
         self.batches = batches

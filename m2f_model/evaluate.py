@@ -50,8 +50,9 @@ class PanopticCounts:
 
         A predicted and a true segment of the same label match if their intersection over union exceeds 1/2, which at
         most one can. Pixels of the sample's "void" count for nothing: they are in no union, and an unmatched prediction
-        that lies by more than half in void and crowds of its label is no mistake. All other pixels outside the targets
-        are background: a prediction there is one too many.
+        that lies by more than half in void and crowds of its label is no false positive. All other pixels outside the
+        targets
+        are background: a prediction there is a false positive.
 
         Args:
             found: what was predicted.
@@ -161,8 +162,8 @@ class SemanticCounts:
         """Count one image's pixels.
 
         Args:
-            found: label of every pixel, int64 [h, w]; what is no label counts as a mistake.
-            truth: the same; pixels of what is no label, such as -1 and 255, are left out.
+            found: label of every pixel, int64 [h, w]; other values count as wrong.
+            truth: the same; pixels with other values, such as -1 and 255, are ignored.
 
         Raises:
             ValueError: where sizes differ.
@@ -218,7 +219,7 @@ def label_map(sample: Sample) -> Tensor:
 
 
 class Batch(NamedTuple):
-    """Some samples of one size, resized, and what a model gives for them."""
+    """Some samples of one size, resized, and the model's output for them."""
 
     indices: list[int]
     samples: list[Sample]
@@ -301,7 +302,7 @@ def evaluate_semantic(
     batch_size: int = 8,
     image_size: tuple[int, int] | None = None,
 ) -> SemanticQuality:
-    """Mean intersection over union and its like; arguments as of :func:`evaluate`."""
+    """Mean intersection over union and related metrics; arguments as of :func:`evaluate`."""
     counts = SemanticCounts(len(data.label_names))
     for batch in predictions(model, data, _first(data, count), batch_size, image_size):
         results = semantic(batch.output, batch.frames, resize_scores=model.config.semantic_only)

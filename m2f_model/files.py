@@ -1,4 +1,4 @@
-"""Reading images that come from anywhere, and writing files that are either whole or not there."""
+"""Reads image files of many kinds, and writes files atomically."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def read_image(path: str | Path) -> Image.Image:
 
 @contextlib.contextmanager
 def open_image(path: str | Path) -> Iterator[Image.Image]:
-    """An image file whose pixels are not read yet; what goes wrong within is said with the file's name.
+    """A context with an image file, whose pixels are not read yet; errors within it name the file.
 
     Raises:
         ValueError, OSError: see :func:`read_image`.
@@ -62,7 +62,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
-    """The same for an image in memory; `name` is what errors call it."""
+    """The same for an image in memory; errors call it `name`."""
     if image.mode in _SIXTEEN_BIT:
         return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
     if image.mode not in _CONVERTIBLE:
@@ -71,10 +71,10 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in path's place.
+    """Lets `write` fill a file beside `path`, which then replaces `path`.
 
-    Whatever happens meanwhile, a full disk or a killed process, `path` holds all of the old content or all of the new.
-    What a killed process left beside it is removed by the next write. The file has the mode that the umask gives.
+    Even after a full disk or a killed process, `path` has either the old content or the new. The next write removes the
+    file that a killed process left. The file's mode is that of the umask.
     """
     path = Path(path)
     remove_leftovers(path)
@@ -100,36 +100,36 @@ def give_mode_of_umask(path: str | Path) -> None:
 
 
 def remove_leftovers(path: str | Path) -> None:
-    """Remove what processes that were killed while they wrote `path` have left; those that still write keep theirs."""
+    """Removes the files of processes that were killed while they wrote `path`, not those of running ones."""
     path = Path(path)
     pattern = re.compile(rf"\.{re.escape(path.name)}\.[a-z0-9_]{{8}}")
     for name in os.listdir(path.parent):
         if pattern.fullmatch(name):
-            with contextlib.suppress(OSError):  # somebody else was faster, or may remove it where we may not
+            with contextlib.suppress(OSError):  # another process has removed it, or has the right to
                 _remove_unused(path.parent / name)
 
 
 def _open_beside(path: Path) -> tuple[IO[bytes], Path]:
-    """A new file, locked as long as it is open: who finds it unlocked knows that its writer is dead."""
+    """A new file, locked as long as it is open: if it is unlocked, its writer is dead."""
     while True:
         temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
         file = temporary.open("xb")
         _lock(file)
         if os.fstat(file.fileno()).st_nlink:
             return file, temporary
-        file.close()  # taken for a leftover in the moment before it was locked
+        file.close()  # another process removed it as a leftover before it was locked
 
 
 def _remove_unused(temporary: Path) -> None:
     with temporary.open("rb") as file:
         locked = _lock(file)
-        # Where files cannot be locked, nothing that is written now is older than an hour.
+        # Where files cannot be locked, files older than an hour are leftovers.
         if locked or (locked is None and time.time() - temporary.stat().st_mtime > 3600):
             temporary.unlink()
 
 
 def _lock(file: IO[bytes]) -> bool | None:
-    """True if nobody else holds the lock of `file`, which is ours then; None where there are no locks."""
+    """True if this process now holds the lock of `file`, False if another does; None where there are no locks."""
     if fcntl is None:
         return None
     try:

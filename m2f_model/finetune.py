@@ -1,4 +1,5 @@
-"""Other classes for a trained model: a new class head, with the rows of those classes that it knows already."""
+"""Other classes for a trained model: a new class head that keeps the rows of known classes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +37,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def new_head(head: nn.Linear, names: Sequence[str], known: Sequence[str] | None) -> tuple[nn.Linear, Relabelling]:
-    """A class head for `names`, freshly initialised but for the rows that `head` has of them, and for "no object".
+    """A class head for `names`: rows of known names and of "no object" are `head`'s, the others freshly initialised.
 
     Args:
         head: of the classes `known`, "no object" last.

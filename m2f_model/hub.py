@@ -5,12 +5,12 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-#: What the hub calls models: an owner and a name.
+#: The hub's names of models: an owner and a name.
 _HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def locate(name_or_path: str | Path) -> str:
-    """`name_or_path`, if there is such a directory or, on the hub, such a model; else at once an error that says so.
+    """`name_or_path`, if it is a directory or a model on the hub; otherwise an error at once.
 
     Raises:
         ValueError: naming what is missing.
@@ -31,7 +31,7 @@ def locate(name_or_path: str | Path) -> str:
     import huggingface_hub
 
     if not isinstance(huggingface_hub.try_to_load_from_cache(text, "config.json"), str):
-        # One question in place of many, each with its retries.
+        # One request in place of many, each with its retries.
         try:
             huggingface_hub.HfApi().model_info(text, timeout=10)
         except Exception as error:  # of whichever library the hub's client asks by

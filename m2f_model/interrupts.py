@@ -14,7 +14,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupts:
-    """Within it, signals that would end this process are only remembered. Threads but the main one get none.
+    """A context in which signals that would end this process are only recorded. Works in the main thread.
 
     A second Ctrl-C, a second or more after the first, ends the process at once; launchers send some signals twice.
 
@@ -39,7 +39,7 @@ class Interrupts:
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.number is None:
             self.number, self._when = number, time.monotonic()
-            with contextlib.suppress(OSError):  # what prints may have been interrupted in the middle: no print here
+            with contextlib.suppress(OSError):  # not print(), which may have been interrupted in the middle
                 os.write(2, b"stopping after this step; Ctrl-C again: at once\n")
         elif number == signal.SIGINT and time.monotonic() - self._when > 1:
             raise KeyboardInterrupt
@@ -50,11 +50,11 @@ class Interrupts:
 
 
 class Interrupted(Exception):
-    """Work that is not needed is given up."""
+    """Raised to abandon work that is no longer needed."""
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """In a process that prepares data: signals to the whole group, as of Ctrl-C, end it when its parent has no need of
-    it any more. A second SIGTERM is meant for it."""
+    """In a process that prepares data: ignores signals to the whole group, such as Ctrl-C, since the parent ends it.
+    The first SIGTERM is ignored, too; a second one is meant for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL) and None)
