@@ -108,7 +108,7 @@ def _kept(module: nn.Module, name: str, sources: list[Tensor], make: Callable[[]
 
 
 def _folded(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
-    """Weight and bias of convolution and norm folded; None if gradients, `torch.compile`, hooks or the class forbid it."""
+    """Weight and bias of convolution and norm folded; None where gradients, compilation, hooks or classes forbid it."""
     if torch.is_grad_enabled() or type(convolution) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
         return None
     weight, bias = convolution.weight, convolution.bias
@@ -187,7 +187,7 @@ class Backbone(nn.Module):
 
 
 def _prepare_resnet(module: nn.Module) -> None:
-    """Makes a ResNet's layers fold frozen norms and apply activations in place, since nothing else reads their input."""
+    """Makes a ResNet's layers fold frozen norms and apply activations in place: nothing else reads their input."""
     if type(module).__name__ in ("ResNetConvLayer", "ResNetShortCut"):
         module.__class__ = ConvolutionLayer
     activation = getattr(module, "activation", None)
