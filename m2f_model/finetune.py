@@ -1,5 +1,4 @@
-"""Other classes for a trained model: a new class head that keeps the rows of known classes.
-"""
+"""Other classes for a trained model: a new class head that keeps the rows of known classes."""
 
 from __future__ import annotations
 
