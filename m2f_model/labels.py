@@ -1,7 +1,7 @@
 """Labels of the data sets that weights are published for: their names, and which of them are stuff.
 
-An entry below is a label: names by which it goes, the first one ours, and `*` after those of stuff. The order, and what
-is stuff, are those that the published code registers (detectron2, Mask2Former).
+An entry below is a label: its names, the first one used here, and `*` after those of stuff. The order and the stuff
+labels are those that the published code registers (detectron2, Mask2Former).
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Labels:
 
     names: tuple[str, ...]
     stuff: tuple[int, ...]
-    #: For each label, all names by which it goes, as sets of words.
+    #: For each label all of its names, as sets of words.
     _known: tuple[tuple[frozenset[str], ...], ...]
 
     @classmethod
@@ -88,20 +88,20 @@ class Labels:
         )
 
 
-#: Words of COCO's stuff that others leave out.
+#: Words in COCO's names of stuff that other data sets leave out.
 _OPTIONAL = {"merged", "other", "stuff"}
 
 
 def same_labels(a: Sequence[str], b: Sequence[str]) -> bool:
-    """True if both name the same labels in the same order, up to words that one of them leaves out."""
+    """True if both name the same labels in the same order, apart from words that one of them leaves out."""
     return len(a) == len(b) and all(x == y or _alike(_words(x), _words(y)) for x, y in zip(a, b, strict=True))
 
 
 def rows_of(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
-    """For each of `names` the place in `known` of the class that it names, or None; no place is given twice.
+    """For each of `names` the index in `known` of the same class, or None; no index occurs twice.
 
-    Names are the same up to case, or have the same words but for "merged", "other" and "stuff", as in `sky` and
-    `sky-other-merged`; of names with commas, as ADE20K has them, any one will do. What could be two is neither.
+    Names are compared without case, and without the words "merged", "other" and "stuff", as in `sky` and
+    `sky-other-merged`. Of names with commas, as ADE20K has them, one equal part is enough. An ambiguous name has None.
     """
     rows: list[int | None] = [None] * len(names)
     for keys in (lambda name: {name.strip().casefold()}, lambda name: {_words(part) for part in name.split(",")}):
@@ -116,7 +116,7 @@ def rows_of(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
 
 
 def _alike(a: frozenset[str], b: frozenset[str]) -> bool:
-    """One has all words of the other."""
+    """True if one has all words of the other."""
     return bool(a and b) and (a <= b or b <= a)
 
 
@@ -141,7 +141,7 @@ DATASETS: dict[str, Labels] = {
 
 
 def recognise(names: Sequence[str] | None, count: int) -> Labels | None:
-    """The published data set whose labels these are, or None.
+    """The published data set with these labels, or None.
 
     Args:
         names: of all labels, in order. Without names only the 133 of COCO are recognised.

@@ -17,7 +17,7 @@ from m2f_kernels._constants import ConstantCache
 
 
 class CheckpointedLayer(nn.Module):
-    """A layer that, where `activation_checkpointing` is set, keeps its inputs alone and computes twice."""
+    """A layer that keeps only its inputs for backward, and computes twice, if `activation_checkpointing` is set."""
 
     activation_checkpointing = False
 
@@ -57,8 +57,7 @@ def gathers(module: nn.Module) -> bool:
 def sine_positions(size: tuple[int, int], channels: int, like: Tensor) -> Tensor:
     """Sine position embedding [h*w, channels] in like's dtype (DETR, Carion et al. 2020): rows first, then columns.
 
-    A row's part depends on the row alone and a column's on the column alone, so only h + w of them are computed, once
-    for each length.
+    One half depends on the row only, the other on the column only, so h + w vectors are computed, once for each length.
     """
     half = channels // 2
 

@@ -49,7 +49,7 @@ class Mask2FormerOutput(NamedTuple):
 
     @property
     def predictions(self) -> list[Prediction]:
-        """All of them, the last one last: what the criterion takes."""
+        """All predictions, the last one last, as the criterion takes them."""
         return [*self.auxiliary, Prediction(self.class_logits, self.masks)]
 
 
@@ -111,14 +111,15 @@ class Mask2Former(nn.Module):
 
         Args:
             name_or_path: where it is.
-            dtype: what to hold the weights in for inference, see :meth:`hold_in`; float32 by default.
-            config: what to expect; by default what the checkpoint's config.json and preprocessor_config.json say. Where
-                the labels are those of a published data set (COCO, Cityscapes, ADE20K, Mapillary), so is the stuff.
+            dtype: of the weights, for inference, see :meth:`hold_in`; float32 by default.
+            config: the expected configuration; by default that of the checkpoint's config.json and
+                preprocessor_config.json. If the labels are those of a published data set (COCO, Cityscapes, ADE20K,
+                Mapillary), its stuff labels are known, too.
             labels: names of other classes, to fine-tune to, see :meth:`relabel`.
-            stuff_labels: which of them are stuff.
+            stuff_labels: the stuff among them.
 
         Warns:
-            UserWarning: where the checkpoint does not say how images are prepared.
+            UserWarning: if the checkpoint does not state how images are prepared.
 
         Raises:
             WeightsError: listing all missing, unexpected and differently shaped parameters.
@@ -141,7 +142,7 @@ class Mask2Former(nn.Module):
             dtype: what to hold the weights in for inference, see :meth:`hold_in`; float32 by default.
 
         Raises:
-            ValueError: where it is damaged, of another kind, or of a run with a backbone of one's own.
+            ValueError: the file is damaged, of another kind, or of a run with the user's own backbone.
         """
         state = read_checkpoint(path)
         config = Mask2FormerConfig(**state["config"])
@@ -154,16 +155,16 @@ class Mask2Former(nn.Module):
     def relabel(self, labels: Sequence[str], stuff_labels: Sequence[int] | None = None) -> Relabelling:
         """Gives this model other classes, in place, for fine-tuning, and returns which were kept and which are new.
 
-        The class head is made anew. Rows of classes with the same name are kept, and that of "no object"; names are the
-        same up to case and the words "merged", "other" and "stuff". Everything else stays: masks do not depend on
-        classes. A model whose classes have no names keeps its rows if they are as many.
+        The class head is replaced. Rows of classes with the same name are kept, and that of "no object"; names are
+        compared without case and the words "merged", "other" and "stuff". All other weights stay: masks do not depend
+        on classes. A model without class names keeps its rows if the number of classes is the same.
 
         Args:
             labels: names of the new classes, in the order of their numbers.
-            stuff_labels: numbers of those that are stuff; None where not known.
+            stuff_labels: numbers of those that are stuff; None if not known.
 
-        Raises:
-            ValueError: without names, or where a number of stuff is none of theirs.
+            Raises:
+                ValueError: there are no names, or a number of stuff is not one of theirs.
         """
         names = tuple(labels)
         if isinstance(labels, str) or not names or not all(isinstance(name, str) for name in names):
@@ -180,7 +181,7 @@ class Mask2Former(nn.Module):
         """Write the directory `path` in Hugging Face's format: weights, config.json and preprocessor_config.json.
 
         Raises:
-            ValueError, WeightsError: where the backbone is not the one that the configuration describes.
+            ValueError, WeightsError: the backbone is not the one that the configuration describes.
         """
         write_huggingface(self, self.config, path)
         for file in Path(path).glob("*.safetensors"):
@@ -190,11 +191,11 @@ class Mask2Former(nn.Module):
     def load_detectron2(
         cls, path: str | Path, config: Mask2FormerConfig, *, dtype: torch.dtype | None = None
     ) -> Mask2Former:
-        """A model from an original checkpoint, which does not say what it is.
+        """A model from an original checkpoint, which does not contain its configuration.
 
         Args:
             path: `.pkl` or `.pth`, as published. Read without running code from it.
-            config: what it is, for example `Mask2FormerConfig.preset("r50-coco-panoptic")`.
+            config: of the model, for example `Mask2FormerConfig.preset("r50-coco-panoptic")`.
             dtype: what to hold the weights in for inference, see :meth:`hold_in`; float32 by default.
 
         Raises:
@@ -213,8 +214,8 @@ class Mask2Former(nn.Module):
     def hold_in(self, dtype: torch.dtype | None) -> Mask2Former:
         """This model with its weights in `dtype`, for inference on pixels of that dtype; None leaves them.
 
-        Autocast converts weights in every call and keeps them in float32 beside; these are converted once. Frozen batch
-        norm stays in float32, as its statistics need. To train, use autocast.
+        Autocast converts the float32 weights in every call; this converts them once. Frozen batch norm stays in
+        float32, which its statistics need. To train, use autocast.
 
         Raises:
             TypeError: not float32, bfloat16, float16 or float64.

@@ -21,7 +21,7 @@ State = dict[str, Any]
 
 
 def synchronise_batch_norm(model: Mask2Former, device: torch.device) -> None:
-    """Make batch norm that is trained use the statistics of all processes, as published (SyncBN); on CUDA only.
+    """Makes trained batch norm use the statistics of all processes, as published (SyncBN); on CUDA only.
 
     Parameters and buffers stay the same, under their names.
     """
@@ -38,7 +38,7 @@ def parallelise(model: Mask2Former, kind: str, device: torch.device) -> nn.Modul
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    # What is gathered and freed together. The transformer decoder projects all layers' keys at once: it is one unit.
+    # Units that are gathered and freed as a whole. The transformer decoder projects all layers' keys at once: one unit.
     for part in (*model.pixel_decoder.layers, model.backbone):
         fully_shard(part, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -46,25 +46,25 @@ def parallelise(model: Mask2Former, kind: str, device: torch.device) -> nn.Modul
 
 
 def training_loss(losses: dict[str, Tensor], masks: tuple[Tensor, Tensor]) -> Tensor:
-    """The sum. `masks` get a gradient even where no image has a target: sharded, all processes must have every one."""
+    """The sum of the losses. `masks` get a gradient even without any target: a sharded model needs all gradients."""
     nothing = 0.0 * (masks[0].sum() + masks[1].sum())
     return sum(losses.values(), start=nothing)
 
 
 def whole(value: Tensor) -> Tensor:
-    """A tensor that may be spread over the processes; all of them must call this."""
+    """The whole of a tensor that may be sharded over the processes. All of them must call this."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def gather_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[State, State]:
-    """State of both for a checkpoint; of a sharded model all processes must ask, and the first one gets it."""
+    """State of both for a checkpoint. All processes of a sharded model must call this, and the first one gets it."""
     if not isinstance(model, FSDPModule):
         return model.state_dict(), optimizer.state_dict()
     return get_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
 
 def scatter_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: State, optimizer_state: State) -> None:
-    """Take both from a checkpoint that a sharded model wrote, and all processes have read."""
+    """Loads both from a checkpoint of a sharded model, which all processes have read."""
     options = StateDictOptions(full_state_dict=True)
     set_state_dict(model, optimizer, model_state_dict=state, optim_state_dict=optimizer_state, options=options)
 
@@ -73,15 +73,15 @@ def scatter_state(model: nn.Module, optimizer: torch.optim.Optimizer, state: Sta
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process' share of a tensor that may be spread over all."""
+    """This process' shard of a tensor that may be sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def largest_of_processes(number: int) -> int:
-    """The largest `number` of all processes, which must all ask; without others the number itself."""
+    """The largest `number` of all processes. All of them must call this."""
     if not (dist.is_available() and dist.is_initialized()):
         return number
-    # On the host where the processes have a way to talk there, which waits for no GPU.
+    # On the host if the processes can communicate there, which does not synchronise with a GPU.
     device = "cpu" if "cpu" in str(dist.get_backend_config()) else "cuda"
     value = torch.tensor([number], device=device)
     dist.all_reduce(value, dist.ReduceOp.MAX)

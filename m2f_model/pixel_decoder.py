@@ -42,7 +42,7 @@ class EncoderLayer(CheckpointedLayer):
 
 
 def _projection(in_channels: int, channels: int) -> nn.Sequential:
-    """A level's way into the encoder, initialised as published."""
+    """The projection of a level before the encoder, initialised as published."""
     conv = nn.Conv2d(in_channels, channels, 1)
     nn.init.xavier_uniform_(conv.weight)
     assert conv.bias is not None
@@ -60,9 +60,9 @@ def _conv(in_channels: int, channels: int, size: int, bias: bool = False) -> nn.
 
 
 def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """A 1 x 1 convolution whose every plane is contiguous whatever the layout of `x`: as the kernels for masks read it.
+    """A 1 x 1 convolution whose result has contiguous planes, which the kernels for masks read, for any layout of `x`.
 
-    From channels last, one matrix product writes it so; a convolution would keep the layout, and each reader copy it.
+    From channels last, one matrix product does that; a convolution would keep the layout, and each reader copy it.
     """
     if x.is_contiguous() or not x.is_contiguous(memory_format=torch.channels_last):
         return conv(x)
@@ -73,7 +73,7 @@ def _pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 class PixelDecoder(nn.Module):
-    """From the backbone's four maps to three levels and the mask features.
+    """The pixel decoder: from the backbone's four maps to three levels and the mask features.
 
     Args:
         config: sizes.
@@ -113,7 +113,7 @@ class PixelDecoder(nn.Module):
         levels = tokens.split([h * w for h, w in sizes], 1)
 
         lateral = self.lateral(features[0])
-        finest = levels[-1].unflatten(1, sizes[-1]).permute(0, 3, 1, 2)  # channels last, and seen to be so
+        finest = levels[-1].unflatten(1, sizes[-1]).permute(0, 3, 1, 2)  # channels last, and recognised as such
         upsampled = F.interpolate(finest, size=lateral.shape[2:], mode="bilinear", align_corners=False)
         mask_features = _pointwise(self.mask_projection, self.output(lateral + upsampled))
         return mask_features, [Level(x, size) for x, size in zip(levels, sizes, strict=True)]

@@ -1,7 +1,7 @@
 """From predictions to semantic, instance and panoptic segmentations (Cheng et al. 2022; MaskFormer, 2021, section 3.4).
 
 `original` follows the published evaluation: masks are resized to the network's input, cut to the image and resized to
-its size. `compatible` is what `transformers`' image processor gives, by its own code: masks pass through 384 x 384.
+its size. `compatible` gives the results of `transformers`' image processor, by its code: masks pass through 384 x 384.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ def semantic(
         output: the model's.
         frames: one per image.
         mode: "original" or "compatible".
-        resize_scores: sum the masks up at the input's size and resize the sums to the image's, as published for models
-            of semantic segmentation alone; else the masks are resized first, as published for all others.
+        resize_scores: sum the masks at the input's size and resize the sums to the image's, as published for models
+            of semantic segmentation only; otherwise masks are resized first, as published for all others.
 
     Raises:
         ValueError: bad input; the message names the argument.
@@ -129,7 +129,7 @@ def instance(
         probability = output.class_logits[i].float().softmax(-1)[:, :-1]
         scores, pairs = probability.flatten().topk(min(top_k, probability.numel()))
         queries, labels = pairs // probability.shape[1], pairs % probability.shape[1]
-        # The mean mask probability is at most 1: what cannot pass any more is left out.
+        # The mean mask probability is at most 1, so pairs whose class probability is too small are left out.
         keep = (scores >= threshold) & ~torch.isin(labels, labels.new_tensor(sorted(stuff_labels)))
         scores, queries, labels = scores[keep], queries[keep], labels[keep]
         masks = torch.zeros(len(queries), *frame.original, dtype=torch.bool, device=scores.device)
@@ -185,7 +185,7 @@ def panoptic(
         segments: list[Segment] = []
         if len(queries):
             scores, labels = scores[queries], labels[queries]
-            # Of each query the pixels that it owns, those of them that its mask has, and those that its mask has.
+            # For each query the number of pixels that it owns, of those that lie in its mask, and of those in its mask.
             owned, seen, full = (labels.new_zeros(len(queries)) for _ in range(3))
             owners = torch.empty(frame.original, dtype=torch.int16, device=scores.device)  # -1 where not in its mask
             for strip in _strips(output.masks, i, queries, frame):
@@ -208,7 +208,7 @@ def panoptic(
                 ids[k] = fused.get(label, len(segments))
                 if label in stuff_labels:
                     fused[label] = ids[k]
-            # The last is what -1 takes.
+            # Index -1 takes the last.
             table = torch.tensor([*ids, 0], dtype=torch.int32, device=scores.device)
             segment_ids = table[owners.int()]
         results.append(Panoptic(segment_ids, segments))
@@ -220,13 +220,13 @@ def panoptic(
 
 @dataclass(frozen=True)
 class _Strip:
-    """Some rows of one image's result: masks are multiplied out and resized for them alone."""
+    """Some rows of one image's result, for which alone masks are multiplied and resized."""
 
     embed: Tensor  # [q, C]
     features: Tensor  # [C, h, w] of the whole input
     frame: Frame
     rows: slice  # of the image
-    content: slice  # the rows of the input that these are made of
+    content: slice  # the rows of the input from which these are computed
 
     def masks(self) -> Tensor:
         """Logits [q, r, w] of `content`, without the padding at the right."""
@@ -244,12 +244,12 @@ class _Strip:
 def _strips(
     masks: FactoredMasks, image: int, queries: Tensor | slice, frame: Frame, planes: int = 0
 ) -> Iterator[_Strip]:
-    """All rows of one image's result, a few at a time; `planes` of them are made beside those of `queries`."""
+    """Yields the rows of one image's result, a few at a time; `planes` are computed besides those of `queries`."""
     embed, features = masks.mask_embed[image, queries], masks.mask_features[image]
     if not len(embed):
         return
     (height, width), (content, _) = frame.original, frame.content
-    # Of the input more rows than of the result where images are made smaller.
+    # The input has more rows than the result if the image is made smaller.
     row_bytes = 4 * (len(embed) + planes) * max(width, frame.padded[1] * content / height)
     step = max(1, int((_STRIP_BYTES if features.device.type == "cpu" else _STRIP_BYTES_GPU) / max(1, row_bytes)))
     for first in range(0, height, step):
@@ -264,7 +264,7 @@ def _coordinates(old: int, new: int, rows: slice, device: torch.device | None = 
 
 
 def _source(old: int, new: int, rows: slice) -> slice:
-    """The rows of `old` that some rows of `new` are made of."""
+    """The rows of `old` from which some rows of `new` are computed."""
     at = _coordinates(old, new, rows)
     return slice(min(int(at[0]), old - 1), min(int(at[-1]) + 2, old))
 
@@ -303,7 +303,7 @@ def _sizes(frames: Sequence[Frame]) -> list[tuple[int, int]]:
 def _instances_of_theirs(found: dict[str, Any], frame: Frame, stuff_labels: Collection[int]) -> Instances:
     segments = found["segments_info"]
     keep = [i for i, segment in enumerate(segments) if segment["label_id"] not in stuff_labels]
-    # Where nothing was found they give one map of -1 in place of no maps.
+    # Without segments they return one map of -1 instead of no maps.
     masks = (
         found["segmentation"].bool() if segments else torch.zeros(0, *frame.original, dtype=torch.bool, device="cpu")
     )

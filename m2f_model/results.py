@@ -1,4 +1,4 @@
-"""Results on disk: written in COCO's formats, with whichever ids of images and categories, and read again."""
+"""Writes results to disk in COCO's formats, with the model's or the data's ids of images and categories."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Id = int | str
 
 
 class Ids:
-    """Ids that data have for categories and images.
+    """The ids of a data set's categories and images.
 
     Args:
         categories: of each of the model's labels.
         images: by file name.
-        source: what errors call the data.
+        source: the name of the data in errors.
 
     Attributes:
         categories: as given.
@@ -46,7 +46,7 @@ class Ids:
         """From a JSON file of COCO's, whose categories are the model's by name.
 
         Raises:
-            ValueError: where the file is none of COCO's, or lacks a category.
+            ValueError: the file is not in COCO's format, or lacks a category.
         """
         from m2f_model.coco import read_tables
 
@@ -105,7 +105,7 @@ class Writer:
         """Write one image's files, NAME.TASK.png, and an overlay where the image is given."""
         (self.out / name).parent.mkdir(parents=True, exist_ok=True)
         records: list[dict[str, Any]]
-        masks: Iterable[np.ndarray[Any, Any]]  # one at a time, where they are not there anyway
+        masks: Iterable[np.ndarray[Any, Any]]  # one at a time, if they do not exist yet
         if isinstance(result, Panoptic):
             ids = result.segment_ids.cpu().numpy()
             file_name = f"{name}.panoptic.png"
@@ -152,7 +152,7 @@ class Writer:
         self.records += records
 
     def discard(self, name: str) -> None:
-        """Remove what there is of an image whose result could not be written whole."""
+        """Remove the files of an image whose result could not be written completely."""
         for kind in (self.task, "overlay"):
             (self.out / f"{name}.{kind}.png").unlink(missing_ok=True)
 

@@ -19,7 +19,7 @@ class AnnotationError(ValueError):
 
 
 class Masks:
-    """Masks of one image, each made when it is asked for.
+    """Masks of one image, each computed when it is read.
 
     Args:
         height, width: of the image.

@@ -25,7 +25,7 @@ from m2f_model.results import Writer, encode
 from m2f_model.samples import Sample
 from m2f_model.semantic import read_values
 
-#: Each metric, and the results that it is of.
+#: Each metric, and the kind of results that it measures.
 METRICS = {"pq": "panoptic", "ap": "instance", "miou": "semantic"}
 
 
@@ -33,9 +33,9 @@ class Report(NamedTuple):
     """The measured metrics.
 
     Attributes:
-        images: how many.
-        values: by metric, and part of it, the figures by name; None where there is nothing to measure.
-        classes: by metric the same for each class that occurs.
+        images: their number.
+        values: by metric and part of the classes, the figures by name; None if there is nothing to measure.
+        classes: by metric, the figures of each class that occurs.
     """
 
     images: int
@@ -52,7 +52,7 @@ def metrics_of(data: Dataset, wanted: Collection[str] | None = None) -> tuple[st
     """The metrics that data can be measured by: all of them for panoptic data, two for instances, one for label maps.
 
     Raises:
-        ValueError: where others are wanted.
+        ValueError: other metrics are wanted.
     """
     if getattr(data, "semantic", False):
         possible: tuple[str, ...] = ("miou",)
@@ -72,7 +72,7 @@ class Scorer:
     """Counts results of `data`, of one image after the other.
 
     Args:
-        data: samples with what is true.
+        data: samples with the ground truth.
         metrics: of :data:`METRICS`.
     """
 
@@ -91,7 +91,7 @@ class Scorer:
         instances: Iterable[Mapping[str, Any]] | None = None,
         semantic: Tensor | None = None,
     ) -> None:
-        """Count what was found in one image.
+        """Count the results of one image.
 
         Args:
             index: of the sample.
@@ -149,10 +149,10 @@ def _things(sample: Sample, stuff: Collection[int]) -> list[dict[str, Any]]:
 
 
 def labels_of_model(model: Mask2Former, data: Dataset) -> list[int]:
-    """For each label of the model that of the data, by name; -1 for those that the data lack.
+    """For each label of the model the data's label of the same name; -1 for those that the data lack.
 
     Raises:
-        ValueError: where the model lacks one of the data's.
+        ValueError: the model lacks one of the data's labels.
     """
     ours, theirs = model.config.label_names, tuple(data.label_names)
     if ours is None or same_labels(ours, theirs):
@@ -184,7 +184,7 @@ def score_model(
     batch_size: int = 1,
     image_size: tuple[int, int] | None = None,
 ) -> None:
-    """Let `scorer` count what `model` finds in samples of `data`, prepared and finished as in the published test.
+    """Lets `scorer` count the results of `model` on samples of `data`, processed as in the published test.
 
     Args:
         model: left in the mode that it was in.
@@ -249,7 +249,7 @@ def _kept(found: Instances, lookup: Tensor) -> Instances:
 
 def _encoded(found: Instances) -> list[dict[str, Any]]:
     return [
-        # As they are written: who scores the file gets the same figures.
+        # Rounded as they are written, so that scoring the file gives the same figures.
         {"label": label, "score": round(score, 6), "segmentation": encode(mask)}
         for label, score, mask in zip(found.labels.tolist(), found.scores.tolist(), found.masks.numpy(), strict=True)
     ]
@@ -269,7 +269,7 @@ def score_results(
     indices: Sequence[int],
     progress: Callable[[Sequence[int]], Iterable[int]] = iter,
 ) -> None:
-    """Let `scorer` count results of samples of `data` that are on disk, in COCO's formats, with the data's own ids.
+    """Lets `scorer` count results on disk for samples of `data`, in COCO's formats with the data's own ids.
 
     Args:
         data: with `category_ids` and `images_of_data`.
@@ -291,10 +291,10 @@ def score_results(
 
 
 def find_results(path: Path, metrics: Sequence[str], *, all_of_them: bool) -> tuple[tuple[str, ...], dict[str, Path]]:
-    """The metrics that results at `path`, a directory or a JSON file, are there for, and the file of each task.
+    """The metrics for which there are results at `path`, a directory or a JSON file, and the file of each task.
 
     Raises:
-        ResultsError: where there is none, or one of a metric is missing and `all_of_them` are wanted.
+        ResultsError: there is none, or the results of a metric are missing and `all_of_them` are wanted.
     """
     files = {}
     if path.is_dir():

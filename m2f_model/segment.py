@@ -1,4 +1,4 @@
-"""Segment image files: coloured overlays, and results for machines to read."""
+"""Segments image files: coloured overlays, and results in COCO's formats."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def prepare(image: Image.Image, config: Mask2FormerConfig) -> tuple[Tensor, Fram
 def resized_size(height: int, width: int, size: tuple[int, int]) -> tuple[int, int]:
     """(height, width) of an image whose short side becomes `size[0]`, or its long side `size[1]` if that is less.
 
-    The published evaluation's arithmetic (detectron2's ResizeShortestEdge), step by step: one product in place of two
-    rounds another way for one size in some thousands. At least 1.
+    At least 1. This follows the published evaluation's arithmetic (detectron2's ResizeShortestEdge) step by step: one
+    product instead of two rounds differently for one size in some thousands.
     """
     short, long = size
     scale = short / min(height, width)
@@ -73,7 +73,7 @@ class Segmenter:
         threshold: of scores, for panoptic (default 0.8) and instance (default 0.5) segmentation.
         image_size: (short, long) side of the resized image; by default what the model's configuration says.
         stuff_labels: labels that have one segment per image and no instances; by default what the configuration says.
-            Where that does not know, nothing is stuff, with a warning.
+            If that does not state them, nothing is stuff, with a warning.
         cuda_graphs: replay the model's kernels as a CUDA graph for each size, see :class:`m2f_kernels.CudaGraphs`.
 
     Raises:
@@ -171,7 +171,7 @@ def segment_files(
     A file that is no image, or one too large for the memory, is reported and the others are done.
 
     Args:
-        segmenter: what to do.
+        segmenter: the model with its task.
         paths: image files.
         out: directory, made if it is not there.
         progress: wraps the iteration over paths, for a progress bar.
@@ -235,9 +235,9 @@ class _Pending(NamedTuple):
 def _segment_batch(
     segmenter: Segmenter, batch: list[_Pending], writer: Writer
 ) -> Iterator[tuple[_Pending, str | None]]:
-    """Segment and write some images; with each why it could not be, or None.
+    """Segments and writes some images; returns each with the reason if it failed, or None.
 
-    What is too large at once is tried one by one.
+    Images that are too large together are tried one by one.
     """
     try:
         results: list[Any] = list(segmenter.batch([p.prepared for p in batch])) if len(batch) > 1 else [None]
@@ -260,7 +260,7 @@ def _segment_batch(
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """PyTorch has no type of its own for the memory of a CPU."""
+    """True for an error of CPU or GPU memory: PyTorch has no exception type for that of a CPU."""
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
     return isinstance(error, RuntimeError) and ("allocate memory" in str(error) or "not enough memory" in str(error))

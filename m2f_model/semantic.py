@@ -19,7 +19,7 @@ from m2f_model.samples import AnnotationError, IdMap, Progress, Sample
 #: Suffixes of images.
 IMAGES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".ppm"}
 
-#: Of Cityscapes' ids, those of its 19 labels in their order.
+#: Cityscapes' ids of its 19 labels, in their order.
 CITYSCAPES_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
@@ -28,12 +28,12 @@ class SemanticMaps:
 
     Args:
         pairs: path of each image and of its map.
-        root: directory that errors and ids do not repeat.
+        root: directory; errors and ids contain paths below it.
         label_names: of the classes, in order.
-        ignore_label: value of pixels that count for nothing.
-        reduce_labels: value 0 counts for nothing either, and the first class has the value 1, as in ADE20K.
-        values: of the classes, where they are not 0, 1, ...; all others that are not refused count for nothing.
-        known: values that may occur, beside those of the classes.
+        ignore_label: value of ignored pixels.
+        reduce_labels: value 0 is ignored, too, and the first class has the value 1, as in ADE20K.
+        values: of the classes, if they are not 0, 1, ...; all other values of `known` are ignored.
+        known: values that may occur, besides those of the classes.
         stuff_labels: by default all.
 
     Attributes:
@@ -124,7 +124,7 @@ class SemanticMaps:
     def cityscapes(cls, root: str | Path, split: str = "train") -> SemanticMaps:
         """Cityscapes' layout: leftImg8bit/train/CITY/X_leftImg8bit.png, gtFine/train/CITY/X_gtFine_labelIds.png.
 
-        Maps are those of labelIds, or of labelTrainIds where these alone are there.
+        Maps are those of labelIds, or of labelTrainIds if only these exist.
         """
         folder = Path(root) / "leftImg8bit" / {"train": "train", "validation": "val"}[split]
         if not folder.is_dir():
@@ -190,7 +190,7 @@ class SemanticMaps:
         return {"image": pixels, "labels": found, "masks": IdMap(labels.numpy(), found.tolist())}
 
     def values_to_labels(self, values: np.ndarray[Any, Any]) -> Tensor:
-        """int64, labels for values of pixels; -1 for those that count for nothing."""
+        """The labels of values of pixels, int64; -1 for ignored ones."""
         return torch.from_numpy(self._table[values].clip(min=-1).astype(np.int64))
 
     def _name(self, path: Path) -> str:
@@ -218,7 +218,7 @@ class SemanticMaps:
         return torch.from_numpy(labels.astype(np.int64))
 
 
-#: In tables of values: none that may occur.
+#: In tables of values: a value that must not occur.
 _UNKNOWN = -2
 
 
