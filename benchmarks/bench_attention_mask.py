@@ -35,7 +35,7 @@ STRIDES = (32, 16, 8)
 
 OURS = "m2f_kernels"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-#: Share of the bits that may differ from the truth.
+#: Largest share of bits that may differ from the reference.
 WRONG_BITS = {"fp32": 1e-6, "bf16": 1e-3}
 #: An implementation's logit lies within this factor times sum_c |embed_c| |feature_c| of the exact one: in float32 the
 #: rounding of C products and sums; in bfloat16 that of the resized features.

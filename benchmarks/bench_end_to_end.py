@@ -32,7 +32,7 @@ INFERENCE, TRAINING = "inference", "training step"
 TITLES = {"tiny": "tiny", "r50": "R50", "swin-t": "Swin-T"}
 TARGETS = 10
 #: On a GPU convolutions of the two models round differently, and a few logits next to zero change their sign: a bit of
-#: an attention mask of random weights changes predictions by some percent. Tests hold the operators to more.
+#: an attention mask of random weights changes predictions by some percent. Tests of the operators are stricter.
 GPU_TOLERANCE = 0.1
 #: Of the masks of the last prediction, least mean intersection over union of bf16 with float32 for a row to have a
 #: time. Random weights put many logits next to zero, where any rounding decides: it only tells masks from noise.
@@ -73,7 +73,7 @@ Seconds = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class _Watched:
-    """A model, and what the forward passes of its parts took since they were last collected."""
+    """A model, and the times of its parts' forward passes since they were last collected."""
 
     model: nn.Module
     seconds: Seconds = field(default_factory=dict)
@@ -125,7 +125,7 @@ def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tenso
     return replay
 
 
-#: What the parts took in every call of a case's implementation, since it was last bound.
+#: The times of the parts in every call of a case's implementation, since it was last bound.
 _stages: dict[tuple[str, str], Seconds] = {}
 
 

@@ -92,7 +92,7 @@ def _tensors(size: int, count: int) -> Tensors:
     features = inputs.mask_features(size, size, CHANNELS)
     embed = torch.randn(OUTPUTS, 1, QUERIES, CHANNELS, generator=source) * (3 / 16)
     # The first queries predict the targets as well as a linear map of the features can, and a little differently in
-    # each output: what is matched is then no matter of chance, and most of a mask is certain.
+    # each output: matching is then not random, and most of a mask is certain.
     wanted = F.adaptive_avg_pool2d(targets.float(), features.shape[2:]).flatten(2)[0] * 8 - 4
     pixels = features[0].flatten(1)
     gram = pixels @ pixels.T + pixels.shape[1] * 1e-3 * torch.eye(CHANNELS)
@@ -218,7 +218,7 @@ def _implementation(name: str, call: Callable[[dict[str, Any]], Any], **options:
 
 
 def _loss_case(size: int, count: int, headline: bool, images: int = 1) -> Case:
-    """Everybody at K = 12544."""
+    """All implementations at K = 12544."""
     found = [
         _implementation(OURS, _loss(POINTS, False)),
         _implementation(FRESH, _loss(POINTS, True)),
@@ -227,7 +227,7 @@ def _loss_case(size: int, count: int, headline: bool, images: int = 1) -> Case:
         _implementation(FULL, peers_points.full_loss(False), unavailable=peers_points.needs_gib(size, images * count)),
     ]
     name = f"{LOSS} {size}²{f' N={images}' if images > 1 else ''} T={count}"
-    # At the small size one case tells enough about memory.
+    # At the small size one case is enough for memory.
     memory = headline or size >= 1024
     return Case(name, name, "forward+backward", found, memory=memory, headline=headline, full=not headline)
 

@@ -1,6 +1,6 @@
 """Estimates the duration of a run from the times of an earlier one: `python -m benchmarks.budget FOLDER... [--full]`.
 
-Timed calls and one call per peak of memory; what comes on top (inputs, truths in float64, starting processes) is not
+It adds timed calls and one call per peak of memory. Other work (inputs, float64 references, starting processes) is not
 in a CSV. The wall time of each phase is among the facts of every run.
 """
 

@@ -15,7 +15,7 @@ Levels = list[tuple[int, int]]
 
 #: Relative L2 error against the fp64 reference above which a float32 row is wrong and gets no time.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
-#: Peers are held to a looser bound: some of them lose bits where this package does not, and the error is printed.
+#: Peers have a looser bound: some are less precise than this package, and the error is printed.
 PEER_SLACK = 10.0
 #: Below float32: twice the error of rounding the exact result; a peer that accumulates in low precision may reach this.
 PEER_LOW_PRECISION_TOLERANCE = 0.1
@@ -32,12 +32,12 @@ class Scale:
 
 @dataclass(frozen=True)
 class Data:
-    """Inputs of a case and what the fp64 reference makes of them.
+    """Inputs of a case and the fp64 reference's results for them.
 
     Attributes:
-        inputs: by name; each implementation's adapter takes what it needs.
-        truth: the outputs and, where a gradient was asked for, the gradients, by name; and whatever else the
-            operator's own check needs.
+        inputs: by name; each implementation's adapter takes those it needs.
+        truth: the outputs and, if requested, the gradients, by name; and other tensors that the operator's own check
+            needs.
         levels: (h, w) of the feature levels, where the operator has any.
         outputs: names of the outputs in `truth`, in the order in which an implementation returns them.
         grad_outputs: the gradient of each output that has one, in the dtype of the truth.
@@ -86,10 +86,11 @@ class Implementation:
         name: as printed; the first implementation of a case is the one that ratios are about.
         call: takes what `adapt` returned; only this is timed. Returns a tensor or a tuple of them; or yields one
             result after the other, of which the timed call drops each before the next is made, as a model does.
-        adapt: brings the inputs into the form this implementation likes best (dtype, layout, index tensors); untimed.
-        ours: held to this package's tolerance rather than to the peers'.
-        unavailable: why it cannot run here ("not installed"), or None.
-        decode: brings the tensors that `call` returned into the form of the truth; untimed.
+        adapt: converts the inputs to the form that suits this implementation best (dtype, layout, index tensors);
+            untimed.
+        ours: this package's tolerance applies, not the peers'.
+        unavailable: the reason why it cannot run here ("not installed"), or None.
+        decode: converts the tensors that `call` returned to the form of the truth; untimed.
         counts_writes: whether its operations pass PyTorch's dispatcher one by one, so that what they write can be
             counted; compiled code's do not.
         counts_memory: whether the memory of a call is what its caller needs for it.
@@ -188,7 +189,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Figure:
-    """A required figure: numerator over denominator must be at least `target`; with `at_most`, at most.
+    """A figure with a target: numerator over denominator must be at least `target`; with `at_most`, at most.
 
     Each side is (case, implementations, field of `Row`); of several implementations the least value counts,
     so that a peer is represented by its best backend; with `of_fastest`, the value of the one that takes the least
@@ -229,13 +230,13 @@ class Benchmark:
         data: builders of the data sets that the cases name.
         work: what the floor is computed from.
         shrink: a smaller version of the data, to start threads and load code before peak memory is measured.
-        figures: the required figures.
+        figures: the figures with targets.
         check: compares results, decoded, with the truth.
         operators: the package's operators that it measures, whose backends the report states; empty for `op` itself.
         budget_s: seconds of interleaved timing per case in a full run.
         long_ms: milliseconds from which on the call whose result was checked is itself a sample, and with `--full` one
-            more is: full masks take half a minute where points take a third of a second, and nobody asks whether that
-            is 90 or 92 times as long.
+            more is: full masks take half a minute where points take a third of a second, and it does not matter whether
+                that is 90 or 92 times as long.
         pictures: draws what bars do not show into a directory, and returns the names of the files.
         stages: milliseconds of the parts of a call that was just timed, where an implementation has any.
         peak: peak MiB of an implementation in a process that has just been started, where the general way of
@@ -342,7 +343,7 @@ def relative_l2(actual: Tensor, truth: Tensor) -> float:
 
 
 def check_relative_l2(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
-    """Hold each output and gradient to its bound on the relative L2 error."""
+    """The verdict on the relative L2 error of each output and gradient."""
     names = (*data.outputs, *data.differentiable) if case.backward else data.outputs
     errors, right = [], True
     for i, (name, actual) in enumerate(zip(names, results, strict=True)):

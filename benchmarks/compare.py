@@ -54,7 +54,7 @@ def devices(path: Path) -> set[str]:
 
 
 def _drift(before: dict[tuple[str, str, str, str], Row], new: Sequence[Row], row: Row) -> float:
-    """By what factor the machine was slower in this case: the least growth among the peers' times, at least 1."""
+    """The factor by which the machine was slower in this case: the least growth among the peers' times, at least 1."""
     factors = [
         other.median_ms / was.median_ms
         for other in new

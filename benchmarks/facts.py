@@ -74,7 +74,7 @@ def _commit() -> str:
 
 
 def gather(device: str, ops: list[str]) -> dict[str, str]:
-    """Everything the report states about where and with what it was measured."""
+    """The conditions of a measurement that the report states."""
     facts = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),

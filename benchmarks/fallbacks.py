@@ -3,8 +3,8 @@
     python -m benchmarks.fallbacks
 
 Operations that are not views, bytes that they write, and bytes that autograd saves, forward and backward, in float32,
-counted on the meta device by dispatch: no time, no GPU. A fallback may have 1.25 times the operations and 1.1 times the
-bytes; `tests/test_fallbacks.py` holds it to that. One row may have more, and says how much (`Row.exception`).
+counted on the meta device by dispatch; nothing is timed, and no GPU is needed. A fallback may have 1.25 times the
+operations and 1.1 times the bytes, which `tests/test_fallbacks.py` checks. One row may have more (`Row.exception`).
 """
 
 from __future__ import annotations
@@ -235,8 +235,7 @@ def published_loss(
 class Row:
     """One operator: both forms, each with its inputs.
 
-    `exception`: a row that has more than the limits allow says why; it has at most the operations and the bytes written
-    that stand here, as ratios.
+    `exception`: the ratios of operations and of bytes written that a row may have beyond the limits, with the reason.
     """
 
     op: str
@@ -248,7 +247,7 @@ class Row:
     exception: tuple[float, float] | None = None
 
     def counts(self) -> tuple[Count, Count]:
-        """The published form's and the fallback's."""
+        """The counts of the published code and of the fallback."""
         own = self.inputs if self.own_inputs is None else self.own_inputs
         return count(self.published, self.inputs), count(forced(self.fallback), own)
 

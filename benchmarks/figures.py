@@ -1,4 +1,4 @@
-"""Required figures: what a benchmark has to show, what was measured, and whether it is enough."""
+"""Figures with targets: the target, the measured value, and the verdict."""
 
 from __future__ import annotations
 

@@ -3,9 +3,9 @@
     python -m benchmarks.kernels
     python -m benchmarks.kernels --output benchmarks/results/<device>/kernels.md
 
-A first look, and what to run after a change of a kernel: no peers, no reference, no memory, no floors, which
-`python -m benchmarks.run` has. Timed like there: the L2 cache overwritten before every call, launches queued before the
-clock starts. On CPU the same at a small size, to see that it runs.
+Run this after changing a kernel. It has no peers, reference, memory or floors, for which there is
+`python -m benchmarks.run`. Timing is the same: the L2 cache is overwritten before every call, and launches are queued
+before the clock starts. On CPU it runs at a small size, as a check that it works.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from m2f_kernels import _library
 
 HEADS, CHANNELS, POINTS, QUERIES = 8, 256, 12544, 100
 _ROUNDS = 20
-#: What is timed, and a call of it.
+#: The name of a timed operator, and a call of it.
 Call = tuple[str, Callable[[], object]]
 
 

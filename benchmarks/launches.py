@@ -111,7 +111,7 @@ class Launches(TorchDispatchMode):
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Launches]:
-        """Count what runs under `with`. Fused attention is one kernel, though fake tensors take it in steps."""
+        """Count operators that run under `with`. Fused attention is one kernel, though fake tensors decompose it."""
         original = F.scaled_dot_product_attention
 
         def attend(*args: Any, **kwargs: Any) -> Any:
@@ -210,12 +210,12 @@ def _on_device(tensor: Tensor) -> bool:
 
 
 def _scalar(tensor: Tensor) -> Any:
-    """A value that keeps the code going: everything is finite, present and one."""
+    """A value with which the code continues: everything is finite, present and one."""
     return tensor.dtype == torch.bool or (1.0 if tensor.dtype.is_floating_point else 1)
 
 
 def _host_values(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """Costs between 0 and 1, which as labels are class 0."""
+    """Random costs between 0 and 1, which count as class 0 when they are read as labels."""
     generator = torch.Generator().manual_seed(0)
     dtype = dtype or tensor.dtype
     if not dtype.is_floating_point:

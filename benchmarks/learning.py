@@ -1,4 +1,4 @@
-"""Does it learn, and alike on every backend? The tiny model on synthetic shapes, on the kernels and on the reference.
+"""Training of the tiny model on synthetic shapes, on the kernels and on the reference: loss curves, quality and times.
 
 `python -m benchmarks.learning` trains both from the same weights on the same batches, in turns step by step, so that
 whatever else the machine does falls on both. It writes, into results/<device>/: learning.csv (the loss of every step),

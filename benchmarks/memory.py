@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 MIB = 1 << 20
-#: What the kernel's page accounting and code pages touched for the first time may add, in MiB.
+#: MiB that the kernel's page accounting and newly touched code pages may add.
 RESOLUTION_MIB = 1.0
 #: Environment of a measuring process on glibc.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}

@@ -1,8 +1,8 @@
-"""Other people's models before and after `m2f_kernels.accelerate`.
+"""Models of `transformers` before and after `m2f_kernels.accelerate`.
 
-`python -m benchmarks.integrations` measures them and writes a CSV of its own, one line per model and allocator setting;
-here it becomes rows and figures like every other's, so that the report, the comparison of runs and README need to know
-one kind of row.
+`python -m benchmarks.integrations` measures them and writes a CSV of its own, one line per model and allocator setting.
+This module converts it to the rows and figures of all other benchmarks, which the report, the comparison of runs and
+README use.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from benchmarks.cases import Figure, Row
 
 OP = "integrations"
 BEFORE, AFTER = "before", "after"
-#: What makes a CSV one of that command's.
+#: Columns by which that command's CSV is recognised.
 COLUMNS = {"model", "setting", "aim", "before_ms", "after_ms"}
 #: Least times by which peak memory shrinks, by the beginning of the model's name.
 MEMORY_AIMS = {"Mask2Former Swin-T, 1024²": 2.0}

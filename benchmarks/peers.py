@@ -1,7 +1,7 @@
 """The peers of multi-scale deformable attention, each in the configuration that suits it best.
 
-An adapter takes float inputs (value, sampling_locations, attention_weights) and the levels, and brings them, untimed,
-into the form its implementation likes: contiguous, the dtype it computes in, index tensors on the right device.
+An adapter takes float inputs (value, sampling_locations, attention_weights) and the levels, and converts them, untimed,
+to the form that suits its implementation: contiguous, its own dtype, index tensors on the right device.
 
 - PyTorch grid_sample: the function `transformers` itself calls, given float32 inputs whatever the case's dtype
   (bfloat16 coordinates would be wrong by a quarter of a pixel) and the level sizes as a list: nothing synchronises.

@@ -4,12 +4,12 @@ Attention masks: `transformers`' own mask predictor with its embedding already c
 PyTorch does by the same rearrangement as this package.
 
 Masked attention takes query, key and value by heads, [N, H, *, D], contiguous (on CPU SDPA is a sixth slower on heads
-cut out of [N, *, H*D]), and the mask in the form a peer likes best, made untimed:
+cut out of [N, *, H*D]), and the mask in the form that suits a peer best, made untimed:
 
 - SDPA: bool [N, 1, Q, S]; expanded to the heads it would take three times as long on CPU.
-- SDPA with a mask of 0 and -inf made before: what SDPA makes of the boolean one at every call.
-- nn.MultiheadAttention's core: what happens between its projections as `transformers` calls it, with the boolean
-  mask repeated over heads and the weights averaged over them. Its projections are the same work for everybody.
+- SDPA with a mask of 0 and -inf made before: SDPA makes it from a boolean mask in every call.
+- nn.MultiheadAttention's core: the code between its projections as `transformers` calls it, with the boolean
+  mask repeated over heads and the weights averaged over them. Its projections are the same work for all.
 - FlexAttention, compiled, GPU only: with its block mask ready, and with the block mask built in every call as a mask
   that is new in every layer needs it.
 """
@@ -63,7 +63,7 @@ def _transformers_inputs(inputs: Tensors, levels: Levels) -> dict[str, Any]:
 
 
 def _transformers(keep: bool) -> Callable[[dict[str, Any]], Iterator[Tensor]]:
-    """Predictor and row rule as the decoder applies them; `keep`: it also keeps the logits of every layer."""
+    """Predictor and row rule as the decoder applies them; with `keep` it also keeps the logits of every layer."""
 
     def masks(a: dict[str, Any]) -> Iterator[Tensor]:
         kept = []

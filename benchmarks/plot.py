@@ -11,7 +11,7 @@ from benchmarks.formats import mebibytes, number
 from benchmarks.memory import RESOLUTION_MIB
 
 _OURS, _OURS_OTHERS = "#d1495b", ("#e8a0aa", "#8c2f3d")
-#: What the stages leave of a call.
+#: The part of a call outside of its stages.
 _REST = "the rest, backward included"
 _PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98", "#c9a66b", "#5f6c7b")
 _BAR = 0.8

@@ -13,9 +13,9 @@ from benchmarks.formats import markdown, number
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-#: Pages with tables, and how each reaches the repository's root.
+#: Pages with tables, and the relative path from each to the repository's root.
 PAGES = {ROOT / "README.md": "", ROOT / "docs" / "results.md": "../"}
-#: Where the CPU's figures come from: the first of these folders that has an operator's CSV.
+#: Folders of the CPU's figures: the first that has an operator's CSV is used.
 FOLDERS = ("cpu-intel-xeon", "cpu-intel-xeon/full", "cpu-amd-epyc/full")
 GPU = ("nvidia-h200",)
 NOT_MEASURED = "*Not measured yet.*"

@@ -1,6 +1,6 @@
 """Writes the results of a run: CSV, conditions, tables and pictures of each operator, and one report of all of them.
 
-`report.md` is made from what lies in its folder, so a run of some operators renews their part and keeps the others'.
+`report.md` is made from the files in its folder, so a run of some operators renews their part and keeps the others'.
 `python -m benchmarks.report FOLDER` makes it again.
 """
 
@@ -112,7 +112,7 @@ def _launch_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def _scaling_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Cases that were also run with fewer threads: how much the others help."""
+    """Times of cases that were also run with fewer threads, and the speedup from all threads."""
     header = ["case", "implementation", "setting", "threads", "ms", "threads", "ms", "scaling"]
     measured = {row.key: row for row in rows if row.median_ms is not None}
     lines = []
@@ -272,7 +272,7 @@ def load(directory: Path) -> dict[str, Run]:
 
 # ---------------------------------------------------------------- the report
 
-#: The first page: what is asked, the operator whose rows answer, the table, and the pictures.
+#: The first page: title, operator, table and pictures of each section.
 FIRST_PAGE = (
     (
         "The loss of a training step: full masks, K = 12544 points, and this package",
@@ -282,12 +282,12 @@ FIRST_PAGE = (
         "A whole Mask2Former, `transformers`' and this package's",
         "end_to_end", tables.end_to_end, ("end_to_end_stages.png", "end_to_end_sizes.png"),
     ),
-    ("Other people's models before and after one line", other_models.OP, tables.integrations, ()),
+    ("Models of `transformers` before and after `accelerate`", other_models.OP, tables.integrations, ()),
 )  # fmt: skip
 
 
 def targets(directory: Path, runs: dict[str, Run]) -> list[list[str]]:
-    """Every required figure, by operator: its name, and the columns of `figures.HEADER`."""
+    """Every figure with a target, by operator: its name, and the columns of `figures.HEADER`."""
     found = []
     for op, run in runs.items():
         benchmark = benchmarks.load(op)
@@ -305,7 +305,7 @@ def targets(directory: Path, runs: dict[str, Run]) -> list[list[str]]:
 def text(directory: Path) -> str:
     """The report of what lies in a folder."""
     runs = load(directory)
-    parts = [f"# What does it save? {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
+    parts = [f"# Benchmark results: {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
     found = targets(directory, runs)
     parts += [*_warnings(runs), *_misses(found)]
     for title, op, table, pictures in FIRST_PAGE:
@@ -334,7 +334,7 @@ def text(directory: Path) -> str:
 
 
 def _page(path: Path) -> str:
-    """A page that a command of its own has written, as a part of the report: without its title."""
+    """A page written by a separate command, as a part of the report: without its title."""
     return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("# ")).strip()
 
 
@@ -368,7 +368,7 @@ def _warnings(runs: dict[str, Run]) -> list[str]:
 
 
 def _by_facts(runs: dict[str, Run]) -> list[tuple[dict[str, str], list[str]]]:
-    """The operators by the run they come from."""
+    """The conditions of each run and the operators that it measured."""
     groups: list[tuple[dict[str, str], list[str]]] = []
     for op, run in runs.items():
         same = next((ops for facts, ops in groups if facts == run.facts), None)

@@ -1,13 +1,13 @@
 """Measure the operators and the whole model, print tables, and write `benchmarks/results/<device>/`.
 
-    python -m benchmarks.run                                    what the first page needs, under ten minutes on 2 cores
+    python -m benchmarks.run                                    the rows of the first page, under ten minutes on 2 cores
     python -m benchmarks.run --full                             all shapes and dtypes, written to <device>/full
     python -m benchmarks.run --op ms_deform_attn --device cpu --quick
     python -m benchmarks.run --compare OLD.csv                  names regressions, exit code 1 if there are any
 
 Everything is measured in fresh subprocesses (`benchmarks/worker.py`), one per allocator setting and one per
-measurement of memory; this process only starts them and writes reports. Interrupted (Ctrl-C, SIGTERM), it writes what
-was measured until then to <device>-partial. Where the output is no terminal, each step is a line of it.
+measurement of memory; this process only starts them and writes reports. If it is interrupted (Ctrl-C, SIGTERM), it
+writes the measurements so far to <device>-partial. If the output is not a terminal, each step is one line.
 """
 
 from __future__ import annotations

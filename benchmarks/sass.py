@@ -105,7 +105,7 @@ class Mix:
         return sum(self.counts.values())
 
     def text(self, least: float = 0.05) -> str:
-        """Shares of the kinds that make up at least `least`, and how many of the rarer ones that tell most."""
+        """Shares of the kinds that make up at least `least`, and numbers of the rarer kinds that matter most."""
         shown = []
         for kind, count in sorted(self.counts.items(), key=lambda item: -item[1]):
             if count >= least * self.total and kind != "other":
@@ -168,7 +168,7 @@ def executed(code: str, trips: Sequence[int] = ()) -> int:
             labels[label[1]] = count
         elif opcodes(line):
             branch = _BRANCH.search(line)
-            # What branches to itself stands behind the end and is never reached.
+            # A branch to itself stands behind the end and is never reached.
             if branch and branch[1] in labels and labels[branch[1]] < count:
                 loops[labels[branch[1]]] = max(count, loops.get(labels[branch[1]], 0))
             if not (branch and labels.get(branch[1]) == count):

@@ -6,9 +6,9 @@ Needs triton, which brings the assembler, and no GPU. Each operator is called on
 `m2f_kernels._triton.recording` collects its launches, so what is compiled is what production would launch. A new
 operator needs one line in `CASES`. `benchmarks/static_cuda.py` does the same for CUDA C++.
 
-The least a launch can take is stated beside: the tensors it is given, each moved once, over the data sheet's bandwidth
-of the part; and, where `Case.flops` counts them, the operations of its matrix products in half precision over the data
-sheet's rate. Nothing here is measured.
+It also states the least time of a launch: its tensors, each moved once, over the data sheet's bandwidth of the GPU;
+and, if `Case.flops` counts them, the operations of its matrix products in half precision over the data sheet's rate.
+Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Case:
         head_dims: channels per head to compile for; the first is the representative one.
         targets: what it is compiled for.
         representative: CI compiles it on every change.
-        deterministic: compile what torch.use_deterministic_algorithms(True) asks for.
+        deterministic: compile the kernels for torch.use_deterministic_algorithms(True).
         flops: operations of matrix products by the name of the kernel that makes them, from the channels per head.
     """
 

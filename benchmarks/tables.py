@@ -190,5 +190,5 @@ def end_to_end(rows: Sequence[Row]) -> str:
 
 
 def integrations(rows: Sequence[Row]) -> str:
-    """Other people's models before and after one line."""
+    """The table of models of `transformers` before and after `accelerate`."""
     return "\n".join(before_and_after(rows, other_models.BEFORE, other_models.AFTER, ("before", "after")))
