@@ -171,7 +171,7 @@ def test_functions_of_mmcv(standins, without_library):  # noqa: F811
 
 @NO_KERNEL
 def test_the_extension_of_detectron2(without_library):
-    """What install(replace=True) put aside runs where no kernel serves."""
+    """The module that install(replace=True) replaced runs where no kernel serves."""
     case, calls = make_case(points=(2, 2)), []
     samples, weights = (case.tensors[name].unflatten(3, (2, -1)) for name in ("samples", "weights"))
     given = case.value, torch.tensor(case.sizes), torch.tensor(case.levels[2::3]), samples, weights, 64

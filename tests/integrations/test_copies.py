@@ -249,7 +249,7 @@ def test_reports():
 @pytest.mark.usefixtures("fixed_points")
 @pytest.mark.parametrize("cls", [Calls, OwnClasses, OwnMasks, OwnPoints])
 def test_subclasses_of_patched_classes(cls, given):
-    """What a class made after `patch()` overrides is not passed over."""
+    """Methods that a class derived after `patch()` overrides are still called."""
     before = run(make(cls), given)[0]
     patch("mask2former")
     try:
@@ -265,7 +265,7 @@ def test_subclasses_of_patched_classes(cls, given):
 
 
 def test_a_model_with_a_loss_of_its_own(generator, monkeypatch):
-    """Which then gets logits, and its gradients are the model's."""
+    """The user's own loss gets logits, and its gradients reach the model."""
     peers.fix_points(monkeypatch.setattr)
     model = peers.their_model("resnet")
     model.criterion = Calls(model.config, model.weight_dict)

@@ -120,7 +120,7 @@ def test_without_labels(generator):
 
 
 def test_nearest(generator):
-    """What `grid_sample` gives, at points inside, outside, and halfway between pixels."""
+    """The values of `grid_sample`, at points inside, outside, and halfway between pixels."""
     masks = torch.rand(5, 12, 7, generator=generator) > 0.5
     points = torch.rand(5, 400, 2, generator=generator) * 1.2 - 0.1
     halves = torch.stack(torch.meshgrid(torch.arange(8) / 7, torch.arange(13) / 12, indexing="xy"), -1).view(-1, 2)

@@ -317,7 +317,7 @@ def test_patch(model, patched):
 
 
 def test_patch_checks_what_is_made(patched):
-    """What `accelerate` would leave alone is made by the patched class as published, and is one of its instances."""
+    """A patched class makes modules that `accelerate` would leave alone as published; they count as its instances."""
     family = FAMILIES["rt_detr"]
     name = "RTDetrMultiscaleDeformableAttention"
     attention = getattr(modeling("rt_detr"), name)

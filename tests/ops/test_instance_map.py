@@ -204,7 +204,7 @@ def test_reference(form, generator):
 @pytest.mark.parametrize("backend", ["fallback", "reference"])
 @pytest.mark.parametrize("factored", [False, True])
 def test_plain_pytorch(form, backend, factored, generator, monkeypatch):
-    """Where no kernel serves; a few masks are dense at a time."""
+    """The fallback and the reference give the same as dense masks; a few masks are dense at a time."""
     monkeypatch.setattr(fallback, "CHUNK_BYTES", 2 * 8 * 37 * 53)
     given, dense = both(form, generator, "cpu")
     leaves, logits = predictions(generator, "cpu", factored=factored)
