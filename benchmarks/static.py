@@ -313,7 +313,7 @@ class Resources:
     """One compiled kernel: registers and stack bytes per thread, shared memory bytes per program.
 
     `spills` counts the instructions that read or write local memory; on AMD the registers that its compiler reports as
-    spilled. A stack alone is no spill: the assembler keeps a frame without using it.
+    spilled to memory. A stack alone is no spill: the assembler keeps a frame without using it.
     """
 
     function: str
@@ -358,10 +358,16 @@ class Resources:
         least, bound = max(bounds)
         return f"{least:.2g} ({bound})"
 
+    @property
+    def may_spill(self) -> bool:
+        """Whether spills are listed but are no fault: in backward kernels on parts that nobody has tuned them for."""
+        data_centre = [f"sm_{target}" for target in DATA_CENTRE]
+        return self.function.endswith("backward") and self.architecture not in data_centre
+
     def problems(self) -> list[str]:
         name = f"{self.kernel} ({self.dtype}, D={self.head_dim}, {self.constants}) on {self.architecture}"
         found = []
-        if self.spills:
+        if self.spills and not self.may_spill:
             found.append(f"{name} spills: {self.spills} instructions, {self.stack} bytes of stack per thread")
         if self.shared > self.shared_limit:
             found.append(f"{name} wants {self.shared} bytes of shared memory; a program may have {self.shared_limit}")
@@ -409,7 +415,9 @@ def _specialised(parameter: Any) -> bool:
 
 
 def amd_usage(assembly: str) -> tuple[int, int, int]:
-    """Vector registers, bytes of stack per thread and spilled registers, by the metadata in AMD's assembly."""
+    """Vector registers, bytes of stack per thread and registers spilled to it, by the metadata in AMD's assembly.
+
+    Where there is no stack, scalar registers were spilled to lanes of vector registers: no memory is touched."""
     found = {
         name: re.findall(rf"\.{name}:\s+(\d+)", assembly)
         for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
@@ -417,7 +425,7 @@ def amd_usage(assembly: str) -> tuple[int, int, int]:
     if any(len(values) != 1 for values in found.values()):
         raise RuntimeError(f"expected the metadata of one kernel in the assembly; got {found}")
     registers, stack, *spilled = (int(values[0]) for values in found.values())
-    return registers, stack, sum(spilled)
+    return registers, stack, sum(spilled) if stack else 0
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -524,6 +532,24 @@ def table(results: list[Resources]) -> str:
     return "\n".join(lines)
 
 
+def summary(results: Iterable[Resources]) -> str:
+    """A Markdown table of kernels by targets: the spills of the worst variant that was compiled, with how many were."""
+    results = list(results)
+    targets = [name for name in _names() if any(r.architecture == name for r in results)]
+    lines = [f"| operator | kernel | {' | '.join(targets)} |", f"|---|---|{'---:|' * len(targets)}"]
+    for function, kernel in dict.fromkeys((r.function, r.kernel) for r in results):
+        cells = []
+        for target in targets:
+            spills = [r.spills for r in results if (r.function, r.kernel, r.architecture) == (function, kernel, target)]
+            cells.append(f"{max(spills)} ({len(spills)})" if spills else "")
+        lines.append(f"| {function} | `{kernel}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _names() -> list[str]:
+    return [f"sm_{target}" if isinstance(target, int) else target for target in SHARED_LIMITS]
+
+
 def mix_table(results: list[Resources]) -> str:
     """A Markdown table of what each kernel consists of and the least its launch can take; for one number of channels
     per head, its first."""
@@ -551,13 +577,21 @@ def _parts(results: list[Resources]) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="fail if a kernel spills or wants too much shared memory")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="fail if a kernel spills or wants too much shared memory; backward kernels may spill on other parts than "
+        "sm_80, sm_90 and sm_100",
+    )
     parser.add_argument("--representative", action="store_true", help="what CI compiles: fp32 and bf16, one D")
     parser.add_argument("--select", default="", help="only operators whose name contains this")
     parser.add_argument(
         "--archs", default=",".join(map(str, SHARED_LIMITS)),
         help="compute capabilities and AMD's names, separated by ','; default: all, %(default)s",
     )  # fmt: skip
+    parser.add_argument(
+        "--summary", action="store_true", help="print kernels by targets with their spills, not every kernel"
+    )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
     options = parser.parse_args()
@@ -575,8 +609,8 @@ def main() -> int:
         return 2
     results = compile_all(work, options.processes)
     problems = [problem for result in results for problem in result.problems()]
-    summary = f"{len(results)} kernels, {len(problems)} of them with spills or too much shared memory."
-    print(f"{table(results)}\n{summary}")
+    counted = f"{len(results)} kernels, {len(problems)} of them with spills or too much shared memory."
+    print(f"{summary(results) if options.summary else table(results)}\n{counted}")
     if options.output is not None:
         import triton
 
@@ -588,7 +622,7 @@ def main() -> int:
             "Registers and stack bytes are per thread, shared memory bytes per program; spills are instructions that\n"
             "access local memory. Occupancy is the share of a multiprocessor's warps that fit by registers and shared\n"
             "memory.\n"
-            f"Compiled for these architectures, not run on them.\n\n{summary}\n\n{table(results)}\n\n"
+            f"Compiled for these architectures, not run on them.\n\n{counted}\n\n{table(results)}\n\n"
             "## Instructions, and the least a launch can take\n\n"
             "Instructions are counted as they stand in the code: a loop counts once. A wave is what the part holds at\n"
             "once. *Least*: the launch's tensors moved once over the data sheet's bandwidth, or the operations of its\n"

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+#: Triton's, its first two numbers.
+VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 #: True in Triton's interpreter (TRITON_INTERPRET=1), which runs kernels on CPU tensors.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 _INTERPRETED = tl.constexpr(INTERPRETED)

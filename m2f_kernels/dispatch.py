@@ -54,7 +54,6 @@ class Operator:
         triton: the module of its Triton kernels, or None.
         float64: its kernels on the CPU and in the CUDA library take float64. (No Triton kernel does.)
         reproducible: the CUDA library's gradients do not depend on the order in which programs run.
-        needs: a function that names what a device lacks for its Triton kernels, beyond the needs of all; or None.
     """
 
     name: str
@@ -62,7 +61,6 @@ class Operator:
     triton: str | None = None
     float64: bool = False
     reproducible: bool = True
-    needs: Callable[[Device, torch.dtype | None, Software], str | None] | None = None
 
 
 @dataclass(frozen=True)
@@ -241,7 +239,7 @@ def triton_problem(op: Operator, device: Device, dtype: torch.dtype | None, here
         return f"its kernels are made for sm_75 and later, and this device is {device.name}"
     if dtype == torch.float64:
         return "its kernels do not take float64"
-    return op.needs(device, dtype, here) if op.needs is not None else None
+    return None
 
 
 def decide(

@@ -1,9 +1,12 @@
 """Guarantees of the Triton kernels of masked attention that are exact: equal bits, untouched memory, special values."""
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from m2f_kernels import _triton
 from m2f_kernels.masks import pack, unpack
 from m2f_kernels.ops.masked_attention import configs
 
@@ -103,20 +106,23 @@ def test_inputs_are_left_alone(kernels, device, generator):
     assert torch.equal(unpack(bits, row_any, 40), unpack(*copies[3:], 40))
 
 
-def test_a_compiler_that_is_too_old_is_named(kernels, monkeypatch):
-    """Only on sm_100; elsewhere the oldest supported Triton compiles everything."""
-    from m2f_kernels import _triton
-
-    heads, bits = torch.empty(1, 2, 5, 16, device="meta"), torch.empty(1, 5, 1, dtype=torch.int32, device="meta")
-    inputs = (heads, heads, heads, bits, torch.empty(1, 5, dtype=torch.bool, device="meta"))
-    for capability in (80, 90, 100):
-        with _triton.recording(_triton.ARCHITECTURES[capability]) as launches:
-            monkeypatch.setattr(kernels, "_TRITON", (3, 8))
-            kernels.masked_attention(*inputs, 0.25)
-            assert launches
-            monkeypatch.setattr(kernels, "_TRITON", (3, 7))
-            if capability == 100:
-                with pytest.raises(RuntimeError, match=r"expected triton 3\.8 or later on sm_100"):
-                    kernels.masked_attention(*inputs, 0.25)
-            else:
-                kernels.masked_attention(*inputs, 0.25)
+def test_tiles_by_part_and_compiler():
+    """Other parts than those that the heuristics are made for get smaller pieces, and so does sm_100 where Triton would
+    put products of 64 rows into its tensor memory and fail."""
+    for element_size, d in product((2, 4), (16, 32, 64, 128)):
+        for part in _triton.ARCHITECTURES.values():
+            made = [
+                configs.forward(part, (3, 9), element_size, 100, d),
+                configs.backward(part, (3, 9), element_size, 100, d),
+                configs.open_forward(part, (3, 9), element_size, d),
+                configs.open_backward(part, (3, 9), element_size, d),
+            ]
+            if part.name in ("sm_75", "gfx1100"):
+                assert all(x["BLOCK_Q"] <= 32 and x["num_stages"] == 1 for x in made)
+            elif part.name in ("sm_86", "sm_89", "sm_120"):
+                assert all(x["num_stages"] <= 2 for x in made)
+            elif part.name in ("sm_80", "sm_90", "sm_100"):
+                assert made[0] == configs.default_forward(element_size, 100, d)
+        b200 = _triton.ARCHITECTURES[100]
+        old = configs.forward(b200, (3, 7), element_size, 100, d), configs.backward(b200, (3, 6), element_size, 100, d)
+        assert all(x["BLOCK_Q"] <= 32 and x["BLOCK_K"] <= 32 for x in old)

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import TYPE_CHECKING
 
 from m2f_kernels import _tuning
 from m2f_kernels._tuning import Configuration
+
+if TYPE_CHECKING:
+    from m2f_kernels._triton import Architecture
 
 PREDICT = "predict_attention_mask"
 
@@ -33,11 +37,13 @@ def default(element_size: int, num_queries: int) -> Configuration:
     return {"BLOCK_S": 64, "BLOCK_Q": queries, "BLOCK_C": 64, "num_warps": warps, "num_stages": 3}
 
 
-def predict(capability: int, element_size: int, num_queries: int) -> Configuration:
-    """The configuration to launch with."""
-    return _tuning.configuration(
-        capability, PREDICT, key(element_size, num_queries), default(element_size, num_queries)
-    )
+def predict(device: Architecture, element_size: int, num_queries: int) -> Configuration:
+    """The configuration to launch with: smaller tiles on sm_75 and gfx11, which multiply with operands in registers."""
+    config = default(element_size, num_queries)
+    if device.capability == 75 or device.gfx.startswith("gfx11"):
+        queries = min(config["BLOCK_Q"], 64)
+        config = {"BLOCK_S": 32, "BLOCK_Q": queries, "BLOCK_C": 16, "num_warps": 8, "num_stages": 1}
+    return _tuning.configuration(device.capability, PREDICT, key(element_size, num_queries), config)
 
 
 def candidates(element_size: int, num_queries: int) -> list[Configuration]:

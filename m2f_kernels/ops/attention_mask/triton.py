@@ -123,7 +123,7 @@ def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> tuple[
     bits, row_any = _empty_mask(mask_embed, n, q, s)
     if bits.numel() == 0:
         return bits, row_any
-    config = configs.predict(architecture(mask_embed.device).capability, mask_embed.element_size(), q)
+    config = configs.predict(architecture(mask_embed.device), mask_embed.element_size(), q)
     limit = MAX_GRID * config["BLOCK_Q"]
     if q > limit:
         bits, row_any = in_parts(predict_attention_mask, limit, (1, -1), mask_embed, level_features, joined=1)

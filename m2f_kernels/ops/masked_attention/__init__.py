@@ -224,16 +224,8 @@ def _masked_attention_backward_plain(
     return tuple(g.transpose(1, 2).contiguous() for g in gradients)
 
 
-def _needs(device: dispatch.Device, dtype: torch.dtype | None, here: dispatch.Software) -> str | None:
-    """Before 3.8 Triton fails on the expanded mask words in the tensor memory of sm_100, with an internal error."""
-    version = tuple(int(number) for number in (here.triton or "0.0").split(".")[:2])
-    if device.capability is not None and not here.hip and device.capability[0] == 10 and version < (3, 8):
-        return f"triton {here.triton} cannot compile its kernels for {device.name}, 3.8 or later can"
-    return None
-
-
 dispatch.register(
-    dispatch.Operator("masked_attention", triton="m2f_kernels.ops.masked_attention.triton", needs=_needs),
+    dispatch.Operator("masked_attention", triton="m2f_kernels.ops.masked_attention.triton"),
     {"masked_attention": _masked_attention_plain, "masked_attention_backward": _masked_attention_backward_plain},
 )
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import TYPE_CHECKING
 
 from m2f_kernels import _tuning
 from m2f_kernels._tuning import Configuration
+
+if TYPE_CHECKING:
+    from m2f_kernels._triton import Architecture
 
 FORWARD = "masked_attention"
 BACKWARD = "masked_attention_backward"
@@ -70,33 +74,67 @@ def default_backward(capability: int, element_size: int, num_queries: int, d: in
     }
 
 
-def forward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
-    """The configuration to launch with."""
-    default = default_forward(element_size, num_queries, d)
-    return _tuning.configuration(capability, FORWARD, key(element_size, num_queries, d), default)
+def _fitted(
+    device: Architecture, version: tuple[int, int], config: Configuration, element_size: int, channels: int
+) -> Configuration:
+    """A heuristic of sm_80, sm_90 and sm_100 in pieces that other parts hold; no such part has timed them.
+
+    - sm_75 and gfx11 multiply with operands in registers (Triton has no matrix instructions there, or wide ones only).
+    - sm_86, sm_89 and sm_120 have less shared memory for stages.
+    - Before 3.8 Triton fails on the expanded mask words in the tensor memory of sm_100, with an internal error.
+      Products of fewer than 64 rows do not use that memory.
+    """
+    if device.capability == 75 or device.gfx.startswith("gfx11"):
+        queries = min(config["BLOCK_Q"], 32 if channels <= 32 else 16)
+        warps = 16 if device.gfx and element_size == 4 and channels >= 128 else 8
+        shape = {"BLOCK_Q": queries, "BLOCK_K": 32, "num_warps": warps, "num_stages": 1}
+        if "KEYS_FIRST" in config:
+            shape["KEYS_FIRST"] = int(channels >= 128)
+        return {**config, **shape}
+    if device.capability in (86, 89, 120):
+        return {**config, "num_stages": min(config["num_stages"], 2)}
+    if device.capability // 10 == 10 and version < (3, 8):
+        tile = {name: min(config[name], 32) for name in ("BLOCK_Q", "BLOCK_K")}
+        return {**config, **tile}
+    return config
 
 
-def backward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
-    """The configuration to launch with."""
-    default = default_backward(capability, element_size, num_queries, d)
-    return _tuning.configuration(capability, BACKWARD, key(element_size, num_queries, d), default)
+def forward(
+    device: Architecture, version: tuple[int, int], element_size: int, num_queries: int, d: int
+) -> Configuration:
+    """The configuration to launch with; `version` is Triton's."""
+    default = _fitted(device, version, default_forward(element_size, num_queries, d), element_size, padded(d))
+    return _tuning.configuration(device.capability, FORWARD, key(element_size, num_queries, d), default)
 
 
-def open_forward(element_size: int, d: int) -> Configuration:
+def backward(
+    device: Architecture, version: tuple[int, int], element_size: int, num_queries: int, d: int
+) -> Configuration:
+    """The configuration to launch with; `version` is Triton's."""
+    default = default_backward(device.capability, element_size, num_queries, d)
+    default = _fitted(device, version, default, element_size, padded(d))
+    return _tuning.configuration(device.capability, BACKWARD, key(element_size, num_queries, d), default)
+
+
+def open_forward(device: Architecture, version: tuple[int, int], element_size: int, d: int) -> Configuration:
     """The configuration of the forward kernel of queries without a mask. Heuristic: no GPU has tuned it."""
     channels = padded(d)
     if element_size == 4:
-        return {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
-    queries = 128 if channels <= 64 else 64
-    return {"BLOCK_Q": queries, "BLOCK_K": 64 if channels < 128 else 32, "num_warps": 8, "num_stages": 2}
+        config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+    else:
+        queries = 128 if channels <= 64 else 64
+        config = {"BLOCK_Q": queries, "BLOCK_K": 64 if channels < 128 else 32, "num_warps": 8, "num_stages": 2}
+    return _fitted(device, version, config, element_size, channels)
 
 
-def open_backward(element_size: int, d: int) -> Configuration:
+def open_backward(device: Architecture, version: tuple[int, int], element_size: int, d: int) -> Configuration:
     """The same of the two backward kernels."""
     channels = padded(d)
     if element_size == 4:
-        return {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
-    return {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
+        config = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+    else:
+        config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
+    return _fitted(device, version, config, element_size, channels)
 
 
 def candidates(default: Configuration) -> list[Configuration]:

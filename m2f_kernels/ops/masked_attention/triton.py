@@ -9,22 +9,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import MAX_GRID, Architecture, architecture, contiguous_last, dot, in_parts, launch
+from m2f_kernels._triton import MAX_GRID, VERSION, architecture, contiguous_last, dot, in_parts, launch
 from m2f_kernels.masks import WORD
 from m2f_kernels.ops.masked_attention import configs
 
 _WORD = tl.constexpr(WORD)
 _LN2 = tl.constexpr(math.log(2))
-_TRITON = tuple(int(number) for number in triton.__version__.split(".")[:2])
-
-
-def _check_compiler(device: Architecture) -> None:
-    """Before 3.8 Triton fails on the expanded mask words in the tensor memory of sm_100, with an internal error."""
-    if device.capability // 10 == 10 and _TRITON < (3, 8):
-        raise RuntimeError(
-            f"masked_attention: expected triton 3.8 or later on {device.name}, which earlier ones cannot "
-            f'compile for; got triton {triton.__version__}. use_backend("reference") runs without them'
-        )
 
 
 # ---------------------------------------------------------------- the mask
@@ -300,8 +290,7 @@ def masked_attention(
     query, key, value = contiguous_last(query), contiguous_last(key), contiguous_last(value)
     bits, row_any = bits.contiguous(), row_any.contiguous()
     device = architecture(query.device)
-    _check_compiler(device)
-    config = configs.forward(device.capability, query.element_size(), q, d)
+    config = configs.forward(device, VERSION, query.element_size(), q, d)
     block_q, block_k = config["BLOCK_Q"], config["BLOCK_K"]
     query_blocks, tiles = triton.cdiv(q, block_q), triton.cdiv(s, block_k)
     owned = configs.tiles_per_program(tiles, query_blocks * heads * n, device.multiprocessors, config["waves"])
@@ -579,8 +568,7 @@ def masked_attention_backward(
     query, key, value, grad = (contiguous_last(x) for x in (query, key, value, grad_output))
     bits, row_any, output, logsumexp = (x.contiguous() for x in (bits, row_any, output, logsumexp))
     device = architecture(query.device)
-    _check_compiler(device)
-    config = configs.backward(device.capability, query.element_size(), q, d)
+    config = configs.backward(device, VERSION, query.element_size(), q, d)
     block_q, block_k = config["BLOCK_Q"], config["BLOCK_K"]
     tiles = triton.cdiv(s, block_k)
     one_block = q <= block_q

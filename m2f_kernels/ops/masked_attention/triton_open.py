@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import contiguous_last, dot, launch
+from m2f_kernels._triton import VERSION, architecture, contiguous_last, dot, launch
 from m2f_kernels.ops.masked_attention import configs
 from m2f_kernels.ops.masked_attention.triton import _LN2, _load_query_block, _load_rows, _store_rows
 
@@ -154,7 +154,7 @@ def forward(
     """Write output [N, Q, H, D] and logsumexp [N, H, Q] of the queries from `first` on."""
     n, heads, q, d = query.shape
     query, key, value = contiguous_last(query), contiguous_last(key), contiguous_last(value)
-    config = configs.open_forward(query.element_size(), d)
+    config = configs.open_forward(architecture(query.device), VERSION, query.element_size(), d)
     blocks = triton.cdiv(q - first, config["BLOCK_Q"])
     launch(
         _open_forward_kernel, (blocks * heads * n,),
@@ -183,7 +183,7 @@ def backward(
     query, key, value, grad = (contiguous_last(x) for x in (query, key, value, grad))
     output, logsumexp = output.contiguous(), logsumexp.contiguous()
     grad_n, grad_q, grad_h, _ = grad.stride()
-    config = configs.open_backward(query.element_size(), d)
+    config = configs.open_backward(architecture(query.device), VERSION, query.element_size(), d)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], grad_n, grad_h, grad_q)
     numbers = (float(scale), scale * math.log2(math.e))
     constants = {"D": d, "BLOCK_D": configs.padded(d), **config}

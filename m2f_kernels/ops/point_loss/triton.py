@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2f_kernels._dtypes import without_autocast
-from m2f_kernels._triton import MAX_GRID, block_id, dot, in_parts, launch, rows_and_blocks
+from m2f_kernels._triton import MAX_GRID, architecture, block_id, dot, in_parts, launch, rows_and_blocks
 from m2f_kernels.masks import Targets, grouped
 from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, chunk_bounds, exact, mask_bytes, product_chunks
 from m2f_kernels.ops.point_sample.triton import (
@@ -147,12 +147,13 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     parts = max(1, min(triton.cdiv(k, 512), triton.cdiv(512, programs)))
     part = triton.cdiv(triton.cdiv(k, parts), block_k) * block_k
     parts = triton.cdiv(k, part)
+    warps = 8 if architecture(logits.device).gfx.startswith("gfx11") else 4  # there 4 have too few registers
     products, sums = logits.new_empty(parts, 2, q, t), logits.new_empty(parts, 2, q)
     label_sums = logits.new_empty(parts, t)
     launch(
         _cost_kernel, (triton.cdiv(q, block_q), triton.cdiv(t, block_t), parts), logits, labels, products, sums,
         label_sums, logits.stride(0), labels.stride(0), q, t, k, part,
-        BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_K=block_k, num_warps=4,
+        BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps,
     )  # fmt: skip
     cross_entropy, dice = logits.new_empty(q, t), logits.new_empty(q, t)
     launch(
