@@ -46,12 +46,15 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     warn_unfused,
 )
 from m2f_kernels.integrations.transformers.pixel_decoder import (
+    ENCODER,
     ENCODER_LAYER,
     PIXEL_DECODER,
     POSITIONS,
+    Encoder,
     EncoderLayer,
     PixelDecoder,
     PositionEmbedding,
+    check_encoder,
     check_pixel_decoder,
 )
 from m2f_kernels.masks import FactoredMasks, PackedMask
@@ -542,6 +545,7 @@ REPLACEMENTS = {
     for name, replacement in {
         "SinePositionEmbedding": Replacement(PositionEmbedding, POSITIONS),
         "PixelDecoderEncoderLayer": Replacement(EncoderLayer, ENCODER_LAYER),
+        "PixelDecoderEncoderOnly": Replacement(Encoder, ENCODER, check_encoder),
         "PixelDecoder": Replacement(Mask2FormerPixelDecoder, PIXEL_DECODER, check_pixel_decoder),
         "MaskedAttentionDecoderLayer": Replacement(DecoderLayer, ATTENTION, layer_problem),
         "MaskedAttentionDecoder": Replacement(Decoder, MASKS, check_decoder, DECODER_OPS),

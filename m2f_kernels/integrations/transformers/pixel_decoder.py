@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ _CONSTANTS = ConstantCache(64)
 #: The replaced parts, in words for the report.
 POSITIONS = "sine positions of a row and a column, not of every pixel"
 ENCODER_LAYER = "encoder layer with fewer copies"
+ENCODER = "reference points of any size under torch.compile"
 PIXEL_DECODER = "no masks of padding that is not there, feature maps in one layout"
 
 
@@ -74,6 +76,32 @@ def clamp_overflow(x: Tensor, in_place: bool) -> Tensor:
         clamped: Tensor = _Clamp.apply(x, limit)
         return clamped
     return torch.where(x.isfinite().all(), x, x.clamp(-limit, limit))
+
+
+class Encoder(Mixin):
+    """Reference points of the encoder: the same numbers, for which `torch.compile` does not make a size a constant."""
+
+    @staticmethod
+    def get_reference_points(spatial_shapes_list: Any, valid_ratios: Tensor, device: Any) -> Tensor:
+        def centres(length: int) -> Tensor:
+            # As `torch.linspace` gives them in every dtype; kept for each length.
+            dtype = torch.promote_types(valid_ratios.dtype, torch.float32)
+            return (torch.arange(length, device=device, dtype=dtype) + 0.5).to(valid_ratios.dtype)
+
+        levels = []
+        for i, (h, w) in enumerate(spatial_shapes_list):
+            y, x = (_CONSTANTS.get(partial(centres, n), ("centres", n), valid_ratios) for n in (h, w))
+            y = y[:, None].expand(h, w).reshape(-1)[None] / (valid_ratios[:, None, i, 1] * h)
+            x = x.expand(h, w).reshape(-1)[None] / (valid_ratios[:, None, i, 0] * w)
+            levels.append(torch.stack((x, y), -1))
+        return torch.cat(levels, 1)[:, :, None] * valid_ratios[:, None]
+
+
+def check_encoder(encoder: Any) -> str | None:
+    """Why the encoder around the layers is left alone."""
+    names = list(inspect.signature(encoder.get_reference_points).parameters)
+    known = names == ["spatial_shapes_list", "valid_ratios", "device"]
+    return None if known else f"its reference points are made from {', '.join(names)}"
 
 
 class EncoderLayer(Mixin):
@@ -221,9 +249,12 @@ class PixelDecoder(Mixin):
 
 def _levels(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
     """Height, width and first token of every level, int64 [L, 3]."""
-    shapes = torch.as_tensor(sizes, dtype=torch.long, device=device)
-    starts = torch.cat((shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]))
-    return torch.cat((shapes, starts[:, None]), 1)
+    numbers, start = [], 0
+    for h, w in sizes:
+        numbers += [h, w, start]
+        start += h * w
+    # Filled where they lie: torch.compile runs no CUDA graph of what reads a tensor on the host.
+    return torch.cat([torch.full((1,), x, dtype=torch.long, device=device) for x in numbers]).view(-1, 3)
 
 
 def check_pixel_decoder(module: Any) -> str | None:
