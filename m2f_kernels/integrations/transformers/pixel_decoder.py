@@ -84,7 +84,8 @@ class Encoder(Mixin):
     @staticmethod
     def get_reference_points(spatial_shapes_list: Any, valid_ratios: Tensor, device: Any) -> Tensor:
         def centres(length: int) -> Tensor:
-            # As `torch.linspace` gives them in every dtype; kept for each length.
+            if not torch.compiler.is_compiling():
+                return torch.linspace(0.5, length - 0.5, length, dtype=valid_ratios.dtype, device=device)
             dtype = torch.promote_types(valid_ratios.dtype, torch.float32)
             return (torch.arange(length, device=device, dtype=dtype) + 0.5).to(valid_ratios.dtype)
 
