@@ -7,12 +7,16 @@ is fast and works without them.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -135,20 +139,24 @@ def train(given: argparse.Namespace) -> int:
     """Train a model, or resume with the same options. Several processes: torchrun ... -m m2f_model train ..."""
     _need("transformers", "PIL", "pycocotools", "tensorboard", "rich")
     import torch
+    import transformers
 
     import m2f_kernels
     from m2f_kernels.dispatch import BACKENDS
     from m2f_model.config import Mask2FormerConfig
+    from m2f_model.data import summary
     from m2f_model.model import Mask2Former
     from m2f_model.train import Process, Recipe, Trainer
 
     changes = {
         name: getattr(given, name)
-        for name in ("steps", "batch_size", "lr", "size", "workers")
+        for name in ("steps", "batch_size", "lr", "size", "workers", "log_every", "save_every", "evaluate_every")
         if getattr(given, name) is not None
     }
     free = ("autocast", "activation_checkpointing", "cuda_graphs", "seed", "parallel")
     changes |= {name: getattr(given, name) for name in free}
+    if given.epochs is not None and (given.steps is not None or not 0 < given.epochs < math.inf):
+        raise UsageError(f"epochs: expected a positive number, and no steps; got {given.epochs}, steps {given.steps}")
     if given.backend not in BACKENDS:
         raise UsageError(f"backend: expected one of {', '.join(BACKENDS)}; got {given.backend!r}")
     backbone, weights, data = given.backbone, given.weights, given.data
@@ -164,6 +172,9 @@ def train(given: argparse.Namespace) -> int:
         recipe = Recipe.semantic(**{**published, **changes})
     else:
         recipe = Recipe.shapes(**changes) if data == "shapes" else Recipe(**changes)
+    images_a_step = recipe.batch_size * int(os.environ.get("WORLD_SIZE", "1"))
+    if given.epochs is not None:
+        recipe = replace(recipe, steps=math.ceil(given.epochs * len(samples) / images_a_step))
     torch.manual_seed(given.seed)  # of the initial weights: the same in all processes
     report = None
     if weights is not None:
@@ -178,17 +189,40 @@ def train(given: argparse.Namespace) -> int:
             labels["frozen_batch_norm"] = False
             config = Mask2FormerConfig(len(samples.label_names), BACKBONES[backbone or "r50"], **labels)
         model = Mask2Former(config)
+    transformers.logging.disable_progress_bar()  # of the models that are written on the way
     with Process.joined(device) as process, m2f_kernels.use_backend(given.backend):
         quiet = process.rank > 0
         log = (lambda _: None) if quiet else _say
         if report is not None:
             log(str(report))
         progress: Any = iter if quiet else _progress("checking")
-        trainer = Trainer(
-            model, samples, recipe, given.out, process=process, validation=validation, log=log, progress=progress
-        )
-        trainer.check_validation(progress)
-        trainer.run()
+        with tempfile.TemporaryDirectory() if given.dry_run else contextlib.nullcontext(given.out) as out:
+            trainer = Trainer(
+                model, samples, recipe, out, process=process, validation=validation, log=log, progress=progress
+            )
+            for line in summary(samples):
+                log(f"data: {line}")
+            epochs = recipe.steps * images_a_step / len(samples)
+            log(f"steps: {recipe.steps} of {images_a_step} images, {epochs:.3g} times the data")
+            trainer.check_validation(progress)
+            if validation is not None:
+                log(f"validation: {len(validation)} images, every {recipe.evaluate_every} steps")
+            if given.dry_run:
+                log(trainer.dry_run())
+            else:
+                trainer.run()
+    return 0
+
+
+def export(given: argparse.Namespace) -> int:
+    """Write a model in Hugging Face's format: of an unfinished run's checkpoint.pth, or of any other weights."""
+    path = Path(given.checkpoint)
+    if path.is_dir() and not (path / "config.json").exists() and (path / "checkpoint.pth").is_file():
+        path = path / "checkpoint.pth"
+    weights = str(path) if path.exists() else given.checkpoint
+    model = load(weights, given.config)
+    model.save_pretrained(given.out)
+    _say(f"{given.checkpoint}: a model of {model.config.num_labels} classes is in {given.out}")
     return 0
 
 
@@ -579,6 +613,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dtype", default="fp32", help="hold the weights in fp32, bf16 or fp16")
     _device_option(p)
 
+    p = _command(commands, export)
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help=f"a run's checkpoint.pth or directory; or {_WEIGHTS}")
+    _config_option(p)
+    p.add_argument("-o", "--out", type=Path, required=True, help="directory of the model")
+
     p = _command(commands, info)
     p.add_argument("--weights", help=f"describe this model, too: {_WEIGHTS}")
     _config_option(p)
@@ -609,6 +648,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--lr", type=float, help="learning rate")
     p.add_argument("--size", type=int, help="side of the inputs that jitter or crops make")
     p.add_argument("--workers", type=int, help="processes that prepare data")
+    p.add_argument("--epochs", type=float, help="in place of --steps: how often to go through the data")
+    p.add_argument("--log-every", type=int, help="steps between lines of the log; else the recipe's, as the next two")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints")
+    p.add_argument("--evaluate-every", type=int, help="steps between validations; the best model is kept in best/")
+    p.add_argument(
+        "--dry-run", action="store_true", help="two steps on one batch: their time and peak memory, no files"
+    )
     p.add_argument("--autocast", default="none", help=_AUTOCAST)
     p.add_argument("--parallel", default="ddp", help="several processes: ddp, or fsdp (a share of the model each)")
     p.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")

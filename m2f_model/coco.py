@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,12 @@ class CocoInstances:
     def images_of_data(self) -> list[tuple[Any, str]]:
         """The id and the file name of each image."""
         return [(entry["id"], entry["file_name"]) for entry in self.entries]
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Annotations of each label, without crowds."""
+        found = Counter(self._label[a["category_id"]] for of_image in self._annotations.values() for a in of_image)
+        return [found[i] for i in range(len(self.label_names))]
 
     def truth(self, index: int) -> list[dict[str, Any]]:
         """The annotations of an image, in the file's order: label, run lengths, area, and whether it is a crowd."""
@@ -279,6 +285,13 @@ class CocoPanoptic:
     def images_of_data(self) -> list[tuple[Any, str]]:
         """The id and the file name of each image."""
         return [(entry["id"], entry["file_name"]) for entry, _ in self.entries]
+
+    @property
+    def class_counts(self) -> list[int]:
+        """Segments of each label, without crowds."""
+        segments = (s for _, annotation in self.entries for s in annotation["segments_info"] if not s["iscrowd"])
+        found = Counter(self._label[s["category_id"]] for s in segments)
+        return [found[i] for i in range(len(self.label_names))]
 
     def compact(self, index: int) -> dict[str, Any]:
         """The sample for training: its "masks" are :class:`Masks`, made when one is needed."""

@@ -86,6 +86,28 @@ class Relabelled:
         return {**sample, **labels, "masks": sample["masks"] != 0}
 
 
+def summary(data: Dataset) -> list[str]:
+    """What the data are, in lines of text; how often each class occurs where they can say that (`class_counts`).
+
+    A data set of one's own may have `class_counts`, the number of targets (or, if `semantic`, of pixels) of each label.
+    """
+    names, stuff = data.label_names, data.stuff_labels
+    lines = [f"{len(data)} images; {len(names)} classes, {len(names) - len(stuff)} of things and {len(stuff)} of stuff"]
+    counts = getattr(data, "class_counts", None)
+    if counts is None:
+        return lines
+    what = "pixels" if getattr(data, "semantic", False) else "targets"
+    order = sorted(range(len(names)), key=lambda i: -counts[i])
+    shown = [f"{names[i]} {counts[i]}" for i in order if counts[i]]
+    if len(shown) > 12:
+        shown = [*shown[:6], "...", *shown[-6:]]
+    lines.append(f"{sum(counts)} {what}: {', '.join(shown) or 'none'}")
+    none = [names[i] for i in order if not counts[i]]
+    if none:
+        lines.append(f"no {what} of {_names(none)}")
+    return lines
+
+
 def _names(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 

@@ -19,7 +19,9 @@ def locate(name_or_path: str | Path) -> str:
     if path.is_dir():
         if not (path / "config.json").is_file():
             unfinished = (
-                " (an unfinished training run: give its checkpoint.pth)" if (path / "checkpoint.pth").is_file() else ""
+                " (an unfinished training run: give its checkpoint.pth, or m2f export it)"
+                if (path / "checkpoint.pth").is_file()
+                else ""
             )
             raise ValueError(f"{text}: expected a directory in Hugging Face's format; no config.json there{unfinished}")
         return str(path)

@@ -38,6 +38,7 @@ class SemanticMaps:
 
     Attributes:
         category_ids: the value of each class.
+        class_counts: pixels of each class, after :meth:`check`.
 
     Raises:
         ValueError: bad input; the message names the argument.
@@ -45,6 +46,7 @@ class SemanticMaps:
     """
 
     semantic = True
+    class_counts: list[int] | None = None
 
     def __init__(
         self,
@@ -165,10 +167,11 @@ class SemanticMaps:
         Raises:
             AnnotationError: naming the file.
         """
-        self.pixels = torch.zeros(len(self.label_names), dtype=torch.int64, device="cpu")
+        pixels = torch.zeros(len(self.label_names), dtype=torch.int64, device="cpu")
         for image, path in progress(self.pairs):
             labels = self._read(image, path, None)
-            self.pixels += torch.bincount(labels[labels >= 0].flatten(), minlength=len(self.label_names))
+            pixels += torch.bincount(labels[labels >= 0].flatten(), minlength=len(self.label_names))
+        self.class_counts = pixels.tolist()
 
     def __getitem__(self, index: int) -> Sample:
         sample = self.compact(index)

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import math
 import os
 import shutil
 import signal
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +271,12 @@ class Trainer:
             the same categories in any order.
         log: takes a line of text now and then.
         progress: wraps the iteration over what is checked at the start, for a progress bar.
+        callback: is given the step and what TensorBoard gets, figures by name ("train/loss", "validation/pq", ...), for
+            other loggers; called by the first process alone.
+
+    Attributes:
+        best: the best figure of a validation so far, panoptic quality or mean intersection over union, and its step;
+            the model of that step is in `out`/best.
 
     Raises:
         ValueError: if there are no data, their labels are not the model's, the validation's categories are others,
@@ -285,6 +294,7 @@ class Trainer:
         validation: Dataset | None = None,
         log: Any = print,
         progress: Callable[[list[Any]], Iterable[Any]] = iter,
+        callback: Callable[[int, dict[str, float]], object] | None = None,
     ) -> None:
         if len(data) == 0:
             raise ValueError("data: expected at least one sample; got none")
@@ -294,8 +304,9 @@ class Trainer:
         self.model, self.data, self.recipe = model, data, recipe
         self.validation = None if validation is None else Relabelled(validation, data)
         self.process = process or Process()
-        self.out, self.log = Path(out), log
+        self.out, self.log, self.callback = Path(out), log, callback
         self.step = 0
+        self.best: tuple[float, int] | None = None
         self._check(data, progress)
         model.config = of_data(model.config, data, recipe)
         model.to(self.process.device).train()
@@ -337,7 +348,7 @@ class Trainer:
         if done:
             self.log(
                 f"{self.checkpoint}: this run is at its end, step {self.step} of {self.recipe.steps}; the model is in "
-                f"{self.out}. To train it further, start from it in another directory"
+                f"{self.out}. With more steps it goes on from there"
             )
             return
         # A former run may have written events of steps after its last checkpoint: those are to be forgotten.
@@ -388,6 +399,29 @@ class Trainer:
                 return
         if self.step == self.recipe.steps:
             self._save_model()
+
+    def dry_run(self) -> str:
+        """What a batch takes, in one line: two steps on the first one, after which the model is of no use.
+
+        The second step has the optimiser's moments in memory, too. Nothing is written.
+        """
+        device, batches = self.process.device, self._batches(1)
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+        try:
+            pixels, targets = next(batches)
+        finally:
+            batches.close()
+        for _ in range(2):
+            began = time.monotonic()
+            losses, _norm = self.update(pixels, targets)
+            total = sum(value.item() for value in losses.values())  # waits for the device
+        self._check_finite(losses)
+        count = sum(len(target["labels"]) for target in targets)
+        return (
+            f"one batch: {' x '.join(map(str, pixels.shape))} pixels, {count} targets, loss {total:.3f}, "
+            f"{time.monotonic() - began:.2f} s for a step, peak memory {_peak_memory(device)}"
+        )
 
     def update(self, pixels: Tensor, targets: list[dict[str, Any]]) -> tuple[dict[str, Tensor], Tensor]:
         """One step of the optimiser: its losses, and the norm of its gradients before clipping."""
@@ -525,12 +559,21 @@ class Trainer:
             return
         total = sum(v.item() for v in losses.values())
         rate = self.optimizer.param_groups[-1]["lr"]
-        self.log(f"step {self.step}/{self.recipe.steps}  loss {total:.3f}  lr {rate:.2g}  {seconds:.3f} s/step")
+        left = timedelta(seconds=round(seconds * (self.recipe.steps - self.step)))
+        self.log(
+            f"step {self.step}/{self.recipe.steps}  loss {total:.3f}  lr {rate:.2g}  {seconds:.3f} s/step  {left} left"
+        )
         scalars = {"loss": total, "gradient_norm": norm, "lr": rate, **losses}
         if self.scaler.is_enabled():
             scalars["skipped_steps"] = self._skipped
-        for name, value in scalars.items():
-            writer.add_scalar(f"train/{name}", float(value), self.step)
+        self._publish(writer, "train", {name: float(value) for name, value in scalars.items()})
+
+    def _publish(self, writer: SummaryWriter, kind: str, values: dict[str, float]) -> None:
+        named = {f"{kind}/{name}": value for name, value in values.items()}
+        for name, value in named.items():
+            writer.add_scalar(name, value, self.step)
+        if self.callback is not None:
+            self.callback(self.step, named)
 
     def _evaluate(self, writer: SummaryWriter | None, interrupts: Interrupts) -> None:
         if self.validation is None or (writer is None and not self.sharded):  # a sharded model needs all processes
@@ -547,12 +590,23 @@ class Trainer:
             return
         finally:
             self.model.train()
-        if writer is None:
-            return
         values = quality._asdict()
+        if writer is not None:
+            self._report_quality(writer, values)
+        better = self.best is None or next(iter(values.values())) > self.best[0]
+        if self.sharded:  # all of them write
+            better = any_process(better and self.process.rank == 0)
+        if better:
+            name, value = next(iter(values.items()))
+            self.best = (value, self.step)
+            content = json.dumps({name: value, "step": self.step})
+            self._save_model(self.out / "best", {_BEST: content})
+            if writer is not None:
+                self.log(f"step {self.step}  best {_TITLES[name]} so far: this model is in {self.out / 'best'}")
+
+    def _report_quality(self, writer: SummaryWriter, values: dict[str, float]) -> None:
         self.log(f"step {self.step}  " + "  ".join(f"{_TITLES.get(k, k)} {v:.3f}" for k, v in values.items()))
-        for name, value in values.items():
-            writer.add_scalar(f"validation/{name}", value, self.step)
+        self._publish(writer, "validation", values)
 
     # ------------------------------------------------------------ checkpoints
 
@@ -586,8 +640,9 @@ class Trainer:
         if self.process.rank == 0:
             write_atomically(self.checkpoint, lambda file: torch.save(state, file))
 
-    def _save_model(self) -> None:
-        """Write the model beside what is there, then put its files in place one by one."""
+    def _save_model(self, out: Path | None = None, beside: Mapping[str, str] | None = None) -> None:
+        """Write the model beside what is there, then put its files in place one by one; and other files of text."""
+        out = self.out if out is None else out
         model = self.model
         if self.sharded:
             state, _ = gather_state(model, self.optimizer)
@@ -597,8 +652,21 @@ class Trainer:
         if self.process.rank == 0:
             with tempfile.TemporaryDirectory(dir=self.out, prefix=_UNFINISHED) as directory:
                 model.save_pretrained(directory)
+                for name, text in (beside or {}).items():
+                    (Path(directory) / name).write_text(text + "\n")
+                out.mkdir(exist_ok=True)
                 for path in sorted(Path(directory).iterdir(), key=lambda p: p.name == "config.json"):
-                    os.replace(path, self.out / path.name)
+                    os.replace(path, out / path.name)
+
+    def _read_best(self) -> None:
+        """What the best model of a former run is, if it is none of a later step than the checkpoint's."""
+        try:
+            content = json.loads((self.out / "best" / _BEST).read_text())
+            value, step = float(next(v for k, v in content.items() if k != "step")), int(content["step"])
+        except (OSError, ValueError, KeyError, StopIteration, AttributeError, TypeError):
+            return
+        if step <= self.step:
+            self.best = (value, step)
 
     @property
     def _model_is_written(self) -> bool:
@@ -643,6 +711,16 @@ class Trainer:
         self.scaler.load_state_dict(state["scaler"])
         self._skipped.fill_(state.get("skipped", 0))
         self.step = state["step"]
+        if self.recipe.steps < self.step:
+            raise ValueError(
+                f"steps: expected at least {self.step}, which {self.checkpoint} has; got {self.recipe.steps}"
+            )
+        if found["steps"] != self.recipe.steps:
+            self.log(
+                f"steps: {found['steps']} there, {self.recipe.steps} here; after step {self.step} the learning rate is "
+                "that of the new number"
+            )
+        self._read_best()
         _set_random_state({k: v.cpu() for k, v in state["random"][self.process.rank].items()})
         if self.step < self.recipe.steps:
             self.log(f"going on from step {self.step} of {self.checkpoint}")
@@ -692,6 +770,8 @@ class _UntilInterrupted:
         return self._data[index]
 
 
+#: The file beside the best model that says how good it is.
+_BEST = "validation.json"
 #: What figures are called in the log.
 _TITLES = {"pq": "PQ", "sq": "SQ", "rq": "RQ", "miou": "mIoU", "macc": "mean accuracy", "pacc": "pixel accuracy"}
 #: Steps of float16 that are skipped one after the other before a run counts as diverged. The scale, 65536 at first, is
@@ -702,8 +782,20 @@ _UNFINISHED = ".model."
 #: Fields of a recipe that may change when a run goes on.
 _FREE = (
     *("log_every", "save_every", "evaluate_every", "evaluate_count", "workers"),
-    *("activation_checkpointing", "cuda_graphs"),
+    *("activation_checkpointing", "cuda_graphs", "steps"),
 )
+
+
+def _peak_memory(device: torch.device) -> str:
+    if device.type == "cuda":
+        used, held = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return f"{used / 2**20:.0f} MiB on the GPU ({held / 2**20:.0f} MiB with the allocator's reserve)"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return "unknown on this system"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20:.0f} MiB of the process"
 
 
 def _plain(value: Any) -> Any:

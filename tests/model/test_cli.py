@@ -10,7 +10,7 @@ from m2f_kernels.dispatch import BACKENDS
 from m2f_model import cli
 from tests.model.command import m2f
 
-COMMANDS = ("segment", "evaluate", "info", "bench", "train")
+COMMANDS = ("segment", "evaluate", "export", "info", "bench", "train")
 
 
 @pytest.mark.parametrize("command", [[], *([c] for c in COMMANDS)])

@@ -61,7 +61,7 @@ def test_what_pixels_mean(kind, tmp_path):
     assert sample["labels"].tolist() == sorted(set(expected[expected >= 0].tolist()))
     assert sample["masks"].dtype == torch.bool
     assert sample["image"][:, 0, 0].tolist() == [9, 8, 7]
-    assert data.pixels.tolist() == [int((expected == i).sum()) for i in range(len(data.label_names))]
+    assert data.class_counts == [int((expected == i).sum()) for i in range(len(data.label_names))]
     assert data.images_of_data == [("x/1", "x/1.png")]
 
 

@@ -256,7 +256,7 @@ def test_a_full_disk_leaves_the_former_checkpoint(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space left"):
             run.save()
     assert run.checkpoint.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "tensorboard"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "checkpoint.pth", "tensorboard"]
     assert trainer(tmp_path).step == 2
 
 
@@ -462,7 +462,7 @@ def test_what_a_killed_run_leaves_is_gone_after_the_next_start(tmp_path):
     (tmp_path / ".model.abcdefgh").mkdir()
     (tmp_path / ".model.abcdefgh" / "model.safetensors").write_bytes(b"half")
     trainer(tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.pth", "tensorboard"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["best", "checkpoint.pth", "tensorboard"]
 
 
 @pytest.mark.parametrize("content", ["empty", "text", "half", "tensors"])
