@@ -189,19 +189,11 @@ _TARGET = re.compile(
 _PREDICATED = re.compile(r"(?:^|\s)@!?U?P\w+\s")
 
 
-def longest_path(code: str, trips: Sequence[int] = ()) -> int:
-    """The most instructions that a warp can execute from a kernel's entry to its last EXIT.
-
-    Unlike `executed`, what cannot be executed together is not added up. Jumps that only diverged warps take (BRA.DIV)
-    and early exits are not followed; a called function counts as its call.
-
-    Args:
-        code: the disassembly, with labels.
-        trips: how often each loop runs for each entry, in the order of where they begin; 0 for one that the case in
-            question does not enter.
+def _graph(code: str) -> tuple[list[str], list[list[int]], dict[int, int], int]:
+    """Instructions of a disassembly with labels, where each leads, the loops (first -> last), and the last EXIT.
 
     Raises:
-        ValueError: there are more or fewer loops than `trips`, or a jump whose target is not known.
+        ValueError: a jump whose target is not known.
     """
     labels: dict[str, int] = {}
     lines: list[str] = []
@@ -226,33 +218,67 @@ def longest_path(code: str, trips: Sequence[int] = ()) -> int:
         for target in targets:
             if target <= i:
                 loops[target] = max(i, loops.get(target, 0))
+    return lines, successors, loops, last
+
+
+def loops(code: str) -> int:
+    """How many loops a disassembly with labels has."""
+    return len(_graph(code)[2])
+
+
+def longest_trace(code: str, trips: Sequence[int] = ()) -> list[str]:
+    """The most instructions that a warp can execute from a kernel's entry to its last EXIT, line by line.
+
+    Unlike `executed`, what cannot be executed together is not added up. Jumps that only diverged warps take (BRA.DIV)
+    and early exits are not followed; a called function counts as its call.
+
+    Args:
+        code: the disassembly, with labels.
+        trips: how often each loop runs for each entry, in the order of where they begin; 0 for one that the case in
+            question does not enter.
+
+    Raises:
+        ValueError: there are more or fewer loops than `trips`, or a jump whose target is not known.
+    """
+    lines, successors, loops, last = _graph(code)
     if len(loops) != len(trips):
         raise ValueError(f"trips: expected one number for each of {len(loops)} loops; got {list(trips)}")
     repeats = dict(zip(sorted(loops), trips, strict=True))
 
-    def length(begin: int, end: int) -> int | None:
-        """Of the longest path from `begin` to `end`, or back to `begin`; None where there is none."""
-        costs: dict[int, int | None] = {}
+    def longest(begin: int, end: int) -> list[int] | None:
+        """The path from `begin` to `end`, or back to `begin`; None where there is none."""
+        found: dict[int, tuple[int, list[int], int | None]] = {}  # length, own instructions, the next
         for i in range(end, begin - 1, -1):
             if i in loops and i != begin and loops[i] <= end:
                 # As a whole: its body as often as it runs, then any way out.
-                inside = range(i, loops[i] + 1)
-                body = length(i, loops[i])
-                cost = repeats[i] * (body or 0)
-                targets = {t for j in inside for t in successors[j] if t > loops[i]}
+                own = (longest(i, loops[i]) or []) * repeats[i]
+                targets = {t for j in range(i, loops[i] + 1) for t in successors[j] if t > loops[i]}
             else:
-                cost, targets = 1, set(successors[i])
-            leaves = i == end or (begin in loops and end == loops[begin] and begin in targets)
-            rest = [c for t in targets if begin < t <= end and (c := costs.get(t)) is not None]
-            if leaves:
-                rest.append(0)
-            costs[i] = cost + max(rest) if rest else None
-        return costs[begin]
+                own, targets = [i], set(successors[i])
+            after: list[int | None] = [t for t in targets if begin < t <= end and t in found]
+            if i == end or (begin in loops and end == loops[begin] and begin in targets):
+                after.append(None)  # leaves
+            if after:
+                best = max(after, key=lambda t: 0 if t is None else found[t][0])
+                found[i] = (len(own) + (0 if best is None else found[best][0]), own, best)
+        if begin not in found:
+            return None
+        path: list[int] = []
+        at: int | None = begin
+        while at is not None:
+            path += found[at][1]
+            at = found[at][2]
+        return path
 
-    found_length = length(0, last)
-    if found_length is None:
+    path = longest(0, last)
+    if path is None:
         raise ValueError("code: expected a way from the entry to the last EXIT")
-    return found_length
+    return [lines[i] for i in path]
+
+
+def longest_path(code: str, trips: Sequence[int] = ()) -> int:
+    """The length of `longest_trace`."""
+    return len(longest_trace(code, trips))
 
 
 #: Kernel of the CUDA library -> how often its loops run for three levels of four points, by `longest_path`; and the

@@ -122,6 +122,49 @@ def labelled(nvcc: str, architecture: str, header: str, instances: Sequence[str]
     return dict(zip(demangle(parts[::2]), parts[1::2], strict=True))
 
 
+def control_codes(dump: str) -> str:
+    """One kernel's `cuobjdump -sass` as Triton prints it: labels, and before each instruction the barriers that it
+    waits for, those of its reads and its result, and cycles until the next may issue."""
+    pairs = re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*;)\s*/\* 0x\w+ \*/\s*/\* 0x(\w+) \*/", dump)
+    targets = {int(found[1], 16) for _, code, _ in pairs if (found := re.search(r"\bBRA\b.*?\b0x([0-9a-f]+)", code))}
+    lines = []
+    for address, code, encoding in pairs:
+        control = int(encoding, 16) >> 41
+        stall, yields = control & 15, not control >> 4 & 1
+        write, read, wait = control >> 5 & 7, control >> 8 & 7, control >> 11 & 63
+        if int(address, 16) in targets:
+            lines.append(f"LBB{int(address, 16)}:")
+        if re.search(r"\bBRA\b", code):
+            code = re.sub(r"\b0x([0-9a-f]+)", lambda m: f"LBB{int(m[1], 16)}", code)
+        barriers = ["-" if barrier == 7 else str(barrier) for barrier in (read, write)]
+        lines.append(
+            f"{f'{wait:02x}' if wait else '--'}:{':'.join(barriers)}:{'Y' if yields else '-'}:{stall:x}\t{code.strip()}"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def with_control_codes(nvcc: str, architecture: str, header: str, kernels: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """`control_codes` and registers of kernels that a header under csrc holds, by their readable names."""
+    tool = disassembler()
+    if tool is None:
+        raise RuntimeError("no cuobjdump here, neither of a CUDA toolkit nor triton's")
+    with tempfile.TemporaryDirectory() as directory:
+        source, cubin = Path(directory) / "kernels.cu", Path(directory) / "kernels.cubin"
+        source.write_text(f'#include "{header}"\n')
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-I", str(_CSRC)]
+        done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        dump = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    registers = {kernel.name: kernel.registers for kernel in parse(done.stderr, architecture)}
+    parts = re.split(r"^\s*Function : (\w+)$", dump, flags=re.MULTILINE)[1:]
+    return {
+        name.removeprefix("ms_deform_attn_"): (control_codes(body), registers[name])
+        for name, body in zip(demangle(parts[::2]), parts[1::2], strict=True)
+        if name.removeprefix("ms_deform_attn_") in kernels
+    }
+
+
 def demangle(names: list[str]) -> list[str]:
     """Readable names without return types, parameters and the package's namespace; as they are without c++filt."""
     if shutil.which("c++filt") is None:

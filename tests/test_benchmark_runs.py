@@ -491,7 +491,7 @@ def test_the_lean_forward_executes_few_instructions():
     found = sass.compiled_per_sample(nvcc, "ms_deform_attn/cuda_lean.cuh")
     assert found["forward_lean_kernel<__nv_bfloat16, float, float, false>"] <= 15
     assert found["forward_lean_kernel<__nv_bfloat16, __nv_bfloat16, float, true>"] <= 15
-    assert found["forward_lean_kernel<float, float, float, false>"] <= 12
+    assert found["forward_lean_kernel<float, float, float, false>"] <= 13
 
 
 @pytest.mark.parametrize(

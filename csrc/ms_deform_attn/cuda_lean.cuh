@@ -142,7 +142,10 @@ __global__ void __launch_bounds__(kMaxThreads, lean_blocks())
   const unsigned char* point = args.points.at(n, head, source, 2 * sizeof(S) * member);
   const unsigned char* logit = args.weights.at(n, head, source, sizeof(S) * member);
   const unsigned char* const reference = kFromOffsets ? args.reference.at(n, 0, source, 0) : nullptr;
-  const unsigned char* const base = keep(args.value + n * args.value_n + head * args.value_h + 16 * member);
+  // Of 128-byte rows neighbouring groups read different halves at a time, which lie in different banks.
+  const unsigned half = kParts == 2 ? group & 1 : 0;
+  const unsigned char* const base = keep(args.value + n * args.value_n + head * args.value_h + 16 * member + 64 * half);
+  const unsigned char* const other = kParts == 2 ? keep(base + 64 - 128 * static_cast<int>(half)) : base;
   const auto load_weight = [](const unsigned char* p) { return load_element(reinterpret_cast<const S*>(p)); };
 
   auto raw_point = load_raw_pair<S>(point);
@@ -209,9 +212,8 @@ __global__ void __launch_bounds__(kMaxThreads, lean_blocks())
       uint4 raw[4][kParts];
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        const unsigned char* row = base + offset.at[c];
-#pragma unroll
-        for (int p = 0; p < kParts; ++p) raw[c][p] = Raw16::load(row + 64 * p);
+        raw[c][0] = Raw16::load(base + offset.at[c]);
+        if constexpr (kParts == 2) raw[c][1] = Raw16::load(other + offset.at[c]);
       }
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
@@ -249,7 +251,7 @@ __global__ void __launch_bounds__(kMaxThreads, lean_blocks())
     float part[kVec];
 #pragma unroll
     for (int v = 0; v < kVec; ++v) part[v] = sum[p * kVec + v];
-    Vector<T, kVec>::store(output + kVec * (kLeanLanes * p + member), part);
+    Vector<T, kVec>::store(output + kVec * (kLeanLanes * (p ^ half) + member), part);
   }
 }
 

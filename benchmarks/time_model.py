@@ -1,0 +1,596 @@
+"""Microseconds that a kernel should take on an H200, from its machine code: no GPU is asked.
+
+    python -m benchmarks.time_model                     # the kernels as they are, modelled
+    python -m benchmarks.time_model --check             # beside the committed times of an H200, half of them held out
+
+The model of one launch:
+
+- *One warp alone.* The disassembly's longest path, with the case's trip counts, is walked in order: each instruction
+  waits for the barriers that it names and issues; what it starts completes after the latency of its kind. This gives
+  the cycles that a warp needs when nothing is in its way.
+- *A multiprocessor.* As many blocks as registers and shared memory let in run at once, and queue for its schedulers
+  (an instruction per cycle) and execution units: mean value analysis of a closed queueing network.
+- *The device.* Rounds of such blocks follow each other; and never faster than device memory, L2 and its reductions
+  allow for the bytes that the case moves.
+
+Rates and latencies are of data sheets, published measurements and ceilings that benchmarks of this project measured;
+none is fitted to a kernel's time. Tables call these times *modelled*.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from benchmarks import sass
+
+_WARP = 32
+
+
+@dataclass(frozen=True)
+class Part:
+    """A GPU. Rates are per second of the whole part, or per cycle of one multiprocessor."""
+
+    name: str
+    capability: int
+    multiprocessors: int
+    clock: float
+    memory: float  # bytes
+    l2: float  # bytes, to the multiprocessors
+    reductions: float  # sectors of 32 bytes
+    start: float  # seconds from a launch to its first instruction, and from its last to the next launch
+
+
+#: Clock: data sheet (boost). Memory: a copy, by `benchmarks.floors` on that machine (benchmarks/results/nvidia-h200).
+#: L2 and reductions: measured on the same machine, docs/gpu.md. Start: assumed, from no source.
+H200 = Part("H200", 90, 132, 1.98e9, 4.228e12, 7.5e12, 110e9, 2.0e-6)
+
+#: Cycles until a result is there, on sm_90, rounded from microbenchmarks (such as Luo et al. 2024, arXiv:2402.13499):
+#: shared memory, L2, and device memory. A byte that the launch has read before is taken to hit L2.
+SHARED_LATENCY, L2_LATENCY, MEMORY_LATENCY = 30, 260, 480
+#: Matrix instructions and special functions likewise; what a barrier costs beyond waiting is assumed.
+MATRIX_LATENCY, SPECIAL_LATENCY, BARRIER_LATENCY = 33, 24, 20
+#: Threads per cycle and scheduler of the units that do fewer than 32 (CUDA programming guide, throughput of native
+#: arithmetic instructions, compute capability 9.0, a quarter of a multiprocessor).
+SLOW_UNITS = {"special": 4, "conversion": 4}
+#: Multiplications and additions of half precision per cycle and multiprocessor: data sheet, 989 TFLOP/s at 1.83 GHz.
+#: `mma.sync` reaches 0.62 of it (arXiv:2402.13499); TF32 is half as fast.
+MATRIX_RATE, SYNCHRONOUS = 2048, 0.62
+
+
+# ---------------------------------------------------------------- one warp
+
+_CONTROL = re.compile(
+    r"^(?P<wait>--|[0-9a-f]{2}):(?P<read>[-\d]):(?P<write>[-\d]):(?P<yield>[-Y]):(?P<stall>[0-9a-f])\t"
+)
+_SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)|\.(16816|1688|884)\b")
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What one warp does: cycles when it is alone, instructions, cycles of units, bytes that it asks of memory."""
+
+    cycles: float
+    instructions: int
+    units: dict[str, float]
+    requested: float
+
+
+def _products(opcode: str) -> float:
+    """Cycles of a multiprocessor's matrix units that one instruction of a warp takes."""
+    found = _SHAPE.search(opcode)
+    if not found:
+        return 0.0
+    if found[4]:
+        m, n, k = {"16816": (16, 8, 16), "1688": (16, 8, 8), "884": (8, 8, 4)}[found[4]]
+        rate = MATRIX_RATE * SYNCHRONOUS
+    else:  # four warps together
+        m, n, k = int(found[1]) / 4, int(found[2]), int(found[3])
+        rate = MATRIX_RATE
+    return m * n * k / (rate / 2 if "TF32" in opcode else rate)
+
+
+def _width(opcode: str) -> int:
+    """Bytes per thread of an access."""
+    found = re.search(r"\.(128|64|U16|S16|U8|S8)\b", opcode)
+    return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[found[1]] if found else 4
+
+
+def walk(trace: Sequence[str], memory_latency: float = MEMORY_LATENCY) -> Walk:
+    """One warp's way through `trace`, lines with control codes, with nothing in its way."""
+    ready = [0.0] * 6
+    copies, groups, last_product, now, count, requested = [], [0.0], 0.0, 0.0, 0, 0.0
+    units: dict[str, float] = {"matrix": 0.0, "shared": 0.0, "memory": 0.0, **dict.fromkeys(SLOW_UNITS, 0.0)}
+    decoded: dict[str, tuple[int, str, str, int, str, str]] = {}
+    for line in trace:
+        if line not in decoded:
+            control = _CONTROL.match(line)
+            found = sass.opcodes(line)
+            if control is None or not found:
+                raise ValueError(f"trace: expected instructions with control codes; got {line!r}")
+            wait = 0 if control["wait"] == "--" else int(control["wait"], 16)
+            decoded[line] = (wait, control["read"], control["write"], int(control["stall"], 16), found[0],
+                             sass.kind_of(found[0]))  # fmt: skip
+        wait, read, write, stall, opcode, kind = decoded[line]
+        count += 1
+        for barrier in range(6):
+            if wait >> barrier & 1:
+                now = max(now, ready[barrier])
+        latency: float = SPECIAL_LATENCY
+        if kind in ("load", "async copy", "atomic") and not opcode.startswith("LDGDEPBAR"):
+            latency = memory_latency
+            requested += _width(opcode) * _WARP if kind != "atomic" else 0
+            units["memory"] += max(1.0, _width(opcode) / 4)
+        elif kind == "shared":
+            latency = SHARED_LATENCY
+            units["shared"] += max(1.0, _width(opcode) / 4)
+        elif kind == "matrix":
+            latency = MATRIX_LATENCY
+            units["matrix"] += _products(opcode)
+        elif kind in SLOW_UNITS and not opcode.startswith("F2FP"):
+            units[kind] += _WARP / SLOW_UNITS[kind]
+        if opcode.startswith("LDGSTS"):
+            copies.append(now + latency)
+        elif opcode.startswith("LDGDEPBAR"):
+            groups.append(max(copies, default=now))
+            copies = []
+        elif opcode.startswith("DEPBAR.LE"):
+            pending = int(re.findall(r"0x([0-9a-f]+)", line)[-1], 16)
+            if len(groups) > pending:
+                now = max(now, groups[-1 - pending])
+        elif "GMMA" in opcode:
+            last_product = max(last_product, now) + 4 * _products(opcode) + (MATRIX_LATENCY if "gsb0" in line else 0)
+        elif opcode.startswith("WARPGROUP.DEPBAR"):
+            now = max(now, last_product)
+        elif kind == "barrier":
+            now += BARRIER_LATENCY
+        if write != "-":
+            ready[int(write)] = max(ready[int(write)], now + latency)
+        if read != "-":
+            ready[int(read)] = max(ready[int(read)], now + BARRIER_LATENCY)
+        now += max(stall, 1)
+    return Walk(now, count, units, requested)
+
+
+# ---------------------------------------------------------------- a launch
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What a launch moves, where its tensors and loads do not say it.
+
+    Attributes:
+        memory: bytes of device memory.
+        l2: bytes from L2 to the multiprocessors; None: what the warps ask for.
+        wavefronts: cycles of a multiprocessor's L1, summed over all of them; None: by the width of the accesses.
+        reductions: sectors added to in L2.
+    """
+
+    memory: float
+    l2: float | None = None
+    wavefronts: float | None = None
+    reductions: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel and its launch."""
+
+    name: str
+    code: str
+    trips: Sequence[int]
+    warps: int
+    registers: int
+    shared: int
+    blocks: int
+    traffic: Traffic
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Seconds, and the same by what each bound alone would take."""
+
+    seconds: float
+    bounds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def binding(self) -> str:
+        return max(self.bounds, key=lambda name: self.bounds[name])
+
+    @property
+    def floor(self) -> float:
+        """Without latency and starts: what the work itself takes."""
+        return max(value for name, value in self.bounds.items() if name != "latency")
+
+
+def cycles_together(waiting: float, demands: Sequence[float], warps: float) -> float:
+    """Cycles until `warps` equal warps have ended that share units.
+
+    Mean value analysis of a closed queueing network (Reiser and Lavenberg 1980): each warp waits for `waiting` cycles
+    in all on its own, and asks each unit for the cycles in `demands`.
+    """
+    waiting = max(waiting, 0.0)
+    lengths, whole = [0.0] * len(demands), max(1, math.ceil(warps))
+    total = 0.0
+    for n in range(1, whole + 1):
+        stays = [d * (1 + length) for d, length in zip(demands, lengths, strict=True)]
+        total = waiting + sum(stays)
+        lengths = [n * stay / total for stay in stays]
+    return total
+
+
+def estimate(kernel: Kernel, part: Part = H200) -> Estimate:
+    """The time of a launch."""
+    trace = sass.longest_trace(kernel.code, kernel.trips)
+    alone = walk(trace)
+    requested = alone.requested * kernel.warps * kernel.blocks
+    if requested:
+        # The first access of a byte goes to device memory, the others find it in L2.
+        fresh = min(1.0, kernel.traffic.memory / requested)
+        alone = walk(trace, fresh * MEMORY_LATENCY + (1 - fresh) * L2_LATENCY)
+    resident = max(1, sass.blocks_per_multiprocessor(part.capability, kernel.warps, kernel.registers, kernel.shared))
+    share = math.ceil(kernel.blocks / part.multiprocessors)  # blocks of the busiest multiprocessor
+    resident = min(resident, share)
+    rounds = share / resident if share >= 4 * resident else math.ceil(share / resident)
+    memory = alone.units["memory"]
+    if kernel.traffic.wavefronts is not None:
+        memory = kernel.traffic.wavefronts / (kernel.blocks * kernel.warps)
+    # Cycles of one warp. A scheduler and its units serve a quarter of the warps; L1 and matrix units serve all.
+    demands = {
+        "instructions": float(alone.instructions),
+        "matrix products": 4 * alone.units["matrix"],
+        "L1 and shared memory": 4 * (alone.units["shared"] + memory),
+        **{name: alone.units[name] for name in SLOW_UNITS},
+    }
+    warps = resident * kernel.warps / 4
+    busy = rounds * cycles_together(alone.cycles - alone.instructions, list(demands.values()), warps) / part.clock
+    cycles = {"latency": rounds * alone.cycles, **{name: rounds * warps * d for name, d in demands.items()}}
+    bounds = {name: value / part.clock for name, value in cycles.items()}
+    bounds["device memory"] = kernel.traffic.memory / part.memory
+    bounds["L2"] = (requested if kernel.traffic.l2 is None else kernel.traffic.l2) / part.l2
+    bounds["reductions"] = kernel.traffic.reductions / part.reductions
+    return Estimate(max(busy, *bounds.values()) + part.start, bounds)
+
+
+# ---------------------------------------------------------------- kernels of this project
+
+
+def triton_kernels(
+    function: Callable[..., object],
+    arguments: Sequence[Any],
+    trips: Callable[[str, dict[str, Any], int], Sequence[int]],
+    traffic: dict[str, Traffic] | None = None,
+) -> list[Kernel]:
+    """Every kernel that a Triton operator launches, compiled for sm_90.
+
+    Args:
+        function: of an operator's `triton.py`.
+        arguments: on the meta device.
+        trips: of the loops, from the kernel's name, its arguments and the number of loops.
+        traffic: by kernel; where missing, each tensor is moved once.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from benchmarks import static
+    from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
+
+    with recording(ARCHITECTURES[90]) as launches:
+        function(*arguments)
+    kernels = []
+    for launch in launches:
+        source = ASTSource(launch.kernel, *static.specialise(launch.kernel, launch.arguments))
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
+        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+        name, code = launch.kernel.__name__, compiled.asm["sass"]
+        tensors = {id(x): x for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
+        moved = Traffic(float(sum(x.numel() * x.element_size() for x in tensors.values())))
+        registers, _ = static.resource_usage(compiled.asm["cubin"])
+        kernels.append(
+            Kernel(
+                name, code, trips(name, launch.arguments, sass.loops(code)), launch.num_warps, registers,
+                compiled.metadata.shared, math.prod(launch.grid), (traffic or {}).get(name, moved),
+            )
+        )  # fmt: skip
+    return kernels
+
+
+def compiled_kernels(nvcc: str, names: dict[str, tuple[Sequence[int], int, int, Traffic]]) -> list[Kernel]:
+    """Kernels of the CUDA library for sm_90, from name -> trips, blocks, bytes of shared memory, traffic."""
+    from benchmarks import static_cuda
+
+    built = static_cuda.with_control_codes(nvcc, "90", "ms_deform_attn/cuda_kernels.cuh", list(names))
+    return [
+        Kernel(name, built[name][0], trips, static_cuda.THREADS // _WARP, built[name][1], shared, blocks, traffic)
+        for name, (trips, blocks, shared, traffic) in names.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Gather:
+    """What the encoder's samples touch, of N images: rows of one (position, head).
+
+    Attributes:
+        corners: inside the levels.
+        tile_rows: distinct ones of each 8 x 8 tile of queries and head, summed: what L1 has to fetch.
+        pair_rows: distinct ones among two neighbouring queries' same corner, summed: what a quarter of a warp reads.
+    """
+
+    corners: int
+    tile_rows: int
+    pair_rows: int
+
+
+def gather(where: str, heads: int = 8, points: int = 4, size: int = 1024, images: int = 2) -> Gather:
+    """Counted from the coordinates of the benchmark: "local" or "random". One image is counted."""
+    from benchmarks import inputs
+
+    sizes = [(size // s, size // s) for s in (32, 16, 8)]
+    starts = [0, *torch.tensor([h * w for h, w in sizes]).cumsum(0).tolist()]
+    queries = int(starts[-1])
+    locations = (
+        inputs.local_locations(sizes, 1, heads, points)
+        if where == "local"
+        else inputs.random_locations(sizes, 1, queries, heads, points)
+    )[0]  # [Q, H, L, P, 2]
+    order, tiles = [], []
+    for level, (h, w) in enumerate(sizes):
+        y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
+        tile = (y // 8 * (-(-w // 8)) + x // 8).flatten() + (int(tiles[-1].max()) + 1 if tiles else 0)
+        order.append(int(starts[level]) + (y * w + x).flatten())
+        tiles.append(tile)
+    tile_of = torch.cat(tiles)[torch.cat(order).argsort()]
+    corners = tile_rows = pair_rows = 0
+    for level, ((h, w), start) in enumerate(zip(sizes, starts, strict=False)):
+        pixel = (locations[:, :, level] * torch.tensor([w, h]) - 0.5).floor().long()
+        for corner in range(4):
+            cx, cy = pixel[..., 0] + (corner & 1), pixel[..., 1] + (corner >> 1)
+            inside = (cx >= 0) & (cx < w) & (cy >= 0) & (cy < h)
+            row = torch.where(inside, int(start) + cy * w + cx, -1)
+            corners += int(inside.sum())
+            pairs = row.view(queries // 2, 2, heads, points)
+            pair_rows += int((pairs[:, 0] >= 0).sum() + ((pairs[:, 1] >= 0) & (pairs[:, 1] != pairs[:, 0])).sum())
+            if corner == 0:
+                found = []
+            found.append(row)
+        # Distinct (tile, head, row) over the level's points and corners.
+        rows = torch.stack(found, -1)
+        key = (tile_of[:, None, None, None] * heads + torch.arange(heads)[:, None, None]) * queries + rows
+        tile_rows += int(torch.unique(key[rows >= 0]).numel())
+    return Gather(corners * images, tile_rows * images, pair_rows * images)
+
+
+# ---------------------------------------------------------------- what is modelled
+
+#: Deformable attention: N = 2, 21504 queries, 8 heads of 32, three levels of four points.
+_QUERIES, _HEADS, _SAMPLES = 21504, 8, 12
+_TILES = _QUERIES // 64 * _HEADS * 2
+#: Loops of the CUDA library's kernels for that case: see `sass.COMPILED`.
+_DEFORMABLE_TABLE, _DEFORMABLE_SHARED = 352, 32 * 256
+
+
+def deformable(nvcc: str, where: str) -> dict[str, Kernel]:
+    """The forwards of deformable attention in the CUDA library, by name; samples "local" or "random"."""
+    touched = gather(where)
+    pairs = _QUERIES * _HEADS * 2
+    names = {}
+    for name, (trips, _) in sass.COMPILED.items():
+        element, sampling = (4, 4) if "<float" in name else (2, 2 if "true" in name else 4)
+        value = pairs * 32 * element  # as many positions as queries
+        memory = 2 * value + pairs * _SAMPLES * 3 * sampling
+        l2 = touched.tile_rows * 32 * element + pairs * 32 * element + pairs * _SAMPLES * 3 * sampling
+        # A quarter of a warp reads 128 bytes, of fp32 in different banks; of bfloat16 two rows' 64 bytes in the same.
+        waves = touched.corners if element == 4 else touched.pair_rows
+        shared = _DEFORMABLE_SHARED + (0 if "lean" in name else _DEFORMABLE_TABLE)
+        names[name] = (trips, _TILES, shared, Traffic(memory, l2, waves))
+    return {kernel.name: kernel for kernel in compiled_kernels(nvcc, names)}
+
+
+def _trips(name: str, arguments: dict[str, Any], count: int) -> list[int]:
+    """How often the loops of the Triton kernels run, in the benchmarks' cases."""
+    constant = {key: value for key, value in arguments.items() if key.isupper()}
+    if count == 0:
+        return []
+    if name == "_predict_kernel":
+        return [math.ceil(constant["C"] / constant["BLOCK_C"])] + [0] * (count - 1)
+    if name in ("_forward_kernel", "_backward_kernel"):
+        # The last is the one for values that are not finite; the backward first looks which tiles are attended to.
+        return [constant["TILES"]] * (count - 1) + [0] if count > 1 else [constant["TILES"]]
+    if name == "_keep_kernel":
+        return [math.ceil(arguments["candidates"] / constant["BLOCK"])] * count
+    if name == "_gather_backward_kernel":
+        return [3] * count  # the fullest two cells of 64 pixels, at a point for five
+    return [1] * count
+
+
+#: Bytes of a fill of flags: a launch and nothing else.
+_FILL = Estimate(H200.start)
+
+
+@dataclass(frozen=True)
+class Row:
+    """An operator's call, its launches, and what an H200 took, in microseconds, by a committed file."""
+
+    name: str
+    kernels: list[Kernel]
+    fills: int
+    measured: float | None
+
+    @property
+    def modelled(self) -> float:
+        return (sum(estimate(kernel).seconds for kernel in self.kernels) + self.fills * _FILL.seconds) * 1e6
+
+    @property
+    def binding(self) -> str:
+        slowest = max((estimate(kernel) for kernel in self.kernels), key=lambda e: e.seconds)
+        return slowest.binding
+
+
+def masks(dtype: torch.dtype, side: int, layers: int) -> tuple[list[Kernel], int]:
+    """Launches of the masks of `layers` per level, of an image of side * 4 pixels, and how many fills go with them."""
+    from benchmarks import static
+    from m2f_kernels.ops.attention_mask import triton as op
+
+    total = sum((side // r) ** 2 for r in (8, 4, 2))
+    sizes = [side // r for r in (8, 4, 2) for _ in range(2)]
+    kernels = triton_kernels(
+        op.resize_mask_features, (static.meta(1, 256, side, side, dtype=dtype), sizes), _trips,
+        {"_shrink_kernel": Traffic(float(256 * (side**2 + total) * dtype.itemsize))},
+    )  # fmt: skip
+    resized = static.meta(1, 256, total, dtype=dtype)
+    embed = static.meta(1, 100, 256, dtype=dtype)
+    start = 0
+    for ratio in (8, 4, 2):
+        s = (side // ratio) ** 2
+        traffic = Traffic(float((256 * s + 100 * 256) * dtype.itemsize + 100 * s // 8))
+        one = triton_kernels(
+            op.predict_attention_mask, (embed, resized[:, :, start : start + s]), _trips, {"_predict_kernel": traffic}
+        )
+        kernels += one * layers
+        start += s
+    return kernels, 3 * layers
+
+
+def attention(dtype: torch.dtype, images: int, queries: int, change: dict[str, int] | None = None) -> list[Kernel]:
+    """Launches of the forward of masked attention over 128 x 128 keys, with another configuration if one is given."""
+    from benchmarks import static
+    from m2f_kernels.ops.masked_attention import configs
+    from m2f_kernels.ops.masked_attention import triton as op
+
+    query, key = (
+        static.meta(images, rows, 256, dtype=dtype).unflatten(-1, (8, 32)).transpose(1, 2) for rows in (queries, 16384)
+    )
+    bits = static.meta(images, queries, 512, dtype=torch.int32)
+    flags = static.meta(images, queries, dtype=torch.bool)
+    before = configs.forward
+    configs.forward = lambda *a: {**before(*a), **(change or {})}
+    try:
+        return triton_kernels(op.masked_attention, (query, key, key, bits, flags, 32**-0.5), _trips)
+    finally:
+        configs.forward = before
+
+
+def points_kept(masks_: int = 100) -> list[Kernel]:
+    """Launches of `uncertain_points` for 12544 points of masks of 256 x 256."""
+    from benchmarks import static
+    from m2f_kernels.ops.point_sample import triton as op
+
+    rows, seed = static.meta(masks_, dtype=torch.int32), static.meta(1, dtype=torch.int64)
+    arguments = (static.meta(masks_, 256, 256, dtype=torch.float32), rows, seed, 0, 37632, 9408, 3136)
+    return triton_kernels(op.uncertain_points, arguments, _trips)
+
+
+#: Microseconds of forwards with other configurations on an H200: benchmarks/results/nvidia-h200/configurations.txt.
+#: (BLOCK_Q, BLOCK_K, warps, stages, waves) -> N=1 Q=100, N=2 Q=100, N=1 Q=200.
+CONFIGURATIONS = {
+    (128, 64, 4, 2, 2): (33.0, 55.1, 51.8),
+    (64, 32, 4, 3, 2): (30.5, 52.0, 51.1),
+    (128, 32, 4, 3, 2): (31.4, 54.5, 54.2),
+    (64, 64, 4, 3, 2): (28.2, 48.6, 47.6),
+    (64, 64, 4, 2, 4): (41.0, 66.0, 61.5),
+    (64, 128, 4, 2, 2): (32.3, 53.1, 50.0),
+}
+
+
+def rows(nvcc: str | None, select: str = "") -> Iterator[Row]:
+    """What an H200 has been timed with (benchmarks/results/nvidia-h200) and what is newer, in a fixed order.
+
+    Args:
+        nvcc: None leaves deformable attention out.
+        select: a regular expression that a row's name contains.
+    """
+
+    def wanted(name: str) -> bool:
+        return re.search(select, name) is not None
+
+    for where, times in (("local", (131.2, 168.8)), ("random", (140.4, 229.5))):
+        names = [f"ms_deform_attn {dtype}, {where}{kind}" for kind in ("", ", lean") for dtype in ("bf16", "fp32")]
+        if nvcc is None or not any(map(wanted, names)):
+            continue
+        kernels = deformable(nvcc, where)
+        for name, time in zip(names, (*times, None, None), strict=True):
+            kind, bf16 = ("forward_lean_kernel" if "lean" in name else "forward_kernel"), "bf16" in name
+            (chosen,) = (
+                kernel for full, kernel in kernels.items()
+                if full.startswith(f"{kind}<{'__nv_bfloat16' if bf16 else 'float'}, ") and full.endswith("false>")
+            )  # fmt: skip
+            if wanted(name):
+                yield Row(name, [chosen], 0, time)
+    low, single = torch.bfloat16, torch.float32
+    for name, dtype, side, time in (
+        ("masks of 9 layers, 1024², fp32", single, 256, 522.3),
+        ("masks of 9 layers, 512², fp32", single, 128, 330.6),
+        ("masks of 9 layers, 1024², bf16", low, 256, 114.3),
+    ):
+        if wanted(name):
+            yield Row(name, *masks(dtype, side, 3), time)
+    if wanted("masked_attention fp32"):
+        yield Row("masked_attention fp32", attention(single, 1, 100), 0, 218.4)
+    if wanted("uncertain_points, 100 masks"):
+        yield Row("uncertain_points, 100 masks", points_kept(), 0, 706.6)
+    for change, times_ in CONFIGURATIONS.items():
+        for (images, queries), time in zip(((1, 100), (2, 100), (1, 200)), times_, strict=True):
+            name = f"masked_attention bf16, N={images} Q={queries}, {change}"
+            if wanted(name):
+                settings = dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages", "waves"), change, strict=True))
+                yield Row(name, attention(low, images, queries, settings), 0, time)
+
+
+# ---------------------------------------------------------------- how far to believe it
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's, without ties."""
+    ranks = [[sorted(values).index(x) for x in values] for values in (first, second)]
+    n = len(first)
+    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n**2 - 1))
+
+
+def verdict(name: str, chosen: Sequence[tuple[float, float]]) -> str:
+    """Rank order and factor of (modelled, measured)."""
+    factors = sorted(modelled / measured for modelled, measured in chosen)
+    mean = math.exp(sum(map(math.log, factors)) / len(factors))
+    order = rank_correlation(*zip(*chosen, strict=True))
+    return (
+        f"{name}: {len(chosen)} rows, rank correlation {order:.2f}, modelled / measured {mean:.2f} on (geometric) "
+        f"average, {factors[0]:.2f} to {factors[-1]:.2f}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="say how the model compares with the committed times")
+    parser.add_argument("--select", default="", help="only rows whose name contains this regular expression")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
+    from benchmarks import static_cuda
+
+    nvcc = static_cuda.compiler()
+    if nvcc is None:
+        print("time_model: no nvcc here: the kernels of the CUDA library are left out", file=sys.stderr)
+    print("| call | modelled, µs | bound by | measured, µs | modelled / measured |\n|---|---:|---|---:|---:|")
+    pairs = []
+    for row in rows(nvcc, options.select):
+        shown = ("", "")
+        if row.measured is not None:
+            pairs.append((row.modelled, row.measured))
+            shown = (f"{row.measured:.1f}", f"{row.modelled / row.measured:.2f}")
+        print(f"| {row.name} | {row.modelled:.1f} | {row.binding} | {shown[0]} | {shown[1]} |", flush=True)
+    if options.check:
+        print("\n" + verdict("even rows, by which the model was changed", pairs[::2]))
+        print(verdict("odd rows, held out", pairs[1::2]))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
