@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m2f_kernels import _tuning
+
 #: Triton's, its first two numbers.
 VERSION = tuple(int(number) for number in triton.__version__.split(".")[:2])
 #: True in Triton's interpreter (TRITON_INTERPRET=1), which runs kernels on CPU tensors.
@@ -187,14 +189,17 @@ def contiguous_last(tensor: Tensor) -> Tensor:
     return tensor if tensor.shape[-1] <= 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+_PRECISION = tl.constexpr("tf32x3" if _tuning.TF32X3 else "ieee")
+
+
 @triton.jit
 def dot(a, b):  # type: ignore[no-untyped-def]
-    """a @ b in float32: float32 factors without TF32, low precision exactly as the tensor cores multiply it."""
+    """a @ b in float32: float32 factors without plain TF32, low precision exactly as the tensor cores multiply it."""
     if _INTERPRETED:
         # The interpreter keeps bfloat16 as raw 16-bit integers and would multiply those.
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, input_precision="ieee")
+    return tl.dot(a, b, input_precision=_PRECISION)
 
 
 @triton.jit

@@ -21,6 +21,16 @@ Table = dict[str, dict[str, Configuration]]
 #: The directory of the tables, `<directory>/sm_90.json`. The environment variable names another.
 DIRECTORY = Path(os.environ.get("M2F_TUNED", Path(__file__).parent / "tuned"))
 
+#: Whether kernels multiply float32 factors by tensor cores, as three products of TF32 parts (sm_80 and later), not
+#: one by one. No GPU has timed it, so it has to be asked for before the import.
+TF32X3 = os.environ.get("M2F_TF32X3") == "1"
+
+
+def bits(element_size: int) -> str:
+    """How keys name an element size; tables tuned for one kind of product do not serve the other."""
+    return f"{8 * element_size} bit" + (" TF32x3" if TF32X3 and element_size == 4 else "")
+
+
 _forced: dict[tuple[str, str], Configuration] = {}
 
 

@@ -17,7 +17,7 @@ PREDICT = "predict_attention_mask"
 def key(element_size: int, num_queries: int) -> str:
     """The key of a configuration: the element size and the padded number of queries, on which it depends."""
     padded = min(max(1 << (num_queries - 1).bit_length(), 16), 256)
-    return f"{8 * element_size} bit, Q {padded}"
+    return f"{_tuning.bits(element_size)}, Q {padded}"
 
 
 def padded_queries(num_queries: int) -> int:
@@ -28,9 +28,12 @@ def padded_queries(num_queries: int) -> int:
 def default(element_size: int, num_queries: int) -> Configuration:
     """Keys are the rows of the product: 64 of them are one warp group's matrix instruction from sm_90 on.
 
-    float32 is multiplied without tensor cores and holds its operands in registers: smaller tiles, more warps.
+    float32 is multiplied without tensor cores and holds its operands in registers: smaller tiles, more warps. As three
+    products of TF32 parts it holds keys in registers: few queries, and chunks of channels ahead in shared memory.
     """
     queries = padded_queries(num_queries)
+    if element_size == 4 and _tuning.TF32X3:
+        return {"BLOCK_S": 64, "BLOCK_Q": min(queries, 32), "BLOCK_C": 32, "num_warps": 4, "num_stages": 4}
     if element_size == 4:
         return {"BLOCK_S": 64, "BLOCK_Q": min(queries, 64), "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
     warps = 8 if queries == 128 else 4

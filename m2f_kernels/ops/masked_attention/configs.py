@@ -25,7 +25,7 @@ def padded(size: int, smallest: int = 16) -> int:
 
 def key(element_size: int, num_queries: int, d: int) -> str:
     """The key of a configuration: the arguments on which it depends, sizes padded."""
-    return f"{8 * element_size} bit, Q {min(padded(num_queries), 256)}, D {padded(d)}"
+    return f"{_tuning.bits(element_size)}, Q {min(padded(num_queries), 256)}, D {padded(d)}"
 
 
 def default_forward(element_size: int, num_queries: int, d: int) -> Configuration:
@@ -40,6 +40,9 @@ def default_forward(element_size: int, num_queries: int, d: int) -> Configuratio
         queries = min(queries, {16: 64, 32: 64, 64: 16}.get(channels, 32))
         few = {16: 8, 32: 4 if queries == 64 else 8, 64: 4}
         warps = few.get(channels, 4 if queries == 32 else 8)
+        if _tuning.TF32X3 and queries == 64 and channels == 32:
+            tile = {"BLOCK_Q": 64, "BLOCK_K": 64, "KEYS_FIRST": 0}
+            return {**tile, "num_warps": 4, "num_stages": 1, "waves": 2}
         shape = {"BLOCK_Q": queries, "BLOCK_K": 32, "KEYS_FIRST": int(channels >= 128)}
         return {**shape, "num_warps": warps, "num_stages": 1, "waves": 4}
     if channels >= 128 or channels == 32:
