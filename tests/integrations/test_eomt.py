@@ -332,3 +332,21 @@ def test_videomt_loss(fixed_points, generator):
     classes = torch.randn(2, QUERIES, LABELS + 1, generator=generator)
     labels = targets([3, 2], [(SIZE, SIZE)] * 2, generator, LABELS)
     assert_same(model.criterion(masks, classes, **labels), accelerated.criterion(masks, classes, **labels))
+
+
+@models
+def test_an_attention_that_no_kernel_serves(name, pixels, monkeypatch):
+    """Elsewhere than the model, as on a second device without kernels: it runs the published code, under the mask of
+    all pairs."""
+    model, accelerated = both(name, probabilities=[0.5, 1.0, 1.0])
+
+    def output():
+        torch.manual_seed(11)
+        return accelerated(pixel_values=pixels).masks_queries_logits
+
+    expected, calls = output(), []
+    monkeypatch.setattr(eomt, "masked_attention", lambda *args, **kwargs: calls.append(1))
+    monkeypatch.setattr(eomt.dispatch, "serves", lambda op, tensor: tensor is next(accelerated.parameters()))
+    monkeypatch.setattr(eomt, "kernels_serve", lambda *args: True)
+    torch.testing.assert_close(output(), expected, rtol=1e-4, atol=1e-4)
+    assert not calls

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from m2f_kernels import dispatch
 from m2f_kernels.integrations.transformers import mask2former
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
@@ -30,7 +31,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
 )
 from m2f_kernels.masks import WORD, FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
-from m2f_kernels.ops.masked_attention import masked_attention
+from m2f_kernels.ops.masked_attention import fallback, masked_attention
 
 _MODULES = {
     name: f"transformers.models.{family}.modeling_{family}"
@@ -60,6 +61,7 @@ class Attention(Mixin):
     out_proj: nn.Module
 
     def forward(self, hidden_states: Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        attention_mask = _published_if_unserved(attention_mask, hidden_states)
         if not isinstance(attention_mask, QueryMask):
             return super().forward(hidden_states, attention_mask, **kwargs)
         out = _attend(self, hidden_states, attention_mask, self.scale)
@@ -80,10 +82,21 @@ class RotaryAttention(Mixin):
     def forward(
         self, hidden_states: Tensor, attention_mask: Any = None, position_embeddings: Any = None, **kwargs: Any
     ) -> Any:
+        attention_mask = _published_if_unserved(attention_mask, hidden_states)
         if not isinstance(attention_mask, QueryMask):
             return super().forward(hidden_states, attention_mask, position_embeddings, **kwargs)
         out = _attend(self, hidden_states, attention_mask, self.scaling, position_embeddings)
         return self.o_proj(out), None
+
+
+def _published_if_unserved(mask: Any, tokens: Tensor) -> Any:
+    """A :class:`QueryMask` as the published attention takes it, of all pairs and added to the scores, where no kernel
+    serves the tokens' device and dtype, which may be others than those that the model asked about; else `mask`."""
+    if not isinstance(mask, QueryMask) or dispatch.serves("masked_attention", tokens):
+        return mask
+    blocked = fallback.blocked(mask.packed, mask.first_key, tokens.shape[1], tokens.shape[1])
+    scores = tokens.new_zeros(blocked.shape).masked_fill_(blocked, torch.finfo(tokens.dtype).min)
+    return scores.unsqueeze(1)
 
 
 def _attend(attention: Any, tokens: Tensor, mask: QueryMask, scale: float, positions: Any = None) -> Tensor:
@@ -305,15 +318,16 @@ def _derives(module: nn.Module, name: str) -> bool:
 
 
 _ATTENTION = "attention under the packed mask of the queries' patches, no mask of all pairs"
+_ATTENTION_OPS = ("masked_attention",)
 _MODEL = "masks of blocks from resized features, hands on masks as factors, multiplied only where they are returned"
 
 REPLACEMENTS = {
-    f"{_MODULES['Eomt']}.EomtAttention": Replacement(Attention, _ATTENTION),
+    f"{_MODULES['Eomt']}.EomtAttention": Replacement(Attention, _ATTENTION, ops=_ATTENTION_OPS),
     f"{_MODULES['Eomt']}.EomtLoss": Replacement(EomtCriterion, LOSSES, check_criterion, CRITERION_OPS),
     f"{_MODULES['Eomt']}.EomtForUniversalSegmentation": Replacement(
         ForUniversalSegmentation, _MODEL, check_model, DECODER_OPS
     ),
-    f"{_MODULES['EomtDinov3']}.EomtDinov3Attention": Replacement(RotaryAttention, _ATTENTION),
+    f"{_MODULES['EomtDinov3']}.EomtDinov3Attention": Replacement(RotaryAttention, _ATTENTION, ops=_ATTENTION_OPS),
     f"{_MODULES['EomtDinov3']}.EomtDinov3Loss": Replacement(
         EomtDinov3Criterion, LOSSES, check_criterion, CRITERION_OPS
     ),
