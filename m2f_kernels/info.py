@@ -13,6 +13,7 @@ import torch
 from m2f_kernels import dispatch
 from m2f_kernels._library import LIBRARIES, cpu_capability
 from m2f_kernels._version import __version__
+from m2f_kernels.integrations.transformers import registry
 
 
 def cpu_name() -> str:
@@ -70,6 +71,7 @@ def report() -> str:
     for op in sorted(dispatch.OPERATORS):
         lines += [f"  {dispatch.choose(op, device)}" for device in ("cpu", *devices)]
     lines.append("  on any other device: fallback (plain PyTorch)")
+    lines += ["", *registry.report()]
     return "\n".join(lines)
 
 

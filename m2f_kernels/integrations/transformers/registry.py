@@ -1,0 +1,115 @@
+"""Tables of what `accelerate` knows in `transformers`: families, classes, measured gains, tested versions.
+
+    python -m m2f_kernels.integrations.transformers.registry     the table of docs/integrations/transformers.md
+
+`transformers` is not imported.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from m2f_kernels.integrations.transformers import SUPPORTED
+from m2f_kernels.integrations.transformers._swap import replacements
+
+#: The versions with which the tests of this integration were run as a whole.
+TESTED = ("4.57.1", "4.57.6", "5.0.0", "5.12.1", "5.17.0", "5.23.0", "5.24.0")
+
+#: By family what was measured and how many times as fast it became: the committed run of `benchmarks.integrations`.
+GAINS: dict[str, tuple[tuple[str, float], ...]] = {
+    "mask2former": (
+        ("Mask2Former Swin-T, 1024²", 2.18),
+        ("Mask2Former Swin-T, training step, 512², 10 targets", 1.78),
+    ),
+    "oneformer": (("OneFormer Swin-T, 512²", 2.02),),
+    "deformable_detr": (("Deformable DETR ResNet-50, 800²", 2.30),),
+    "grounding_dino": (("Grounding DINO Swin-T, 800²", 1.55),),
+    "rt_detr": (("RT-DETR ResNet-50, 640²", 1.02),),
+}
+
+
+class Family(NamedTuple):
+    """A directory of transformers/models, names of the classes replaced in it without the family's, measured gains."""
+
+    name: str
+    classes: tuple[str, ...]
+    gains: tuple[tuple[str, float], ...]
+
+    @property
+    def measured(self) -> str:
+        return "; ".join(f"{gain:.2f}x ({case})" for case, gain in self.gains) or "-"
+
+
+def families() -> list[Family]:
+    """The families in the order in which their replacements are registered."""
+    classes: dict[str, list[str]] = {}
+    for name in replacements():
+        family, own = name.split(".")[2], name.rpartition(".")[2]
+        classes.setdefault(family, []).append(_short(family, own))
+    return [Family(name, tuple(found), GAINS.get(name, ())) for name, found in classes.items()]
+
+
+def _short(family: str, cls: str) -> str:
+    """The name of a class without the family's in front, which is spelled with capitals and without underscores."""
+    prefix = family.replace("_", "")
+    return cls[len(prefix) :] if cls.lower().startswith(prefix) else cls
+
+
+def installed() -> tuple[str, set[str]] | None:
+    """Version and model directories of the installed transformers; None where there is none."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = importlib.util.find_spec("transformers")
+    try:
+        number = version("transformers")
+    except PackageNotFoundError:
+        return None
+    if found is None or not found.submodule_search_locations:
+        return None
+    models = Path(found.submodule_search_locations[0]) / "models"
+    return number, {x.name for x in models.iterdir() if x.is_dir()} if models.is_dir() else set()
+
+
+def markdown() -> str:
+    """The table of the documentation."""
+    lines = ["| family (`transformers/models`) | classes replaced | times as fast, on a CPU |", "|---|---|---|"]
+    for family in families():
+        lines.append(f"| {family.name} | {', '.join(family.classes)} | {family.measured} |")
+    return "\n".join(lines)
+
+
+def versions() -> str:
+    """One sentence on versions."""
+    low, high = (".".join(map(str, version)) for version in SUPPORTED)
+    return f"transformers from {low} to below {high}; tests run with {', '.join(TESTED)}"
+
+
+def report() -> list[str]:
+    """Lines for `python -m m2f_kernels.info`."""
+    here = installed()
+    known = families()
+    width = max(len(family.name) for family in known)
+    lines = [f"Models of {versions()}"]
+    lines.append("  installed: " + ("none" if here is None else here[0]))
+    for family in known:
+        missing = here is not None and family.name not in here[1]
+        count = f"{len(family.classes)} class{'es' if len(family.classes) > 1 else ''}"
+        lines.append(
+            f"  {family.name:<{width}}  {count:<10}  {family.measured}"
+            + ("  (not in the installed version)" if missing else "")
+        )
+    return lines
+
+
+def update(page: str, marks: Iterable[str] = ("<!-- families -->", "<!-- end of families -->")) -> str:
+    """The text of the page with the table between its marks replaced."""
+    first, last = marks
+    before, rest = page.split(first)
+    return f"{before}{first}\n\n{markdown()}\n\n{versions()}.\n\n{last}{rest.split(last)[1]}"
+
+
+if __name__ == "__main__":
+    print(markdown())

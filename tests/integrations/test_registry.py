@@ -1,0 +1,51 @@
+"""The tables of what is known in `transformers` are made from the replacements, and their figures were measured."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from m2f_kernels.integrations.transformers import _swap, registry
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "integrations" / "transformers.md"
+RESULTS = ROOT / "benchmarks" / "results" / "cpu-intel-xeon" / "integrations.csv"
+
+
+def test_every_replaced_class_is_listed():
+    listed = {family.name: len(family.classes) for family in registry.families()}
+    names = [name.split(".")[2] for name in _swap.replacements()]
+    assert listed == {family: names.count(family) for family in names}
+    mask2former = next(family for family in registry.families() if family.name == "mask2former")
+    assert {"Loss", "HungarianMatcher", "PixelDecoderEncoderMultiscaleDeformableAttention"} <= set(mask2former.classes)
+    assert all(all(family.classes) for family in registry.families())
+
+
+@pytest.mark.skipif(not RESULTS.exists(), reason="the committed results are not here")
+def test_gains_are_those_of_the_committed_run():
+    with RESULTS.open() as file:
+        rows = {row["model"]: row for row in csv.DictReader(file) if row["setting"] == "default"}
+    shown = dict(gain for gains in registry.GAINS.values() for gain in gains)
+    assert shown == {x: round(float(row["before_ms"]) / float(row["after_ms"]), 2) for x, row in rows.items()}
+
+
+def test_the_page_has_this_table():
+    text = PAGE.read_text()
+    assert registry.update(text) == text, "python -m m2f_kernels.integrations.transformers.registry prints the table"
+
+
+def test_info_lists_families(monkeypatch):
+    lines = registry.report()
+    assert any(line.split()[:1] == ["rt_detr"] and "1.02x" in line for line in lines)
+    monkeypatch.setattr(registry, "installed", lambda: ("4.57.6", {"rt_detr"}))
+    absent = {line.split()[0] for line in registry.report() if line.endswith("(not in the installed version)")}
+    assert absent == {family.name for family in registry.families()} - {"rt_detr"}
+    monkeypatch.setattr(registry, "installed", lambda: None)
+    assert "  installed: none" in registry.report()
+
+
+def test_transformers_is_not_imported():
+    code = "import sys, m2f_kernels.info as i; i.report(); assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, cwd=ROOT)
