@@ -338,7 +338,7 @@ def test_videomt_loss(fixed_points, generator):
 def test_an_attention_that_no_kernel_serves(name, pixels, monkeypatch):
     """Elsewhere than the model, as on a second device without kernels: it runs the published code, under the mask of
     all pairs."""
-    model, accelerated = both(name, probabilities=[0.5, 1.0, 1.0])
+    _, accelerated = both(name, probabilities=[0.5, 1.0, 1.0])
 
     def output():
         torch.manual_seed(11)
