@@ -132,6 +132,24 @@ def test_masks_are_seen(name, pixels, monkeypatch):
 
 
 @models
+@pytest.mark.parametrize("embedding", [0.0, None])
+def test_logits_of_zero(name, embedding, pixels):
+    """Blocked, as published: of all masks, and of those of some queries and patches. Then all other tokens are seen."""
+    model, accelerated = both(name)
+    outputs = []
+    for one in (model, accelerated):
+        with torch.no_grad():
+            if embedding is not None:
+                one.mask_head.fc3.weight.zero_()
+                one.mask_head.fc3.bias.zero_()
+            else:  # features of whole patches are 0
+                norm = one.upscale_block.block[-1].layernorm2d
+                norm.register_forward_hook(lambda _, __, out: out * (torch.arange(out.shape[-1]) >= 8))
+            outputs.append(one(pixels))
+    assert_same(*outputs)
+
+
+@models
 def test_contract(name, pixels):
     """A tuple where it is asked for, hidden states and attentions where they are, patch offsets handed through."""
     model, accelerated = both(name, attn_implementation="eager")
@@ -189,6 +207,20 @@ def test_no_tensor_of_all_pairs(name, pixels, generator):
         counts.append(seen.count)
     assert counts[0] > 0
     assert counts[1] == 0
+
+
+@models
+def test_no_tensor_of_all_pairs_at_1280(name, generator):
+    """A training step of 1280 x 1280 pixels: 6400 patches, of which all pairs would be 160 MiB for each head."""
+    tokens = 3 + 3 + (1280 // 16) ** 2
+    sizes = {"hidden_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1, "num_blocks": 1, "patch_size": 16}
+    model = make(name, **sizes, num_queries=3, train_num_points=50, image_size=1280)
+    accelerated = m2f_kernels.accelerate(model).model.train()
+    inputs = {"pixel_values": torch.randn(1, 3, 1280, 1280), **targets([2], [(40, 40)], generator, LABELS)}
+    with Pairs(tokens**2) as seen:
+        accelerated(**inputs).loss.backward()
+    assert not seen.count
+    assert all(p.grad is not None for p in accelerated.layers.parameters() if p.requires_grad)
 
 
 @models

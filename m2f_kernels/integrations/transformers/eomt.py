@@ -199,7 +199,10 @@ class ForUniversalSegmentation(Mixin):
     def _m2f_mask(self, masks: FactoredMasks, probability: Tensor) -> QueryMask:
         """The mask of a block; each query keeps its own with some probability, and attends everywhere without it."""
         (features,) = resize_mask_features(masks.mask_features, [self.grid_size])
-        packed = predict_attention_mask(masks.mask_embed, features)
+        # A logit of 0 is blocked in these models, and attended to by the operator: it is asked for what is blocked.
+        blocked = predict_attention_mask(-masks.mask_embed, features)
+        bits = _every_key(blocked) & ~blocked.bits
+        packed = PackedMask(bits, bits.any(-1), blocked.num_keys)
         if probability < 1:
             n, q = packed.row_any.shape
             freed = torch.rand(n, q, device=packed.bits.device) > probability
