@@ -166,7 +166,7 @@ def before_and_after(rows: Sequence[Row], before: str, ours: str, heads: tuple[s
 def end_to_end(rows: Sequence[Row]) -> str:
     """The whole model; rows of CUDA graphs, bf16 and activation checkpointing below those of their cases.
 
-    bf16 is held against `transformers` in float32, and its difference is the share of the masks that do not overlap.
+    bf16 is compared with `transformers` in float32; its difference is the share of the masks that do not overlap.
     """
     ours, theirs = bench_end_to_end.OURS, bench_end_to_end.TRANSFORMERS
     lines = before_and_after(rows, theirs, ours, ("transformers", "m2f"))

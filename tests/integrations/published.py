@@ -48,7 +48,7 @@ def train(model, seed=0, **inputs):
 
 def assert_same_gradients(before, after, tolerance=GRADIENT):
     """Of every parameter, relative to its norm. Some are zero but for rounding (biases before a softmax or a norm):
-    those are held against all the others."""
+    those are compared with all the others."""
     assert {name for name, g in before.items() if g is not None} == {n for n, g in after.items() if g is not None}
     total = torch.stack([g.norm() for g in before.values() if g is not None]).norm()
     for name, gradient in before.items():

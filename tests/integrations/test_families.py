@@ -86,7 +86,7 @@ def test_loss_and_gradients(family):
     assert loss_after == pytest.approx(loss, rel=OUTPUT)
     assert gradients_after.keys() == gradients.keys()
     assert any("sampling_offsets" in name and gradient.any() for name, gradient in gradients.items())
-    # Some gradients are zero but for rounding (a bias before a normalisation); they are held against all the others.
+    # Some gradients are zero but for rounding (a bias before a normalisation); they are compared with all the others.
     total = torch.stack([g.norm() for g in gradients.values()]).norm()
     for name, gradient in gradients.items():
         error = (gradients_after[name] - gradient).norm()

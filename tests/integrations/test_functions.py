@@ -1,4 +1,4 @@
-"""Deformable attention of packages that hold it as a plain function: stand-ins with the signatures that are in use."""
+"""Deformable attention of packages that have it as a plain function: stand-ins with the signatures in use."""
 
 import sys
 from types import ModuleType

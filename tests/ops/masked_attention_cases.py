@@ -1,4 +1,4 @@
-"""Inputs for the tests of masked attention, and the truth they are held against."""
+"""Inputs for the tests of masked attention, and the reference results."""
 
 from dataclasses import dataclass, replace
 

@@ -1,4 +1,4 @@
-"""Inputs for the tests of multi-scale deformable attention, and the two truths they are held against."""
+"""Inputs for the tests of multi-scale deformable attention, and the two references that they are compared with."""
 
 from dataclasses import dataclass, field, replace
 
