@@ -9,7 +9,7 @@ one for the column of a key (`transformers`' `Sam3DetrDecoder`, image 1008 x 100
 - factored: a prototype in plain PyTorch that adds both parts to the scores of a few rows of keys at a time.
 - bound: `masked_attention` with a mask that blocks nothing and no bias, less than a kernel with one would take.
 
-Time is the processor's, in turns; memory the peak above inputs and results (`benchmarks/memory.py`), each in a process
+Time is CPU time, in turns; memory the peak above inputs and results (`benchmarks/memory.py`), each in a process
 of its own.
 """
 

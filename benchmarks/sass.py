@@ -222,7 +222,7 @@ def _graph(code: str) -> tuple[list[str], list[list[int]], dict[int, int], int]:
 
 
 def loops(code: str) -> int:
-    """How many loops a disassembly with labels has."""
+    """The number of loops in a disassembly with labels."""
     return len(_graph(code)[2])
 
 

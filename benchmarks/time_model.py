@@ -77,7 +77,7 @@ _SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)|\.(16816|1688|884)\b")
 
 @dataclass(frozen=True)
 class Walk:
-    """What one warp does: cycles when it is alone, instructions, cycles of units, bytes that it asks of memory."""
+    """The work of one warp: cycles when it is alone, instructions, cycles of units, bytes requested from memory."""
 
     cycles: float
     instructions: int
@@ -166,7 +166,7 @@ def walk(trace: Sequence[str], memory_latency: float = MEMORY_LATENCY) -> Walk:
 
 @dataclass(frozen=True)
 class Traffic:
-    """What a launch moves, where its tensors and loads do not say it.
+    """The memory traffic of a launch, if it does not follow from its tensors and loads.
 
     Attributes:
         memory: bytes of device memory.
@@ -318,7 +318,7 @@ def compiled_kernels(nvcc: str, names: dict[str, tuple[Sequence[int], int, int, 
 
 @dataclass(frozen=True)
 class Gather:
-    """What the encoder's samples touch, of N images: rows of one (position, head).
+    """The rows of one (position, head) that the encoder's samples touch, for N images.
 
     Attributes:
         corners: inside the levels.
@@ -397,7 +397,7 @@ def deformable(nvcc: str, where: str) -> dict[str, Kernel]:
 
 
 def _trips(name: str, arguments: dict[str, Any], count: int) -> list[int]:
-    """How often the loops of the Triton kernels run, in the benchmarks' cases."""
+    """The trip counts of the loops of a Triton kernel in the benchmarks' cases."""
     constant = {key: value for key, value in arguments.items() if key.isupper()}
     if count == 0:
         return []
@@ -503,7 +503,7 @@ CONFIGURATIONS = {
 
 
 def rows(nvcc: str | None, select: str = "") -> Iterator[Row]:
-    """What an H200 has been timed with (benchmarks/results/nvidia-h200) and what is newer, in a fixed order.
+    """Yields the kernels that were timed on an H200 (benchmarks/results/nvidia-h200) and newer ones, in a fixed order.
 
     Args:
         nvcc: None leaves deformable attention out.

@@ -27,7 +27,7 @@ TF32X3 = os.environ.get("M2F_TF32X3") == "1"
 
 
 def bits(element_size: int) -> str:
-    """How keys name an element size; tables tuned for one kind of product do not serve the other."""
+    """The name of an element size in keys. Entries tuned for one kind of product do not serve the other."""
     return f"{8 * element_size} bit" + (" TF32x3" if TF32X3 and element_size == 4 else "")
 
 

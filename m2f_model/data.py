@@ -87,9 +87,9 @@ class Relabelled:
 
 
 def summary(data: Dataset) -> list[str]:
-    """What the data are, in lines of text; how often each class occurs where they can say that (`class_counts`).
+    """A description of the data in lines of text, with the frequency of each class if it is known (`class_counts`).
 
-    A data set of one's own may have `class_counts`, the number of targets (or, if `semantic`, of pixels) of each label.
+    The user's own data set may have `class_counts`, the number of targets (or, if `semantic`, of pixels) of each label.
     """
     names, stuff = data.label_names, data.stuff_labels
     lines = [f"{len(data)} images; {len(names)} classes, {len(names) - len(stuff)} of things and {len(stuff)} of stuff"]

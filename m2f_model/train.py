@@ -401,7 +401,7 @@ class Trainer:
             self._save_model()
 
     def dry_run(self) -> str:
-        """What a batch takes, in one line: two steps on the first one, after which the model is of no use.
+        """The time and memory of a batch, in one line: runs two steps on the first batch, which spoil the model.
 
         The second step has the optimiser's moments in memory, too. Nothing is written.
         """
@@ -659,7 +659,7 @@ class Trainer:
                     os.replace(path, out / path.name)
 
     def _read_best(self) -> None:
-        """What the best model of a former run is, if it is none of a later step than the checkpoint's."""
+        """Reads the metric and step of a former run's best model, unless it is of a later step than the checkpoint."""
         try:
             content = json.loads((self.out / "best" / _BEST).read_text())
             value, step = float(next(v for k, v in content.items() if k != "step")), int(content["step"])

@@ -99,7 +99,7 @@ class Encoder(Mixin):
 
 
 def check_encoder(encoder: Any) -> str | None:
-    """Why the encoder around the layers is left alone."""
+    """The reason why the encoder around the layers is left alone, or None."""
     names = list(inspect.signature(encoder.get_reference_points).parameters)
     known = names == ["spatial_shapes_list", "valid_ratios", "device"]
     return None if known else f"its reference points are made from {', '.join(names)}"
