@@ -360,7 +360,7 @@ class Resources:
 
     @property
     def may_spill(self) -> bool:
-        """True if spills are listed without being an error: in backward kernels, on GPUs that they are not tuned for."""
+        """True if spills are listed but are no error: in backward kernels on GPUs that they are not tuned for."""
         data_centre = [f"sm_{target}" for target in DATA_CENTRE]
         return self.function.endswith("backward") and self.architecture not in data_centre
 
