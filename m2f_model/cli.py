@@ -143,6 +143,7 @@ def train(given: argparse.Namespace) -> int:
 
     import m2f_kernels
     from m2f_kernels.dispatch import BACKENDS
+    from m2f_model.backbone_weights import load_backbone, read_backbone
     from m2f_model.config import Mask2FormerConfig
     from m2f_model.data import summary
     from m2f_model.model import Mask2Former
@@ -160,6 +161,10 @@ def train(given: argparse.Namespace) -> int:
     if given.backend not in BACKENDS:
         raise UsageError(f"backend: expected one of {', '.join(BACKENDS)}; got {given.backend!r}")
     backbone, weights, data = given.backbone, given.weights, given.data
+    if given.backbone_weights is not None and (backbone or weights is not None or data == "shapes"):
+        raise UsageError(
+            "backbone_weights: expected none with --backbone, --weights or --data shapes; they say what it is"
+        )
     if backbone is not None and (weights is not None or data == "shapes"):
         raise UsageError("backbone: expected none with --weights or --data shapes, which bring their own")
     if backbone is not None and backbone not in BACKBONES:
@@ -176,7 +181,10 @@ def train(given: argparse.Namespace) -> int:
     if given.epochs is not None:
         recipe = replace(recipe, steps=math.ceil(given.epochs * len(samples) / images_a_step))
     torch.manual_seed(given.seed)  # of the initial weights: the same in all processes
-    report = None
+    report: object = None
+    pretrained = None
+    if given.backbone_weights is not None:
+        pretrained = read_backbone(_existing(given.backbone_weights))
     if weights is not None:
         model = load(weights, given.config)
         report = fit_labels(model, samples)
@@ -185,10 +193,13 @@ def train(given: argparse.Namespace) -> int:
         if data == "shapes":
             config = Mask2FormerConfig.tiny(len(samples.label_names), **labels)
         else:
-            # Only pre-trained batch norm is frozen; this model is new.
-            labels["frozen_batch_norm"] = False
-            config = Mask2FormerConfig(len(samples.label_names), BACKBONES[backbone or "r50"], **labels)
+            # Only pre-trained batch norm is frozen.
+            labels["frozen_batch_norm"] = pretrained is not None
+            described = BACKBONES[backbone or "r50"] if pretrained is None else pretrained[0]
+            config = Mask2FormerConfig(len(samples.label_names), described, **labels)
         model = Mask2Former(config)
+        if pretrained is not None:
+            report = load_backbone(model, pretrained[1], given.backbone_weights)
     transformers.logging.disable_progress_bar()  # of the models that are written on the way
     with Process.joined(device) as process, m2f_kernels.use_backend(given.backend):
         quiet = process.rank > 0
@@ -348,6 +359,13 @@ def load(weights: str, preset: str | None, dtype: str = "float32") -> Mask2Forme
     if config is None:
         return Mask2Former.from_pretrained(weights, dtype=kept)
     return Mask2Former.load_detectron2(path, config, dtype=kept)
+
+
+def _existing(name: str) -> str:
+    """`name`, unless it is that of a file that is not there."""
+    if Path(name).suffix in (".pth", ".pt", ".pkl", ".safetensors", ".bin") and not Path(name).is_file():
+        raise UsageError(f"--backbone-weights: no file {name}")
+    return name
 
 
 def fit_labels(model: Mask2Former, data: Dataset) -> Relabelling | None:
@@ -641,6 +659,11 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--validation-annotations", type=Path, help="the same of validation data")
     p.add_argument("--validation-images", type=Path, help="directory of their images; else --images")
     p.add_argument("--backbone", help=f"of a new model with random weights: {', '.join(BACKBONES)}; r50 if not given")
+    p.add_argument(
+        "--backbone-weights",
+        help="start from this classifier, a ResNet or Swin: directory in Hugging Face's format, its name on the hub, "
+        "or a file of torchvision, timm or detectron2 (.pth, .pkl, .safetensors)",
+    )
     p.add_argument("--weights", help=f"start from this model, of any classes: {_WEIGHTS}")
     _config_option(p)
     p.add_argument("--steps", type=int, help="steps of the optimiser; else the recipe's, as are the next four")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 from PIL import Image
@@ -447,16 +448,32 @@ def read_detectron2(path: str | Path) -> State:
     Raises:
         ValueError: naming the file, where it is neither.
     """
+    return from_detectron2(read_state(path, "a detectron2 checkpoint"))
+
+
+def read_state(path: str | Path, what: str = "parameters by name") -> State:
+    """Parameters under the names of a file: `.pkl` of arrays, `.safetensors`, or what `torch.save` writes. No code in
+    it is run.
+
+    Raises:
+        ValueError: naming the file, where it is none of them; `what` says what was expected.
+    """
     path = Path(path)
     try:
         if path.suffix == ".pkl":
             with path.open("rb") as file:
                 content = _unpickle(file)
+        elif path.suffix == ".safetensors":
+            path.stat()
+            content = safetensors.torch.load_file(path)
         else:
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError) as error:
-        raise ValueError(f"{path}: expected a detectron2 checkpoint, .pkl or .pth; {error}") from error
-    weights = content.get("model", content) if isinstance(content, dict) else None
+    except (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        kinds = ".pkl or .pth" if "detectron2" in what else ".pth, .pkl or .safetensors"
+        raise ValueError(f"{path}: expected {what}, {kinds}; {error}") from error
+    weights = content
+    for key in ("model", "state_dict"):
+        weights = weights.get(key, weights) if isinstance(weights, dict) else None
     if not isinstance(weights, dict) or not all(isinstance(v, (np.ndarray, Tensor)) for v in weights.values()):
-        raise ValueError(f"{path}: expected a detectron2 checkpoint, names with arrays under 'model'")
-    return from_detectron2({k: torch.as_tensor(v, device="cpu") for k, v in weights.items()})
+        raise ValueError(f"{path}: expected {what}, names with arrays under 'model'")
+    return {k: torch.as_tensor(v, device="cpu") for k, v in weights.items()}
