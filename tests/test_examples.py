@@ -61,6 +61,17 @@ def test_finetune_coco_to_its_end(tmp_path):
     assert found >= 0.7 * len(annotations)
 
 
+def test_finetune_trainer(tmp_path):
+    """It learns on the operators, and `transformers` reads what Trainer saved."""
+    pytest.importorskip("accelerate", reason="transformers.Trainer needs it: pip install accelerate")
+    module = load("finetune_trainer")
+    found = module.main([str(tmp_path), "--steps", "20", "--size", "64"])
+    assert found["last"] < 0.9 * found["first"]
+    model, info = module.Mask2FormerForUniversalSegmentation.from_pretrained(tmp_path, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert model.config.id2label == module.NAMES
+
+
 def test_notebook():
     """Its cells run, and every operator agrees with what it replaces."""
     cells = json.loads((EXAMPLES / "operators.ipynb").read_text())["cells"]
