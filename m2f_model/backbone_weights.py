@@ -144,15 +144,15 @@ def read_backbone(source: str | Path) -> tuple[dict[str, Any], State]:
 
 
 def load_backbone(model: Mask2Former, state: State, source: str) -> str:
-    """What was taken, in one line, after giving `model` the parameters of a backbone.
+    """Loads the parameters of a backbone into `model`, and returns one line on what was loaded.
 
     Args:
         model: with the backbone that :func:`read_backbone` describes.
         state: its parameters.
-        source: what errors call them.
+        source: their name in errors.
 
     Raises:
-        WeightsError: where parameters are missing, of another shape, or not the model's.
+        WeightsError: parameters are missing, of another shape, or not the model's.
     """
     own = {f"backbone.{k}": v for k, v in model.backbone.state_dict().items()}
     state = {k: v for k, v in state.items() if not _NEW.search(k)}
