@@ -48,8 +48,10 @@ def test_figures_of_the_page_on_transformers():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
-def test_code_blocks_run(page):
-    """All Python blocks of a page, one after the other."""
+def test_code_blocks_run(page, tmp_path, monkeypatch):
+    """All Python blocks of a page, one after the other, in a folder for the files that they write."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")  # its models
     blocks = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
     assert blocks
     exec(compile("\n".join(blocks), page.name, "exec"), {"__name__": "__page__"})
