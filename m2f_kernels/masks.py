@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -80,6 +80,23 @@ class PackedMask(NamedTuple):
         return unpack(self.bits, self.row_any, self.num_keys)
 
 
+_Tuple = TypeVar("_Tuple", bound=type[tuple[Any, ...]])
+
+
+def _also_from_an_iterator(cls: _Tuple) -> _Tuple:
+    """`cls`, which then takes its fields from one iterator, too: so trainers rebuild tuples whose tensors they move."""
+    made = cls.__new__
+
+    def new(cls: type, *fields: Any, **named: Any) -> Any:
+        if len(fields) == 1 and not named and isinstance(fields[0], Iterator):
+            fields = tuple(fields[0])
+        return made(cls, *fields, **named)
+
+    cls.__new__ = new  # type: ignore[method-assign]
+    return cls
+
+
+@_also_from_an_iterator
 class InstanceMap(NamedTuple):
     """Target masks of one image that do not overlap, as one map of ids, whatever their number.
 
@@ -103,6 +120,7 @@ class InstanceMap(NamedTuple):
         return InstanceMap(*(x.to(device, non_blocking=non_blocking) for x in self))
 
 
+@_also_from_an_iterator
 class RunLengths(NamedTuple):
     """Target masks of one image as COCO's run lengths: they may overlap, and take 4 bytes per run.
 

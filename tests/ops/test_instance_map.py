@@ -1,13 +1,15 @@
 """Targets as a map of ids or as run lengths: what is computed from them has the bits of the dense masks, and nothing
 dense exists."""
 
+import copy
+import pickle
 import re
 
 import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 import m2f_kernels
 from m2f_kernels import FactoredMasks, InstanceMap, RunLengths, masks
@@ -269,6 +271,48 @@ def test_nothing_dense(generator):
     # No copy of the map; runs as many as there are pixels, as they are here, take four bytes each.
     assert sizes[0] <= 4 * 256 * 256
     assert sizes[2] <= 8 * 256 * 256
+
+
+# ---------------------------------------------------------------- on the way to the loss
+@pytest.mark.parametrize("form", ["map", "run lengths", "COCO"])
+def test_what_trainers_do_to_batches(form, generator):
+    """Nested batches are rebuilt: from a generator, as the Trainer of transformers does, and as pytrees."""
+
+    def moved(data):
+        if isinstance(data, dict):
+            return type(data)({k: moved(v) for k, v in data.items()})
+        if isinstance(data, (tuple, list)):
+            return type(data)(moved(v) for v in data)
+        return data.clone() if isinstance(data, torch.Tensor) else data
+
+    one = FORMS[form](generator)
+    dense = dense_of(one)
+    others = [moved({"mask_labels": [one]})["mask_labels"][0], copy.deepcopy(one), pickle.loads(pickle.dumps(one))]
+    if form != "COCO":
+        others += [tree_map(lambda x: x, one), one._replace()]
+        with pytest.raises(TypeError, match="missing"):
+            type(one)(one[0])
+    for other in others:
+        assert type(other) is type(one)
+        assert torch.equal(dense_of(other), dense)
+
+
+@pytest.mark.parametrize("form", ["map", "run lengths"])
+def test_compiles_as_one_graph(form, generator):
+    one = FORMS[form](generator)
+    logits = torch.randn(1, T, 6, 7, generator=generator).requires_grad_()
+    uniform, own = (points(generator, "cpu", n, 40) for n in (1, T))
+
+    def run(logits, target):
+        (cost,), _ = m2f_kernels.mask_matching_cost(logits.detach(), [target], uniform)
+        return cost, *m2f_kernels.point_mask_loss(logits, [target], own)
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    results = [
+        [*f(logits, one), torch.autograd.grad(sum(f(logits, one)[1:]).sum(), logits)[0]] for f in (run, compiled)
+    ]
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 # ---------------------------------------------------------------- bad input

@@ -64,8 +64,12 @@ def bilinear(plane, x, y, height, width, inside, id=0, MAP: tl.constexpr = False
     c = tl.load(at + width, mask=left & bottom, other=0)
     d = tl.load(at + width + 1, mask=right & bottom, other=0)
     if MAP:
-        a, b = (a.to(tl.int64) == id) & left & top, (b.to(tl.int64) == id) & right & top
-        c, d = (c.to(tl.int64) == id) & left & bottom, (d.to(tl.int64) == id) & right & bottom
+        if a.dtype != tl.int64:  # in 64 bits comparing takes so many registers that some are spilled
+            a, b, c, d = a.to(tl.int32), b.to(tl.int32), c.to(tl.int32), d.to(tl.int32)
+            top, bottom = top & (id == id.to(tl.int32)), bottom & (id == id.to(tl.int32))
+            id = id.to(tl.int32)
+        a, b = (a == id) & left & top, (b == id) & right & top
+        c, d = (c == id) & left & bottom, (d == id) & right & bottom
     elif a.dtype == tl.uint8:
         a, b, c, d = a != 0, b != 0, c != 0, d != 0
     return weigh(a.to(tl.float32), b.to(tl.float32), c.to(tl.float32), d.to(tl.float32), fx, fy)
