@@ -253,6 +253,8 @@ def evaluate(given: argparse.Namespace) -> int:
             raise UsageError(f"{name}: expected at least 1; got {getattr(given, name)}")
     if given.threshold is not None and not 0 <= given.threshold <= 1:
         raise UsageError(f"threshold: expected 0 to 1; got {given.threshold}")
+    if given.json is not None and not given.json.absolute().parent.is_dir():
+        raise UsageError(f"json: no directory {given.json.absolute().parent}")
     wanted = None if given.metrics is None else [m.strip() for m in given.metrics.split(",") if m.strip()]
     # Without COCO's tools there are no run lengths, and no average precision.
     _need("transformers", "PIL", "pycocotools", "rich")

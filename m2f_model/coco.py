@@ -116,40 +116,42 @@ class CocoInstances:
 
     def _encode(self, annotation: dict[str, Any], height: int, width: int, check_only: bool = False) -> Any:
         """Compressed run lengths of a segmentation, checked before pycocotools gets it, which checks nothing."""
-        from pycocotools import mask as coco
-
-        segmentation = annotation["segmentation"]
         try:
-            if isinstance(segmentation, list):
-                polygons = _polygons(segmentation, height, width)
-                return None if check_only else coco.merge(coco.frPyObjects(polygons, height, width))
-            if not isinstance(segmentation, dict):
-                raise ValueError(f"got {_brief(segmentation)}")
-            missing = {"size", "counts"} - set(segmentation)
-            if missing:
-                raise ValueError(f"{', '.join(sorted(missing))} missing")
-            size, counts = segmentation["size"], segmentation["counts"]
-            if not isinstance(size, list) or [_integer(x) for x in size] != [height, width]:
-                raise ValueError(f"its size is {_brief(size)}, the image's {[height, width]}")
-            runs = _decoded_runs(counts) if isinstance(counts, str) else _listed_runs(counts)
-            if (
-                len(runs) == 0
-                or int(runs.min()) < 0
-                or int(runs.max()) > height * width
-                or runs.sum() != height * width
-            ):
-                raise ValueError(
-                    f"its run lengths add up to {sum(runs.tolist())}; the image has {height * width} pixels, "
-                    f"{height} x {width}"
-                )
-            if check_only:
-                return None
-            whole = {"size": [height, width], "counts": counts if isinstance(counts, str) else runs.tolist()}
-            return whole if isinstance(counts, str) else coco.frPyObjects(whole, height, width)
+            return encode_checked(annotation["segmentation"], height, width, check_only)
         except Exception as error:  # whatever comes of whatever was given
             raise AnnotationError(
                 f"{self.path}: annotation {annotation['id']}: expected polygons or a run-length encoding; {error}"
             ) from error
+
+
+def encode_checked(segmentation: Any, height: int, width: int, check_only: bool = False) -> Any:
+    """Compressed run lengths of polygons or run lengths; None if they are only checked.
+
+    Raises:
+        ValueError: saying what is wrong; other errors may come of what is not JSON of COCO's at all.
+    """
+    from pycocotools import mask as coco
+
+    if isinstance(segmentation, list):
+        polygons = _polygons(segmentation, height, width)
+        return None if check_only else coco.merge(coco.frPyObjects(polygons, height, width))
+    if not isinstance(segmentation, dict):
+        raise ValueError(f"got {_brief(segmentation)}")
+    missing = {"size", "counts"} - set(segmentation)
+    if missing:
+        raise ValueError(f"{', '.join(sorted(missing))} missing")
+    size, counts = segmentation["size"], segmentation["counts"]
+    if not isinstance(size, list) or [_integer(x) for x in size] != [height, width]:
+        raise ValueError(f"its size is {_brief(size)}, the image's {[height, width]}")
+    runs = _decoded_runs(counts) if isinstance(counts, str) else _listed_runs(counts)
+    if len(runs) == 0 or int(runs.min()) < 0 or int(runs.max()) > height * width or runs.sum() != height * width:
+        raise ValueError(
+            f"its run lengths add up to {sum(runs.tolist())}; the image has {height * width} pixels, {height} x {width}"
+        )
+    if check_only:
+        return None
+    whole = {"size": [height, width], "counts": counts if isinstance(counts, str) else runs.tolist()}
+    return whole if isinstance(counts, str) else coco.frPyObjects(whole, height, width)
 
 
 #: How far outside the image a polygon's coordinate may lie, in larger sides of the image.

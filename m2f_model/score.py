@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from m2f_model import postprocess
 from m2f_model.average_precision import PrecisionCounts
-from m2f_model.coco import read_ids
+from m2f_model.coco import encode_checked, read_ids
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.data import Dataset
 from m2f_model.evaluate import PanopticCounts, SemanticCounts, label_map, predictions
@@ -303,12 +304,9 @@ def find_results(path: Path, metrics: Sequence[str], *, all_of_them: bool) -> tu
         content = _read(path)
         task = "instance" if isinstance(content, list) else "panoptic"
         records = content.get("annotations") if isinstance(content, dict) else None
-        if isinstance(records, list) and any(
-            isinstance(s, dict) and "id" not in s
-            for r in records
-            if isinstance(r, dict)
-            for s in r.get("segments_info", [])
-        ):
+        entries = [r.get("segments_info") for r in records if isinstance(r, dict)] if isinstance(records, list) else []
+        segments = [s for entry in entries if isinstance(entry, list) for s in entry]
+        if any(isinstance(s, dict) and "id" not in s for s in segments):
             task = "semantic"
         files = {task: path}
     else:
@@ -338,7 +336,8 @@ def _records(
         raise ResultsError(f"{path}: expected a list of results, each with {', '.join(keys)}")
     images = {image_id: i for i, (image_id, _) in enumerate(data.images_of_data)}  # type: ignore[attr-defined]
     labels = {category: i for i, category in enumerate(data.category_ids)}  # type: ignore[attr-defined]
-    odd = next((r["image_id"] for r in records if r["image_id"] not in images), None)
+    # Lists and the like are no ids, nor could they be looked up.
+    odd = next((r["image_id"] for r in records if not _is_id(r["image_id"]) or r["image_id"] not in images), None)
     if odd is not None:
         raise ResultsError(
             f"{path}: expected the ids of the data's images; it has a result of {odd!r} (those ids are written "
@@ -347,8 +346,12 @@ def _records(
     return records, images, labels
 
 
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str))
+
+
 def _label(path: Path, labels: Mapping[Any, int], category: Any) -> int:
-    if category not in labels:
+    if not _is_id(category) or category not in labels:
         raise ResultsError(f"{path}: expected the data's category ids; got {category!r}")
     return labels[category]
 
@@ -381,16 +384,22 @@ def _panoptic_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callab
 
     def read(index: int, sample: Sample) -> Panoptic:
         record = by_index[index]
-        file = _place(path, record["file_name"])
+        segments_info, file = record["segments_info"], _place(path, str(record["file_name"]))
+        if not isinstance(segments_info, list) or not all(
+            isinstance(s, dict) and isinstance(s.get("id"), int) and "category_id" in s for s in segments_info
+        ):
+            raise ResultsError(
+                f"{path}: image {record['image_id']!r}: expected segments_info with an id and a category_id each"
+            )
         try:
-            ids = read_ids(file, [s["id"] for s in record["segments_info"]])
-        except (OSError, ValueError, KeyError) as error:
+            ids = read_ids(file, [s["id"] for s in segments_info])
+        except (OSError, ValueError) as error:
             raise ResultsError(f"{path}: image {record['image_id']!r}: {error}") from error
         if ids.shape != sample["image"].shape[1:]:
             size = list(sample["image"].shape[1:])
             raise ResultsError(f"{file}: expected the image's size, {size}; got {list(ids.shape)}")
         numbers, places = np.unique(ids, return_inverse=True)
-        listed = {s["id"]: s for s in record["segments_info"]}
+        listed = {s["id"]: s for s in segments_info}
         unlisted = [i for i in numbers.tolist() if i and i not in listed]
         if unlisted:
             raise ResultsError(
@@ -412,22 +421,25 @@ def _instance_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callab
     records, images, labels = _records(data, path, ("image_id", "category_id", "score", "segmentation"))
     by_index: dict[int, list[dict[str, Any]]] = {}
     for record in records:
-        segmentation, score = record["segmentation"], record["score"]
-        if not isinstance(segmentation, dict) or not {"size", "counts"} <= set(segmentation):
-            raise ResultsError(f"{path}: image {record['image_id']!r}: expected run lengths as segmentation")
-        if isinstance(score, bool) or not isinstance(score, (int, float)):
+        score = record["score"]
+        if isinstance(score, bool) or not isinstance(score, (int, float)) or not math.isfinite(score):
             raise ResultsError(f"{path}: image {record['image_id']!r}: expected a number as score; got {score!r}")
-        entry = {"label": _label(path, labels, record["category_id"]), "score": score, "segmentation": segmentation}
+        entry = {
+            "label": _label(path, labels, record["category_id"]),
+            "score": score,
+            "segmentation": record["segmentation"],
+        }
         by_index.setdefault(images[record["image_id"]], []).append(entry)
 
     def read(index: int, sample: Sample) -> Any:
-        found = by_index.get(index, [])
-        size = list(sample["image"].shape[1:])
-        odd = next((r for r in found if list(r["segmentation"]["size"]) != size), None)
-        if odd is not None:
-            raise ResultsError(
-                f"{path}: expected masks of {size}, their image's size; got {odd['segmentation']['size']}"
-            )
+        found = []
+        for entry in by_index.get(index, []):
+            try:
+                encoded = encode_checked(entry["segmentation"], *sample["image"].shape[1:])
+            except Exception as error:  # whatever comes of whatever was given
+                name = data.images_of_data[index][0]  # type: ignore[attr-defined]
+                raise ResultsError(f"{path}: image {name!r}: expected a mask of COCO's; {error}") from error
+            found.append({**entry, "segmentation": encoded})
         return found
 
     return read
@@ -442,7 +454,7 @@ def _semantic_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callab
             table[category] = label
 
     def read(index: int, sample: Sample) -> Tensor:
-        file = _place(path, by_index[index]["file_name"])
+        file = _place(path, str(by_index[index]["file_name"]))
         try:
             values = read_values(file)
         except (OSError, ValueError) as error:

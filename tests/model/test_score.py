@@ -372,6 +372,7 @@ def test_labels_in_another_order(folder, tmp_path):
         (["--weights", MODEL, "--labels", "a,b"], "--labels: for --data semantic alone; got panoptic"),
         (["--weights", MODEL, "--size", "9", "8"], "image_size: expected (short, long) sides"),
         (["--weights", MODEL, "--config", "r50-coco-panoptic"], "--config is for detectron2 checkpoints"),
+        (["--weights", MODEL, "--json", "gone/r.json"], "json: no directory "),
         (["--weights", MODEL, "--device", "abacus"], "--device: expected auto, cpu, cuda or cuda:N"),
     ],
 )
@@ -393,6 +394,7 @@ def test_results_that_do_not_fit(folder, tmp_path):
         records = content["annotations"] if isinstance(content, dict) else content
         return [{**records[0], **changes}, *records[1:]]
 
+    small, short = {"size": [1, 1], "counts": "1"}, {"size": [128, 128], "counts": [4, 5]}
     for name, records, message in [
         ("panoptic", first(whole["panoptic"], image_id="nobody"), "it has a result of 'nobody'"),
         ("panoptic", whole["panoptic"]["annotations"][1:], "expected a result of every image; none of 1000"),
@@ -402,12 +404,24 @@ def test_results_that_do_not_fit(folder, tmp_path):
         ("panoptic", "nothing", "expected a list of results, each with image_id, file_name, segments_info"),
         ("instance", first(whole["instance"], category_id=3), "expected the data's category ids; got 3"),
         ("instance", first(whole["instance"], score="high"), "expected a number as score; got 'high'"),
-        ("instance", first(whole["instance"], segmentation=[[1, 2]]), "expected run lengths as segmentation"),
+        ("instance", first(whole["instance"], score=float("nan")), "expected a number as score; got nan"),
         (
             "instance",
-            first(whole["instance"], segmentation={"size": [1, 1], "counts": "1"}),
-            "expected masks of [128, 128]",
+            first(whole["instance"], segmentation=[[1, 2]]),
+            "expected a mask of COCO's; a polygon",
         ),
+        ("instance", first(whole["instance"], segmentation=small), "its size is [1, 1], the image's [128, 128]"),
+        ("instance", first(whole["instance"], segmentation=short), "its run lengths add up to 9"),
+        ("instance", first(whole["instance"], segmentation=None), "expected a mask of COCO's; got None"),
+        ("instance", first(whole["instance"], category_id=[3]), "expected the data's category ids; got [3]"),
+        ("instance", first(whole["instance"], image_id=[1]), "it has a result of [1]"),
+        (
+            "panoptic",
+            first(whole["panoptic"], segments_info=[{}]),
+            "expected segments_info with an id and a category_id",
+        ),
+        ("panoptic", first(whole["panoptic"], segments_info=3), "expected segments_info with an id"),
+        ("panoptic", first(whole["panoptic"], file_name=3), "image 1000: "),
         ("semantic", first(whole["semantic"], file_name="gone.png"), "image 1000: "),
     ]:
         path = out / f"{name}.json"
