@@ -326,6 +326,11 @@ def main() -> None:
     ):
         for dtype in (torch.bfloat16, torch.float32):
             print(f"| {name}, {str(dtype).removeprefix('torch.')} | {per_sample(function, inputs(dtype, 32)):.1f} |")
+    for dtype in (torch.bfloat16, torch.float32):
+        try:
+            print(f"| deformops, locations, {str(dtype).removeprefix('torch.')} | {deformops_per_sample(dtype):.1f} |")
+        except ModuleNotFoundError:
+            print(f"| deformops, locations, {str(dtype).removeprefix('torch.')} | not installed |")
     nvcc = static_cuda.compiler()
     if nvcc is None:
         print("\nNo nvcc here: the kernels of the CUDA library are not counted.")
@@ -338,23 +343,55 @@ def main() -> None:
 
 def per_sample(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
     """Instructions that the warps of the launch execute, compiled for sm_90, per sample of each query and head."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from benchmarks import static
     from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
 
     with recording(ARCHITECTURES[90]) as launches:
         function(*arguments)
     (launch,) = launches
-    signature, constants, attributes = static.specialise(launch.kernel, launch.arguments)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    code = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["sass"]
+    code = _compiled(launch.kernel, launch.arguments, options)
     n, queries, heads = launch.arguments["value"].shape[0], launch.arguments["queries"], launch.arguments["HEADS"]
     samples = n * queries * heads * launch.arguments["FIRST"][-1]
     return executed(code) * launch.num_warps * math.prod(launch.grid) / samples
+
+
+def _compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> str:
+    """The disassembly of a Triton kernel for sm_90."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from benchmarks import static
+
+    source = ASTSource(kernel, *static.specialise(kernel, arguments))
+    code: str = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["sass"]
+    return code
+
+
+def deformops_per_sample(dtype: Any) -> float:
+    """The same of deformops' Triton kernel, with locations and weights in value's dtype as it wants them.
+
+    Raises:
+        ModuleNotFoundError: deformops is not installed.
+    """
+    import torch
+    from deformops.backends.triton._kernels.msda_query_tiled import msda_forward_kernel as kernel
+    from deformops.backends.triton._launch import DEFAULT_TILES as TILES
+
+    from benchmarks import static
+
+    n, queries, heads, d, levels, points = 2, 21504, 8, 32, 3, 4
+    value = static.meta(n, queries, heads, d, dtype=dtype)
+    locations = static.meta(n, queries, heads, levels, points, 2, dtype=dtype)
+    weights = static.meta(n, queries, heads, levels, points, dtype=dtype)
+    output = static.meta(n, queries, heads, d, dtype=dtype)
+    given = [value, static.meta(levels, 2, dtype=torch.int64), static.meta(levels, dtype=torch.int64)]
+    given += [locations, weights, output, n, queries, heads, levels, points, d]
+    given += [stride for x in (value, locations, weights, output) for stride in x.stride()]
+    given += [TILES.block_size_q, d, 0]
+    code = _compiled(kernel, dict(zip(kernel.arg_names, given, strict=True)), {})
+    warps = 4 * math.ceil(queries / TILES.block_size_q) * heads * n  # Triton's default is 4 a program
+    return executed(code, (levels, points)) * warps / (n * queries * heads * levels * points)
 
 
 if __name__ == "__main__":

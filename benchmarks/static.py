@@ -23,7 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -313,7 +313,8 @@ class Resources:
     """One compiled kernel: registers and stack bytes per thread, shared memory bytes per program.
 
     `spills` counts the instructions that read or write local memory; on AMD the registers that its compiler reports as
-    spilled to memory. A stack alone is no spill: the assembler keeps a frame without using it.
+    spilled to memory. A stack alone is no spill: the assembler keeps a frame without using it. `seconds` of processor
+    time went into compiling it; next to none where Triton's cache had it.
     """
 
     function: str
@@ -334,6 +335,7 @@ class Resources:
     bytes_moved: int = 0
     flops: int = 0
     mix: sass.Mix | None = None
+    seconds: float = field(default=0.0, compare=False, repr=False)
 
     @property
     def occupancy(self) -> float | None:
@@ -469,7 +471,9 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
         signature, constants, attributes = specialise(launch.kernel, launch.arguments)
         source = ASTSource(launch.kernel, signature, constants, attributes)
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
+        before = sum(os.times()[:4])
         compiled = triton.compile(source, target=compiler, options=options)
+        seconds = sum(os.times()[:4]) - before
         mix = None
         if architecture.gfx:
             registers, stack, spills = amd_usage(compiled.asm["amdgcn"])
@@ -486,7 +490,7 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
             registers=registers, stack=stack, spills=spills,
             capability=architecture.capability, programs=math.prod(launch.grid),
             bytes_moved=_bytes(launch.arguments.values()),
-            flops=case.flops(head_dim).get(launch.kernel.__name__, 0), mix=mix,
+            flops=case.flops(head_dim).get(launch.kernel.__name__, 0), mix=mix, seconds=seconds,
         )  # fmt: skip
         results.setdefault(f"{result}", result)
     return list(results.values())
@@ -533,15 +537,18 @@ def table(results: list[Resources]) -> str:
 
 
 def summary(results: Iterable[Resources]) -> str:
-    """A Markdown table of kernels by targets: the spills of the worst variant that was compiled, with how many were."""
+    """A Markdown table of kernels by targets: spills of the worst variant that was compiled, with how many were, and
+    the seconds of processor time that the slowest of all took."""
     results = list(results)
     targets = [name for name in _names() if any(r.architecture == name for r in results)]
-    lines = [f"| operator | kernel | {' | '.join(targets)} |", f"|---|---|{'---:|' * len(targets)}"]
+    lines = [f"| operator | kernel | {' | '.join(targets)} | seconds |", f"|---|---|{'---:|' * (len(targets) + 1)}"]
     for function, kernel in dict.fromkeys((r.function, r.kernel) for r in results):
+        of = [r for r in results if (r.function, r.kernel) == (function, kernel)]
         cells = []
         for target in targets:
-            spills = [r.spills for r in results if (r.function, r.kernel, r.architecture) == (function, kernel, target)]
+            spills = [r.spills for r in of if r.architecture == target]
             cells.append(f"{max(spills)} ({len(spills)})" if spills else "")
+        cells.append(f"{max(r.seconds for r in of):.1f}")
         lines.append(f"| {function} | `{kernel}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -115,6 +115,19 @@ def test_check_finds_problems(change: dict[str, int], word: str) -> None:
     assert bool(static.Resources(**{**backward, "architecture": "gfx942"}).problems()) == ("shared" in change)
 
 
+def test_summary() -> None:
+    fine = {"stack": 8, "shared": 1024, "registers": 32, "shared_limit": 2048, "num_warps": 4, "num_stages": 1}
+    names = {"function": "f", "kernel": "k", "dtype": "bf16", "constants": "", "head_dim": 32}
+    made = [
+        static.Resources(**names, **fine, architecture=target, spills=spills, seconds=seconds)
+        for target, spills, seconds in (("gfx942", 3, 0.5), ("sm_90", 0, 1.25), ("sm_90", 2, 1.0))
+    ]
+    assert static.summary(made).splitlines()[::2] == [
+        "| operator | kernel | sm_90 | gfx942 | seconds |",
+        "| f | `k` | 2 (2) | 3 (1) | 1.2 |",
+    ]
+
+
 def test_launch_arguments_are_specialised_as_triton_does() -> None:
     class Parameter:
         def __init__(self, name: str, is_constexpr: bool = False, do_not_specialize: bool = False) -> None:

@@ -89,7 +89,8 @@ def _fitted(
     """
     if device.capability == 75 or device.gfx.startswith("gfx11"):
         queries = min(config["BLOCK_Q"], 32 if channels <= 32 else 16)
-        warps = 16 if device.gfx and element_size == 4 and channels >= 128 else 8
+        many = channels >= 128 and (element_size == 4 or "KEYS_FIRST" not in config)
+        warps = 16 if device.gfx and many else 8
         shape = {"BLOCK_Q": queries, "BLOCK_K": 32, "num_warps": warps, "num_stages": 1}
         if "KEYS_FIRST" in config:
             shape["KEYS_FIRST"] = int(channels >= 128)
