@@ -231,6 +231,29 @@ def test_masked_attention_compiled_and_mapped():
     torch.testing.assert_close(mapped.squeeze(1), expected["output"])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_masked_attention_in_half_precision(dtype):
+    """No worse than PyTorch's own, cast or under autocast, which on GPUs makes softmax float32."""
+    case = masked_attention_cases.make_case(s=150)
+    expected = masked_attention_cases.truth(case)["output"]
+    theirs = torch.nn.functional.scaled_dot_product_attention(
+        *(x.to(dtype) for x in case.tensors.values()),
+        masked_attention_cases.row_rule(case.attend)[:, None],
+        scale=case.scale,
+    )
+    with m2f_kernels.use_backend("fallback"):
+        found = case.call(*(x.to(dtype) for x in case.tensors.values()))
+        leaves = [x.clone().requires_grad_() for x in case.tensors.values()]
+        with torch.autocast("cpu", dtype):
+            under = case.call(*leaves)
+        gradients = torch.autograd.grad(under.float().square().sum(), leaves)
+    bound = 2 * relative_error(theirs, expected) + torch.finfo(dtype).eps
+    for x in (found, under):
+        assert x.dtype == dtype
+        assert relative_error(x, expected) < bound
+    assert all(x.dtype == torch.float32 and x.isfinite().all() for x in gradients)
+
+
 def test_masked_attention_is_differentiable_once():
     case = masked_attention_cases.make_case(n=1, s=8)
     query = case.tensors["query"].requires_grad_()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_kernels._checks import readable
+from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.masks import PackedMask
 from m2f_kernels.ops._autograd import differentiable_once
 from m2f_kernels.ops.masked_attention import reference
@@ -89,4 +90,6 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor,
     if query.numel() == 0 or (readable(value) and not value.isfinite().all()):
         return reference.masked_attention(query, key, value, ~blocked, scale)[0]
     heads = [x.flatten(0, 1) for x in (query, key, value)]
-    return _Attention.apply(*heads, blocked, scale)[0].unflatten(0, query.shape[:2])
+    with without_autocast(query.device):  # which would make the weights float32, and gradients fail on two dtypes
+        output: Tensor = _Attention.apply(*heads, blocked, scale)[0]
+    return output.unflatten(0, query.shape[:2])
