@@ -28,6 +28,24 @@ def tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined]
 
 
+def traced_for_onnx() -> bool:
+    """True while one of the ONNX exporters traces: PyTorch's two, and that of `transformers`.
+
+    The latter exports a program and hands it to PyTorch's, which does not know this package's operators.
+    """
+    if not (tracing() or torch.compiler.is_exporting()):
+        return False
+    return bool(torch.onnx.is_in_onnx_export()) or _transformers_writes_onnx()
+
+
+def _transformers_writes_onnx() -> bool:
+    """True while the exporter of `transformers` has a step of PyTorch's replaced, as it does from the export on."""
+    exporter = "transformers.exporters.exporter_onnx"
+    core = sys.modules.get("torch.onnx._internal.exporter._core") if exporter in sys.modules else None
+    prepare = getattr(core, "_prepare_exported_program_for_export", None)
+    return getattr(prepare, "__module__", None) == exporter
+
+
 def host_size(value: Any) -> Any:
     """A size as an integer, since `torch.jit.trace` makes every size a tensor. Other values are returned unchanged."""
     return int(value) if tracing() and isinstance(value, Tensor) and value.dim() == 0 else value

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels import _library
-from m2f_kernels._checks import tracing
+from m2f_kernels._checks import traced_for_onnx
 from m2f_kernels._library import LIBRARY, NativeLibrary, cpu_capability
 
 #: What `use_backend` takes. "cuda" is the compiled library, "fallback" the plain PyTorch that runs where no kernel
@@ -435,7 +435,7 @@ def plain(op: str, tensor: Tensor) -> str | None:
         op: the public name.
         tensor: the one that decides device and dtype.
     """
-    if (tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+    if traced_for_onnx():
         return None  # the exporter has operators of its own for them: `ops._autograd.call`
     return _plain(op, tensor.device, tensor.dtype, _forced, _wants_reproducible(tensor.requires_grad))
 

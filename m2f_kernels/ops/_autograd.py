@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils import _pytree
 
-from m2f_kernels._checks import tracing
+from m2f_kernels._checks import traced_for_onnx
 from m2f_kernels._library import LIBRARY, NAMESPACE
 
 
@@ -97,7 +97,7 @@ def call(name: str, *args: Any) -> Any:
     Raises:
         NotImplementedError: forward-mode AD reaches an operator without a formula for it.
     """
-    if (tracing() or torch.compiler.is_exporting()) and torch.onnx.is_in_onnx_export():
+    if traced_for_onnx():
         return _for_onnx(name)(*args)
     function = _FORMULAS.get(name)
     if function is None or not transformed():

@@ -10,6 +10,7 @@ from torch import nn
 import m2f_kernels
 from m2f_kernels.integrations import onnx as integration
 from m2f_model import Mask2Former, Mask2FormerConfig
+from tests.integrations.families import FAMILIES
 from tests.model.peers import photograph, their_config
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install onnx onnxscript onnxruntime")
@@ -367,3 +368,34 @@ def test_missing_packages(monkeypatch, missing):
     monkeypatch.setattr(integration.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(ImportError, match=rf"expected onnx and onnxscript to be installed; pip install {missing}$"):
         integration.export(nn.Identity().eval(), (torch.zeros(3),))
+
+
+# ---------------------------------------------------------------- the exporter of transformers
+def test_operators_are_taken_apart_for_the_exporter_of_transformers():
+    """It exports a program first, and hands PyTorch's exporter that."""
+    pytest.importorskip("transformers.exporters.exporter_onnx", reason="transformers has no exporters")
+    from transformers.exporters.utils import apply_patches
+
+    module, inputs = attention(num_points=2), attention_inputs()
+    model = Call(lambda query, refs, value: module(query, refs, value, SIZES))
+    model.module = module
+    with torch.no_grad():
+        with apply_patches("onnx"):
+            program = torch.export.export(model.eval(), inputs)
+        assert "m2f." not in str(program.graph)
+        torch.testing.assert_close(program.module()(*inputs), model(*inputs))
+        assert "m2f." in str(torch.export.export(model, inputs).graph), "afterwards operators are single nodes again"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["rt_detr", "deformable_detr"])
+def test_exporter_of_transformers(name):
+    exporters = pytest.importorskip("transformers.exporters.exporter_onnx", reason="transformers has no exporters")
+    family = FAMILIES[name]
+    model = m2f_kernels.accelerate(family.make()).model
+    exported = exporters.OnnxExporter().export(model, family.inputs(), config=exporters.OnnxConfig())
+    with torch.no_grad():
+        expected = model(**family.inputs())
+    found = exported(**family.inputs())
+    for output in family.outputs:
+        torch.testing.assert_close(torch.as_tensor(found[output]), expected[output], rtol=1e-3, atol=1e-4)
