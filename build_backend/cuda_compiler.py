@@ -38,7 +38,7 @@ class Nvcc:
 
 
 def served() -> bool:
-    """PyPI has nvcc for this kind of machine."""
+    """True if PyPI has nvcc for this kind of machine."""
     return (
         sys.platform == "linux"
         and platform.machine() in ("x86_64", "aarch64")
@@ -47,7 +47,7 @@ def served() -> bool:
 
 
 def find() -> Nvcc | None:
-    """The nvcc that a build uses: of `CUDACXX`, on `PATH`, of `CUDA_HOME` or `CUDA_PATH`, of the packages of PyPI."""
+    """The nvcc that a build uses, or None: from `CUDACXX`, `PATH`, `CUDA_HOME`, `CUDA_PATH` or PyPI's packages."""
     if chosen := os.environ.get("CUDACXX"):
         return Nvcc(Path(shutil.which(chosen) or chosen), "CUDACXX")
     if found := shutil.which("nvcc"):

@@ -23,7 +23,7 @@ import setuptools
 import torch_headers
 from setuptools import build_meta
 
-#: What a build reads.
+#: The files that a build reads.
 SOURCES = (
     *("build_backend", "csrc", "m2f_kernels", "m2f_model"),
     *("CMakeLists.txt", "MANIFEST.in", "pyproject.toml", "setup.py"),
@@ -56,7 +56,7 @@ def copy_of_sources() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """Errors that a user can do something about, without a traceback."""
+    """A context that ends the process with one line, without a traceback, for errors that the user can mend."""
     try:
         found = native.version_of(setuptools.__version__)
         if found < OLDEST_SETUPTOOLS:  # pip sees to that in an isolated build only
@@ -88,7 +88,7 @@ def needed() -> list[str]:
 
 
 def _usable(name: str) -> bool:
-    """`name` is on PATH, and runs: in an environment that pip builds in, the one of a virtual environment does not."""
+    """True if `name` is on PATH and runs. In pip's isolated environment, the one of a virtual environment does not run."""
     try:
         text = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

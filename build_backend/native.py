@@ -18,16 +18,16 @@ import cuda_compiler
 import torch_headers
 
 ROOT = Path(__file__).parents[1].resolve()
-#: What CMake reads from the environment at its first run only, and then remembers.
+#: Environment variables that CMake reads at its first run only, and then caches.
 REMEMBERED = ("CXXFLAGS", "CPPFLAGS", "LDFLAGS", "CUDAFLAGS", "CUDAHOSTCXX", "M2F_CUDA_ARCHS")
 
 
 class BuildError(Exception):
-    """A build that cannot go on, in one line for the user."""
+    """A failed build, with a message of one line for the user."""
 
 
 def pure() -> bool:
-    """No libraries are built: where they cannot be, and where `M2F_PURE=1` asks for the wheel that runs anywhere."""
+    """True if no libraries are built: where that is not possible, or `M2F_PURE=1` asks for a wheel that runs anywhere."""
     return sys.platform != "linux" or os.environ.get("M2F_PURE", "0") not in ("", "0")
 
 
@@ -62,7 +62,7 @@ def tool(name: str) -> str:
 
 
 def compiler() -> str:
-    """The C++ compiler that CMake will take. `CC` alone chooses its C++ companion, which would otherwise go unheard.
+    """The C++ compiler that CMake will use. `CC` alone chooses the C++ compiler that belongs to it.
 
     Raises:
         BuildError: there is none.
@@ -80,7 +80,7 @@ def compiler() -> str:
 
 
 def check() -> None:
-    """Raise `BuildError` for what would stop a build, before it starts."""
+    """Raises `BuildError` before the build starts, if something would stop it."""
     cuda = wants_cuda()
     if pure():
         if cuda == "on":
@@ -134,8 +134,8 @@ def environment() -> dict[str, str]:
 def forget_other_tools(build: Path, chosen: dict[str, str]) -> bool:
     """Empty `build` unless it was configured with the same tools, which CMake finds once and then remembers.
 
-    pip deletes its build environment, ninja, nvcc and torch's headers with it: a cache that names them is of no use.
-    Returns whether anything was deleted.
+    pip deletes its build environment with ninja, nvcc and torch's headers, so a cache that names them is useless.
+    Returns True if anything was deleted.
     """
     tools: dict[str, str | None] = {**chosen, "cmake": tool("cmake"), "compiler": compiler()}
     tools |= {name: os.environ.get(name) for name in REMEMBERED}

@@ -1,4 +1,4 @@
-"""README for PyPI, where a link to a file of the repository leads nowhere."""
+"""README for PyPI, with absolute links to the repository's files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's headers: those of the torch that is installed, else the few files that are needed out of its wheel.
+"""PyTorch's headers: those of an installed torch, else the few necessary files from its wheel.
 
 The libraries use PyTorch's stable ABI only: 84 headers, 0.7 MB, of a wheel of half a gigabyte that pulls in two more. A
 wheel is a zip archive, whose table of contents stands at its end: two or three requests for parts of it are enough.
@@ -125,7 +125,7 @@ def fetch() -> None:
     """Put the headers of torch `FETCHED` into `cache()`.
 
     Raises:
-        Exception: of many kinds, when the network, the index or the disk does not play along.
+        Exception: of many kinds, when the network, the index or the disk fails.
     """
     index = os.environ.get("PIP_INDEX_URL") or os.environ.get("UV_DEFAULT_INDEX") or "https://pypi.org/simple"
     target = cache()

@@ -43,7 +43,7 @@ def frame(axes: plt.Axes, title: str) -> None:
 
 
 def ms_deform_attn() -> Figure:
-    """One query's samples on three levels, their bilinear corners, and where the gradient of the output goes."""
+    """One query's samples on three levels, their bilinear corners, and the weight of each pixel in the output."""
     sizes = [(16, 16), (8, 8), (4, 4)]
     g = torch.Generator().manual_seed(3)
     value = torch.zeros(1, sum(h * w for h, w in sizes), 1, 1, requires_grad=True)
@@ -118,7 +118,7 @@ def masked_attention() -> Figure:
 
 
 def points() -> Figure:
-    """Uniform and uncertain points on a mask, and what they sample."""
+    """Uniform and uncertain points on a mask, and their samples."""
     logits = blobs(48, 1)[None]
     uncertain = m2f_kernels.uncertain_points(logits, 300, generator=torch.Generator().manual_seed(0))[0]
     uniform = torch.rand(300, 2, generator=torch.Generator().manual_seed(1))

@@ -2,8 +2,8 @@
 
     python examples/finetune_coco.py run        # makes a small set of pictures of stars and rings, and learns it
 
-The set stands for your own: `--annotations FILE.json --images DIRECTORY` takes that instead. What does the
-work is two commands, `m2f train` and `m2f segment`, which it prints.
+`--annotations FILE.json --images DIRECTORY` takes your own data instead. Two commands do the
+work, `m2f train` and `m2f segment`; both are printed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def picture(random: np.random.Generator, size: int = 96) -> tuple[np.ndarray, li
             mask = distance < radius * (0.65 + 0.35 * np.cos(5 * angle))
         else:
             mask = (distance < radius) & (distance > 0.55 * radius)
-        objects = [(k, m & ~mask) for k, m in objects] + [(kind, mask)]  # the newest lies in front
+        objects = [(k, m & ~mask) for k, m in objects] + [(kind, mask)]  # the last object is in front
         colour = random.uniform((200, 160, 0), (255, 220, 60)) if kind == 0 else random.uniform(0, (60, 90, 255))
         pixels[mask] = colour
     return pixels.clip(0, 255).astype(np.uint8), [(k, m) for k, m in objects if m.sum() > 20]

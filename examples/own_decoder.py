@@ -2,7 +2,7 @@
 
     python examples/own_decoder.py [--steps 300] [--picture discs.png]
 
-The decoder has what Mask2Former's has, in fifty lines: queries, masks that are predicted from them, attention inside
+The decoder has the parts of Mask2Former's, in fifty lines: queries, masks that are predicted from them, attention inside
 these masks, and a loss at points.
 """
 
@@ -38,7 +38,7 @@ def images(count: int, generator: torch.Generator) -> tuple[Tensor, list[dict[st
 
 
 class Layer(nn.Module):
-    """Queries look at the pixels of their own mask, then at each other."""
+    """A decoder layer: queries attend to the pixels of their own mask, then to each other."""
 
     def __init__(self) -> None:
         super().__init__()
