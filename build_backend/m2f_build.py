@@ -56,7 +56,7 @@ def copy_of_sources() -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """A context that ends the process with one line, without a traceback, for errors that the user can mend."""
+    """A context that ends the process with one line, without a traceback, for errors that the user can fix."""
     try:
         found = native.version_of(setuptools.__version__)
         if found < OLDEST_SETUPTOOLS:  # pip sees to that in an isolated build only
@@ -88,7 +88,7 @@ def needed() -> list[str]:
 
 
 def _usable(name: str) -> bool:
-    """True if `name` is on PATH and runs. In pip's isolated environment, the one of a virtual environment does not run."""
+    """True if `name` is on PATH and runs. In pip's isolated environment, that of a virtual environment does not."""
     try:
         text = subprocess.run([name, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):

@@ -27,7 +27,7 @@ class BuildError(Exception):
 
 
 def pure() -> bool:
-    """True if no libraries are built: where that is not possible, or `M2F_PURE=1` asks for a wheel that runs anywhere."""
+    """True if no libraries are built: where that is impossible, or for `M2F_PURE=1`, a wheel that runs anywhere."""
     return sys.platform != "linux" or os.environ.get("M2F_PURE", "0") not in ("", "0")
 
 

@@ -2,7 +2,7 @@
 
     python examples/own_decoder.py [--steps 300] [--picture discs.png]
 
-The decoder has the parts of Mask2Former's, in fifty lines: queries, masks that are predicted from them, attention inside
+It has the parts of Mask2Former's decoder, in fifty lines: queries, masks that are predicted from them, attention inside
 these masks, and a loss at points.
 """
 
