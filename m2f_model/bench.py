@@ -108,11 +108,17 @@ def build(case: Case, implementation: str) -> nn.Module:
     return model.to(case.device)
 
 
+def pixels_of(case: Case, generator: torch.Generator | None = None) -> Tensor:
+    """The input [N, 3, size, size] of a case, the same in every call."""
+    generator = generator or torch.Generator().manual_seed(1)
+    coarse = torch.randn(case.batch, 3, case.size // 16, case.size // 16, generator=generator, device="cpu")
+    return nn.functional.interpolate(coarse, scale_factor=16.0, mode="bicubic").to(case.device)
+
+
 def call(case: Case, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
     """A function without arguments: inference, or forward, loss and backward. Gives class and mask logits."""
     generator = torch.Generator().manual_seed(1)
-    coarse = torch.randn(case.batch, 3, case.size // 16, case.size // 16, generator=generator, device="cpu")
-    pixels = nn.functional.interpolate(coarse, scale_factor=16.0, mode="bicubic").to(case.device)
+    pixels = pixels_of(case, generator)
     blobs = torch.randn(case.targets, 1, 8, 8, generator=generator, device="cpu")
     masks = (nn.functional.interpolate(blobs, (case.size, case.size), mode="bicubic")[:, 0] > 0.7).to(case.device)
     labels = torch.randint(case.config.num_labels, (case.targets,), generator=generator, device="cpu").to(case.device)
@@ -133,7 +139,7 @@ def call(case: Case, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
         with torch.set_grad_enabled(case.training), torch.autocast(case.device, dtype, enabled=dtype is not None):
             classes, logits, loss = forward()
         if loss is not None:
-            model.zero_grad(set_to_none=False)
+            model.zero_grad(set_to_none=True)
             loss.backward()
         return classes, logits
 

@@ -1,0 +1,53 @@
+"""The benchmark of whole models: what is run where, and that a wrong result has no time."""
+
+import pytest
+import torch
+
+pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
+
+from benchmarks import whole_model
+from benchmarks.whole_model import ACCELERATED, CAPTURED, COMPILED, EAGER, OURS, TRANSFORMERS
+from m2f_model import bench
+
+
+def test_six_cells_on_a_gpu():
+    cases = whole_model.cases("cuda", full=False)
+    assert [(x.size, x.training, x.batch, x.autocast) for x in cases] == [
+        (1024, False, 1, "bf16"), (1024, True, 2, "bf16"),
+    ]  # fmt: skip
+    for case in cases:
+        assert whole_model.ways(case, full=False) == [(TRANSFORMERS, EAGER), (TRANSFORMERS, COMPILED), (OURS, CAPTURED)]
+    assert len(whole_model.cases("cuda", full=True)) > 2
+    assert (TRANSFORMERS, CAPTURED) in whole_model.ways(cases[0], full=True)
+
+
+@pytest.mark.parametrize(("training", "autocast"), [(False, "none"), (False, "bf16"), (True, "none")])
+def test_lines(training, autocast, monkeypatch):
+    ways = [(TRANSFORMERS, EAGER), (OURS, EAGER), (ACCELERATED, EAGER)]
+    monkeypatch.setattr(whole_model, "ways", lambda case, full: ways)
+    lines = whole_model.measure(bench.Case("tiny", 64, training, autocast=autocast), False, 0.01)
+    cells = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
+    assert [x[1] for x in cells] == ["transformers, eager", "m2f, eager", "transformers, accelerated, eager"]
+    assert all(float(x[2]) > 0 for x in cells)
+    assert float(cells[0][4]) == 1
+    assert float(cells[1][3]) == pytest.approx(1e3 / float(cells[1][2]), rel=0.1)
+
+
+def test_a_wrong_result_has_no_time(monkeypatch):
+    monkeypatch.setattr(whole_model, "ways", lambda case, full: [(OURS, EAGER)])
+    monkeypatch.setattr(whole_model, "run_of", lambda *_: lambda: (torch.ones(1, 100, 6), torch.ones(1, 100, 16, 16)))
+    monkeypatch.setattr(whole_model, "problem", lambda *_: (1.0, "wrong: 1"))
+    (line,) = whole_model.measure(bench.Case("tiny", 64), False, 0.01)
+    assert line.split("|")[3].strip() == "wrong: 1"
+    monkeypatch.setattr(whole_model, "run_of", lambda *_: 1 / 0)
+    assert "ZeroDivisionError" in whole_model.measure(bench.Case("tiny", 64), False, 0.01)[0]
+
+
+def test_errors_are_told_from_rounding():
+    case = bench.Case("tiny", 64)
+    truth = (torch.ones(1, 2, 3), torch.tensor([[[[1.0, -1.0]]]]))
+    assert whole_model.problem(case, truth, truth) == (0, None)
+    assert whole_model.problem(case, (truth[0], truth[1] + 0.1), truth)[1].startswith("wrong")
+    low = bench.Case("tiny", 64, autocast="bf16")
+    assert whole_model.problem(low, (truth[0], truth[1] + 0.1), truth)[1] is None
+    assert whole_model.problem(low, (truth[0], -truth[1]), truth)[1].startswith("wrong")
