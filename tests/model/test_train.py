@@ -172,7 +172,7 @@ def test_activation_checkpointing_changes_nothing_but_memory(tmp_path):
     assert gradients[1][1] < 0.8 * gradients[0][1]
 
 
-@pytest.mark.parametrize("autocast", ["none", "bf16", "fp16"])
+@pytest.mark.parametrize("autocast", ["none", "fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_graphs_change_nothing(autocast, tmp_path, monkeypatch):
     """Captured once, on a device that stands for CUDA, and replayed; a run without graphs goes on from there."""
     monkeypatch.setattr("m2f_kernels.graphs.CudaDevice", Device)
