@@ -151,3 +151,24 @@ def test_mean_iou():
     truth, guess = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[0, 1, 1, 2]])
     assert mean_iou(truth, truth, 3) == 1
     assert mean_iou(guess, truth, 3) == pytest.approx((1 / 2 + 1 / 3) / 2)
+
+
+def test_images_without_anything():
+    """An empty image changes nothing; what is found in one is one too many; a crowd is neither found nor missed."""
+    empty, all_void = sample([]), sample([])
+    all_void["void"] = torch.ones(1, 10, dtype=torch.bool)
+    crowd = sample([]) | {"crowd_labels": torch.tensor([0]), "crowd_masks": torch.ones(1, 1, 10, dtype=torch.bool)}
+    right = (found(TRUTH), sample(TRUTH))
+    assert panoptic_quality([right, (found([]), empty)], 2).pq == 1
+    assert panoptic_quality([right, (found([(1, slice(0, 2))]), empty)], 2).pq == pytest.approx((1 + 1 / 1.5) / 2)
+    assert panoptic_quality([right, (found([(1, slice(0, 2))]), all_void)], 2).pq == 1
+    assert panoptic_quality([right, (found([(0, slice(0, 2))]), crowd)], 2).pq == 1
+    assert panoptic_quality([right, (found([]), crowd)], 2).pq == 1
+    assert panoptic_quality([(found([]), empty)], 2) == (0, 0, 0)
+
+
+def test_qualities_of_labels():
+    counts = PanopticCounts(4)
+    counts.add(found([(0, slice(0, 3)), (2, slice(8, 10))]), sample(TRUTH))
+    assert counts.qualities()[0] == pytest.approx((0.5, 0.75, 2 / 3))
+    assert counts.qualities()[1:] == [(0, 0, 0), (0, 0, 0), None]
