@@ -184,8 +184,7 @@ def test_loss_and_gradients(name, probabilities, pixels, fixed_points, generator
 
 
 @models
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("form", ["maps", "runs", "COCO"])
+@pytest.mark.parametrize(("form", "known"), [("maps", True), ("maps", False), ("runs", True), ("COCO", False)])
 def test_compact_targets(name, form, known, pixels, fixed_points, generator):
     """Of different sizes, which are padded for the loss; also where the original's criterion serves."""
     _, accelerated = both(name)

@@ -218,8 +218,7 @@ def test_loss_and_gradients(name, case, pixels, generator):
 
 
 @pytest.mark.usefixtures("fixed_points")
-@pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("form", ["maps", "runs", "COCO"])
+@pytest.mark.parametrize(("form", "known"), [("maps", True), ("maps", False), ("runs", True), ("COCO", False)])
 def test_compact_targets(form, known, pixels, generator):
     """Of different sizes, which are padded for the loss; also where the original's criterion serves."""
     _, accelerated = both("pre_norm")

@@ -154,8 +154,7 @@ def compact(form, labels):
     return given
 
 
-@pytest.mark.parametrize("served", [True, False])
-@pytest.mark.parametrize("form", ["maps", "runs", "COCO"])
+@pytest.mark.parametrize(("form", "served"), [("maps", True), ("maps", False), ("runs", True), ("COCO", False)])
 def test_compact_targets(form, served, generator, monkeypatch):
     """The same loss and gradients to the last bit; where no kernel serves, the published loss is given dense masks."""
     _, accelerated = both()
