@@ -537,8 +537,8 @@ def table(results: list[Resources]) -> str:
 
 
 def summary(results: Iterable[Resources]) -> str:
-    """A Markdown table of kernels by targets: spills of the worst variant that was compiled, with how many were, and
-    the seconds of processor time that the slowest of all took."""
+    """A Markdown table of kernels by targets: spills of the worst compiled variant, the number of variants, and the CPU
+    seconds of the slowest."""
     results = list(results)
     targets = [name for name in _names() if any(r.architecture == name for r in results)]
     lines = [f"| operator | kernel | {' | '.join(targets)} | seconds |", f"|---|---|{'---:|' * (len(targets) + 1)}"]

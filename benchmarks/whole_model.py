@@ -1,4 +1,4 @@
-"""What a user would compare: whole models at their best, each as its own documentation says to run it.
+"""Compares whole models at their best, each run as its own documentation says.
 
     python -m benchmarks.whole_model                 # on a GPU the six cells that count; on a CPU one size
     python -m benchmarks.whole_model --full
