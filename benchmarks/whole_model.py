@@ -85,7 +85,7 @@ def run_of(case: bench.Case, whose: str, how: str) -> Run:
     if whose == OPENVINO:
         return openvino(case)
     case, model = build(case, whose, how)
-    return bench.call(case, model)
+    return bench.call(case, model, free_gradients=True)
 
 
 class _Pair(nn.Module):

@@ -115,8 +115,15 @@ def pixels_of(case: Case, generator: torch.Generator | None = None) -> Tensor:
     return nn.functional.interpolate(coarse, scale_factor=16.0, mode="bicubic").to(case.device)
 
 
-def call(case: Case, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
-    """A function without arguments: inference, or forward, loss and backward. Gives class and mask logits."""
+def call(case: Case, model: nn.Module, *, free_gradients: bool = False) -> Callable[[], tuple[Tensor, Tensor]]:
+    """A function without arguments: inference, or forward, loss and backward. Gives class and mask logits.
+
+    Args:
+        case: what to call.
+        model: whose.
+        free_gradients: as training does. By default they are set to zero and stay, so that a peak of memory is what a
+            step needs besides them.
+    """
     generator = torch.Generator().manual_seed(1)
     pixels = pixels_of(case, generator)
     blobs = torch.randn(case.targets, 1, 8, 8, generator=generator, device="cpu")
@@ -139,7 +146,7 @@ def call(case: Case, model: nn.Module) -> Callable[[], tuple[Tensor, Tensor]]:
         with torch.set_grad_enabled(case.training), torch.autocast(case.device, dtype, enabled=dtype is not None):
             classes, logits, loss = forward()
         if loss is not None:
-            model.zero_grad(set_to_none=True)
+            model.zero_grad(set_to_none=free_gradients)
             loss.backward()
         return classes, logits
 
