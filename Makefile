@@ -58,7 +58,7 @@ test-slow: $(STAMP)-package
 # transformers' model tests of the accelerated families, untouched and patched; any difference fails. PEERS=DIR names a
 # checkout of transformers, whose tests of each family run; without one, pip's source distribution has those of any model.
 test-peers: $(STAMP)-package
-	$(PIP) install parameterized
+	$(PIP) install parameterized $(if $(PEERS),datasets)
 	$(BIN)/python -m tests.peers --folder $(VENV)/peers $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 # Random arguments of every operator: 500 cases for each of 23 tests (25 in `make test`). Prints cases and failures.
