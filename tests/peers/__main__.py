@@ -1,7 +1,7 @@
 """`make test-peers`: transformers' tests of accelerated families, untouched and patched; any difference fails.
 
 The tests come from a checkout of transformers with `tests/models/<family>` in it, PEERS=DIR, made by
-`git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers DIR` (the tag of the installed version);
+`git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers DIR` (the installed version);
 or from the source distribution of the installed version that pip serves. That one has the tests of any model alone, and
 :mod:`tests.peers.common` runs them.
 """
