@@ -300,7 +300,7 @@ def test_there_and_back(given):
     ("changes", "fused"),
     [
         ((), {MATCHING, MASKS}),
-        ([("Performs the matching", "Ours")], {MATCHING, MASKS}),
+        ([("Compute the losses related to the masks using", "Ours by")], {MATCHING, MASKS}),
         ([("numerator = 2 * (probs * labels)", "numerator = 1.9 * (probs * labels)")], {MATCHING}),
         ([("loss = 1 - (numerator + 1) / (denominator + 1)\n    return loss\n", "return denominator\n")], {MASKS}),
         ([("self.cost_dice * cost_dice", "2 * self.cost_dice * cost_dice")], {MASKS}),
