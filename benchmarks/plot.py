@@ -10,10 +10,10 @@ from benchmarks.cases import Benchmark, Row
 from benchmarks.formats import mebibytes, number
 from benchmarks.memory import RESOLUTION_MIB
 
-_OURS, _OURS_OTHERS = "#d1495b", ("#e8a0aa", "#8c2f3d")
+_OURS, _OURS_OTHERS = "#d1495b", ("#e8a0aa", "#8c2f3d", "#e9a23b", "#f3d6a4", "#4a1942")
 #: The part of a call outside of its stages.
 _REST = "the rest, backward included"
-_PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98", "#c9a66b", "#5f6c7b")
+_PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98", "#c9c9c9", "#5f6c7b", "#1b998b", "#2d3142")
 _BAR = 0.8
 
 
@@ -34,11 +34,10 @@ def _bare(axes: Any, *sides: str) -> None:
 
 
 def _colours(rows: Sequence[Row]) -> dict[str, str]:
-    """A colour for each implementation, this package's red."""
+    """A colour for each implementation, this package's red and yellow; no two have one colour."""
     names = {row.implementation: row.ours for row in rows}
     ours, peers = ([name for name, own in names.items() if own is kind] for kind in (True, False))
-    colours = {name: ([_OURS, *_OURS_OTHERS])[i % (1 + len(_OURS_OTHERS))] for i, name in enumerate(ours)}
-    colours |= {name: _PEERS[i % len(_PEERS)] for i, name in enumerate(peers)}
+    colours = dict(zip(ours, (_OURS, *_OURS_OTHERS), strict=False)) | dict(zip(peers, _PEERS, strict=False))
     return {name: colours[name] for name in names}
 
 
@@ -81,8 +80,14 @@ def _panel(
     axes.invert_yaxis()
     axes.set_xlim(0, longest * 1.32 if longest else 1)
     axes.set_title(title)
+    axes.set_xlabel(unit, fontsize=9)
     _bare(axes, "top", "right", "left")
     axes.tick_params(axis="y", length=0, labelsize=9, colors="black")
+
+
+def _title(what: str, setting: str) -> str:
+    """The allocator is named where there are several, which is on a CPU."""
+    return what if setting == "cuda" else f"{what}, allocator: {setting}"
 
 
 def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict[str, str]) -> bool:
@@ -104,7 +109,7 @@ def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict
     for panel, setting in zip(axes[0], settings, strict=False):
         chosen = [row for row in shown if row.setting == setting]
         floor = " (dotted: floor)" if any(row.floor_ms is not None for row in chosen) else ""
-        _panel(panel, chosen, f"Time, allocator: {setting}{floor}", lambda row: row.median_ms, "ms", colours)
+        _panel(panel, chosen, f"{_title('Time', setting)}{floor}", lambda row: row.median_ms, "ms", colours)
     if memory:
         what = "weights" if benchmark.peak else "inputs and outputs"
         _panel(axes[0][-1], memory, f"Peak memory above {what}", lambda row: row.memory_extra_mib, "MiB", colours)
@@ -265,7 +270,8 @@ def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
     axis.set_yticks(ticks, labels)
     axis.invert_yaxis()
     axis.set_xlim(0, longest * 1.15)
-    axis.set_title(f"Where the time goes, ms, allocator: {shown[0].setting}")
+    axis.set_title(_title("Where the time goes", shown[0].setting))
+    axis.set_xlabel("ms")
     _bare(axis, "top", "right", "left")
     axis.tick_params(axis="y", length=0, labelsize=9, colors="black")
     from matplotlib.patches import Patch

@@ -104,16 +104,20 @@ def masked_attention() -> Figure:
         return m2f_kernels.masked_attention(padded, wide, identity, mask, scale=0.12).view(size, size)
 
     tiles = attend.view(-1, 64).any(-1, keepdim=True).expand(-1, 64).reshape(size, size)
-    figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
+    figure, axes = plt.subplots(1, 3, figsize=(7.6, 2.6), layout="constrained")
     top = float(weights(attend).max())
+    # Weights spread over orders of magnitude: without a mask they are small.
+    scale = matplotlib.colors.PowerNorm(0.35, vmin=0, vmax=top)
     for panel, x, title in (
         (axes[0], weights(torch.ones_like(attend)), "weights without a mask"),
         (axes[1], weights(attend), "inside the query's mask"),
     ):
-        panel.imshow(x.numpy(), cmap="viridis", vmin=0, vmax=top)
+        shown = panel.imshow(x.numpy(), cmap="viridis", norm=scale)
         frame(panel, title)
+    bar = figure.colorbar(shown, ax=axes[:2], shrink=0.75, pad=0.02)
+    bar.set_ticks([0, top / 50, top / 5, top], labels=["0", f"{top / 50:.3f}", f"{top / 5:.2f}", f"{top:.2f}"])
     axes[2].imshow((tiles.float() + attend.view(size, size)).numpy(), cmap="Greys", vmin=0, vmax=2.6)
-    frame(axes[2], f"tiles of 64 keys visited: {int(tiles.sum()) // 64} of {size * size // 64}")
+    frame(axes[2], f"tiles of 64 keys read: {int(tiles.sum()) // 64} of {size * size // 64}")
     return figure
 
 
@@ -127,12 +131,13 @@ def points() -> Figure:
         panel.imshow(logits[0], cmap="RdBu_r", vmin=-8, vmax=8, extent=(0, 1, 1, 0))
         panel.plot(*where.T.numpy(), ".", color=INK, ms=2)
         frame(panel, f"300 points, {title}")
-    bins = np.linspace(-12, 4, 33)
+    bins = np.linspace(-4.5, 4.5, 25)
     for where, name, color in ((uniform, "uniform", SOFT), (uncertain, "uncertain", ACCENT)):
         sampled = m2f_kernels.point_sample(logits[None], where[None])[0, 0]
         axes[2].hist(sampled.numpy(), bins=bins, label=name, color=color, alpha=0.8)
-    axes[2].set(title="logits at the points", yticks=[])
-    axes[2].legend(frameon=False)
+    axes[2].set(title="logits at the points", xlabel="logit", ylabel="points")
+    axes[2].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
     return figure
 
 

@@ -534,3 +534,15 @@ def test_learned_masks_are_those_of_a_trained_model():
     assert (share > 0).all()
     assert 0.2 < (share == 1).float().mean() < 0.9
     assert (share < 0.5).sum() >= 5
+
+
+@pytest.mark.parametrize("op", benchmarks.REGISTRY)
+def test_no_two_bars_have_one_colour(op):
+    """All rows of every committed run, of which a picture shows some."""
+    from benchmarks import plot
+
+    for table in (ROOT / "benchmarks" / "results").glob(f"*/{op}.csv"):
+        rows = compare.read(table)
+        colours = plot._colours(rows)
+        assert set(colours) == {row.implementation for row in rows}
+        assert len(set(colours.values())) == len(colours)
