@@ -92,7 +92,7 @@ def _match(self: Any, outputs: Mapping[str, Tensor], targets: Sequence[Mapping[s
         pairs = [linear_sum_assignment(x) for x in cost.split(size)[:group_detr]]
         queries = np.concatenate([own + group * size for group, (own, _) in enumerate(pairs)])
         chosen = np.concatenate([own for _, own in pairs])
-        matched.append((torch.as_tensor(queries, dtype=torch.int64), torch.as_tensor(chosen, dtype=torch.int64)))
+        matched.append(tuple(torch.as_tensor(x, dtype=torch.int64, device="cpu") for x in (queries, chosen)))
     return matched
 
 
