@@ -19,8 +19,13 @@ from torch import Tensor
 
 from m2f_kernels import RunLengths
 from m2f_kernels._checks import describe
+
+# The names that this module had before coco.py and samples.py existed.
+from m2f_model.coco import CocoInstances as CocoInstances
+from m2f_model.coco import CocoPanoptic as CocoPanoptic
 from m2f_model.config import PIXEL_MEAN, PIXEL_STD
 from m2f_model.samples import AnnotationError, DenseMasks, Masks, Sample, without_empty
+from m2f_model.samples import Progress as Progress
 from m2f_model.segment import STRIDE, normalise, resized_size
 
 #: Pixels [N, 3, H, W], and for each image its target: labels and masks.
@@ -325,6 +330,12 @@ def _encoded(sample: Mapping[str, Any], view: _View | None) -> dict[str, Any]:
 
     masks = RunLengths.from_masks(seen(), (image.shape[1], image.shape[2]))
     return {"image": image, "labels": sample["labels"][kept], "masks": masks}
+
+
+def unpack(target: Mapping[str, Any]) -> dict[str, Any]:
+    """A target of :func:`collate` or :class:`Batches` with dense masks, bool [T, H, W]; its losses need none."""
+    masks = target["masks"]
+    return {**target, "masks": masks.masks() if isinstance(masks, RunLengths) else masks}
 
 
 def collate(

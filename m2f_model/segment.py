@@ -23,6 +23,8 @@ from m2f_model.files import read_image, to_rgb
 from m2f_model.model import Mask2Former
 from m2f_model.postprocess import Frame
 from m2f_model.results import TASKS, Ids, Result, Writer
+from m2f_model.results import encode as encode
+from m2f_model.results import overlay as overlay
 
 STRIDE = 32
 

@@ -13,7 +13,7 @@ from pycocotools import mask as coco
 
 import m2f_kernels
 from m2f_model.coco import CocoInstances, CocoPanoptic
-from m2f_model.data import Batches, Guarded, Shapes, collate, jitter
+from m2f_model.data import Batches, Guarded, Shapes, collate, jitter, unpack
 from m2f_model.samples import AnnotationError, IdMap, RunLengths
 
 H, W = 40, 60
@@ -512,3 +512,21 @@ def test_processes_share_the_sequence():
     assert len(seen.flatten(1).unique(dim=0)) == 10
     assert not torch.equal(one[0][0], one[5][0])
     assert not torch.equal(one[0][0], Batches(data, 4, seed=6)[0][0])
+
+
+def test_names_that_moved_are_still_here():
+    """Programs import the formats from `m2f_model.data`, and what draws and encodes from `m2f_model.segment`."""
+    from m2f_model import coco, data, results, samples, segment
+
+    assert (data.CocoInstances, data.CocoPanoptic) == (coco.CocoInstances, coco.CocoPanoptic)
+    assert (data.AnnotationError, data.Progress) == (samples.AnnotationError, samples.Progress)
+    assert (segment.overlay, segment.encode) == (results.overlay, results.encode)
+
+
+def test_targets_of_a_batch_unpacked():
+    _, (target,) = Batches(Shapes(size=40), 1, seed=0, size=32)[0]
+    dense = unpack(target)
+    assert dense["masks"].dtype == torch.bool
+    assert dense["masks"].shape == (len(target["labels"]), 32, 32)
+    assert dense["masks"].flatten(1).any(1).all()
+    assert unpack(dense)["masks"] is dense["masks"]
