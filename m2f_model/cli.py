@@ -261,6 +261,7 @@ def evaluate(given: argparse.Namespace) -> int:
     from rich.console import Console
 
     from m2f_model import score
+    from m2f_model.data import DatasetOfFiles
     from m2f_model.files import write_atomically
     from m2f_model.results import Writer
 
@@ -269,7 +270,7 @@ def evaluate(given: argparse.Namespace) -> int:
     indices = range(len(data) if given.count is None else min(given.count, len(data)))
     progress = _progress("evaluating")
     if given.results is not None:
-        if not hasattr(data, "images_of_data"):
+        if not isinstance(data, DatasetOfFiles):
             raise UsageError("results: expected data on disk, to which results can belong; got shapes")
         metrics, files = score.find_results(given.results, metrics, all_of_them=wanted is not None)
         scorer = score.Scorer(data, metrics)
@@ -557,6 +558,13 @@ def _device_option(parser: _Parser) -> None:
     )
 
 
+def _size_option(parser: _Parser) -> None:
+    meta = ("SHORT", "LONG")
+    parser.add_argument(
+        "--size", type=int, nargs=2, metavar=meta, help="images are resized until a side is that; else as trained"
+    )
+
+
 def _config_option(parser: _Parser) -> None:
     parser.add_argument("--config", metavar="PRESET", help="what a detectron2 file is, as in r50-coco-panoptic")
 
@@ -597,13 +605,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--threshold", type=float, help="smallest score of a segment; panoptic 0.8, instance 0.5 if not given"
     )
-    p.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("SHORT", "LONG"),
-        help="images are resized until a side is that; else as trained",
-    )
+    _size_option(p)
     p.add_argument("--stuff", help="labels of one segment per image, names or numbers with commas, or none")
     p.add_argument("--dtype", default="fp32", help="hold the weights in fp32, bf16 or fp16")
     p.add_argument("--batch-size", type=int, default=1, help="successive images of one resized size at once")
@@ -622,13 +624,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--per-class", action="store_true", help="print the figures of each class")
     p.add_argument("--count", type=int, help="the first images alone")
     p.add_argument("--threshold", type=float, help="smallest score of a panoptic segment; 0.8 if not given")
-    p.add_argument(
-        "--size",
-        type=int,
-        nargs=2,
-        metavar=("SHORT", "LONG"),
-        help="images are resized until a side is that; else as trained",
-    )
+    _size_option(p)
     p.add_argument("--batch-size", type=int, default=1, help="successive images of one resized size at once")
     p.add_argument("--dtype", default="fp32", help="hold the weights in fp32, bf16 or fp16")
     _device_option(p)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import colorsys
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -41,6 +41,17 @@ class Dataset(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Sample: ...
+
+
+@runtime_checkable
+class DatasetOfFiles(Dataset, Protocol):
+    """A data set whose files have ids of images and categories, by which results on disk belong to it."""
+
+    category_ids: tuple[Any, ...]
+
+    @property
+    def images_of_data(self) -> list[tuple[Any, str]]:
+        """The id and the file name of each image."""
 
 
 def identity(data: Dataset) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from m2f_model import postprocess
 from m2f_model.average_precision import PrecisionCounts
 from m2f_model.coco import encode_checked, read_ids
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.data import Dataset
+from m2f_model.data import Dataset, DatasetOfFiles
 from m2f_model.evaluate import PanopticCounts, SemanticCounts, label_map, predictions
 from m2f_model.labels import rows_of, same_labels
 from m2f_model.model import Mask2Former
@@ -116,9 +116,9 @@ class Scorer:
         values: dict[str, Any] = {}
         classes: dict[str, Any] = {}
         if "pq" in self.metrics:
-            parts = {"all": range(len(names))}
+            parts: dict[str, Sequence[int]] = {"all": range(len(names))}
             if 0 < len(stuff) < len(names):
-                parts |= {"things": [i for i in parts["all"] if i not in stuff], "stuff": sorted(stuff)}  # type: ignore[dict-item]
+                parts |= {"things": [i for i in parts["all"] if i not in stuff], "stuff": sorted(stuff)}
             values["pq"] = {part: self.panoptic.quality(labels)._asdict() for part, labels in parts.items()}
             each = self.panoptic.qualities()
             classes["pq"] = {n: q._asdict() for n, q in zip(names, each, strict=True) if q is not None}
@@ -264,7 +264,7 @@ class ResultsError(ValueError):
 
 
 def score_results(
-    data: Dataset,
+    data: DatasetOfFiles,
     results: Mapping[str, Path],
     scorer: Scorer,
     indices: Sequence[int],
@@ -273,7 +273,7 @@ def score_results(
     """Lets `scorer` count results on disk for samples of `data`, in COCO's formats with the data's own ids.
 
     Args:
-        data: with `category_ids` and `images_of_data`.
+        data: the data set that they belong to.
         results: for each task of the scorer's metrics the JSON file.
         scorer: of the same data.
         indices: which samples.
@@ -327,15 +327,15 @@ def _read(path: Path) -> Any:
 
 
 def _records(
-    data: Dataset, path: Path, keys: Sequence[str]
+    data: DatasetOfFiles, path: Path, keys: Sequence[str]
 ) -> tuple[list[dict[str, Any]], dict[Any, int], dict[Any, int]]:
     """The records of a file of results, the index of each image id, and the label of each category id."""
     content = _read(path)
     records: Any = content.get("annotations") if isinstance(content, dict) else content
     if not isinstance(records, list) or any(not isinstance(r, dict) or set(keys) - set(r) for r in records):
         raise ResultsError(f"{path}: expected a list of results, each with {', '.join(keys)}")
-    images = {image_id: i for i, (image_id, _) in enumerate(data.images_of_data)}  # type: ignore[attr-defined]
-    labels = {category: i for i, category in enumerate(data.category_ids)}  # type: ignore[attr-defined]
+    images = {image_id: i for i, (image_id, _) in enumerate(data.images_of_data)}
+    labels = {category: i for i, category in enumerate(data.category_ids)}
     # Lists and the like are no ids, nor could they be looked up.
     odd = next((r["image_id"] for r in records if not _is_id(r["image_id"]) or r["image_id"] not in images), None)
     if odd is not None:
@@ -378,7 +378,7 @@ def _place(path: Path, name: str) -> Path:
     return beside if beside.is_file() else path.with_suffix("") / name
 
 
-def _panoptic_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callable[[int, Sample], Panoptic]:
+def _panoptic_reader(data: DatasetOfFiles, path: Path, wanted: Sequence[int]) -> Callable[[int, Sample], Panoptic]:
     records, images, labels = _records(data, path, ("image_id", "file_name", "segments_info"))
     by_index = _one_each(path, records, images, wanted)
 
@@ -417,7 +417,7 @@ def _panoptic_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callab
     return read
 
 
-def _instance_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callable[[int, Sample], Any]:
+def _instance_reader(data: DatasetOfFiles, path: Path, wanted: Sequence[int]) -> Callable[[int, Sample], Any]:
     records, images, labels = _records(data, path, ("image_id", "category_id", "score", "segmentation"))
     by_index: dict[int, list[dict[str, Any]]] = {}
     for record in records:
@@ -437,7 +437,7 @@ def _instance_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callab
             try:
                 encoded = encode_checked(entry["segmentation"], *sample["image"].shape[1:])
             except Exception as error:  # whatever comes of whatever was given
-                name = data.images_of_data[index][0]  # type: ignore[attr-defined]
+                name = data.images_of_data[index][0]
                 raise ResultsError(f"{path}: image {name!r}: expected a mask of COCO's; {error}") from error
             found.append({**entry, "segmentation": encoded})
         return found
@@ -445,7 +445,7 @@ def _instance_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callab
     return read
 
 
-def _semantic_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callable[[int, Sample], Tensor]:
+def _semantic_reader(data: DatasetOfFiles, path: Path, wanted: Sequence[int]) -> Callable[[int, Sample], Tensor]:
     records, images, labels = _records(data, path, ("image_id", "file_name"))
     by_index = _one_each(path, records, images, wanted)
     table = torch.full((2**16,), -1, device="cpu")
@@ -467,7 +467,7 @@ def _semantic_reader(data: Dataset, path: Path, wanted: Sequence[int]) -> Callab
     return read
 
 
-_READERS: dict[str, Callable[[Dataset, Path, Sequence[int]], Callable[[int, Sample], Any]]] = {
+_READERS: dict[str, Callable[[DatasetOfFiles, Path, Sequence[int]], Callable[[int, Sample], Any]]] = {
     "panoptic": _panoptic_reader,
     "instance": _instance_reader,
     "semantic": _semantic_reader,

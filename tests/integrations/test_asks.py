@@ -6,7 +6,6 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import m2f_kernels
 from m2f_kernels import dispatch
@@ -16,19 +15,7 @@ from tests.integrations.families import FAMILIES
 from tests.integrations.mmcv_cases import make_inputs, results
 from tests.integrations.test_mmcv import build, standins  # noqa: F401, a fixture
 from tests.ops.ms_deform_attn_cases import make_case
-
-
-class Operators(TorchDispatchMode):
-    """The operators of this package that are called."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "m2f":
-            self.seen.add(func._schema.name.removeprefix("m2f::"))
-        return func(*args, **(kwargs or {}))
+from tests.watching import Operators
 
 
 @pytest.fixture
@@ -56,7 +43,7 @@ def run(model, family):
     torch.manual_seed(3)
     with Operators() as operators:
         output = model(**inputs)
-    return output, operators.seen
+    return output, operators.own
 
 
 def tensors(output):
@@ -127,12 +114,12 @@ def test_attention_of_mmcv_and_detrex(package, standins, without_library):  # no
     mmcv.patch()
     with Operators() as operators:
         found = results(module, inputs)
-    assert operators.seen == set()
+    assert operators.own == set()
     assert all(torch.equal(found[name], x) for name, x in expected.items())
     without_library()
     with Operators() as operators:
         results(module, inputs)
-    assert "ms_deform_attn_from_offsets" in operators.seen
+    assert "ms_deform_attn_from_offsets" in operators.own
 
 
 @NO_KERNEL
@@ -148,7 +135,7 @@ def test_functions_of_mmcv(standins, without_library):  # noqa: F811
         with Operators() as operators:
             attended = module.multi_scale_deformable_attn_pytorch(case.value, shapes, samples, weights)
             sampled = ops.point_sample(images, points)
-        return attended, sampled, operators.seen
+        return attended, sampled, operators.own
 
     *expected, _ = run()
     original = module.ext_module

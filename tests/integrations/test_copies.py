@@ -13,29 +13,21 @@ import pytest
 import torch
 import transformers
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import m2f_kernels
 from m2f_kernels.integrations.transformers import _copies, patch, unpatch
 from tests.integrations.published import assert_same, targets
 from tests.model import peers
 from tests.model.peers import published
+from tests.watching import Operators
 
 LABELS, POINTS = 5, 60
 #: What may be fused of a loss.
 MASKS, MATCHING = "masks", "matching"
 
 
-class Operators(TorchDispatchMode):
-    """Names of the operators that run."""
-
-    def __enter__(self):
-        self.names = set()
-        return super().__enter__()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.add(func.name())
-        return func(*args, **(kwargs or {}))
+class Losses(Operators):
+    """The parts of a loss that run, by whom."""
 
     @property
     def sampled_by_pytorch(self):
@@ -103,7 +95,7 @@ def given(generator):
 
 def run(criterion, given):
     """The losses, their gradients, and the operators that ran."""
-    with Operators() as seen:
+    with Losses() as seen:
         losses = criterion(**given)
     total = sum(losses.values())
     leaves = [x for x in given.values() if isinstance(x, torch.Tensor)]
@@ -285,7 +277,7 @@ def test_there_and_back(given):
     assert len(m2f_kernels.accelerate(criterion).report.already) == 2
     for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert type(other) is type(criterion)
-        with Operators() as seen:
+        with Losses() as seen:
             other(**given)
         assert seen.matched
         assert seen.lost

@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
 from m2f_kernels import InstanceMap, RunLengths
 from m2f_kernels.integrations.transformers import rf_detr
 from m2f_kernels.ops.point_loss import check_targets
 from tests.integrations.published import as_coco, assert_same, assert_same_gradients
+from tests.watching import Largest
 
 pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "RfDetrForInstanceSegmentation"), reason="this transformers has no RF-DETR segmentation"
@@ -167,21 +166,6 @@ def test_compact_targets(form, served, generator, monkeypatch):
     assert torch.equal(first.loss, second.loss)
     for name, gradient in gradients.items():
         assert gradient is None or torch.equal(gradient, expected[name]), name
-
-
-class Largest(TorchDispatchMode):
-    """The most elements of a tensor that an operator makes."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor):
-                self.elements = max(self.elements, min(x.numel(), x.untyped_storage().nbytes() // x.element_size()))
-        return result
 
 
 def test_targets_are_not_copied(generator):

@@ -8,8 +8,6 @@ import signal
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model import train as training
@@ -17,6 +15,7 @@ from m2f_model.data import Batches, Shapes
 from m2f_model.train import Process, Recipe, Trainer, build_optimizer, of_data
 from tests.model.command import m2f
 from tests.recorded import Device
+from tests.watching import Largest
 
 DATA = Shapes(length=12, size=64)
 #: Four steps with everything on that could make a difference: milestones, jitter, evaluation.
@@ -64,21 +63,6 @@ def test_a_stopped_run_goes_on_exactly(tmp_path):
     assert saved.config.stuff_labels == DATA.stuff_labels
 
 
-class Largest(TorchDispatchMode):
-    """The most elements that a bool or uint8 tensor has which operators make."""
-
-    def __init__(self):
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8):
-                self.elements = max(self.elements, min(x.numel(), x.untyped_storage().nbytes()))
-        return result
-
-
 def test_masks_are_never_dense(tmp_path, monkeypatch):
     """Between files and loss at most one mask is; the step has the bits of dense ones."""
     recipe = dataclasses.replace(RECIPE, scales=(0.9, 1.2), batch_size=1)
@@ -91,7 +75,7 @@ def test_masks_are_never_dense(tmp_path, monkeypatch):
         torch.manual_seed(0)
         run = Trainer(Mask2Former(small()), DATA, recipe, tmp_path / str(dense), log=lambda _: None)
         batches = Batches(made, 1, seed=recipe.seed, size=recipe.size, scales=recipe.scales)
-        with Largest() as seen:
+        with Largest(torch.bool, torch.uint8) as seen:
             pixels, targets = batches[3]
             if dense:
                 targets = [{**target, "masks": target["masks"].masks()} for target in targets]

@@ -8,8 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 import m2f_kernels
 from m2f_kernels import FactoredMasks, InstanceMap, RunLengths, masks
@@ -17,6 +16,7 @@ from m2f_kernels.nn import PointMaskCriterion
 from m2f_kernels.ops.point_loss import check_targets
 from m2f_kernels.ops.point_loss import reference as loss_reference
 from m2f_kernels.ops.point_sample import fallback, reference
+from tests.watching import Largest
 
 try:
     from pycocotools.mask import encode
@@ -239,20 +239,6 @@ def test_no_targets(device, form, generator):
 
 
 # ---------------------------------------------------------------- nothing dense
-class Largest(TorchDispatchMode):
-    """Bytes of the largest storage that operators make."""
-
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        sizes = [x.untyped_storage().nbytes() for x in tree_leaves(result) if isinstance(x, torch.Tensor)]
-        self.bytes = max(self.bytes, *sizes, 0)
-        return result
-
-
 def test_nothing_dense(generator):
     """200 targets of 256 x 256: dense they take 12.5 MiB, here no tensor takes more than one for the points."""
     ids = torch.arange(200)

@@ -11,6 +11,7 @@ from m2f_kernels.ops.point_loss import reference, uncertain_point_mask_loss
 from m2f_kernels.ops.point_sample import masks as mask_rows
 from m2f_kernels.ops.point_sample import reference as sampling
 from tests.numerics import FORWARD, GRADIENT, relative_error, rounding
+from tests.watching import Largest
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
 LABELS = [torch.bool, torch.uint8, F32, F16, BF16, F64]
@@ -256,26 +257,14 @@ def test_autocast_changes_nothing(generator):
 
 def test_full_logits_never_exist(generator, small_chunks):
     """No tensor as large as all matched masks is made, forward or backward."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    largest = 0
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for x in result if isinstance(result, (tuple, list)) else [result]:
-                largest = max(largest, x.untyped_storage().nbytes() if torch.is_tensor(x) else 0)
-            return result
-
     embed = torch.randn(1, 40, 4, generator=generator, requires_grad=True)
     features = torch.randn(1, 4, 16, 16, generator=generator, requires_grad=True)
     targets = torch.rand(1, 40, 16, 16, generator=generator) > 0.5
     points = torch.rand(40, 20, 2, generator=generator)
-    with Largest():
+    with Largest() as seen:
         cross_entropy, dice = m2f_kernels.point_mask_loss(FactoredMasks(embed, features), targets, points)
         (cross_entropy + dice).sum().backward()
-    assert 0 < largest < 40 * 16 * 16 * 4 / 2
+    assert 0 < seen.bytes < 40 * 16 * 16 * 4 / 2
 
 
 def test_uncertain_loss_is_the_loss_at_uncertain_points(generator, small_chunks):
