@@ -15,7 +15,7 @@ from typing import NamedTuple
 from m2f_kernels.integrations.transformers import SUPPORTED
 from m2f_kernels.integrations.transformers._swap import replacements
 
-#: The versions with which the tests of this integration were run as a whole at some commit, the last one at every commit.
+#: The versions with which the tests of this integration were run as a whole: at some commit, the last one at every one.
 TESTED = ("4.57.1", "4.57.6", "5.0.0", "5.12.1", "5.17.0", "5.23.0", "5.24.0")
 
 #: By family what was measured and how many times as fast it became: the committed run of `benchmarks.integrations`.
@@ -84,7 +84,8 @@ def markdown() -> str:
 def versions() -> str:
     """One sentence on versions."""
     low, high = (".".join(map(str, version)) for version in SUPPORTED)
-    return f"transformers from {low} to below {high}; tests have run with {', '.join(TESTED)}, the last one at every commit"
+    supported = f"transformers from {low} to below {high}"
+    return f"{supported}; tests have run with {', '.join(TESTED)}, the last one at every commit"
 
 
 def report() -> list[str]:
