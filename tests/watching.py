@@ -1,4 +1,4 @@
-"""What operators make and which of them run, seen under `with`."""
+"""Modes that see what operators make, and which of them run, under `with`."""
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
