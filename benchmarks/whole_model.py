@@ -1,13 +1,14 @@
 """Compares whole models at their best, each run as its own documentation says.
 
-    python -m benchmarks.whole_model                 # on a GPU the six cells that count; on a CPU one size
+    python -m benchmarks.whole_model                 # on a GPU the cells that count most; on a CPU one size
     python -m benchmarks.whole_model --full
 
-`transformers` eager, compiled by `torch.compile` (on a GPU with `mode="reduce-overhead"`) and in CUDA graphs; this
-package's model eager, compiled and in CUDA graphs, weights held in bfloat16 for inference in it; `transformers`'
-model accelerated. On a CPU OpenVINO too, where it is installed (`pip install openvino`), converted from `transformers`'
-model. The same random weights and input; no hooks; gradients are freed (`zero_grad(set_to_none=True)`). Calls are
-timed in turn; each result is first compared with `transformers` eager in float32, and a wrong one has no time.
+`transformers` eager, compiled by `torch.compile` (on a GPU with `mode="reduce-overhead"`) and in CUDA graphs, for
+inference in bfloat16 under autocast and with weights held in it; this package's model eager, compiled and in CUDA
+graphs, its weights held in bfloat16 there; `transformers`' model accelerated. On a CPU OpenVINO too, where it is
+installed (`pip install openvino`), converted from `transformers`' model. The same random weights and input; no hooks;
+gradients are freed (`zero_grad(set_to_none=True)`). Calls are timed in turn; each result is first compared with
+`transformers` eager in float32, and a wrong one has no time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from m2f_model.criterion import losses_of
 
 Run = Callable[[], tuple[Tensor, ...]]
 EAGER, COMPILED, CAPTURED = "eager", "compiled", "CUDA graphs"
+#: The same with weights held in bfloat16, in place of autocast.
+HELD = "weights in bf16"
+COMPILED_HELD, CAPTURED_HELD = f"{COMPILED}, {HELD}", f"{CAPTURED}, {HELD}"
 TRANSFORMERS, ACCELERATED, OURS, OPENVINO = "transformers", "transformers, accelerated", "m2f", "OpenVINO"
 
 
@@ -48,44 +52,34 @@ class WithLosses(nn.Module):
         return out._replace(losses=losses_of(self.model.criterion, out.predictions, targets))
 
 
-class Narrow(nn.Module):
-    """A model held in bfloat16, called with pixels in float32."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor, targets: Any = None) -> Any:
-        return self.model(pixels.bfloat16(), targets)
-
-
-def build(case: bench.Case, whose: str, how: str) -> tuple[bench.Case, nn.Module]:
-    """The model, and the case as it is called: with autocast, or without it where weights are in bfloat16."""
+def build(case: bench.Case, whose: str, how: str) -> tuple[bench.Case, nn.Module, torch.dtype]:
+    """The model, the case as it is called (without autocast where weights are in bfloat16), and its pixels' dtype."""
     model: Any = bench.build(case, "m2f" if whose == OURS else "transformers").train(case.training)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     if whose == ACCELERATED:
         m2f_kernels.accelerate(model)
-    held = whose == OURS and case.autocast == "bf16" and not case.training
-    if held:
-        model.hold_in(torch.bfloat16)
+    dtype = torch.float32
+    if (whose == OURS and case.autocast == "bf16" and not case.training) or HELD in how:
+        dtype = torch.bfloat16
+        model = model.hold_in(dtype) if whose == OURS else model.to(dtype)
         case = replace(case, autocast="none")
-    if how == COMPILED:
+    if COMPILED in how:
         model.compile(mode="reduce-overhead" if case.device == "cuda" else None)
-    elif how == CAPTURED and whose == OURS:
+    elif CAPTURED in how and whose == OURS:
         model = WithLosses(model)
-    elif how == CAPTURED:
+    elif CAPTURED in how:
         model.forward = m2f_kernels.CudaGraphs(model)
-    return case, Narrow(model) if held else model
+    return case, model, dtype
 
 
 def run_of(case: bench.Case, whose: str, how: str) -> Run:
     """A call without arguments that gives class and mask logits."""
     if whose == OPENVINO:
         return openvino(case)
-    case, model = build(case, whose, how)
-    return bench.call(case, model, free_gradients=True)
+    case, model, dtype = build(case, whose, how)
+    return bench.call(case, model, free_gradients=True, pixel_dtype=dtype)
 
 
 class _Pair(nn.Module):
@@ -121,13 +115,17 @@ def openvino(case: bench.Case) -> Run:
 def ways(case: bench.Case, full: bool) -> list[tuple[str, str]]:
     """Whose model, and how it is run; the first is what the others are compared with."""
     cuda = case.device == "cuda"
+    low = case.autocast == "bf16" and not case.training
+    found = [(TRANSFORMERS, EAGER), (TRANSFORMERS, COMPILED), *([(TRANSFORMERS, COMPILED_HELD)] if low else [])]
     if cuda and not full:
-        return [(TRANSFORMERS, EAGER), (TRANSFORMERS, COMPILED), (OURS, CAPTURED)]
-    found = [(TRANSFORMERS, EAGER), (TRANSFORMERS, COMPILED), (ACCELERATED, EAGER), (OURS, EAGER)]
+        return [*found, (OURS, CAPTURED)]
+    found += [(ACCELERATED, EAGER), (OURS, EAGER)]
     if not case.training:
         found.append((OURS, COMPILED))
     if cuda:
-        found += [(OURS, CAPTURED)] if case.training else [(OURS, CAPTURED), (TRANSFORMERS, CAPTURED)]
+        found.append((OURS, CAPTURED))
+        if not case.training:
+            found += [(TRANSFORMERS, CAPTURED), *([(TRANSFORMERS, CAPTURED_HELD)] if low else [])]
     elif not case.training and importlib.util.find_spec("openvino"):
         found.append((OPENVINO, ""))
     return found

@@ -115,7 +115,9 @@ def pixels_of(case: Case, generator: torch.Generator | None = None) -> Tensor:
     return nn.functional.interpolate(coarse, scale_factor=16.0, mode="bicubic").to(case.device)
 
 
-def call(case: Case, model: nn.Module, *, free_gradients: bool = False) -> Callable[[], tuple[Tensor, Tensor]]:
+def call(
+    case: Case, model: nn.Module, *, free_gradients: bool = False, pixel_dtype: torch.dtype = torch.float32
+) -> Callable[[], tuple[Tensor, Tensor]]:
     """A function without arguments: inference, or forward, loss and backward. Gives class and mask logits.
 
     Args:
@@ -123,9 +125,10 @@ def call(case: Case, model: nn.Module, *, free_gradients: bool = False) -> Calla
         model: whose.
         free_gradients: as training does. By default they are set to zero and stay, so that a peak of memory is what a
             step needs besides them.
+        pixel_dtype: of the input, for models whose weights are held in it.
     """
     generator = torch.Generator().manual_seed(1)
-    pixels = pixels_of(case, generator)
+    pixels = pixels_of(case, generator).to(pixel_dtype)
     blobs = torch.randn(case.targets, 1, 8, 8, generator=generator, device="cpu")
     masks = (nn.functional.interpolate(blobs, (case.size, case.size), mode="bicubic")[:, 0] > 0.7).to(case.device)
     labels = torch.randint(case.config.num_labels, (case.targets,), generator=generator, device="cpu").to(case.device)

@@ -6,17 +6,19 @@ import torch
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
 from benchmarks import whole_model
-from benchmarks.whole_model import ACCELERATED, CAPTURED, COMPILED, EAGER, OURS, TRANSFORMERS
+from benchmarks.whole_model import ACCELERATED, CAPTURED, COMPILED, COMPILED_HELD, EAGER, HELD, OURS, TRANSFORMERS
 from m2f_model import bench
 
 
-def test_six_cells_on_a_gpu():
+def test_cells_on_a_gpu():
     cases = whole_model.cases("cuda", full=False)
     assert [(x.size, x.training, x.batch, x.autocast) for x in cases] == [
         (1024, False, 1, "bf16"), (1024, True, 2, "bf16"),
     ]  # fmt: skip
-    for case in cases:
-        assert whole_model.ways(case, full=False) == [(TRANSFORMERS, EAGER), (TRANSFORMERS, COMPILED), (OURS, CAPTURED)]
+    inference, training = (whole_model.ways(case, full=False) for case in cases)
+    assert training == [(TRANSFORMERS, EAGER), (TRANSFORMERS, COMPILED), (OURS, CAPTURED)]
+    # The peer holds its weights in bfloat16 as well.
+    assert inference == [*training[:2], (TRANSFORMERS, COMPILED_HELD), training[2]]
     assert len(whole_model.cases("cuda", full=True)) > 2
     assert (TRANSFORMERS, CAPTURED) in whole_model.ways(cases[0], full=True)
 
@@ -51,3 +53,16 @@ def test_errors_are_told_from_rounding():
     low = bench.Case("tiny", 64, autocast="bf16")
     assert whole_model.problem(low, (truth[0], truth[1] + 0.1), truth)[1] is None
     assert whole_model.problem(low, (truth[0], -truth[1]), truth)[1].startswith("wrong")
+
+
+def test_weights_held_in_bfloat16():
+    """Of both packages, without autocast; the pixels are cast, too."""
+    case = bench.Case("tiny", 64, autocast="bf16")
+    for whose, how in ((OURS, EAGER), (TRANSFORMERS, f"{EAGER}, {HELD}")):
+        called, model, dtype = whole_model.build(case, whose, how)
+        assert (called.autocast, dtype) == ("none", torch.bfloat16)
+        assert dtype in {p.dtype for p in model.parameters()}
+        classes, masks = whole_model.run_of(case, whose, how)()
+        assert (classes.dtype, masks.dtype) == (dtype, dtype)
+    called, model, dtype = whole_model.build(case, TRANSFORMERS, EAGER)
+    assert (called.autocast, dtype) == ("bf16", torch.float32)
