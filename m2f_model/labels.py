@@ -104,7 +104,7 @@ def rows_of(names: Sequence[str], known: Sequence[str]) -> list[int | None]:
     `sky-other-merged`. Of names with commas, as ADE20K has them, one equal part is enough. An ambiguous name has None.
     """
     rows: list[int | None] = [None] * len(names)
-    for keys in (lambda name: {name.strip().casefold()}, lambda name: {_words(part) for part in name.split(",")}):
+    for keys in (lambda name: {name.strip().casefold()}, _parts):
         open_names = [name if row is None else None for name, row in zip(names, rows, strict=True)]
         free = [k for k in range(len(known)) if k not in rows]
         fits = [[k for k in free if name is not None and keys(name) & keys(known[k])] for name in open_names]
@@ -120,8 +120,13 @@ def _alike(a: frozenset[str], b: frozenset[str]) -> bool:
     return bool(a and b) and (a <= b or b <= a)
 
 
+def _parts(name: str) -> set[frozenset[str]]:
+    """The words of each part of a name; none of a part without letters and digits, which would be as any other."""
+    return {words for part in name.split(",") if (words := _words(part))}
+
+
 def _words(name: str) -> frozenset[str]:
-    words = frozenset(re.findall(r"[a-z0-9]+", name.lower()))
+    words = frozenset(re.findall(r"[^\W_]+", name.casefold()))
     return words - _OPTIONAL or words
 
 

@@ -31,6 +31,12 @@ MODEL = Path(__file__).parents[2] / "benchmarks" / "models" / "shapes"
         (("a", "a"), ("a",), [None, None]),
         (("windowpane, window",), ("door", "window"), [1]),
         (("traffic light",), ("light", "traffic"), [None]),
+        (("SKY ",), ("sky", "sky-other-merged"), [0]),
+        # In any script.
+        (("犬", "STRASSE"), ("straße", "犬"), [1, 0]),
+        (("犬",), ("猫",), [None]),
+        (("Ёлка other",), ("ёлка",), [0]),
+        (("-",), ("+",), [None]),
         ((), ("a",), []),
     ],
 )
