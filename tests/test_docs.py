@@ -1,7 +1,8 @@
-"""The pictures of the documentation can be made, and those that pages show are committed."""
+"""The pictures of the documentation can be made, those that pages show are committed, and no leftovers are."""
 
 import importlib.util
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,17 @@ def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f" {page.name}\n" in text, page.name
+
+
+def test_no_leftovers_of_a_run_are_committed():
+    """Weights are committed under benchmarks/models only; a run in the current folder is easily added by mistake."""
+    git = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if git.returncode:
+        pytest.skip("not a git checkout")
+    odd = [
+        name
+        for name in git.stdout.splitlines()
+        if re.search(r"\.(pth|pt|pkl|safetensors|so|pyc)$|events\.out\.tfevents", name)
+        and not name.startswith("benchmarks/models/")
+    ]
+    assert odd == []
