@@ -1,12 +1,14 @@
 """Plain PyTorch where no kernel serves: the reference's results, and no more work than the published form."""
 
+import importlib
+
 import pytest
 import torch
 
 import m2f_kernels
 from benchmarks import fallbacks
 from m2f_kernels import FactoredMasks, InstanceMap, dispatch
-from m2f_kernels.ops.point_loss import uncertain_point_mask_loss
+from m2f_kernels.ops.point_loss import check_targets, uncertain_point_mask_loss
 from tests.numerics import relative_error
 from tests.ops import masked_attention_cases
 from tests.ops.ms_deform_attn_cases import MODES, make_case, truth, value_and_gradients
@@ -371,3 +373,59 @@ def test_losses_compiled():
         compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
         (found,) = torch.autograd.grad(compiled(masks), masks)
     torch.testing.assert_close(found, expected)
+
+
+# ---------------------------------------------------------------- registered operators, called directly
+
+
+def direct(name):
+    """`torch.ops.m2f.<name>` as an exported program calls it on a device that no kernel serves."""
+    return dispatch.ON_CUDA[name]
+
+
+@pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
+def test_registered_losses(targets):
+    """Masks of images in any order, some without a target."""
+    tensors = m2f_kernels.masks.listed(check_targets("targets", targets, 2, FEATURES))
+    count = sum(len(x.pixels) for x in m2f_kernels.masks.grouped(tensors))
+    target_rows = torch.arange(count).flip(0)
+    rows, points = torch.arange(count) % 6, points_outside(count, 40)
+    planes = FEATURES.flatten(0, 1)
+
+    def losses():
+        found = direct("point_mask_loss")(planes, rows, tensors, target_rows, points)
+        grads = torch.linspace(1, 2, count), torch.linspace(-1, 1, count)
+        return found, direct("point_mask_loss_backward")(*grads, rows, points, *found[2:], 6, 16, 12)
+
+    assert_same(losses, rtol=1e-5, atol=1e-6)
+
+
+def test_registered_operators_on_points():
+    points, planes = points_outside(2, 40), FEATURES.flatten(0, 1)
+    pixels, marks = torch.randint(0, 4, (1, 16, 12)).expand(3, -1, -1), torch.arange(3)
+    for images in IMAGES.values():
+        if images.numel():
+            assert_same(lambda x=images: direct("point_sample")(x, points[: len(x)], True))
+    assert_same(lambda: direct("point_sample_backward")(torch.ones(2, 3, 40), points, 16, 12))
+    assert_same(lambda: direct("sample_targets")(pixels, marks, points[0]))
+    seed = torch.tensor([5])
+    assert_same(lambda: direct("uncertain_points")(planes, torch.arange(6), seed, 0, 50, 20, 5), rtol=0, atol=0)
+    assert_same(lambda: direct("mask_matching_cost")(planes.flatten(1), planes.flatten(1).sigmoid()))
+
+
+def test_registered_operators_do_not_run_the_reference(monkeypatch):
+    """Where no kernel serves and nothing asks for it."""
+    for module in ("point_sample", "point_loss"):
+        reference = importlib.import_module(f"m2f_kernels.ops.{module}.reference")
+        for name in ("point_sample", "sample_targets", "point_mask_loss", "mask_matching_cost", "uncertain_points"):
+            if hasattr(reference, name):
+                monkeypatch.setattr(reference, name, None)
+    points, rows, ones = points_outside(2, 40), torch.arange(2), torch.ones(2)
+    with m2f_kernels.use_backend("fallback"):
+        direct("point_sample")(FEATURES, points, False)
+        direct("point_sample_backward")(torch.ones(2, 3, 40), points, 16, 12)
+        direct("uncertain_points")(FEATURES[0], rows, torch.tensor([5]), 0, 50, 20, 5)
+        direct("mask_matching_cost")(FEATURES[0, 0], FEATURES[1, 0])
+        targets = [torch.rand(3, 8, 9) < 0.5]
+        found = direct("point_mask_loss")(FEATURES[0], rows, targets, rows, points)
+        direct("point_mask_loss_backward")(ones, ones, rows, points, *found[2:], 3, 16, 12)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -384,16 +384,31 @@ def pair_up(
 
 # ---------------------------------------------------------------- implementations
 
+
+def _plain(
+    op: str, reference_function: Callable[..., Any], fallback_function: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The registered operator where no kernel serves: the fallback, or the reference where that is chosen."""
+
+    @torch.no_grad()
+    def function(*args: Any) -> Any:
+        return (reference_function if dispatch.plain(op, args[0]) == "reference" else fallback_function)(*args)
+
+    return function
+
+
 _TRITON = "m2f_kernels.ops.point_loss.triton"
 dispatch.register(
     dispatch.Operator("mask_matching_cost", triton=_TRITON),
-    {"mask_matching_cost": torch.no_grad()(reference.mask_matching_cost)},
+    {"mask_matching_cost": _plain("mask_matching_cost", reference.mask_matching_cost, fallback.mask_matching_cost)},
 )
 dispatch.register(
     dispatch.Operator("point_mask_loss", triton=_TRITON),
     {
-        "point_mask_loss": torch.no_grad()(reference.point_mask_loss),
-        "point_mask_loss_backward": torch.no_grad()(reference.point_mask_loss_backward),
+        "point_mask_loss": _plain("point_mask_loss", reference.point_mask_loss, fallback.loss_operator),
+        "point_mask_loss_backward": _plain(
+            "point_mask_loss", reference.point_mask_loss_backward, fallback.loss_operator_backward
+        ),
         # Loops over chunks that call the operators; Triton's do the common work of all chunks once.
         "factored_point_mask_loss": factored.forward,
         "factored_point_mask_loss_backward": factored.backward,

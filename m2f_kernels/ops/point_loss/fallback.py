@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype, without_autocast
-from m2f_kernels.masks import FactoredMasks, Targets, listed
+from m2f_kernels.masks import FactoredMasks, Targets, grouped, listed
+from m2f_kernels.ops._autograd import reference_gradients
 from m2f_kernels.ops.point_loss import reference
 from m2f_kernels.ops.point_sample.fallback import floating, grid_of, sample_grid, targets_at_once
 
@@ -83,8 +84,52 @@ def point_mask_loss(
     grid = grid_of(points.to(dtype))
     planes = mask_logits if rows is None else mask_logits[rows]
     x = sample_grid(planes.to(dtype).unsqueeze(1), grid).squeeze(1)
-    t = _labels(targets, target_rows, counts, grid)
+    return _losses(x, _labels(targets, target_rows, counts, grid))[:2]
+
+
+def _losses(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cross-entropy [M], dice [M] and probability [M, K] of logits and labels [M, K]."""
     cross_entropy = F.binary_cross_entropy_with_logits(x, t, reduction="none").mean(1)
     s = x.sigmoid()
-    dice = 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + t.sum(1) + 1)
-    return cross_entropy, dice
+    return cross_entropy, 1 - (2 * (s * t).sum(1) + 1) / (s.sum(1) + t.sum(1) + 1), s
+
+
+# ---------------------------------------------------------------- the registered operators, called directly
+
+
+def loss_operator(
+    mask_logits: Tensor, rows: Tensor, targets: Sequence[Tensor], target_rows: Tensor, points: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `reference.point_mask_loss`, with masks of images in any order."""
+    if points.shape[0] == 0:  # grid_sample refuses no images
+        return reference.point_mask_loss(mask_logits, rows, targets, target_rows, points)
+    dtype = accumulation_dtype(mask_logits.dtype)
+    grid = grid_of(points.to(dtype))
+    x = sample_grid(mask_logits[rows].to(dtype).unsqueeze(1), grid).squeeze(1)
+    t = torch.zeros_like(x)
+    first = 0
+    for image in grouped(targets):
+        here = (target_rows >= first) & (target_rows < first + len(image.pixels))
+        t[here] = torch.cat([t[:0], *_labels_of_image(image, target_rows[here] - first, grid[here])])
+        first += len(image.pixels)
+    return *_losses(x, t), t
+
+
+def loss_operator_backward(
+    grad_cross_entropy: Tensor,
+    grad_dice: Tensor,
+    rows: Tensor,
+    points: Tensor,
+    probability: Tensor,
+    labels: Tensor,
+    planes: int,
+    height: int,
+    width: int,
+) -> Tensor:
+    """As `reference.point_mask_loss_backward`."""
+    gradient = reference.gradient_of_samples(grad_cross_entropy, grad_dice, probability, labels)
+    pixels = labels.new_zeros(len(rows), 1, height, width)
+    if pixels.numel():  # grid_sample refuses no images
+        grid = grid_of(points.to(labels.dtype))
+        (pixels,) = reference_gradients(lambda x: sample_grid(x, grid), gradient.unsqueeze(1), [pixels], [True])
+    return labels.new_zeros(planes, height, width).index_add_(0, rows, pixels[:, 0])

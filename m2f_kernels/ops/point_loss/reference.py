@@ -85,6 +85,14 @@ def point_mask_loss(
     return *point_losses(x, t), x.sigmoid(), t
 
 
+def gradient_of_samples(grad_cross_entropy: Tensor, grad_dice: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """Gradient of the sampled logits, from probability s and label t; all [M, K]."""
+    overlap = 2 * (s * t).sum(1, keepdim=True) + 1
+    total = s.sum(1, keepdim=True) + t.sum(1, keepdim=True) + 1
+    gradient = grad_cross_entropy[:, None] * (s - t) / s.shape[1]
+    return gradient + grad_dice[:, None] * s * (1 - s) * (overlap / total - 2 * t) / total
+
+
 def point_mask_loss_backward(
     grad_cross_entropy: Tensor,
     grad_dice: Tensor,
@@ -97,13 +105,9 @@ def point_mask_loss_backward(
     width: int,
 ) -> Tensor:
     """Gradient [P, h, w] of the mask logits, from what :func:`point_mask_loss` returned."""
-    s, t = probability, labels
-    overlap = 2 * (s * t).sum(1, keepdim=True) + 1
-    total = s.sum(1, keepdim=True) + t.sum(1, keepdim=True) + 1
-    gradient = grad_cross_entropy[:, None] * (s - t) / s.shape[1]
-    gradient = gradient + grad_dice[:, None] * s * (1 - s) * (overlap / total - 2 * t) / total
+    gradient = gradient_of_samples(grad_cross_entropy, grad_dice, probability, labels)
     with torch.enable_grad():
-        pixels = s.new_zeros(rows.shape[0], 1, height, width).requires_grad_()
+        pixels = labels.new_zeros(rows.shape[0], 1, height, width).requires_grad_()
         sampled = reference.point_sample(pixels, points)[:, 0]
         (grad_pixels,) = torch.autograd.grad(sampled, pixels, gradient)
-    return s.new_zeros(planes, height, width).index_add(0, rows, grad_pixels[:, 0])
+    return labels.new_zeros(planes, height, width).index_add(0, rows, grad_pixels[:, 0])

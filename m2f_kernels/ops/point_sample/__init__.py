@@ -230,25 +230,33 @@ def point_counts(num_points: int, oversample_ratio: float, importance_sample_rat
 # Implements the registered operators for direct calls where no kernel serves.
 
 
+def _plain_module(op: str, like: Tensor) -> Any:
+    return _PLAIN[dispatch.plain(op, like) or "fallback"]
+
+
 @torch.no_grad()
 def _point_sample_plain(input: Tensor, points: Tensor, exact: bool) -> Tensor:
-    return reference.point_sample(input, points, exact)
+    found: Tensor = _plain_module("point_sample", input).point_sample(input, points, exact)
+    return found
 
 
 @torch.no_grad()
 def _sample_targets_plain(pixels: Tensor, marks: Tensor, points: Tensor) -> Tensor:
-    return reference.sample_targets(Targets(pixels, marks), points)
+    found: Tensor = _plain_module("point_sample", pixels).sample_targets(Targets(pixels, marks), points)
+    return found
 
 
 def _point_sample_backward_plain(grad_output: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     n, c, _ = grad_output.shape
     pixels = grad_output.new_zeros(n, c, height, width)
-    return reference_gradients(lambda x: reference.point_sample(x, points), grad_output, [pixels], [True])[0]
+    function = _plain_module("point_sample", grad_output).point_sample
+    return reference_gradients(lambda x: function(x, points), grad_output, [pixels], [True])[0]
 
 
 @torch.no_grad()
 def _uncertain_points_plain(mask_logits: Tensor, *rest: Any) -> Tensor:
-    return reference.uncertain_points(mask_logits, *rest)
+    found: Tensor = _plain_module("uncertain_points", mask_logits).uncertain_points(mask_logits, *rest)
+    return found
 
 
 _TRITON = "m2f_kernels.ops.point_sample.triton"
