@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +36,8 @@ GPU_TOLERANCE = 0.1
 #: Of the masks of the last prediction, least mean intersection over union of bf16 with float32 for a row to have a
 #: time. Random weights put many logits next to zero, where any rounding decides: it only tells masks from noise.
 LEAST_IOU = 0.5
+#: Calls in which the parts are timed.
+STAGE_CALLS = 3
 
 
 def _name(backbone: str, what: str, size: int, batch: int = 1) -> str:
@@ -68,42 +69,18 @@ def _base(implementation: str) -> str:
 # ---------------------------------------------------------------- one call
 
 
-Seconds = dict[str, list[float]]
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """A model, and the times of its parts' forward passes since they were last collected."""
-
-    model: nn.Module
-    seconds: Seconds = field(default_factory=dict)
-
-    def collect(self) -> dict[str, float]:
-        """The seconds of each part in the call that has just ended."""
-        found = {part: sum(taken) for part, taken in self.seconds.items() if taken}
-        for taken in self.seconds.values():  # the hooks hold these lists
-            taken.clear()
-        return found
-
-
 @cache
-def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, captured: bool, device: str) -> _Watched:
+def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, device: str) -> nn.Module:
     """Built once per process: the weights do not depend on the image's size."""
-    case = bench.Case(backbone, device=device, activation_checkpointing=checkpointing)
-    watched = _Watched(bench.build(case, base))
+    model = bench.build(bench.Case(backbone, device=device, activation_checkpointing=checkpointing), base)
     if compiled:
-        watched.model.compile()
-    if compiled or captured:  # hooks would break the graph
-        return watched
-    for part, path in bench.STAGES[base].items():
-        bench.watch(watched.model.get_submodule(path), watched.seconds.setdefault(part, []), device)
-    return watched
+        model.compile()
+    return model
 
 
-def _watched(name: str, implementation: str, device: str) -> _Watched:
+def _model_of(name: str, implementation: str, device: str) -> nn.Module:
     compiled = implementation == TRANSFORMERS_COMPILED
-    captured = implementation in CAPTURED
-    return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, compiled, captured, device)
+    return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, compiled, device)
 
 
 def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
@@ -125,30 +102,40 @@ def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tenso
     return replay
 
 
-#: The times of the parts in every call of a case's implementation, since it was last bound.
-_stages: dict[tuple[str, str], Seconds] = {}
+#: The model and the call of each case's implementation that was last bound.
+_bound: dict[tuple[str, str], tuple[nn.Module, Callable[[], object]]] = {}
 
 
 def _adapt(name: str, implementation: str, device: str, inputs: Tensors, levels: Levels) -> dict[str, Any]:
-    watched = _watched(name, implementation, device)
-    seconds = _stages[name, implementation] = {}
-    run: Callable[[], tuple[Tensor, ...]] = bench.call(_spec(name, implementation, device), watched.model)
-    if implementation in CAPTURED:
-        run = _captured(run)
-    return {"run": run, "watched": watched, "seconds": seconds}
+    model = _model_of(name, implementation, device)
+    run: Callable[[], tuple[Tensor, ...]]
+    run = bench.call(_spec(name, implementation, device), model, free_gradients=True)
+    _bound[name, implementation] = model, run
+    return {"run": _captured(run) if implementation in CAPTURED else run}
 
 
 def _call(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    found = arguments["run"]()
-    for part, taken in arguments["watched"].collect().items():
-        arguments["seconds"].setdefault(part, []).append(taken)
-    return tuple(t.detach() for t in found if t is not None)
+    return tuple(t.detach() for t in arguments["run"]() if t is not None)
 
 
 def stages(case: Case, implementation: Implementation) -> dict[str, float]:
-    """Median milliseconds of the parts' forward passes; the checked call, which warms up, counts only alone."""
-    seconds = _stages[case.name, implementation.name]
-    return {part: statistics.median(taken[1:] or taken) * 1e3 for part, taken in seconds.items()}
+    """Median milliseconds of the parts' forward passes, in calls of their own: the hooks that time them wait for the
+    GPU, so that the calls which are timed as a whole have none. A compiled or captured call has no parts."""
+    if implementation.name in (TRANSFORMERS_COMPILED, *CAPTURED):
+        return {}
+    model, run = _bound[case.name, implementation.name]
+    device = next(model.parameters()).device.type
+    samples: dict[str, list[float]] = {}
+    handles = []
+    for part, path in bench.STAGES[_base(implementation.name)].items():
+        handles += bench.watch(model.get_submodule(path), samples.setdefault(part, []), device)
+    try:
+        for _ in range(STAGE_CALLS):
+            run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {part: statistics.median(taken) * 1e3 for part, taken in samples.items() if taken}
 
 
 def peak(case: Case, implementation: Implementation) -> float:
@@ -163,7 +150,7 @@ def _truth(name: str, device: str) -> Data:
     """The last prediction of `transformers` in float32."""
     backbone, _, size, batch = parts(name)
     case = bench.Case(backbone, size, False, batch, TARGETS, device)
-    classes, logits = bench.call(case, _watched(name, TRANSFORMERS, device).model)()
+    classes, logits = bench.call(case, _model_of(name, TRANSFORMERS, device))()
     return Data({}, {"classes": classes.detach().cpu(), "masks": logits.detach().cpu()}, [], ("classes", "masks"))
 
 
@@ -320,8 +307,9 @@ BENCHMARK = Benchmark(
         "its outputs included. Error: largest difference of the last prediction's logits relative to the largest; of "
         "bf16, one minus the mean intersection over union of the masks with those of float32. Random weights do not "
         "segment anything: attention masks are noisier than those of a trained model, and many logits lie next to "
-        "zero, where any rounding decides. Stages are forward passes; what they leave of a training step is its "
-        "backward pass. A pass of few images is launch-bound on a GPU: the CPU launches a thousand kernels. "
+        "zero, where any rounding decides. Gradients are freed before each backward pass. Stages are forward passes, "
+        "timed in calls of their own; what they leave of a training step is its backward pass. A pass of few images is "
+        "launch-bound on a GPU: the CPU launches a thousand kernels. "
         "*CUDA graph* is this package's inference captured once and replayed, whose times are the GPU's alone."
     ),
     cases=cases,
@@ -337,5 +325,6 @@ BENCHMARK = Benchmark(
     pictures=draw,
     long_ms=60_000.0,  # the first call of a model is slower than the others
     stages=stages,
+    images=lambda name: parts(name)[3],
     peak=peak,
 )  # fmt: skip

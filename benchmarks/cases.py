@@ -238,7 +238,8 @@ class Benchmark:
             more is: full masks take half a minute where points take a third of a second, and it does not matter whether
                 that is 90 or 92 times as long.
         pictures: draws what bars do not show into a directory, and returns the names of the files.
-        stages: milliseconds of the parts of a call that was just timed, where an implementation has any.
+        stages: milliseconds of the parts of a call, where an implementation that was just timed has any.
+        images: the images of a call of the case with that name, where a rate is of interest.
         peak: peak MiB of an implementation in a process that has just been started, where the general way of
             measuring it (`benchmarks/memory.py`) does not fit.
     """
@@ -257,6 +258,7 @@ class Benchmark:
     long_ms: float = 10_000.0
     pictures: Callable[[Path, Sequence[Row]], list[str]] = lambda directory, rows: []
     stages: Callable[[Case, Implementation], dict[str, float]] = lambda case, implementation: {}
+    images: Callable[[str], int] | None = None
     peak: Callable[[Case, Implementation], float] | None = None
 
     def select(self, scale: Scale) -> list[Case]:

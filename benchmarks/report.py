@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,16 +72,22 @@ def _share(row: Row) -> str:
     return "-" if row.floor_share is None else f"{row.floor_share:.0%}"
 
 
-def _time_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    header = ["case", "implementation", "ms (IQR)", "ratio", "error", "error grad", "MiB written", "faults",
+def _rate(row: Row, images: Callable[[str], int]) -> str:
+    return "" if row.median_ms is None else number(images(row.case) * 1e3 / row.median_ms)
+
+
+def _time_table(rows: Sequence[Row], images: Callable[[str], int] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Times, and images per second where `images` tells how many a case has."""
+    rate = [] if images is None else ["images/s"]
+    header = ["case", "implementation", "ms (IQR)", *rate, "ratio", "error", "error grad", "MiB written", "faults",
               "floor ms", "share"]  # fmt: skip
     lines = []
     for row in rows:
         faults = "-" if row.page_faults is None else f"{row.page_faults:.0f}"
         floor = "-" if row.floor_ms is None else f"{number(row.floor_ms)} ({row.floor_kind})"
         lines.append(
-            [row.case, row.implementation, _time(row), _ratio(row), error(row.error_output), error(row.error_gradients),
-             number(row.written_mib), faults, floor, _share(row)]
+            [row.case, row.implementation, _time(row), *([] if images is None else [_rate(row, images)]), _ratio(row),
+             error(row.error_output), error(row.error_gradients), number(row.written_mib), faults, floor, _share(row)]
         )  # fmt: skip
     return header, lines
 
@@ -133,13 +139,14 @@ def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[l
     ]
 
 
-def _peers_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _peers_table(rows: Sequence[Row], images: Callable[[str], int] | None = None) -> tuple[list[str], list[list[str]]]:
     """The headline cases: every peer, its time and ratio in each setting, error, peak memory, share of the floor."""
     shown = [row for row in rows if row.headline]
     found = figures.settings_of(shown)
     by_key = {row.key: row for row in shown}
-    header = ["case", "implementation", *(x for s in found for x in (f"ms, {s}", "ratio")), "error", "error grad",
-              "peak MiB", "share of floor"]  # fmt: skip
+    rate = [] if images is None else ["images/s"]
+    header = ["case", "implementation", *(x for s in found for x in (f"ms, {s}", *rate, "ratio")), "error",
+              "error grad", "peak MiB", "share of floor"]  # fmt: skip
     lines = []
     for row in shown:
         if row.setting != found[0]:
@@ -147,7 +154,8 @@ def _peers_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
         cells = []
         for setting in found:
             here = by_key.get((row.op, row.case, row.implementation, setting))
-            cells += ["-", ""] if here is None else [_time(here), _ratio(here)]
+            own = [] if images is None else [_rate(here, images) if here is not None else ""]
+            cells += ["-", *own, ""] if here is None else [_time(here), *own, _ratio(here)]
         last = [error(row.error_output), error(row.error_gradients), mebibytes(row.memory_extra_mib), _share(row)]
         lines.append([row.case, row.implementation, *cells, *last])
     return header, lines
@@ -157,7 +165,8 @@ def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
     rows = run.of(benchmark.op).rows
     sections: list[Section] = [("Required figures", figures.HEADER, figures.lines(benchmark, run.scale, rows))]
     for setting in figures.settings_of(rows):
-        sections.append((f"Time, allocator: {setting}", *_time_table([row for row in rows if row.setting == setting])))
+        chosen = [row for row in rows if row.setting == setting]
+        sections.append((f"Time, allocator: {setting}", *_time_table(chosen, benchmark.images)))
     note = "allocator: default" if run.scale.device == "cpu" else "caching allocator"
     sections.append((f"Peak memory, {note}", *_memory_table(rows)))
     sections.append(("Stages, ms", *_stage_table(rows)))
@@ -219,7 +228,7 @@ def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> 
     console.rule(f"[bold]{benchmark.title}")
     sections = _sections(benchmark, run)
     if not everything:
-        peers: Section = ("Headline cases", *_peers_table(run.of(benchmark.op).rows))
+        peers: Section = ("Headline cases", *_peers_table(run.of(benchmark.op).rows, benchmark.images))
         sections = [peers, *(s for s in sections if s[0] in ("Required figures", "Stages, ms"))]
     for title, header, lines in sections:
         if lines:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from m2f_model.config import BACKBONES, Mask2FormerConfig
 from m2f_model.model import Mask2Former
@@ -210,11 +211,13 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def watch(module: nn.Module, found: list[float], device: str) -> None:
-    """Append the seconds of every forward pass of `module`."""
+def watch(module: nn.Module, found: list[float], device: str) -> list[RemovableHandle]:
+    """Append the seconds of every forward pass of `module`, until the handles that this returns are removed."""
     starts: list[float] = []
-    module.register_forward_pre_hook(lambda *_: starts.append(_now(device)))
-    module.register_forward_hook(lambda *_: found.append(_now(device) - starts.pop()))
+    return [
+        module.register_forward_pre_hook(lambda *_: starts.append(_now(device))),
+        module.register_forward_hook(lambda *_: found.append(_now(device) - starts.pop())),
+    ]
 
 
 # ---------------------------------------------------------------- memory
