@@ -99,8 +99,8 @@ format: $(STAMP)-lint
 
 # Registers, shared memory and spills of every CUDA and Triton kernel on every shipped architecture; needs no GPU.
 resources: $(STAMP)-package
-	$(BIN)/python -m benchmarks.static --check --output benchmarks/results/static/triton_resources.md
-	$(BIN)/python -m benchmarks.static_cuda --check --output benchmarks/results/static/ms_deform_attn_resources.md
+	$(BIN)/python -m benchmarks.static --check --output benchmarks/results/triton_resources.csv
+	$(BIN)/python -m benchmarks.static_cuda --check --output benchmarks/results/cuda_resources.csv
 
 # On a machine with a GPU, in the Python that has its torch: what is worth knowing most, in nine minutes.
 gpu:

@@ -25,7 +25,14 @@ REGISTRY: dict[str, str] = {
 }
 
 
+#: What other commands measure into the same files.
+OTHERS: dict[str, str] = {"integrations": "benchmarks.other_models", "learning": "benchmarks.learning"}
+
+
 def load(op: str) -> Benchmark:
-    """The benchmark of an operator in `REGISTRY`."""
-    benchmark: Benchmark = import_module(REGISTRY[op]).BENCHMARK
-    return benchmark
+    """The benchmark of an operator in `REGISTRY` or `OTHERS`; of any other name, one without cases."""
+    from benchmarks.cases import Benchmark
+
+    module = (REGISTRY | OTHERS).get(op)
+    found: Benchmark = import_module(module).BENCHMARK if module else Benchmark(op, op.replace("_", " "))
+    return found

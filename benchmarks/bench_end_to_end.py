@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import Benchmark, Case, Data, Figure, Implementation, Levels, Row, Scale, Tensors, Verdict, Work
+from benchmarks.cases import Benchmark, Case, Data, Figure, Implementation, Levels, Row, Scale, Tensors, Verdict
 from m2f_model import bench
 
 OURS, TRANSFORMERS = "m2f", "transformers"
@@ -218,14 +218,6 @@ def cases(scale: Scale) -> list[Case]:
     return found
 
 
-def work(case: Case, data: Data) -> Work | None:
-    return None
-
-
-def shrink(data: Data) -> Data:
-    return data
-
-
 # ---------------------------------------------------------------- required figures
 
 
@@ -314,8 +306,6 @@ BENCHMARK = Benchmark(
     ),
     cases=cases,
     data=data,
-    work=work,
-    shrink=shrink,
     figures=figures,
     check=check,
     operators=(

@@ -22,7 +22,6 @@ from benchmarks.cases import (
     Scale,
     Tensors,
     Work,
-    check_relative_l2,
 )
 from benchmarks.memory import bytes_of
 
@@ -299,5 +298,4 @@ BENCHMARK = Benchmark(
     work=work,
     shrink=shrink,
     figures=figures,
-    check=check_relative_l2,
 )

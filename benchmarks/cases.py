@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import csv
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,33 @@ class Verdict:
 Check = Callable[[Case, Implementation, Data, Sequence[Tensor]], Verdict]
 
 
+def relative_l2(actual: Tensor, truth: Tensor) -> float:
+    """||actual - truth|| / ||truth|| in float64; the norm itself where truth is zero."""
+    truth = truth.double()
+    difference = (actual.to(truth.device).double() - truth).norm().item()
+    scale = truth.norm().item()
+    return difference / scale if scale else difference
+
+
+def check_relative_l2(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
+    """The verdict on the relative L2 error of each output and gradient."""
+    names = (*data.outputs, *data.differentiable) if case.backward else data.outputs
+    errors, right = [], True
+    for i, (name, actual) in enumerate(zip(names, results, strict=True)):
+        truth = data.truth[name]
+        if actual.shape != truth.shape:
+            raise ValueError(f"{name}: expected shape {tuple(truth.shape)}; got {tuple(actual.shape)}")
+        errors.append(relative_l2(actual, truth))
+        tolerance = OUTPUT_TOLERANCE if i < len(data.outputs) else GRADIENT_TOLERANCE
+        tolerance *= 1 if implementation.ours else PEER_SLACK
+        if results[0].dtype in (torch.bfloat16, torch.float16):
+            rounding = 2 * relative_l2(truth.to(results[0].dtype), truth)
+            tolerance = max(tolerance, rounding if implementation.ours else PEER_LOW_PRECISION_TOLERANCE)
+        right &= errors[-1] <= tolerance
+    outputs, gradients = errors[: len(data.outputs)], errors[len(data.outputs) :]
+    return Verdict(right, max(outputs), max(gradients, default=None))
+
+
 @dataclass(frozen=True)
 class Benchmark:
     """Everything the runner needs to know about one operator.
@@ -246,13 +274,13 @@ class Benchmark:
 
     op: str
     title: str
-    description: str
-    cases: Callable[[Scale], list[Case]]
-    data: Callable[[Scale], dict[str, Callable[[], Data]]]
-    work: Callable[[Case, Data], Work | None]
-    shrink: Callable[[Data], Data]
-    figures: Callable[[Scale], list[Figure]]
-    check: Check
+    description: str = ""
+    cases: Callable[[Scale], list[Case]] = lambda scale: []
+    data: Callable[[Scale], dict[str, Callable[[], Data]]] = lambda scale: {}
+    work: Callable[[Case, Data], Work | None] = lambda case, data: None
+    shrink: Callable[[Data], Data] = lambda data: data
+    figures: Callable[[Scale], list[Figure]] = lambda scale: []
+    check: Check = check_relative_l2
     operators: tuple[str, ...] = ()
     budget_s: float = 3.0
     long_ms: float = 10_000.0
@@ -276,7 +304,8 @@ class Row:
 
     Times in milliseconds (median and interquartile range of interleaved runs), memory in MiB, errors as the
     benchmark's check gives them. `subject_speedup` is this row's median over that of the case's first implementation.
-    `stages` is "name=milliseconds" separated by ";", `kernels` the number of kernels that a call launches on a GPU.
+    `stages` is "name=milliseconds" separated by ";", `kernels` the number of kernels that a call launches on a GPU,
+    `run` "default", "full" (`--full`), or the name of an occasional measurement.
     """
 
     op: str
@@ -305,6 +334,7 @@ class Row:
     kernels: int | None = None
     ours: bool = False
     headline: bool = False
+    run: str = "default"
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -321,43 +351,27 @@ class Row:
 
     @classmethod
     def from_strings(cls, record: dict[str, str]) -> Row:
-        """From a line of CSV."""
-        values: dict[str, Any] = {}
+        """From a line of CSV; columns that an older one lacks have their defaults."""
+        kinds: dict[str, Callable[[str], Any]] = {"str": str, "bool": "True".__eq__, "int": int, "float": float}
+        values = {}
         for f in fields(cls):
-            text = record.get(f.name, "")
-            if f.name in ("ours", "headline"):
-                values[f.name] = text == "True"
-            elif f.name in ("threads", "rounds", "kernels"):
-                values[f.name] = int(text) if text else None
-            elif "float" in str(f.type):
-                values[f.name] = float(text) if text else None
-            else:
-                values[f.name] = text
+            kind, _, optional = str(f.type).partition(" | ")
+            if f.name in record:
+                values[f.name] = None if optional and not record[f.name] else kinds[kind](record[f.name])
         return cls(**values)
 
 
-def relative_l2(actual: Tensor, truth: Tensor) -> float:
-    """||actual - truth|| / ||truth|| in float64; the norm itself where truth is zero."""
-    truth = truth.double()
-    difference = (actual.to(truth.device).double() - truth).norm().item()
-    scale = truth.norm().item()
-    return difference / scale if scale else difference
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The lines of a CSV by column."""
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
-def check_relative_l2(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
-    """The verdict on the relative L2 error of each output and gradient."""
-    names = (*data.outputs, *data.differentiable) if case.backward else data.outputs
-    errors, right = [], True
-    for i, (name, actual) in enumerate(zip(names, results, strict=True)):
-        truth = data.truth[name]
-        if actual.shape != truth.shape:
-            raise ValueError(f"{name}: expected shape {tuple(truth.shape)}; got {tuple(actual.shape)}")
-        errors.append(relative_l2(actual, truth))
-        tolerance = OUTPUT_TOLERANCE if i < len(data.outputs) else GRADIENT_TOLERANCE
-        tolerance *= 1 if implementation.ours else PEER_SLACK
-        if results[0].dtype in (torch.bfloat16, torch.float16):
-            rounding = 2 * relative_l2(truth.to(results[0].dtype), truth)
-            tolerance = max(tolerance, rounding if implementation.ours else PEER_LOW_PRECISION_TOLERANCE)
-        right &= errors[-1] <= tolerance
-    outputs, gradients = errors[: len(data.outputs)], errors[len(data.outputs) :]
-    return Verdict(right, max(outputs), max(gradients, default=None))
+def write_csv(path: Path, lines: Iterable[dict[str, Any]]) -> None:
+    """A CSV with the columns of the first line; floats with six digits."""
+    lines = list(lines)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+        writer.writeheader()
+        for line in lines:
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})

@@ -7,14 +7,14 @@ for every peer too, by the least that a peer's time grew.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from benchmarks import REGISTRY, memory, other_models
-from benchmarks.cases import Row
+from benchmarks import memory, other_models
+from benchmarks.cases import Row, read_csv
 from benchmarks.formats import number
 
 #: A time is a regression if it grew by more than this share and by more than both interquartile ranges together.
@@ -22,54 +22,64 @@ SHARE = 0.10
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a CSV, or of every benchmark's CSV in a folder.
+    """The rows of a CSV, or of every benchmark's CSV in a folder; of older versions' files, too.
 
     Raises:
         ValueError: there is none, or it is not a benchmark's.
     """
-    files = [path / f"{op}.csv" for op in (*REGISTRY, other_models.OP)] if path.is_dir() else [path]
-    files = [file for file in files if file.is_file()]
-    if not files:
-        raise ValueError(f"{path}: expected a CSV that a benchmark wrote, or a folder of them; found none")
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
     rows = []
     for file in files:
-        with file.open(newline="") as stream:
-            records = csv.DictReader(stream)
-            if set(records.fieldnames or []) >= other_models.COLUMNS:
-                rows += other_models.rows(records)
-                continue
-            missing = {"op", "case", "implementation", "setting", "median_ms"} - set(records.fieldnames or [])
-            if missing:
-                raise ValueError(
-                    f"{file}: expected the columns of a benchmark's CSV; {', '.join(sorted(missing))} missing"
-                )
-            rows += [Row.from_strings(record) for record in records]
+        records = read_csv(file)
+        columns = set(records[0] if records else ())
+        missing = {"op", "case", "implementation", "setting", "median_ms"} - columns
+        if columns >= other_models.COLUMNS:
+            rows += other_models.rows(records)
+        elif not missing:
+            # Older versions had a folder for each device, and "full" in it.
+            older = {} if "run" in columns or file.parent.name != "full" else {"run": "full"}
+            rows += [Row.from_strings(record | older) for record in records]
+        elif not path.is_dir():
+            raise ValueError(f"{file}: expected the columns of a benchmark's CSV; {', '.join(sorted(missing))} missing")
+    if not rows:
+        raise ValueError(f"{path}: expected a CSV that a benchmark wrote, or a folder of them; found none")
     return rows
 
 
 def devices(path: Path) -> set[str]:
     """The devices that the facts beside a CSV, or in a folder, name."""
-    files = [path / f"{op}.json" for op in REGISTRY] if path.is_dir() else [path.with_suffix(".json")]
-    return {json.loads(file.read_text())["facts"]["device"] for file in files if file.is_file()}
+    files = path.glob("*.json") if path.is_dir() else [path.with_suffix(".json")]
+
+    def named(about: dict[str, Any]) -> set[str]:
+        return {about["facts"]["device"]} if "facts" in about else set().union(*map(named, about.values()))
+
+    return set().union(*(named(json.loads(file.read_text())) for file in files if file.is_file()))
 
 
-def _drift(before: dict[tuple[str, str, str, str], Row], new: Sequence[Row], row: Row) -> float:
+def _latest(rows: Sequence[Row]) -> dict[tuple[str, ...], Row]:
+    """Rows by key, and by run and key: a default run may be compared with a full one."""
+    return {row.key: row for row in rows} | {(row.run, *row.key): row for row in rows}
+
+
+def _drift(before: dict[tuple[str, ...], Row], new: Sequence[Row], row: Row) -> float:
     """The factor by which the machine was slower in this case: the least growth among the peers' times, at least 1."""
     factors = [
         other.median_ms / was.median_ms
         for other in new
         if (other.op, other.case, other.setting) == (row.op, row.case, row.setting) and not other.ours
-        if (was := before.get(other.key)) is not None and was.median_ms and other.median_ms
+        if (was := before.get((other.run, *other.key)) or before.get(other.key)) is not None
+        and was.median_ms
+        and other.median_ms
     ]
     return max(1.0, min(factors, default=1.0))
 
 
 def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     """This package's rows that became slower beyond noise, need more memory, or no longer work; one line each."""
-    before = {row.key: row for row in old}
+    before = _latest(old)
     found = []
     for row in new:
-        was = before.get(row.key)
+        was = before.get((row.run, *row.key)) or before.get(row.key)
         if was is None or not row.ours or was.median_ms is None:
             continue
         name = f"{row.op}: {row.case}, {row.implementation}, {row.setting}"
@@ -93,7 +103,7 @@ def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
 
 def compared(old: Sequence[Row], new: Sequence[Row]) -> int:
     """The number of this package's rows that have a time in both runs."""
-    before = {row.key for row in old if row.median_ms is not None}
+    before = _latest([row for row in old if row.median_ms is not None])
     return sum(row.ours and row.key in before for row in new)
 
 

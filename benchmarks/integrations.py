@@ -1,7 +1,7 @@
 """Models of `transformers` before and after `m2f_kernels.accelerate`: time, memory, difference.
 
-    python -m benchmarks.integrations               writes benchmarks/results/<device>/integrations.{csv,md}, the page
-    python -m benchmarks.integrations --quick       small images, one round; only what --output names is written
+    python -m benchmarks.integrations               renews these rows of benchmarks/results/<device>.csv
+    python -m benchmarks.integrations --quick       small images, one round; written only with --output
 
 Batch 1, float32, eager, the same weights, before and after in turns in one process per model and allocator setting
 (benchmarks/timing.py: what takes more than two seconds is timed twice). Memory: peak above the weights and what was
@@ -14,57 +14,32 @@ the loss for a training step, whose points are drawn anew.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks import facts, memory, timing
-from benchmarks.formats import mebibytes, number
+from benchmarks import facts, memory, report, tables, timing
+from benchmarks.cases import Row, Scale
+from benchmarks.formats import error, markdown, mebibytes, number
 from benchmarks.integrations_models import MODELS, Model
+from benchmarks.other_models import AFTER, ATTENTION, BEFORE, new_row
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "integrations" / "transformers.md"
-MARKS = ("<!-- figures: python -m benchmarks.integrations -->", "<!-- end of figures -->")
-#: The run that the page shows.
-COMMITTED = ROOT / "benchmarks" / "results" / "cpu-intel-xeon" / "integrations.csv"
-NOT_MEASURED = "*Not measured yet.*"
 #: Seconds of timing per model and allocator setting, at least, and least number of rounds.
 BUDGET_S, ROUNDS = 3.0, 3
 #: Largest difference of outputs, relative to the largest output, of a result that is timed.
 TOLERANCE = 1e-3
 #: The same for the loss of a training step, whose points are drawn anew.
 SAMPLED = 1e-2
-
-
-@dataclass
-class Row:
-    """A model under an allocator setting; memory belongs to the first setting. Milliseconds and MiB."""
-
-    model: str
-    setting: str
-    aim: float
-    before_ms: float = field(default=float("nan"))
-    after_ms: float = field(default=float("nan"))
-    before_iqr_ms: float = field(default=float("nan"))
-    after_iqr_ms: float = field(default=float("nan"))
-    rounds: int = 0
-    difference: float = field(default=float("nan"))
-    largest: float = field(default=float("nan"))
-    replaced: int = 0
-    share: float = field(default=float("nan"))
-    before_mib: float = field(default=float("nan"))
-    after_mib: float = field(default=float("nan"))
 
 
 # ---------------------------------------------------------------- in a process of its own
@@ -182,7 +157,7 @@ def measure_time(case: Model, device: str, quick: bool) -> dict[str, Any]:
     share = sum(taken) / (time.perf_counter() - start)
     training = case.targets is not None
     with (
-        m2f_kernels.accelerate(subject.model) as acceleration,
+        m2f_kernels.accelerate(subject.model),
         nullcontext() if training else choices(chosen, replay=True),
     ):
         after = subject.call()
@@ -190,7 +165,6 @@ def measure_time(case: Model, device: str, quick: bool) -> dict[str, Any]:
     # A training step draws its points from the generator in another order.
     if difference > (SAMPLED if training else TOLERANCE) * largest:
         raise RuntimeError(f"wrong result: outputs of up to {largest:.3g} differ by {difference:.3g}")
-    replaced = len(acceleration.report.replaced)
 
     def accelerated() -> Any:
         with m2f_kernels.accelerate(subject.model):
@@ -198,17 +172,13 @@ def measure_time(case: Model, device: str, quick: bool) -> dict[str, Any]:
 
     budget, rounds = (0.0, 1) if quick else (BUDGET_S, ROUNDS)
     first, second = timing.interleaved([subject.call, accelerated], device, budget, rounds)
-    return {
-        "before_ms": first.median_ms,
-        "after_ms": second.median_ms,
-        "before_iqr_ms": first.iqr_ms,
-        "after_iqr_ms": second.iqr_ms,
-        "rounds": first.rounds,
-        "difference": difference,
-        "largest": largest,
-        "replaced": replaced,
-        "share": share,
+    figures = {
+        name: {"median_ms": timed.median_ms, "iqr_ms": timed.iqr_ms, "rounds": timed.rounds}
+        for name, timed in ((BEFORE, first), (AFTER, second))
     }
+    figures[BEFORE] |= {"subject_speedup": 1.0, "stages": f"{ATTENTION}={share * first.median_ms:.6g}"}
+    figures[AFTER] |= {"subject_speedup": second.median_ms / first.median_ms, "error_output": difference / largest}
+    return figures
 
 
 def measure_memory(case: Model, device: str, quick: bool) -> dict[str, Any]:
@@ -216,13 +186,13 @@ def measure_memory(case: Model, device: str, quick: bool) -> dict[str, Any]:
 
     subject = _Subject(case, device, quick)
     found = {}
-    for name in ("before_mib", "after_mib"):
-        if name == "after_mib":
+    for name in (BEFORE, AFTER):
+        if name == AFTER:
             m2f_kernels.accelerate(subject.model)
         subject.warm_up()
         if case.targets is not None:
             subject.model.zero_grad(set_to_none=True)
-        found[name], _ = memory.peak_mib(subject.call, device)
+        found[name] = {"memory_extra_mib": memory.peak_mib(subject.call, device)[0]}
     return found
 
 
@@ -246,94 +216,47 @@ def run(device: str, quick: bool, wanted: str) -> tuple[list[Row], list[str]]:
     for case in MODELS:
         if wanted not in case.name:
             continue
-        made = []
+        made: dict[str, dict[str, Row]] = {}
         try:
-            for name, variables in settings.items():
-                made.append(Row(case.name, name, case.aim, **_worker("time", case, variables, device, quick)))
-                print(_line(made[-1]), flush=True)
+            for setting, variables in settings.items():
+                found = _worker("time", case, variables, device, quick)
+                made[setting] = {name: replace(new_row(case.name, name, setting), **found[name]) for name in found}
+                print(f"{case.name} ({setting}): {made[setting][AFTER].subject_speedup:.3f} of the time", flush=True)
             environment = memory.ENVIRONMENT if device == "cpu" else {}
-            for name, value in _worker("memory", case, environment, device, quick).items():
-                setattr(made[0], name, value)
-        except RuntimeError as error:
-            failures.append(str(error))
-        rows += made
+            for name, peak in _worker("memory", case, environment, device, quick).items():
+                vars(next(iter(made.values()))[name]).update(peak)
+        except RuntimeError as problem:
+            failures.append(str(problem))
+        rows += [row for pair in made.values() for row in pair.values()]
     return rows, failures
-
-
-def _line(row: Row) -> str:
-    ratio = row.before_ms / row.after_ms
-    return f"{row.model} ({row.setting}): {number(row.before_ms)} -> {number(row.after_ms)} ms, {number(ratio)}x"
-
-
-# ---------------------------------------------------------------- reports
 
 
 def table(rows: Sequence[Row]) -> str:
     """Markdown: each model's times in every setting, memory and difference."""
-    settings = list(dict.fromkeys(row.setting for row in rows))
-    times = [f"{text}, ms ({settings[0]} allocator)" for text in ("before", "after")]
-    header = [
-        "model",
-        *times,
-        "ratio",
-        *(f"ratio ({name})" for name in settings[1:]),
-        "target",
-        "peak MiB above the weights",
-    ]
-    header += ["deformable attention's share before", "difference, of outputs up to"]
-    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    for model in dict.fromkeys(row.model for row in rows):
-        mine = {row.setting: row for row in rows if row.model == model}
-        first = mine[settings[0]]
-        ratios = [f"{number(row.before_ms / row.after_ms)}x" for row in mine.values()]
-        ratios[0] = f"**{ratios[0]}**"
+    by_key, found = tables.measured(rows), tables.settings(rows)
+    aims = {model.name: f"{model.aim}x" for model in MODELS}
+    times = [f"{text}, ms ({found[0]} allocator)" for text in (BEFORE, AFTER)]
+    header = ["model", *times, "ratio", *(f"ratio ({name})" for name in found[1:]), "target"]
+    header += ["peak MiB above the weights", "deformable attention's share before", "largest relative difference"]
+    lines = []
+    for model in dict.fromkeys(row.case for row in rows):
+        pairs = [(by_key[model, BEFORE, s], by_key[model, AFTER, s]) for s in found if (model, AFTER, s) in by_key]
+        before, after = pairs[0]
+        ratios = [f"{number(old.median_ms / new.median_ms)}x" for old, new in pairs]
         memories = "-"  # not measured: no resettable peak on this system, or the process failed
-        if not math.isnan(first.after_mib):
-            ratio = number(first.before_mib / first.after_mib)
-            memories = f"{mebibytes(first.before_mib)} → {mebibytes(first.after_mib)}, {ratio}x"
+        if before.memory_extra_mib and after.memory_extra_mib:
+            ratio = number(before.memory_extra_mib / after.memory_extra_mib)
+            memories = f"{mebibytes(before.memory_extra_mib)} → {mebibytes(after.memory_extra_mib)}, {ratio}x"
+        share = f"{before.stage_ms[ATTENTION] / before.median_ms:.0%}"
         cells = [
-            model,
-            number(first.before_ms),
-            number(first.after_ms),
-            *ratios,
-            f"{first.aim}x",
-            memories,
-            f"{first.share:.0%}",
+            number(before.median_ms),
+            number(after.median_ms),
+            f"**{ratios[0]}**",
+            *ratios[1:],
+            aims.get(model, "-"),
         ]
-        lines.append("| " + " | ".join([*cells, f"{first.difference:.1e} of {number(first.largest)}"]) + " |")
-    return "\n".join(lines)
-
-
-def report(rows: Sequence[Row], stated: dict[str, str], quick: bool) -> str:
-    parts = ["# transformers before and after", (__doc__ or "").split("\n\n", 2)[2].strip()]
-    if quick:
-        parts.append("**Quick run: small images, one round. These are no figures.**")
-    rounds = ", ".join(f"{row.model} ({row.setting}): {row.rounds}" for row in rows)
-    parts += [table(rows), f"Rounds: {rounds}.", "## Measured with"]
-    parts.append("\n".join(["| | |", "|---|---|", *(f"| {name} | {fact} |" for name, fact in stated.items())]))
-    return "\n\n".join(parts) + "\n"
-
-
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
-        writer.writeheader()
-        for row in rows:
-            values = asdict(row)
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
-
-
-def read_csv(path: Path) -> list[Row]:
-    kinds: dict[str, Callable[[str], Any]] = {"model": str, "setting": str, "rounds": int, "replaced": int}
-    with path.open(newline="") as file:
-        return [Row(**{k: kinds.get(k, float)(v) for k, v in record.items()}) for record in csv.DictReader(file)]
-
-
-def update(page: str) -> str:
-    """The text of the page with its figures replaced by those of the committed run."""
-    figures = table(read_csv(COMMITTED)) if COMMITTED.exists() else NOT_MEASURED
-    before, rest = page.split(MARKS[0])
-    return f"{before}{MARKS[0]}\n\n{figures}\n\n{MARKS[1]}{rest.split(MARKS[1])[1]}"
+        lines.append([model, *cells, memories, share, error(after.error_output)])
+    return markdown(header, lines)
 
 
 def main() -> int:
@@ -341,7 +264,7 @@ def main() -> int:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quick", action="store_true", help="small images, one round")
     parser.add_argument("--case", default="", help="only models whose name contains this; written only with --output")
-    parser.add_argument("--output", type=Path, help="default: benchmarks/results/<device>")
+    parser.add_argument("--output", type=Path, help="default: benchmarks/results")
     parser.add_argument("--task", choices=["time", "memory"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.task:
@@ -354,17 +277,13 @@ def main() -> int:
     stated = facts.gather(arguments.device, ["ms_deform_attn_from_offsets"])
     rows, failures = run(arguments.device, arguments.quick, arguments.case)
     stated["wall time of the run"] = f"{time.perf_counter() - start:.0f} s"
-    directory = arguments.output
-    if directory is None and not (arguments.quick or arguments.case):
-        directory = ROOT / "benchmarks" / "results" / facts.device_slug(arguments.device)
+    directory = arguments.output or (None if arguments.quick or arguments.case else report.RESULTS)
     if rows:
         print(table(rows))
     if rows and not failures and directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-        write_csv(directory / "integrations.csv", rows)
-        (directory / "integrations.md").write_text(report(rows, stated, arguments.quick))
+        scale = Scale(arguments.device, arguments.quick)
+        report.save(directory / f"{facts.device_slug(arguments.device)}.csv", report.Run(scale, stated, {}, rows))
         print(f"Written to {directory} in {stated['wall time of the run']}")
-        PAGE.write_text(update(PAGE.read_text()))
     for failure in failures:
         print(f"Failed: {failure}", file=sys.stderr)
     return 1 if failures else 0

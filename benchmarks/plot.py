@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -281,3 +282,34 @@ def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
     figure.savefig(directory / "end_to_end_stages.png", dpi=130)
     plt.close(figure)
     return ["end_to_end_stages.png"]
+
+
+# ---------------------------------------------------------------- training
+
+#: Steps over which a curve is averaged before curves are compared and drawn.
+WINDOW = 50
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """The mean of every full window."""
+    return [statistics.fmean(values[i : i + WINDOW]) for i in range(0, len(values) - WINDOW + 1, WINDOW)]
+
+
+def draw_learning(directory: Path, curves: dict[str, list[float]]) -> list[str]:
+    """Draws losses over steps and over seconds, of curves named "<backend>_loss" and "<backend>_seconds"."""
+    plt = _pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    backends = [name.removesuffix("_loss") for name in curves if name.endswith("_loss")]
+    for backend, colour in zip(backends, (_OURS, _PEERS[0]), strict=False):
+        losses, seconds = smooth(curves[f"{backend}_loss"]), curves[f"{backend}_seconds"]
+        steps = [WINDOW * (i + 1) for i in range(len(losses))]
+        panels[0].plot(steps, losses, color=colour, label=backend)
+        panels[1].plot([sum(seconds[:step]) for step in steps], losses, color=colour)
+    for axes, label in zip(panels, ("step", "seconds"), strict=True):
+        axes.set_xlabel(label)
+        _bare(axes, "top", "right")
+    panels[0].set_ylabel(f"training loss, mean of {WINDOW} steps")
+    panels[0].legend()
+    figure.savefig(directory / "learning.png", dpi=120)
+    plt.close(figure)
+    return ["learning.png"]

@@ -1,60 +1,51 @@
-"""Writes the tables of README and docs/results.md from committed CSVs: `python -m benchmarks.readme`."""
+"""The tables of README and of the documentation, from the committed results.
+
+`python -m benchmarks.readme` writes README's, as every run does that renews committed results. Those of docs/ are put
+in where `[Table: NAME](...)` stands alone on a line when the site is built (docs/hooks.py).
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import bench_end_to_end, other_models, peers_points, tables
+from benchmarks import bench_end_to_end, integrations, other_models, peers_points, tables
 from benchmarks.cases import Row
 from benchmarks.compare import read
 from benchmarks.formats import markdown, number
+from benchmarks.report import RESULTS
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-#: Pages with tables, and the relative path from each to the repository's root.
-PAGES = {ROOT / "README.md": "", ROOT / "docs" / "results.md": "../"}
-#: Folders of the CPU's figures: the first that has an operator's CSV is used.
-FOLDERS = ("cpu-intel-xeon", "cpu-intel-xeon/full", "cpu-amd-epyc/full")
-GPU = ("nvidia-h200",)
-NOT_MEASURED = "*Not measured yet.*"
+README = ROOT / "README.md"
+_CPU, _GPU = "cpu-intel-xeon", "nvidia-h200"
 
 
 @dataclass(frozen=True)
 class Block:
-    """A part of README between two comments, written from CSVs."""
+    """A table of a page, and pictures below it."""
 
-    name: str
     ops: tuple[str, ...]
     table: Callable[[Sequence[Row]], str]
     pictures: tuple[str, ...] = ()
-    folders: tuple[str, ...] = FOLDERS
+    device: str = _CPU
 
-    @property
-    def marks(self) -> tuple[str, str]:
-        return f"<!-- {self.name}: python -m benchmarks.readme -->", f"<!-- end of {self.name} -->"
-
-    def text(self, root: str) -> str:
-        for folder in self.folders:
-            files = [RESULTS / folder / f"{op}.csv" for op in self.ops]
-            if all(file.exists() for file in files):
-                table = self.table([row for file in files for row in read(file)])
-                drawn = [name for name in self.pictures if (RESULTS / folder / name).exists()]
-                shown = [f"![{self.name}]({root}benchmarks/results/{folder}/{name})" for name in drawn]
-                return "\n\n".join([table, self.source(folder, root), *shown])
-        return NOT_MEASURED
-
-    def source(self, folder: str, root: str) -> str:
-        links = ", ".join(f"[{op.replace('_', ' ')}]({root}benchmarks/results/{folder}/{op}.md)" for op in self.ops)
-        return f"Measured on {folder.split('/')[0]}: {links}."
+    def text(self, up: str) -> str:
+        """Markdown; `up` leads from the page to the repository's root."""
+        rows = [r for r in read(RESULTS / f"{self.device}.csv") if r.run == "default" and r.op in self.ops]
+        folder = f"{up}benchmarks/results/{self.device}"
+        links = ", ".join(f"[{op.replace('_', ' ')}]({folder}/{op}.md)" for op in self.ops)
+        parts = [self.table(rows)] if rows else []
+        shown = [f"![{picture}]({folder}/{picture}.png)" for picture in self.pictures]
+        return "\n\n".join([*parts, f"Measured on {self.device}: {links}.", *shown])
 
 
 @dataclass(frozen=True)
 class Headline:
     """A row of the headline table: one case of a run, before and after."""
 
-    folder: str
+    device: str
     op: str
     case: str
     before: str
@@ -64,12 +55,12 @@ class Headline:
     def row(self, implementation: str) -> Row:
         return next(
             row
-            for row in read(RESULTS / self.folder / f"{self.op}.csv")
-            if (row.case, row.implementation) == (self.case, implementation) and row.setting in ("default", "cuda")
+            for row in read(RESULTS / f"{self.device}.csv")
+            if (row.run, row.op, row.case, row.implementation) == ("default", self.op, self.case, implementation)
+            and row.setting in ("default", "cuda")
         )
 
 
-_CPU, _GPU = "cpu-intel-xeon", "nvidia-h200"
 _MODELS = (other_models.BEFORE, other_models.AFTER)
 _OURS = (bench_end_to_end.TRANSFORMERS, bench_end_to_end.OURS)
 _LOSS = (peers_points.TRANSFORMERS, tables.OURS)
@@ -106,35 +97,36 @@ def headline() -> str:
     return markdown(head, lines)
 
 
-BLOCKS = (
-    Block("figures of the loss", ("point_loss",), tables.point_loss, ("point_loss_curve.png",)),
-    Block("figures of the whole model", ("end_to_end",), tables.end_to_end, ("end_to_end_stages.png",)),
-    Block("figures of other people's models", ("integrations",), tables.integrations),
-    Block("figures", ("ms_deform_attn",), tables.deformable_attention, ("ms_deform_attn.png",)),
-    Block("figures of masked attention", ("attention_mask", "masked_attention"), tables.masked_attention),
-    Block("figures of deformable attention on a GPU", ("ms_deform_attn",), tables.deformable_attention, (), GPU),
-    Block("figures of the loss on a GPU", ("point_loss",), tables.point_loss, (), GPU),
-    Block("figures of the whole model on a GPU", ("end_to_end",), tables.end_to_end, (), GPU),
-)
-
-
+BLOCKS = {
+    "the loss": Block(("point_loss",), tables.point_loss, ("point_loss_curve",)),
+    "the whole model": Block(("end_to_end",), tables.end_to_end, ("end_to_end_stages",)),
+    "other people's models": Block(("integrations",), tables.integrations),
+    "other people's models in detail": Block(("integrations",), integrations.table),
+    "deformable attention": Block(("ms_deform_attn",), tables.deformable_attention, ("ms_deform_attn",)),
+    "masked attention": Block(("attention_mask", "masked_attention"), tables.masked_attention),
+    "training": Block(("learning",), lambda rows: "", ("learning",)),
+    "deformable attention on a GPU": Block(("ms_deform_attn",), tables.deformable_attention, (), _GPU),
+    "the loss on a GPU": Block(("point_loss",), tables.point_loss, (), _GPU),
+    "the whole model on a GPU": Block(("end_to_end",), tables.end_to_end, (), _GPU),
+}
+MARKER = re.compile(r"^\[Table: (.*)\]\(.*\)$", re.MULTILINE)
 _HEADLINE = ("<!-- headline: python -m benchmarks.readme -->", "<!-- end of headline -->")
 
 
-def update(text: str, root: str = "") -> str:
-    """A page with its tables replaced; those whose marks it lacks are left out.
+def fill(page: str, up: str) -> str:
+    """A page of the documentation with its tables; `up` leads from it to the repository's root."""
+    return MARKER.sub(lambda found: BLOCKS[found[1]].text(up), page)
 
-    Args:
-        root: what the page's links to the repository's root begin with.
-    """
-    blocks = [(_HEADLINE, headline), *((block.marks, lambda b=block: b.text(root)) for block in BLOCKS)]
-    for (start, end), made in blocks:
-        if start in text:
-            before, rest = text.split(start)
-            text = f"{before}{start}\n\n{made()}\n\n{end}{rest.split(end)[1]}"
-    return text
+
+def update(readme: str) -> str:
+    """README with its table replaced."""
+    before, rest = readme.split(_HEADLINE[0])
+    return f"{before}{_HEADLINE[0]}\n\n{headline()}\n\n{_HEADLINE[1]}{rest.split(_HEADLINE[1])[1]}"
+
+
+def main() -> None:
+    README.write_text(update(README.read_text()))
 
 
 if __name__ == "__main__":
-    for page, root in PAGES.items():
-        page.write_text(update(page.read_text(), root))
+    main()

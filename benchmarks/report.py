@@ -1,18 +1,17 @@
-"""Writes the results of a run: CSV, conditions, tables and pictures of each operator, and one report of all of them.
+"""Keeps the results of runs, one CSV and one JSON for each device, and writes pages and pictures of them.
 
-`report.md` is made from the files in its folder, so a run of some operators renews their part and keeps the others'.
-`python -m benchmarks.report FOLDER` makes it again.
+A run of some operators renews their rows and facts and keeps the others'. `python -m benchmarks.report CSV...` writes a
+device's pages into the folder of its name beside the CSV; `make docs` writes those of the committed results.
 """
 
 from __future__ import annotations
 
-import csv
 import json
+import re
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -20,7 +19,7 @@ from rich.table import Table
 
 import benchmarks
 from benchmarks import figures, memory, other_models, tables
-from benchmarks.cases import Benchmark, Row, Scale
+from benchmarks.cases import Benchmark, Row, Scale, read_csv, write_csv
 from benchmarks.compare import read
 from benchmarks.formats import error, markdown, mebibytes, number
 
@@ -37,6 +36,16 @@ METHOD = """\
   gathered rows at the L1 rate, random ones at the L2 rate; backward counts as a second gather and a read-modify-write
   of every row. Masked attention: operations of attended pairs only, 2 products forward and 4 backward.
 - Page faults: minor faults per call (CPU); they are what the allocator setting changes."""
+RESOURCES = """\
+What kernels take, by {compiler}, compiled and not run: `make resources`. Registers and stack are per thread, in
+registers and bytes, shared memory in bytes per block (CUDA: to which the launch adds dynamic shared memory); spills are
+instructions that access local memory, of CUDA bytes. A stack without spills holds the arguments of an error's message.
+Occupancy is the share of a multiprocessor's warps that fit by registers and shared memory. Instructions are counted as
+they stand in the code: a loop counts once. A wave is what the part holds at once. *Least*: the launch's tensors moved
+once over the data sheet's bandwidth, or the operations of its matrix products (half precision, where counted) over the
+data sheet's rate."""
+#: The committed results.
+RESULTS = Path(__file__).parent / "results"
 #: Load average before a run above which the machine is not idle enough for times to be trusted.
 BUSY = 0.5
 Section = tuple[str, list[str], list[list[str]]]
@@ -44,15 +53,16 @@ Section = tuple[str, list[str], list[list[str]]]
 
 @dataclass(frozen=True)
 class Run:
-    """Everything one run of the suite measured."""
+    """Everything one run of the suite measured; `curves` are a training's, one value for each step."""
 
     scale: Scale
     facts: dict[str, str]
     floors: dict[str, dict[str, float]]
     rows: list[Row]
+    curves: dict[str, list[float]] = field(default_factory=dict)
 
     def of(self, op: str) -> Run:
-        return Run(self.scale, self.facts, self.floors, [row for row in self.rows if row.op == op])
+        return replace(self, rows=[row for row in self.rows if row.op == op])
 
 
 # ---------------------------------------------------------------- tables of an operator
@@ -238,26 +248,65 @@ def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> 
 # ---------------------------------------------------------------- files
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, Row.columns())
-        writer.writeheader()
-        for row in rows:
-            values: dict[str, Any] = asdict(row)
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()})
+def save(table: Path, run: Run) -> None:
+    """Renew what a device's CSV, and the JSON beside it, say of the operators of a run."""
+    names = {(row.run, row.op): None for row in run.rows}
+    known = [row for row in (read(table) if table.exists() else []) if (row.run, row.op) not in names]
+    rows = sorted([*known, *run.rows], key=lambda row: (row.run, row.op))
+    about = table.with_suffix(".json")
+    facts = json.loads(about.read_text()) if about.exists() else {}
+    stated = {name: value for name, value in asdict(run).items() if name != "rows" and value}
+    for name, op in names:
+        facts.setdefault(name, {})[op] = stated
+    table.parent.mkdir(parents=True, exist_ok=True)
+    write_csv(table, map(asdict, rows))
+    text = json.dumps(facts, indent=1)
+    about.write_text(re.sub(r"(?<=[\d\[],)\s+(?=[\d.]+[,\s])", " ", text) + "\n")
+    if table.parent == RESULTS:
+        from benchmarks import readme
+
+        readme.main()
 
 
-def write(directory: Path, chosen: Sequence[Benchmark], run: Run) -> None:
-    """CSV, facts, page and pictures of each operator that the run measured, and the report of all in the folder."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for benchmark in chosen:
-        own = run.of(benchmark.op)
-        if own.rows:
-            write_csv(directory / f"{benchmark.op}.csv", own.rows)
-            about = {"scale": asdict(run.scale), "facts": run.facts, "floors": run.floors}
-            (directory / f"{benchmark.op}.json").write_text(json.dumps(about, indent=1) + "\n")
-            write_page(directory, benchmark, own)
-    (directory / "report.md").write_text(text(directory))
+def load(table: Path) -> dict[str, dict[str, Run]]:
+    """By the name of the run and by operator, in the registry's order, what a device's files hold."""
+    about = json.loads(table.with_suffix(".json").read_text())
+    rows = read(table)
+    order = [*benchmarks.REGISTRY, *benchmarks.OTHERS]
+    found: dict[str, dict[str, Run]] = {}
+    for name, of in about.items():
+        for op in sorted(of, key=lambda op: (order.index(op) if op in order else len(order), op)):
+            mine = [row for row in rows if (row.run, row.op) == (name, op)]
+            given = {"floors": {}} | of[op]
+            found.setdefault(name, {})[op] = Run(**given | {"scale": Scale(**given["scale"]), "rows": mine})
+    return found
+
+
+def pages(table: Path, directory: Path) -> None:
+    """Write the pages and pictures of a device: those of the usual run, and others in folders of their names."""
+    for name, runs in load(table).items():
+        folder = directory if name == "default" else directory / name
+        folder.mkdir(parents=True, exist_ok=True)
+        for op, run in runs.items():
+            write_page(folder, benchmarks.load(op), run)
+        (folder / "report.md").write_text(text(folder, runs))
+
+
+def committed(directory: Path) -> None:
+    """Write the pages of all committed results: a folder for each device, and a page for each compiler's report."""
+    for table in sorted(RESULTS.glob("*.csv")):
+        if table.with_suffix(".json").exists():
+            pages(table, directory / table.stem)
+            continue
+        lines = read_csv(table)
+        title, compiler = table.stem.replace("_", " "), lines[0].pop("compiler")
+        cells = [[line[name] for name in lines[0]] for line in lines]
+        parts = [
+            f"# {title[0].upper()}{title[1:]}",
+            RESOURCES.format(compiler=compiler),
+            markdown(list(lines[0]), cells),
+        ]
+        (directory / f"{table.stem}.md").write_text("\n\n".join(parts) + "\n")
 
 
 def write_page(directory: Path, benchmark: Benchmark, run: Run) -> None:
@@ -265,18 +314,8 @@ def write_page(directory: Path, benchmark: Benchmark, run: Run) -> None:
 
     drawn = [f"{benchmark.op}.png"] if plot.draw(directory, benchmark, run.rows, run.facts) else []
     drawn += benchmark.pictures(directory, run.rows)
+    drawn += plot.draw_learning(directory, run.curves) if run.curves else []
     (directory / f"{benchmark.op}.md").write_text(chapter(benchmark, run, drawn))
-
-
-def load(directory: Path) -> dict[str, Run]:
-    """The operators that have been measured into a folder, in the registry's order."""
-    found = {}
-    for op in benchmarks.REGISTRY:
-        path = directory / f"{op}.csv"
-        if path.exists():
-            about = json.loads(path.with_suffix(".json").read_text())
-            found[op] = Run(Scale(**about["scale"]), about["facts"], about["floors"], read(path))
-    return found
 
 
 # ---------------------------------------------------------------- the report
@@ -295,56 +334,34 @@ FIRST_PAGE = (
 )  # fmt: skip
 
 
-def targets(directory: Path, runs: dict[str, Run]) -> list[list[str]]:
+def targets(runs: dict[str, Run]) -> list[list[str]]:
     """Every figure with a target, by operator: its name, and the columns of `figures.HEADER`."""
-    found = []
-    for op, run in runs.items():
-        benchmark = benchmarks.load(op)
-        for line in figures.lines(benchmark, run.scale, run.rows):
-            found.append([op, *line])
-    path = directory / f"{other_models.OP}.csv"
-    if path.exists():
-        with path.open(newline="") as file:
-            records = list(csv.DictReader(file))
-        for line in figures.judge(other_models.figures(records), Scale("cpu", False), other_models.rows(records)):
-            found.append([other_models.OP, *line])
-    return found
+    return [[op, *line] for op, run in runs.items() for line in figures.lines(benchmarks.load(op), run.scale, run.rows)]
 
 
-def text(directory: Path) -> str:
-    """The report of what lies in a folder."""
-    runs = load(directory)
+def text(directory: Path, runs: dict[str, Run]) -> str:
+    """The report of all operators of a run, whose pages and pictures lie in a folder."""
     parts = [f"# Benchmark results: {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
-    found = targets(directory, runs)
+    found = targets(runs)
     parts += [*_warnings(runs), *_misses(found)]
     for title, op, table, pictures in FIRST_PAGE:
         parts.append(f"## {title}")
-        path = directory / f"{op}.csv"
-        if not path.exists():
+        if op not in runs:
             parts.append(f"*Not measured in this folder: {op}.*")
             continue
-        parts += [table(read(path)), f"Every case: [{op}.md]({op}.md). {_note(op)}"]
+        parts += [table(runs[op].rows), f"Every case: [{op}.md]({op}.md). {_note(op)}"]
         parts += [f"![{title}]({name})" for name in pictures if (directory / name).exists()]
-    if (directory / "learning.md").exists():
-        parts += ["## Training, on this package's kernels and on plain PyTorch", _page(directory / "learning.md")]
     parts.append("## Every operator and every peer")
     for op, run in runs.items():
         header, lines = _peers_table(run.rows)
-        if lines:
-            title = benchmarks.load(op).title
-            picture = f"![{title}]({op}.png)" if (directory / f"{op}.png").exists() else ""
-            parts += [f"### [{title}]({op}.md)", markdown(header, lines), picture]
+        picture = f"![{op}]({op}.png)" if (directory / f"{op}.png").exists() else ""
+        parts += [f"### [{benchmarks.load(op).title}]({op}.md)", markdown(header, lines) if lines else "", picture]
     judged = [line for line in found if line[-1] != figures.NO_TARGET]
     parts += ["## Targets", figures.summary(found), markdown(["operator", *figures.HEADER],
               _bold_misses(judged))]  # fmt: skip
     for facts, ops in _by_facts(runs):
         parts += [f"## Measured with: {', '.join(ops)}", _facts(facts)]
     return "\n\n".join(part for part in [*parts, method()] if part)
-
-
-def _page(path: Path) -> str:
-    """A page written by a separate command, as a part of the report: without its title."""
-    return "\n".join(line for line in path.read_text().splitlines() if not line.startswith("# ")).strip()
 
 
 def _misses(found: list[list[str]]) -> list[str]:
@@ -389,12 +406,8 @@ def _by_facts(runs: dict[str, Run]) -> list[tuple[dict[str, str], list[str]]]:
 
 
 def main() -> None:
-    """Write pages, pictures and the report of a folder again, from its CSVs and facts."""
     for name in sys.argv[1:]:
-        directory = Path(name)
-        for op, run in load(directory).items():
-            write_page(directory, benchmarks.load(op), run)
-        (directory / "report.md").write_text(text(directory))
+        pages(Path(name), Path(name).with_suffix(""))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""Measure the operators and the whole model, print tables, and write `benchmarks/results/<device>/`.
+"""Measure the operators and the whole model, print tables, and write `benchmarks/results/<device>.csv` and pages of it.
 
     python -m benchmarks.run                                    the rows of the first page, under ten minutes on 2 cores
-    python -m benchmarks.run --full                             all shapes and dtypes, written to <device>/full
+    python -m benchmarks.run --full                             all shapes and dtypes, kept beside the default run
     python -m benchmarks.run --op ms_deform_attn --device cpu --quick
     python -m benchmarks.run --compare OLD.csv                  names regressions, exit code 1 if there are any
 
 Everything is measured in fresh subprocesses (`benchmarks/worker.py`), one per allocator setting and one per
 measurement of memory; this process only starts them and writes reports. If it is interrupted (Ctrl-C, SIGTERM), it
-writes the measurements so far to <device>-partial. If the output is not a terminal, each step is one line.
+writes the measurements so far to <device>-partial.csv. If the output is not a terminal, each step is one line.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ class Runner:
         order = {(b.op, c.name): i for b in self.benchmarks for i, c in enumerate(b.select(self.scale))}
         settings = list(facts.settings(self.scale.device))
         rows = sorted(self.rows, key=lambda row: (settings.index(row.setting), order[row.op, row.case]))
+        rows = [replace(row, run="full" if self.scale.full else "default") for row in rows]
         return report.Run(self.scale, self.facts, self.floors, rows)
 
 
@@ -190,11 +192,11 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _directory(arguments: argparse.Namespace, slug: str, interrupted: bool) -> Path:
-    """The directory of the results: `<device>`; another name beside it for anything but a whole default run."""
+def _table(arguments: argparse.Namespace, slug: str, interrupted: bool) -> Path:
+    """The CSV of the results: the device's; another beside it for anything but a whole run."""
     suffix = ("-quick" if arguments.quick else "") + ("-partial" if arguments.case or interrupted else "")
-    directory: Path = arguments.output / (slug + suffix)
-    return directory / "full" if arguments.full else directory
+    found: Path = arguments.output / f"{slug}{suffix}.csv"
+    return found
 
 
 def main() -> int:
@@ -227,11 +229,12 @@ def main() -> int:
         if runner.failures:
             run.facts["failures"] = "; ".join(failure.splitlines()[0] for failure in runner.failures)
         run.facts["wall time of the run"] = f"{time.perf_counter() - start:.0f} s ({phases})"
-        directory = _directory(arguments, runner.slug, runner.interrupted)
-        report.write(directory, runner.benchmarks, run)
+        table = _table(arguments, runner.slug, runner.interrupted)
+        report.save(table, run)
+        report.pages(table, table.with_suffix(""))
         for benchmark in runner.benchmarks:
             report.show(console, benchmark, run, everything=arguments.full or bool(arguments.case))
-        console.print(f"Written to {directory} in {run.facts['wall time of the run']}: report.md is the whole of it")
+        console.print(f"Written to {table} in {run.facts['wall time of the run']}; pages: {table.stem}/report.md")
     for failure in runner.failures:
         console.print(f"[bold red]Failed:[/] {failure}")
     status = 1 if runner.failures or not run.rows else 0

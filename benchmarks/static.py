@@ -1,6 +1,6 @@
 """Registers, shared memory and occupancy of each Triton kernel, compiled ahead of time for all supported architectures.
 
-    python -m benchmarks.static --check --output benchmarks/results/static/triton_resources.md
+    python -m benchmarks.static --check --output benchmarks/results/triton_resources.csv
 
 Needs triton, which brings the assembler, and no GPU. Each operator is called on tensors of the meta device while
 `m2f_kernels._triton.recording` collects its launches, so what is compiled is what production would launch. A new
@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -31,6 +31,8 @@ from typing import Any
 import torch
 
 from benchmarks import sass
+from benchmarks.cases import write_csv
+from benchmarks.formats import markdown
 
 #: Target (compute capability, or AMD's name) -> bytes of shared memory that one program may have.
 SHARED_LIMITS: dict[int | str, int] = {
@@ -520,20 +522,25 @@ def compile_all(work: list[tuple[int, str, int, int | str]], processes: int) -> 
         return [result for results in pool.map(compile_case, *zip(*work, strict=True)) for result in results]
 
 
-def table(results: list[Resources]) -> str:
-    """A Markdown table of what each kernel takes."""
-    lines = [
-        "| operator | kernel | dtype | D | architecture | constants | warps | stages | shared | registers | stack "
-        "| spills | occupancy |",
-        "|---|---|---|---:|---|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
+def lines(results: list[Resources]) -> Iterator[dict[str, Any]]:
+    """Yields the resources of each kernel, by column; for one number of channels per head, its first, also what it
+    consists of and the least that its launch can take."""
+    import triton
+
+    first = {(r.function, r.kernel): r.head_dim for r in reversed(results)}
     for r in results:
-        lines.append(
-            f"| {r.function} | `{r.kernel}` | {r.dtype} | {r.head_dim} | {r.architecture} | {r.constants} "
-            f"| {r.num_warps} | {r.num_stages} | {r.shared} | {r.registers} | {r.stack} | {r.spills} "
-            f"| {'' if r.occupancy is None else f'{r.occupancy:.0%}'} |"
-        )
-    return "\n".join(lines)
+        part = sass.MULTIPROCESSORS.get(r.capability)
+        known = r.mix if part and part.bandwidth and r.head_dim == first[r.function, r.kernel] else None
+        yield {
+            "operator": r.function, "kernel": r.kernel, "dtype": r.dtype, "D": r.head_dim,
+            "architecture": r.architecture, "constants": r.constants, "warps": r.num_warps, "stages": r.num_stages,
+            "shared": r.shared, "registers": r.registers, "stack": r.stack, "spills": r.spills,
+            "occupancy": "" if r.occupancy is None else f"{r.occupancy:.0%}",
+            "programs (waves)": f"{r.programs} ({r.waves:.1f})" if known else "",
+            "MiB": f"{r.bytes_moved / 2**20:.2f}" if known else "", "least µs": r.floor() if known else "",
+            "instructions": known.text() if known else "",
+            "accesses to global memory": known.memory() if known else "", "compiler": f"triton {triton.__version__}",
+        }  # fmt: skip
 
 
 def summary(results: Iterable[Resources]) -> str:
@@ -557,31 +564,6 @@ def _names() -> list[str]:
     return [f"sm_{target}" if isinstance(target, int) else target for target in SHARED_LIMITS]
 
 
-def mix_table(results: list[Resources]) -> str:
-    """A Markdown table of what each kernel consists of and the least its launch can take; for one number of channels
-    per head, its first."""
-    first = {(r.function, r.kernel): r.head_dim for r in reversed(results)}
-    lines = [
-        "| operator | kernel | dtype | architecture | programs (waves) | MiB | least µs | instructions "
-        "| accesses to global memory |",
-        "|---|---|---|---|---:|---:|---:|---|---:|",
-    ]
-    for r in results:
-        known = r.mix is not None and sass.MULTIPROCESSORS[r.capability].bandwidth
-        if known and r.mix is not None and r.head_dim == first[r.function, r.kernel]:
-            lines.append(
-                f"| {r.function} | `{r.kernel}` | {r.dtype} | {r.architecture} | {r.programs} ({r.waves:.1f}) "
-                f"| {r.bytes_moved / 2**20:.2f} | {r.floor()} | {r.mix.text()} | {r.mix.memory()} |"
-            )
-    return "\n".join(lines)
-
-
-def _parts(results: list[Resources]) -> str:
-    known = sorted({r.capability for r in results} & sass.MULTIPROCESSORS.keys())
-    found = (part for capability in known if (part := sass.MULTIPROCESSORS[capability]).bandwidth)
-    return "; ".join(f"{p.part}, {p.bandwidth / 1e12:g} TB/s, {p.tensor_flops / 1e12:g} TFLOP/s" for p in found)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
@@ -600,7 +582,7 @@ def main() -> int:
         "--summary", action="store_true", help="print kernels by targets with their spills, not every kernel"
     )
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
+    parser.add_argument("--output", type=Path, help="write the table there, as CSV, besides printing it")
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("benchmarks.static: TRITON_INTERPRET=1 is set: the interpreter compiles nothing", file=sys.stderr)
@@ -617,25 +599,11 @@ def main() -> int:
     results = compile_all(work, options.processes)
     problems = [problem for result in results for problem in result.problems()]
     counted = f"{len(results)} kernels, {len(problems)} of them with spills or too much shared memory."
-    print(f"{summary(results) if options.summary else table(results)}\n{counted}")
+    made = list(lines(results))
+    shown = summary(results) if options.summary else markdown(list(made[0]), [list(map(str, x.values())) for x in made])
+    print(f"{shown}\n{counted}")
     if options.output is not None:
-        import triton
-
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(
-            "# Resources of the Triton kernels\n\n"
-            f"Written by `python -m benchmarks.static --archs {options.archs} --output {options.output.as_posix()}`\n"
-            f"with triton {triton.__version__}.\n"
-            "Registers and stack bytes are per thread, shared memory bytes per program; spills are instructions that\n"
-            "access local memory. Occupancy is the share of a multiprocessor's warps that fit by registers and shared\n"
-            "memory.\n"
-            f"Compiled for these architectures, not run on them.\n\n{counted}\n\n{table(results)}\n\n"
-            "## Instructions, and the least a launch can take\n\n"
-            "Instructions are counted as they stand in the code: a loop counts once. A wave is what the part holds at\n"
-            "once. *Least*: the launch's tensors moved once over the data sheet's bandwidth, or the operations of its\n"
-            "matrix products (half precision, where counted) over the data sheet's rate: "
-            f"{_parts(results)}.\n\n{mix_table(results)}\n"
-        )
+        write_csv(options.output, made)
     for problem in problems:
         print(f"benchmarks.static: {problem}", file=sys.stderr)
     return 1 if options.check and problems else 0

@@ -1,6 +1,6 @@
 """Registers, shared memory and spills of each CUDA kernel, as the compiler reports them, for all shipped architectures.
 
-    python -m benchmarks.static_cuda --output benchmarks/results/static/ms_deform_attn_resources.md --check
+    python -m benchmarks.static_cuda --output benchmarks/results/cuda_resources.csv --check
 
 Needs nvcc, of a toolkit or from PyPI, and the headers of any installed torch; no GPU.
 """
@@ -17,8 +17,11 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from benchmarks import sass
+from benchmarks.cases import write_csv
+from benchmarks.formats import markdown
 
 SOURCE = Path("ms_deform_attn/cuda.cu")
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
@@ -206,19 +209,15 @@ def parse(report: str, architecture: str, instructions: dict[str, sass.Mix] | No
     return sorted(kernels, key=lambda kernel: kernel.name)
 
 
-def table(kernels: list[Kernel]) -> str:
-    """A Markdown table."""
-    lines = [
-        "| kernel | architecture | registers | static shared memory | stack | spill stores | spill loads | occupancy "
-        "| instructions | accesses to global memory |",
-        "|---|---|---:|---:|---:|---:|---:|---:|---|---:|",
-    ]
-    for k in kernels:
-        numbers = (k.registers, k.shared, k.stack, k.spill_stores, k.spill_loads)
-        mix = ("-", "-") if k.mix is None else (k.mix.text(), k.mix.memory())
-        cells = [*map(str, numbers), f"{k.occupancy:.0%}", *mix]
-        lines.append(f"| `{k.name}` | sm_{k.architecture} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+def line(k: Kernel, release: str) -> dict[str, Any]:
+    """A kernel's resources, by column."""
+    return {
+        "kernel": k.name, "architecture": f"sm_{k.architecture}", "registers": k.registers,
+        "static shared memory": k.shared, "stack": k.stack, "spill stores": k.spill_stores,
+        "spill loads": k.spill_loads, "occupancy": f"{k.occupancy:.0%}",
+        "instructions": "-" if k.mix is None else k.mix.text(),
+        "accesses to global memory": "-" if k.mix is None else k.mix.memory(), "compiler": f"nvcc {release}",
+    }  # fmt: skip
 
 
 def main() -> int:
@@ -226,7 +225,7 @@ def main() -> int:
     parser.add_argument(
         "--archs", default=";".join(ARCHITECTURES), help="separated by ';' or ','; default: all shipped"
     )
-    parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
+    parser.add_argument("--output", type=Path, help="write the table there, as CSV, besides printing it")
     parser.add_argument("--check", action="store_true", help="fail if a forward kernel spills registers")
     options = parser.parse_args()
     nvcc = compiler()
@@ -237,27 +236,17 @@ def main() -> int:
     for architecture in re.split("[;,]", options.archs):
         report, instructions = compile_verbosely(nvcc, architecture)
         kernels += parse(report, architecture, instructions)
-    print(table(kernels))
     spilling = [k for k in kernels if k.spill_stores or k.spill_loads]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
-    release = re.search(r"release [\d.]+, V[\d.]+", version)
-    summary = (
+    release = re.search(r"release ([\d.]+, V[\d.]+)", version)
+    made = [line(k, release[1] if release else "of unknown release") for k in kernels]
+    print(markdown(list(made[0]), [list(map(str, x.values())) for x in made]))
+    print(
         f"{len(kernels)} kernels on {len({k.architecture for k in kernels})} architectures, "
         f"{len(spilling)} of them with register spills."
     )
-    print(summary)
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(
-            f"# Resources of the kernels in `csrc/{SOURCE}`\n\n"
-            f"Written by `python -m benchmarks.static_cuda --output {options.output.as_posix()} --check` with nvcc\n"
-            f"{release[0] if release else 'of unknown release'}. Stack and spills are bytes per thread; shared memory\n"
-            "is bytes per block, to which the launch adds dynamic shared memory. A stack without spills holds the\n"
-            "arguments of the message that is printed when a level does not lie within value. Occupancy: the share of\n"
-            f"a multiprocessor's warps that fit with blocks of {THREADS} threads, by registers and static shared\n"
-            "memory. Instructions are counted as they stand in the code: a loop counts once.\n\n"
-            f"{summary}\n\n{table(kernels)}\n"
-        )
+        write_csv(options.output, made)
     failed = [k for k in spilling if "forward" in k.name]
     for k in failed:
         print(f"static_cuda: {k.name} spills on sm_{k.architecture}", file=sys.stderr)

@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import html
 import re
+import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for the benchmarks, which are not installed
+
+from benchmarks import readme, report
+
 ROOT = Path(__file__).parents[1]
+RESULTS = "benchmarks/results/"
+#: Pages and pictures of the committed results.
+MADE = tempfile.TemporaryDirectory(prefix="m2f-results-")
 #: Pages of the repository's root that are pages of the site.
 PAGES = ("CONTRIBUTING.md", "CHANGELOG.md")
 TITLES = {
@@ -34,30 +43,38 @@ def on_config(config: Any) -> Any:
 
 
 def on_files(files: Files, config: Any) -> Files:
-    """The committed benchmark reports with their pictures, and the root's pages."""
-    results = ROOT / "benchmarks" / "results"
-    outside = [ROOT / name for name in PAGES] + [
-        *results.rglob("*.md"),
-        *results.rglob("*.png"),
-        *results.rglob("*.csv"),
-        *results.rglob("*.txt"),
-    ]
-    for path in outside:
-        name = path.relative_to(ROOT).as_posix()
+    """The root's pages, and pages and pictures of the committed results, which are made here."""
+    made = Path(MADE.name)
+    report.committed(made)
+    found = {name: ROOT / name for name in PAGES}
+    found |= {f"{RESULTS}{path.relative_to(made).as_posix()}": path for path in made.rglob("*.*")}
+    found |= {f"{RESULTS}{path.name}": path for path in report.RESULTS.glob("*.csv")}
+    for name, path in found.items():
         file = File.generated(config, name, abs_src_path=str(path))
-        if name.startswith("benchmarks/"):
+        if name.startswith(RESULTS):
             file.inclusion = type(file.inclusion).NOT_IN_NAV
         files.append(file)
     return files
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Links out of docs/ stay inside the site; links from the root's pages into docs/ too."""
+    """Tables of results are put in. Links out of docs/ stay inside the site; those of the root's pages into docs/ too.
+
+    A link to a device's results, such as `../benchmarks/results/DEVICE.csv#point_loss`, leads to the page made of them.
+    """
     if page.file.src_uri in PAGES:
-        return re.sub(r"\]\(docs/", "](", markdown)
+        markdown = re.sub(r"\]\(docs/", "](", markdown)
+    elif not page.file.src_uri.startswith(RESULTS):
+        markdown = readme.fill(markdown, "../")
+    markdown = re.sub(rf"({RESULTS}[\w-]+)\.csv(?:#([\w/]+):?([\w-]*))?\)", _page_of_results, markdown)
     return re.sub(
         r"\]\((?:\.\./)+(benchmarks/|CONTRIBUTING\.md|CHANGELOG\.md)", lambda m: f"]({_up(page)}{m[1]}", markdown
     )
+
+
+def _page_of_results(link: re.Match[str]) -> str:
+    page = "" if link[1].endswith("_resources") else f"/{link[2] or 'report'}"
+    return f"{link[1]}{page}.md{f'#{link[3]}' if link[3] else ''})"
 
 
 def _up(page: Any) -> str:

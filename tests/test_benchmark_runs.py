@@ -5,7 +5,7 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +14,9 @@ import torch
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
 import benchmarks
-from benchmarks import budget, compare, figures, launches, readme, report, run, sass, static_cuda, timing
-from benchmarks.cases import Figure, Row, Scale
-from benchmarks.report import Run, write_csv
+from benchmarks import budget, compare, figures, launches, plot, report, run, sass, static_cuda, timing
+from benchmarks.cases import Figure, Row, Scale, write_csv
+from benchmarks.report import Run
 
 ROOT = Path(__file__).parents[1]
 SHORT, LONG = 2 * timing.WARM_MS, 2 * timing.LONG_MS
@@ -42,7 +42,7 @@ def test_implementations_can_be_left_out(tmp_path):
     run = ("-m", "benchmarks.run", "--device", "cpu", "--quick", "--op", "attention_mask", "--case", "256")
     done = _python(*run, "--skip", "transformers", "--output", tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    (table,) = tmp_path.glob("cpu-*/attention_mask.csv")
+    (table,) = tmp_path.glob("cpu-*-quick-partial.csv")
     rows = compare.read(table)
     for row in rows:
         left_out = "transformers" in row.implementation
@@ -65,12 +65,12 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
     lines += process.stdout.readlines()
     assert process.wait(timeout=60) == 1
     assert "Failed: interrupted" in "".join(lines)
-    (folder,) = tmp_path.iterdir()
-    assert folder.name.endswith("-quick-partial")
-    rows = compare.read(folder / "attention_mask.csv")
+    (table,) = tmp_path.glob("*.csv")
+    assert table.stem.endswith("-quick-partial")
+    rows = compare.read(table)
     assert len({row.case for row in rows}) == 2
     assert all(row.median_ms > 0 for row in rows if row.status == "ok")
-    assert "| failures | interrupted |" in (folder / "report.md").read_text()
+    assert "| failures | interrupted |" in (table.with_suffix("") / "report.md").read_text()
 
 
 def test_kernels_alone(tmp_path):
@@ -121,10 +121,9 @@ def test_rounds_go_on_until_the_budget_is_spent():
 
 def test_a_default_run_is_short():
     """By the times of the committed full runs; half of ten minutes is left for the whole model, inputs and starts."""
-    folders = [readme.RESULTS / name for name in ("cpu-intel-xeon/full", "cpu-amd-epyc/full")]
     seconds = 0.0
-    for folder in folders:
-        rows = compare.read(folder)
+    for device in ("cpu-intel-xeon", "cpu-amd-epyc"):
+        rows = [row for row in compare.read(report.RESULTS / f"{device}.csv") if row.run == "full"]
         for op in {row.op for row in rows}:
             benchmark = benchmarks.load(op)
             default, full = (budget.timed(benchmark, Scale("cpu", False, full), rows) for full in (False, True))
@@ -137,7 +136,7 @@ def test_a_default_run_is_short():
 
 
 def _csv(path, *rows):
-    write_csv(path, rows)
+    write_csv(path, map(asdict, rows))
     return path
 
 
@@ -275,10 +274,18 @@ def _run(op, date, ratio):
     return Run(scale, facts, {"2": {"bandwidth": 1e9}}, rows)
 
 
+def _report(folder, *runs):
+    """The report's text after the runs."""
+    for one in runs:
+        report.save(folder / "device.csv", one)
+    report.pages(folder / "device.csv", folder)
+    return (folder / "report.md").read_text()
+
+
 def test_a_run_of_one_operator_keeps_the_others_in_the_report(tmp_path):
-    for op, date in (("attention_mask", "Monday"), ("masked_attention", "Tuesday")):
-        report.write(tmp_path, [benchmarks.load(op)], _run(op, date, 100.0))
-    text = (tmp_path / "report.md").read_text()
+    text = _report(
+        tmp_path, *(_run(*x, 100.0) for x in (("attention_mask", "Monday"), ("masked_attention", "Tuesday")))
+    )
     assert "| 9 layers 1024² fp32 | transformers | 1000 (1.00) | 100x |" in text
     assert "| S=16384 Q=100 open 1.0 fp32 forward | SDPA, boolean mask | 1000 (1.00) | 100x |" in text
     assert "Monday" in text
@@ -286,8 +293,7 @@ def test_a_run_of_one_operator_keeps_the_others_in_the_report(tmp_path):
     assert "come from several runs" in text
     assert "**MISSED**" not in text
     assert "Not measured in this folder: point_loss" in text
-    report.write(tmp_path, [benchmarks.load("attention_mask")], _run("attention_mask", "Wednesday", 1.5))
-    text = (tmp_path / "report.md").read_text()
+    text = _report(tmp_path, _run("attention_mask", "Wednesday", 1.5))
     assert "| 9 layers 1024² fp32 | transformers | 15.0 (1.00) | 1.50x |" in text
     assert "SDPA, boolean mask | 1000" in text
     assert "Monday" not in text
@@ -296,9 +302,8 @@ def test_a_run_of_one_operator_keeps_the_others_in_the_report(tmp_path):
 
 
 def test_the_first_page_answers_what_is_saved(tmp_path):
-    for op in ("point_loss", "end_to_end", "ms_deform_attn"):
-        report.write(tmp_path, [benchmarks.load(op)], _run(op, "Monday", 4.0))
-    lines = (tmp_path / "report.md").read_text().splitlines()
+    runs = [_run(op, "Monday", 4.0) for op in ("point_loss", "end_to_end", "ms_deform_attn")]
+    lines = _report(tmp_path, *runs).splitlines()
     titles = [line for line in lines if line.startswith("## ")]
     assert titles[0].startswith("## The loss of a training step: full masks, K = 12544 points")
     assert titles[1].startswith("## A whole Mask2Former")
@@ -311,6 +316,7 @@ def test_the_first_page_answers_what_is_saved(tmp_path):
     assert (tmp_path / "end_to_end_sizes.png").exists()
 
 
+#: As older versions wrote them.
 INTEGRATIONS = """\
 model,setting,aim,before_ms,after_ms,before_iqr_ms,after_iqr_ms,rounds,difference,largest,replaced,before_mib,after_mib
 "Mask2Former Swin-T, 1024²",default,1.7,4000,2000,40,20,3,1e-05,10,12,900,600
@@ -320,25 +326,49 @@ model,setting,aim,before_ms,after_ms,before_iqr_ms,after_iqr_ms,rounds,differenc
 
 
 def test_other_peoples_models_stand_in_the_report(tmp_path):
-    report.write(tmp_path, [benchmarks.load("attention_mask")], _run("attention_mask", "Monday", 100.0))
-    (tmp_path / "integrations.csv").write_text(INTEGRATIONS)
-    text = report.text(tmp_path)
+    older = tmp_path / "older.csv"
+    older.write_text(INTEGRATIONS)
+    run = _run("attention_mask", "Monday", 100.0)
+    text = _report(tmp_path / "new", run, replace(run, rows=compare.read(older)))
     first = "| Mask2Former Swin-T, 1024² | 4000, 2.00x (3000, 1.50x) | **2000** (2000) | 900, 1.50x | 600 | 1.0e-06 |"
     assert first in text
     assert "| RT-DETR ResNet-50, 640² | 300, 1.20x | **250** | 90.0, 1.50x | 60.0 | 1.0e-06 |" in text
-    lines = [line for line in text.splitlines() if line.startswith("| integrations |")]
-    assert [line.split(" | ")[1:] for line in lines] == [
+    lines = [line.split(" | ")[1:] for line in text.splitlines() if line.startswith("| integrations |")]
+    assert [line for line in lines if line[-2] != "-"] == [
         ["Mask2Former Swin-T, 1024²: faster than before", "default", "≥ 1.70x", "2.00x", "met |"],
         ["Mask2Former Swin-T, 1024²: less peak memory above weights", "default", "≥ 2.00x", "1.50x", "**MISSED** |"],
         ["RT-DETR ResNet-50, 640²: faster than before", "default", "≥ 1.30x", "1.20x", "**MISSED** |"],
     ]
-    assert {row.op for row in compare.read(tmp_path)} == {"attention_mask", "integrations"}
+    assert {row.op for row in compare.read(tmp_path / "new")} == {"attention_mask", "integrations"}
 
 
-def test_committed_reports_are_what_their_folders_say():
-    for folder in {path.parent for path in readme.RESULTS.rglob("report.md")}:
-        same = (folder / "report.md").read_text() == report.text(folder)
-        assert same, f"python -m benchmarks.report {folder.relative_to(ROOT)}"
+def test_committed_reports_are_what_their_folders_say(tmp_path):
+    """Each committed row and fact stands on a page made of it, and only what has facts."""
+    tables = [path.with_suffix(".csv") for path in report.RESULTS.glob("*.json")]
+    assert len(tables) >= 3
+    for table in tables:
+        for name, runs in report.load(table).items():
+            text = report.text(tmp_path, runs)
+            for op, one in runs.items():
+                assert one.rows, (table, name, op)
+                page = report.chapter(benchmarks.load(op), one, [])
+                assert all(row.case in page and row.implementation in page for row in one.rows)
+                assert f"]({op}.md)" in text
+        stated = {(name, op) for name, runs in report.load(table).items() for op in runs}
+        assert {(row.run, row.op) for row in compare.read(table)} == stated
+
+
+def test_older_results_can_be_compared(tmp_path, compared):
+    """A folder of a CSV for each operator, a full run's in a folder of its own, without the columns that came later."""
+    older = tmp_path / "older" / "full"
+    older.mkdir(parents=True)
+    row = asdict(_row())
+    write_csv(older / "attention_mask.csv", [{name: row[name] for name in list(row)[:20]} | {"ours": True}])
+    (older / "learning.csv").write_text("step,kernels_loss\n1,41.8\n")
+    (read,) = compare.read(older)
+    assert (read.run, read.key, read.median_ms) == ("full", _row().key, 10.0)
+    assert compared([read], [_row(time=20.0)])[0] == 1
+    assert compared([read, replace(read, run="default", median_ms=20.0)], [_row(time=20.0)])[0] == 0
 
 
 # ---------------------------------------------------------------- measuring
@@ -520,16 +550,18 @@ def test_learning_writes_what_it_measured(tmp_path, monkeypatch):
     """The whole command for two steps: both backends start from the same loss."""
     from benchmarks import learning
 
-    monkeypatch.setattr(learning, "WINDOW", 1)
-    arguments = ["learning", "--steps", "2", "--evaluate-every", "2", "--images", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(plot, "WINDOW", 1)
+    arguments = ["learning", "--steps", "2", "--evaluate-every", "2", "--images", "1", "--output", str(tmp_path)]
     monkeypatch.setattr("sys.argv", [*arguments, "--model", str(tmp_path / "model")])
     learning.main()
-    rows = (tmp_path / "learning.csv").read_text().splitlines()
-    assert len(rows) == 3
-    _, ours, _, reference, _ = map(float, rows[1].split(","))
-    assert ours == pytest.approx(reference, rel=1e-5)
-    assert ours > 10
-    assert "| kernels |" in (tmp_path / "learning.md").read_text()
+    (table,) = tmp_path.glob("*.csv")
+    run = report.load(table)["default"]["learning"]
+    assert len(run.curves["kernels_loss"]) == 2
+    assert run.curves["kernels_loss"][0] == pytest.approx(run.curves["reference_loss"][0], rel=1e-5)
+    assert run.curves["kernels_loss"][0] > 10
+    assert {row.implementation: row.ours for row in run.rows} == {"kernels": True, "reference": False}
+    report.pages(table, tmp_path)
+    assert "| panoptic quality on 1 new images | kernels " in (tmp_path / "learning.md").read_text()
     assert (tmp_path / "learning.png").stat().st_size > 1000
     assert (tmp_path / "model" / "model.safetensors").exists()
 
@@ -549,10 +581,8 @@ def test_learned_masks_are_those_of_a_trained_model():
 @pytest.mark.parametrize("op", benchmarks.REGISTRY)
 def test_no_two_bars_have_one_colour(op):
     """All rows of every committed run, of which a picture shows some."""
-    from benchmarks import plot
-
-    for table in (ROOT / "benchmarks" / "results").glob(f"*/{op}.csv"):
-        rows = compare.read(table)
+    for table in report.RESULTS.glob("*.json"):
+        rows = [row for row in compare.read(table.with_suffix(".csv")) if row.op == op and row.run != "configurations"]
         colours = plot._colours(rows)
         assert set(colours) == {row.implementation for row in rows}
         assert len(set(colours.values())) == len(colours)
