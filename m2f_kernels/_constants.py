@@ -55,6 +55,11 @@ def holding() -> Iterator[list[Held]]:
         _holding.found = before
 
 
+def replayable() -> bool:
+    """True while this thread runs what will be replayed, and must not depend on values that the CPU has read."""
+    return getattr(_holding, "found", None) is not None
+
+
 def hand_out(kept: Tensor, valid: Callable[[], bool] = lambda: True) -> Tensor:
     """Returns `kept`, made safe to drop from its cache while a stream or a graph still reads it."""
     found = getattr(_holding, "found", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import warnings
 import weakref
@@ -21,10 +22,28 @@ from m2f_kernels._checks import describe
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.ops._autograd import transformed
 
-#: The constructor's arguments besides the model.
-_OPTIONS = ("entries", "max_bytes", "clone", "warmups", "training")
+#: The constructor's arguments besides the model, and whether it is the model's `forward`.
+_OPTIONS = ("entries", "max_bytes", "clone", "warmups", "training", "attached")
+#: The attribute of a model that names the instance which is its `forward`, also where other code has wrapped that.
+ATTACHED = "_m2f_graphs"
 #: Inputs whose failed captures are remembered.
 _FAILURES = 64
+#: Leaves of arguments and results besides tensors.
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+#: The reason of a call with targets of a model that has no part which `captured` marks.
+_NO_PART = "targets are given, which losses read on the CPU, and m2f_kernels knows no part of this model without them"
+
+#: `graphs`: the instance whose model's own code runs in this thread.
+_running = threading.local()
+
+
+def captured(method: Callable[..., Any]) -> Callable[..., Any]:
+    """`method`, bound to a module, or a function that replays it where :class:`CudaGraphs` runs a model around it.
+
+    For the part of a model between its inputs and a loss that reads results on the CPU.
+    """
+    graphs: CudaGraphs | None = None if torch.compiler.is_compiling() else getattr(_running, "graphs", None)
+    return method if graphs is None else graphs._part(method)
 
 
 class CudaDevice:
@@ -92,6 +111,9 @@ class CudaDevice:
 class Graph:
     """The graph of one input shape: static inputs and outputs, and the function that replays it.
 
+    Args:
+        result: of the model, as `tree_flatten` gives it.
+
     Attributes:
         inputs: tensors that the graph reads.
         outputs: different tensors that it writes.
@@ -101,9 +123,13 @@ class Graph:
         backward: its backward pass, if it has one.
     """
 
-    def __init__(self, inputs: list[Tensor], result: Any, replay: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self, inputs: list[Tensor], result: tuple[list[Any], Any], replay: Callable[[], None] = lambda: None
+    ) -> None:
         self.inputs, self.replay = inputs, replay
-        leaves, self._spec = tree_flatten(result)
+        leaves, self._spec = result
+        if unknown := [x for x in leaves if not isinstance(x, (Tensor, *_PLAIN))]:
+            raise RuntimeError(f"its result contains {describe(unknown[0])}")
         found: dict[int, int] = {}  # what several leaves share is one tensor
         self.outputs: list[Tensor] = []
         self._leaves: list[tuple[Any, int | None]] = []
@@ -213,6 +239,13 @@ class _Seen:
         return None
 
 
+def _hooked(module: nn.Module) -> bool:
+    """True if a module has hooks besides those by which `transformers` collects hidden states: results of the model,
+    which a graph returns as all others."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    return any(getattr(hook, "__module__", "") != "transformers.utils.output_capturing" for hook in hooks)
+
+
 @contextlib.contextmanager
 def _no_cast_is_kept() -> Iterator[None]:
     """A context without autocast's cache of cast weights, which ends with the autocast region: a graph would read freed
@@ -316,7 +349,7 @@ class CudaGraphs:
             allowed = value is None and name == "max_bytes"
             if not allowed and (isinstance(value, bool) or not isinstance(value, int) or value < least):
                 raise ValueError(f"{name}: expected an integer of at least {least}; got {value!r}")
-        options = (entries, max_bytes, bool(clone), warmups, bool(training))
+        options = (entries, max_bytes, bool(clone), warmups, bool(training), False)
         self._start(model, CudaDevice() if device is None else device, *options)
 
     def __len__(self) -> int:
@@ -338,10 +371,14 @@ class CudaGraphs:
         clone: bool,
         warmups: int,
         training: bool,
+        attached: bool,
     ) -> None:
         self.model = model
         self.entries, self.max_bytes, self.clone, self.warmups = entries, max_bytes, clone, warmups
         self.training = training
+        self.attached = False
+        if attached:
+            self._is_attached()
         self.reason: str | None = None
         self.captures = 0
         self._device = device
@@ -349,13 +386,45 @@ class CudaGraphs:
         self._failed: dict[Hashable, tuple[Any, str]] = {}
         self._pending: weakref.ref[Any] | None = None
         self._said: set[str] = set()
+        self._detached = self._capturing = False
         self._lock = threading.RLock()
+
+    def attach(self) -> None:
+        """Makes this the `forward` of its model, until :meth:`detach`.
+
+        Calls with targets, which are lists, run the model's own code, whose parts that :func:`captured` marks are
+        replayed. Passes with gradients are captured only in training mode.
+        """
+        self._is_attached()
+        vars(self.model).update({"forward": self, ATTACHED: self})
+
+    def _is_attached(self) -> None:
+        self.attached = True
+        # Trainers ask for the names of a model's inputs.
+        self.__signature__ = inspect.signature(type(self.model).forward.__get__(self.model))
+
+    def detach(self) -> None:
+        """Gives the model its own `forward` back. Where other code has wrapped this one, it only runs that."""
+        self.attached, self._detached = False, True
+        vars(self.model).pop(ATTACHED, None)
+        if vars(self.model).get("forward") is self:
+            del vars(self.model)["forward"]
+        self.clear()
+
+    @property
+    def _is_forward(self) -> bool:
+        return self.attached or self._detached or vars(self.model).get("forward") is self
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """The model itself, whose `forward` this may be."""
-        if vars(self.model).get("forward") is self:
-            return type(self.model).forward(self.model, *args, **kwargs)
-        return self.model(*args, **kwargs)
+        before = getattr(_running, "graphs", None)
+        _running.graphs = self if self.attached else None
+        try:
+            if self._is_forward:
+                return type(self.model).forward(self.model, *args, **kwargs)
+            return self.model(*args, **kwargs)
+        finally:
+            _running.graphs = before
 
     def clear(self) -> None:
         """Drop all graphs and their memory."""
@@ -369,26 +438,54 @@ class CudaGraphs:
         self._device.reset()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._detached:
             return self._run(*args, **kwargs)
+        if self.attached and any(isinstance(x, (list, tuple, dict)) for x in (*args, *kwargs.values())):
+            return self._run_in_parts(args, kwargs)
+        return self._call(self._run, None, args, kwargs)
+
+    def _run_in_parts(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The model's own code, which has parts that are replayed."""
+        self.reason = _NO_PART
+        out = self._run(*args, **kwargs)
+        if self.reason == _NO_PART:
+            self._say(_NO_PART)
+        return out
+
+    def _part(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A function that replays `method` of a module of the model."""
+        module, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._call(method, (id(module), name), args, kwargs)
+
+        return call
+
+    def _call(self, run: Callable[..., Any], part: Hashable, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Replays `run`; `part` tells it from other parts of the model."""
         leaves, spec = tree_flatten((args, kwargs))
         tensors = [x for x in leaves if isinstance(x, Tensor)]
         with self._lock:
+            if part is not None and self._capturing:  # within a graph of the whole
+                return run(*args, **kwargs)
             seen = _Seen(self.model)
             differentiates = torch.is_grad_enabled() and any(x.requires_grad for x in (*tensors, *seen.weights))
             reason = self._refusal(seen, leaves, tensors, differentiates)
             if reason is None:
                 with self._device.on(tensors[0].device):
-                    key = self._key(seen, leaves, spec, differentiates)
-                    reason = self._capture(key, seen, leaves, spec, differentiates)
+                    key = part, *self._key(seen, leaves, spec, differentiates)
+                    reason = self._capture(key, run, seen, leaves, spec, differentiates)
                     if reason is None:
                         self.reason = None
                         return self._replay(self._kept[key], tensors)
             self.reason = reason
+        self._say(reason)
+        return run(*args, **kwargs)
+
+    def _say(self, reason: str) -> None:
         if reason not in self._said:
             self._said.add(reason)
-            warnings.warn(f"CudaGraphs: {type(self.model).__name__} runs without a graph: {reason}", stacklevel=2)
-        return self._run(*args, **kwargs)
+            warnings.warn(f"CudaGraphs: {type(self.model).__name__} runs without a graph: {reason}", stacklevel=4)
 
     def _refusal(self, seen: _Seen, leaves: list[Any], tensors: list[Tensor], differentiates: bool) -> str | None:
         """The reason why this call cannot be replayed, or None."""
@@ -405,16 +502,18 @@ class CudaGraphs:
                 return f"tensors are on '{device}' and '{x.device}'"
             if type(x) not in (Tensor, nn.Parameter):
                 return f"a weight is a {type(x).__name__}"
-        if not (differentiates and self.training):
-            if any(x.training for x in seen.modules):
+        training = any(x.training for x in seen.modules)
+        # Who differentiates a model that is not in training mode has most likely forgotten to switch gradients off.
+        if not (differentiates and self.training and (training or not self.attached)):
+            if training:
                 return "the model is in training mode"
             if differentiates:
                 return "gradients are wanted; call it under torch.no_grad() or torch.inference_mode()"
         # Hooks of a model whose forward this is run around it.
-        inner = seen.modules[1:] if vars(self.model).get("forward") is self else seen.modules
+        inner = seen.modules[1:] if self._is_forward else seen.modules
         globally = nn.modules.module
         if (
-            any(x._forward_hooks or x._forward_pre_hooks for x in inner)
+            any(_hooked(x) for x in inner if x._forward_hooks or x._forward_pre_hooks)
             or globally._global_forward_hooks
             or globally._global_forward_pre_hooks
         ):
@@ -427,10 +526,10 @@ class CudaGraphs:
             return "a graph is being captured already"
         if self._pending is not None and self._pending() is not None:
             return "the backward pass of the last replay is still to come"
-        unhashable = [x for x in leaves if not isinstance(x, (Tensor, bool, int, float, str, type(None), torch.dtype))]
+        unhashable = [x for x in leaves if not isinstance(x, (Tensor, *_PLAIN))]
         return f"an argument is {describe(unhashable[0])}" if unhashable else None
 
-    def _key(self, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> Hashable:
+    def _key(self, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> tuple[Hashable, ...]:
         """Everything besides the weights that determines the kernels of a call."""
         shown = tuple(
             (tuple(x.shape), x.stride(), x.dtype, x.device, differentiates and x.requires_grad)
@@ -447,7 +546,15 @@ class CudaGraphs:
         # Without gradients no module is in training mode.
         return shown, str(spec), cast, modes, tuple(x.training for x in seen.modules) if differentiates else None
 
-    def _capture(self, key: Hashable, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> str | None:
+    def _capture(
+        self,
+        key: Hashable,
+        run: Callable[..., Any],
+        seen: _Seen,
+        leaves: list[Any],
+        spec: Any,
+        differentiates: bool,
+    ) -> str | None:
         """Makes sure that there is a valid graph for `key`; returns the reason if there cannot be one."""
         for other, graph in list(self._kept.items()):
             # With gradients the graph reads the current weights; only unchanged ones are cached in another form.
@@ -465,11 +572,11 @@ class CudaGraphs:
         if not self._kept:
             self._drop()
         try:
-            graph = self._captured(seen, leaves, spec, differentiates)
+            graph = self._captured(run, seen, leaves, spec, differentiates)
             if self.max_bytes is not None and self._kept and self._device.bytes() > self.max_bytes:
                 self._drop()  # a pool does not shrink while a graph is in it
                 del graph
-                graph = self._captured(seen, leaves, spec, differentiates)
+                graph = self._captured(run, seen, leaves, spec, differentiates)
         except RuntimeError as error:
             reason = f"its capture failed: {str(error).splitlines()[0]}"
             if len(self._failed) >= _FAILURES:
@@ -480,7 +587,9 @@ class CudaGraphs:
         self._kept[key] = graph
         return None
 
-    def _captured(self, seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool) -> Graph:
+    def _captured(
+        self, call: Callable[..., Any], seen: _Seen, leaves: list[Any], spec: Any, differentiates: bool
+    ) -> Graph:
         static = [x.detach().clone() if isinstance(x, Tensor) else x for x in leaves]
         inputs = [x for x in static if isinstance(x, Tensor)]
         wanted: list[Tensor] = []
@@ -491,12 +600,14 @@ class CudaGraphs:
         args, kwargs = tree_unflatten(static, spec)
 
         def run() -> Any:
-            return self._run(*args, **kwargs)
+            # Flattened here: what is computed on access belongs to the graph.
+            return tree_flatten(call(*args, **kwargs))
 
         def run_both() -> None:
             Backward(Graph(inputs, run()), wanted).run()
 
         with _no_cast_is_kept(), _constants.holding() as held, contextlib.ExitStack() as stack:
+            stack.enter_context(self._capturing_one())
             if differentiates:
                 stack.enter_context(_buffers_stay(seen))
             self._device.warm_up(run_both if differentiates else run, self.warmups)
@@ -510,6 +621,14 @@ class CudaGraphs:
             graph.held = list(held)
         self.captures += 1
         return graph
+
+    @contextlib.contextmanager
+    def _capturing_one(self) -> Iterator[None]:
+        self._capturing = True
+        try:
+            yield
+        finally:
+            self._capturing = False
 
     def _replay(self, graph: Graph, tensors: list[Tensor]) -> Any:
         if graph.backward is None:

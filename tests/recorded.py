@@ -55,8 +55,10 @@ class Device:
 
     def warm_up(self, run, times):
         self.log.append("warm up")
+        random = torch.get_rng_state()
         for _ in range(times):
             run()
+        torch.set_rng_state(random)
 
     def capture(self, run):
         assert not torch.is_autocast_cache_enabled()
@@ -64,8 +66,10 @@ class Device:
         if self.error:
             raise RuntimeError(self.error)
         self.used += self.size
+        random = torch.get_rng_state()
         with Recorder() as recorder:
             result = run()
+        torch.set_rng_state(random)
 
         def replay():
             self.log.append("replay")

@@ -2,18 +2,26 @@
 
 import copy
 import gc
+import inspect
 import pickle
+import socket
 import threading
 import weakref
 
 import pytest
 import torch
+import torch.multiprocessing
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import register_pytree_node, tree_leaves
 
 import m2f_kernels
 from m2f_kernels import CudaGraphs
 from m2f_kernels._constants import ConstantCache, Held
-from tests.model.peers import their_model
+from m2f_kernels.graphs import captured
+from tests.integrations import test_eomt, test_oneformer
+from tests.integrations.families import FAMILIES, modeling
+from tests.model.peers import fix_points, their_model
 from tests.recorded import Device, Recorder
 
 
@@ -460,6 +468,294 @@ def test_accelerate_with_graphs(monkeypatch):
     m2f_kernels.restore(model)
     assert "forward" not in vars(model)
     assert torch.equal(model(pixels).class_queries_logits, before)
+
+
+class Labelled(nn.Module):
+    """Its loss reads results on the host. `predict` is the part without targets, if it says so."""
+
+    def __init__(self, parted=True):
+        super().__init__()
+        self.inner, self.parted = trained(), parted
+
+    def forward(self, x, labels=None, scale=1.0):
+        predict = captured(self.predict) if self.parted else self.predict
+        y = predict(x)
+        return y if labels is None else (y - labels[int(y.detach().argmax()) % 2]).square().mean() * scale
+
+    def predict(self, x):
+        return self.inner(x)["y"]
+
+
+def attached(model, **options):
+    graphs, device = make(model, training=True, **options)
+    graphs.attach()
+    return graphs, device
+
+
+LABELS = [torch.ones(4), torch.zeros(4)]
+
+
+def test_the_part_before_a_loss_is_captured():
+    torch.manual_seed(0)
+    model = Labelled().train()
+    expected = copy.deepcopy(model)
+    graphs, device = attached(model)
+    for n in (3, 3, 5):
+        x = torch.randn(n, 4)
+        a, b = model(x, labels=LABELS, scale=2.0), expected(x, LABELS, 2.0)
+        assert torch.equal(a, b)
+        a.backward()
+        b.backward()
+        assert_same_gradients(model, expected)
+        assert graphs.reason is None
+    assert graphs.captures == 2
+    # Without targets the whole model is captured; its validation loss from the part, too.
+    with torch.no_grad():
+        for m in (model, expected):
+            m.eval()
+        assert torch.equal(model(x), expected(x))
+        assert torch.equal(model(x, LABELS), expected(x, LABELS))
+    assert graphs.captures == 4
+    assert not device.busy
+    model.train()
+    model(x).sum().backward()
+    assert graphs.captures == 5
+    graphs.detach()
+    assert not {"forward", "_m2f_graphs"} & vars(model).keys()
+    assert len(graphs) == 0
+
+
+def test_a_model_without_such_a_part_is_not_captured_with_targets():
+    model = Labelled(parted=False).train()
+    graphs, device = attached(model)
+    with pytest.warns(UserWarning, match="targets are given"):
+        model(torch.randn(3, 4), LABELS).backward()
+    model(torch.randn(3, 4), LABELS).backward()  # said once
+    assert "targets are given" in graphs.reason
+    assert not device.log
+
+
+def test_in_eval_mode_gradients_are_not_captured_unasked():
+    model = Labelled().eval()
+    graphs, _ = attached(model)
+    refused(graphs, "gradients are wanted; call it under torch.no_grad", torch.randn(3, 4))
+
+
+def test_what_is_computed_on_access_belongs_to_the_graph():
+    """OneFormer's masks are multiplied when they are read."""
+
+    class Late(nn.Module):
+        def forward(self, x):
+            return Later({"x": x})
+
+    class Later(dict):
+        pass
+
+    register_pytree_node(Later, lambda x: ([x["x"] + 1], None), lambda values, _: {"x": values[0]})
+    with torch.no_grad():
+        graphs, _ = make(Late().eval())
+        for x in (torch.zeros(2), torch.ones(2)):
+            assert torch.equal(graphs(x)["x"], x + 1)
+
+
+@torch.no_grad()
+def test_results_of_unknown_classes_are_not_captured():
+    class Odd(nn.Module):
+        def forward(self, x):
+            return {"x": x, "odd": {1, 2}}
+
+    graphs, _ = make(Odd().eval())
+    refused(graphs, "its capture failed: its result contains", torch.ones(2))
+
+
+def test_other_code_wraps_forward():
+    """As Accelerate's autocast does: `forward` is a function around this one, which `detach` cannot take away."""
+    model = Labelled().train()
+    graphs, _ = attached(model)
+    inner = model.forward
+    model.forward = lambda *args, **kwargs: inner(*args, **kwargs)
+    x = torch.randn(3, 4)
+    model(x, labels=LABELS).backward()
+    assert graphs.captures == 1
+    graphs.detach()
+    assert model(x, labels=LABELS).requires_grad
+    assert len(graphs) == 0
+
+
+# ---------------------------------------------------------------- accelerated models in training
+def labels_of(n, seed=0, size=(64, 96)):
+    generator = torch.Generator().manual_seed(seed)
+    masks = [torch.rand(3, *size, generator=generator) > 0.5 for _ in range(n)]
+    return {"mask_labels": [x.float() for x in masks], "class_labels": [torch.tensor([0, 3, 1])] * n}
+
+
+def accelerated_pair(monkeypatch, model=None):
+    """The same model, in training mode, with graphs and without."""
+    monkeypatch.setattr("m2f_kernels.graphs.CudaDevice", Device)
+    model = model or their_model("resnet")
+    model.train()
+    expected = m2f_kernels.accelerate(copy.deepcopy(model)).model
+    return m2f_kernels.accelerate(model, cuda_graphs=True).model, expected
+
+
+def train_step(model, optimiser, scaler, inputs, dtype):
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss = model(**inputs).loss
+    optimiser.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimiser)
+    nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+    scaler.step(optimiser)
+    scaler.update()
+    return loss.detach()
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_training_an_accelerated_model(monkeypatch, dtype):
+    """Steps with clipping and scaled losses, of two shapes, an evaluation between: as without graphs."""
+    fix_points(monkeypatch.setattr)
+    models = accelerated_pair(monkeypatch)
+    steps = [(torch.optim.AdamW(m.parameters(), 1e-3), torch.amp.GradScaler("cpu", init_scale=8.0)) for m in models]
+    graphs = models[0].forward
+    cache = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # a graph cannot use it: a weight that is used twice is cast twice
+    try:
+        for n in (1, 1, 2, 1):
+            inputs = {"pixel_values": torch.randn(n, 3, 64, 96), **labels_of(n)}
+            losses = [train_step(m, *own, inputs, dtype) for m, own in zip(models, steps, strict=True)]
+            assert torch.equal(*losses)
+            assert graphs.reason is None
+        assert_same_gradients(*models)
+        assert graphs.captures == 2
+        for m in models:
+            m.eval()
+        with torch.no_grad():
+            outs = [m(inputs["pixel_values"]).masks_queries_logits for m in models]
+        assert torch.equal(*outs)
+        for m in models:
+            m.train()
+        losses = [train_step(m, *own, inputs, dtype) for m, own in zip(models, steps, strict=True)]
+    finally:
+        torch.set_autocast_cache_enabled(cache)
+    assert torch.equal(*losses)
+    assert graphs.captures == 3
+    m2f_kernels.restore(models[0])
+    assert "forward" not in vars(models[0])
+    assert models[0](**inputs).loss.requires_grad
+
+
+def test_gradients_of_several_batches_and_what_is_returned(monkeypatch):
+    fix_points(monkeypatch.setattr)
+    models = accelerated_pair(monkeypatch)
+    for i in range(2):
+        inputs = {"pixel_values": torch.randn(1, 3, 64, 96), **labels_of(1, i)}
+        asked = {"output_hidden_states": True, "output_auxiliary_logits": True}
+        found = [model(**inputs, **asked) for model in models]
+        for name, a in found[0].items():
+            for x, y in zip(tree_leaves(a), tree_leaves(found[1][name]), strict=True):
+                torch.testing.assert_close(x, y, msg=name)
+        for out in found:
+            (out.loss + out.encoder_last_hidden_state.mean()).backward()
+    assert_same_gradients(*models)
+    assert models[0].forward.captures == 1
+
+
+def test_accelerated_training_is_refused_for_a_reason(monkeypatch):
+    model, _ = accelerated_pair(monkeypatch, their_model("swin"))
+    graphs = model.forward
+    inputs = {"pixel_values": torch.randn(1, 3, 64, 96), **labels_of(1)}
+    backbone, name = model.model.pixel_level_module.encoder, "activation_checkpointing"
+    if not hasattr(backbone, f"{name}_enable"):
+        name = "gradient_checkpointing"  # in older versions
+    getattr(backbone, f"{name}_enable")()
+    with pytest.warns(UserWarning, match="activation checkpointing runs layers again"):
+        model(**inputs).loss.backward()
+    getattr(backbone, f"{name}_disable")()
+    with model.class_predictor.register_forward_hook(lambda *_: None), pytest.warns(UserWarning, match="a hook is"):
+        model(**inputs).loss.backward()
+    assert graphs.captures == 0
+    model(**inputs).loss.backward()
+    assert (graphs.captures, graphs.reason) == (1, None)
+    assert "mask_labels" in inspect.signature(model.forward).parameters  # a trainer keeps these columns
+
+
+@pytest.mark.parametrize("family", ["oneformer", "Eomt", "EomtDinov3"])
+def test_other_families_train_by_parts(monkeypatch, family):
+    """The text encoder of OneFormer is in the captured part; of EoMT the masks of its blocks."""
+    if family == "oneformer":
+        model, module, loss, size = test_oneformer.make(is_training=True), test_oneformer.published, "OneFormerLoss", 96
+        more = {"task_inputs": torch.rand(1, test_oneformer.TASK)}
+        more["text_inputs"] = torch.randint(0, 90, (1, test_oneformer.QUERIES - 4, test_oneformer.TASK))
+    else:
+        model, size, more = test_eomt.make(family), test_eomt.SIZE, {}
+        module, loss = modeling({"Eomt": "eomt"}.get(family, "eomt_dinov3")), f"{family}Loss"
+    fix_points(monkeypatch.setattr, module, loss)
+    models = accelerated_pair(monkeypatch, model)
+    for i in range(2):
+        inputs = {"pixel_values": torch.randn(1, 3, size, size), **labels_of(1, i, (size, size)), **more}
+        found = []
+        for m in models:
+            torch.manual_seed(i)  # EoMT-DINOv3 shifts its positions at random
+            found.append(m(**inputs).loss)
+        torch.testing.assert_close(*found)
+        for x in found:
+            x.sum().backward()
+        assert_same_gradients(*models)
+    assert (models[0].forward.captures, models[0].forward.reason) == (1, None)
+    with torch.no_grad():
+        del inputs["mask_labels"], inputs["class_labels"]
+        for _ in range(2):
+            inputs["pixel_values"] = torch.randn(1, 3, size, size)
+            a, b = (m.eval()(**inputs) for m in models)
+            for name in a:
+                for x, y in zip(tree_leaves(a[name]), tree_leaves(b[name]), strict=True):
+                    torch.testing.assert_close(x, y, msg=name)
+    assert models[0].forward.captures == 2
+
+
+def in_a_process(rank, port, directory):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+    fix_points(setattr)
+    models = accelerated_pair(pytest.MonkeyPatch())
+    wrapped = [DistributedDataParallel(m, find_unused_parameters=True) for m in models]
+    for seed in (rank, 2 + rank):
+        torch.manual_seed(seed)
+        inputs = {"pixel_values": torch.randn(1, 3, 64, 96), **labels_of(1, seed)}
+        for m in wrapped:
+            m.zero_grad(set_to_none=True)
+            m(**inputs).loss.backward()
+        assert_same_gradients(*models)
+    assert (models[0].forward.captures, models[0].forward.reason) == (1, None)
+    torch.save([p.grad for p in models[0].parameters()], directory / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_data_parallel_training_of_an_accelerated_model(tmp_path):
+    """Both processes have the gradients that they have without graphs, which are those of both batches."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(in_a_process, (port, tmp_path), nprocs=2)
+    for a, b in zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True):
+        assert (a is None) == (b is None)
+        assert a is None or torch.equal(a, b)
+
+
+def test_a_detector_with_targets_runs_eagerly(monkeypatch):
+    family = FAMILIES["deformable_detr"]
+    if not family.installed:
+        pytest.skip("this transformers does not have it")
+    model, expected = accelerated_pair(monkeypatch, family.make())
+    inputs = family.inputs(labels=True)
+    with pytest.warns(UserWarning, match="targets are given"):
+        loss = model(**inputs).loss
+    torch.testing.assert_close(loss, expected(**inputs).loss)
+    with torch.no_grad():
+        a, b = (m.eval()(pixel_values=inputs["pixel_values"]).logits for m in (model, expected))
+    torch.testing.assert_close(a, b)
+    assert model.forward.captures == 1
 
 
 @pytest.mark.cuda

@@ -19,7 +19,7 @@ from torch import nn
 
 from m2f_kernels import dispatch
 from m2f_kernels._checks import describe
-from m2f_kernels.graphs import CudaGraphs
+from m2f_kernels.graphs import ATTACHED, CudaGraphs
 from m2f_kernels.integrations.transformers import _swap
 
 __all__ = ["Acceleration", "Entry", "Report", "accelerate", "patch", "restore", "unpatch"]
@@ -96,7 +96,7 @@ class Acceleration(NamedTuple):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.report.graphs is not None:
-            _remove_graphs([self.model], self.report.graphs)
+            self.report.graphs.detach()
         _warn_stuck(_swap.swap_back(self.report.modules))
 
     def __repr__(self) -> str:
@@ -117,8 +117,10 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
 
     Args:
         model: any module that contains modules of `transformers`; wrapped, compiled or on the meta device, too.
-        cuda_graphs: replay a CUDA graph, one per input shape, in calls of `model` without gradients. `model.forward` is
-            a :class:`m2f_kernels.CudaGraphs` until :func:`restore`.
+        cuda_graphs: replay a CUDA graph, one per input shape, in calls of `model` without gradients; in training mode
+            two, of the forward and the backward pass. Where targets are given to Mask2Former, OneFormer or EoMT, their
+            models are replayed, and matching and loss run between. `model.forward` is a
+            :class:`m2f_kernels.CudaGraphs` until :func:`restore`.
 
     Returns:
         the model and a report. `str(report)` lists what was replaced, what was left alone and why, and which operators
@@ -161,8 +163,8 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
     if not (replaced or already):
         warnings.warn(f"m2f_kernels.accelerate changed nothing: {report}", stacklevel=2)
     if cuda_graphs and "forward" not in vars(model):
-        graphs = CudaGraphs(model)
-        vars(model)["forward"] = graphs
+        graphs = CudaGraphs(model, training=True)
+        graphs.attach()
         report = replace(report, graphs=graphs)
     return Acceleration(model, report)
 
@@ -176,14 +178,6 @@ def _unserved(model: nn.Module, ops: Iterable[str]) -> tuple[str, ...]:
     return tuple(str(choice) for choice in choices if choice.backend in dispatch.PLAIN)
 
 
-def _remove_graphs(modules: Iterable[nn.Module], graphs: CudaGraphs | None = None) -> None:
-    """Give modules their own `forward` back; only where it is `graphs`, if those are given."""
-    for module in modules:
-        found = vars(module).get("forward")
-        if isinstance(found, CudaGraphs) and graphs in (None, found):
-            del vars(module)["forward"]
-
-
 def restore(model: nn.Module) -> nn.Module:
     """The model with every replaced module's own class back, in place. Does nothing where none was replaced.
 
@@ -192,7 +186,8 @@ def restore(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module; got {describe(model)}")
-    _remove_graphs(model.modules())
+    for graphs in [x for module in model.modules() if (x := vars(module).get(ATTACHED)) is not None]:
+        graphs.detach()
     _warn_stuck(_swap.swap_back(model.modules()))
     return model
 

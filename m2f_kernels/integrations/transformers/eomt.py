@@ -10,12 +10,17 @@ VidEoMT has the same blocks and loss, but its `forward` neither masks nor trains
 from __future__ import annotations
 
 import sys
+from collections.abc import MutableMapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from m2f_kernels import dispatch
+from m2f_kernels._constants import plain, replayable
+from m2f_kernels.graphs import captured
 from m2f_kernels.integrations.transformers import mask2former
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
@@ -37,6 +42,10 @@ _MODULES = {
     name: f"transformers.models.{family}.modeling_{family}"
     for name, family in (("Eomt", "eomt"), ("EomtDinov3", "eomt_dinov3"), ("Videomt", "videomt"))
 }
+
+
+#: Probabilities of masks on the host, each with the stamp of the buffer that it was copied from.
+_PROBABILITIES: MutableMapping[Tensor, tuple[Any, list[float]]] = WeakTensorKeyDictionary()
 
 
 class QueryMask(NamedTuple):
@@ -182,6 +191,37 @@ class ForUniversalSegmentation(Mixin):
             warn_unfused(self, reason)
         return reason is None
 
+    def _m2f_outputs(self, pixel_values: Tensor) -> tuple[list[tuple[Tensor, FactoredMasks]], Tensor]:
+        """Class logits and masks of every prediction, and the last tokens, normalised. Nothing in it needs targets."""
+        tokens, given = self._m2f_embed(pixel_values)
+        first_block = self.num_hidden_layers - self.config.num_blocks
+        probabilities = self._m2f_probabilities()
+        outputs: list[tuple[Tensor, FactoredMasks]] = []
+        mask: QueryMask | None = None
+        for i, layer in enumerate(self.layers):
+            if i == first_block:
+                query = self.query.weight[None].expand(tokens.shape[0], -1, -1).to(tokens.device)
+                tokens = torch.cat((query, tokens), 1)
+            if i >= first_block and (self.training or probabilities[i - first_block] > 0):
+                outputs.append(self._m2f_predict(self.layernorm(tokens)))
+                mask = self._m2f_mask(outputs[-1][1], i - first_block, probabilities)
+            # A block without a mask of its own has that of the block before it, as published.
+            tokens = layer(tokens, mask, **given)
+        last = self.layernorm(tokens)
+        outputs.append(self._m2f_predict(last))
+        return outputs, last
+
+    def _m2f_probabilities(self) -> Any:
+        """The probabilities of masks, on the host: copied once, and again after a change of the buffer."""
+        given = self.attn_mask_probs
+        if not plain(given) or given.is_inference() or isinstance(given, FakeTensor) or given.is_meta:
+            return given
+        stamp = (id(given), given._version, given.data_ptr())
+        found = _PROBABILITIES.get(given)
+        if found is None or found[0] != stamp:
+            found = _PROBABILITIES[given] = stamp, given.tolist()
+        return found[1]
+
     def _m2f_masked_layers(self) -> list[Any]:
         return list(self.layers)[self.num_hidden_layers - self.config.num_blocks :]
 
@@ -196,16 +236,17 @@ class ForUniversalSegmentation(Mixin):
         features = self.upscale_block(patches.reshape(*patches.shape[:2], *self.grid_size))
         return self.class_predictor(queries), FactoredMasks(self.mask_head(queries), features)
 
-    def _m2f_mask(self, masks: FactoredMasks, probability: Tensor) -> QueryMask:
+    def _m2f_mask(self, masks: FactoredMasks, block: int, probabilities: Any) -> QueryMask:
         """The mask of a block; each query keeps its own with some probability, and attends everywhere without it."""
         (features,) = resize_mask_features(masks.mask_features, [self.grid_size])
         # A logit of 0 is blocked in these models, and attended to by the operator: it is asked for what is blocked.
         blocked = predict_attention_mask(-masks.mask_embed, features)
         bits = _every_key(blocked) & ~blocked.bits
         packed = PackedMask(bits, bits.any(-1), blocked.num_keys)
-        if probability < 1:
+        # A graph serves all probabilities: training lowers them step by step.
+        if (self.training and replayable()) or probabilities[block] < 1:
             n, q = packed.row_any.shape
-            freed = torch.rand(n, q, device=packed.bits.device) > probability
+            freed = torch.rand(n, q, device=packed.bits.device) > self.attn_mask_probs[block]
             packed = packed._replace(bits=torch.where(freed[..., None], _every_key(packed), packed.bits))
         return QueryMask(packed, self.config.num_queries + self.embeddings.num_prefix_tokens)
 
@@ -243,23 +284,8 @@ def _every_key(packed: PackedMask) -> Tensor:
 def _forward(
     model: Any, pixel_values: Tensor, mask_labels: Any, class_labels: Any, patch_offsets: Any, **kwargs: Any
 ) -> Any:
-    config = model.config
-    tokens, given = model._m2f_embed(pixel_values)
-    first_block = model.num_hidden_layers - config.num_blocks
     supervised = mask_labels is not None and class_labels is not None
-    outputs: list[tuple[Tensor, FactoredMasks]] = []
-    mask: QueryMask | None = None
-    for i, layer in enumerate(model.layers):
-        if i == first_block:
-            query = model.query.weight[None].expand(tokens.shape[0], -1, -1).to(tokens.device)
-            tokens = torch.cat((query, tokens), 1)
-        if i >= first_block and (model.training or model.attn_mask_probs[i - first_block] > 0):
-            outputs.append(model._m2f_predict(model.layernorm(tokens)))
-            mask = model._m2f_mask(outputs[-1][1], model.attn_mask_probs[i - first_block])
-        # A block without a mask of its own has that of the block before it, as published.
-        tokens = layer(tokens, mask, **given)
-    last = model.layernorm(tokens)
-    outputs.append(model._m2f_predict(last))
+    outputs, last = captured(model._m2f_outputs)(pixel_values)
     classes, masks = outputs[-1]
     logits = masks.logits()
     loss = _loss(model, outputs, logits, mask_labels, class_labels) if supervised else None

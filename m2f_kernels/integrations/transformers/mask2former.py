@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
+from m2f_kernels.graphs import captured
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name, watched
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
@@ -406,6 +408,10 @@ class Criterion(MaskLosses):
         return last
 
 
+#: Fields of the model's output that are returned where hidden states are asked for.
+_HIDDEN = ("encoder_hidden_states", "pixel_decoder_hidden_states", "transformer_decoder_hidden_states")
+
+
 class ForUniversalSegmentation(Mixin):
     """`forward` of the model with heads: mask logits of the last output, and of the others on request."""
 
@@ -447,22 +453,13 @@ class ForUniversalSegmentation(Mixin):
                 return_dict=return_dict,
                 **kwargs,
             )
-        outputs = self.model(
-            pixel_values=pixel_values,
-            pixel_mask=pixel_mask,
-            output_hidden_states=True,
-            output_attentions=False,
-            return_dict=True,
-            factored=True,
-        )
         auxiliary = config.output_auxiliary_logits if output_auxiliary_logits is None else output_auxiliary_logits
         supervised = mask_labels is not None and class_labels is not None
         takes_factors = takes_factored_masks(self.criterion) and check_model(self) is None
         # Hooks see every call.
         first = 0 if supervised or auxiliary or watched(self.class_predictor) else -1
-        states = outputs.transformer_decoder_intermediate_states[first:]
-        classes = tuple(self.class_predictor(state.transpose(0, 1)) for state in states)
-        masks: tuple[Masks, ...] = outputs.masks_queries_logits[first:]
+        outputs, classes = captured(self._m2f_predict)(pixel_values, pixel_mask, first, bool(hidden))
+        masks: tuple[Masks, ...] = outputs.masks_queries_logits
         last = logits_of(masks[-1])
         logits: tuple[Tensor, ...] = ()
         if auxiliary or (supervised and not takes_factors):
@@ -490,14 +487,38 @@ class ForUniversalSegmentation(Mixin):
             encoder_last_hidden_state=outputs.encoder_last_hidden_state,
             pixel_decoder_last_hidden_state=outputs.pixel_decoder_last_hidden_state,
             transformer_decoder_last_hidden_state=outputs.transformer_decoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states if hidden else None,
-            pixel_decoder_hidden_states=outputs.pixel_decoder_hidden_states if hidden else None,
-            transformer_decoder_hidden_states=outputs.transformer_decoder_hidden_states if hidden else None,
+            encoder_hidden_states=outputs.encoder_hidden_states,
+            pixel_decoder_hidden_states=outputs.pixel_decoder_hidden_states,
+            transformer_decoder_hidden_states=outputs.transformer_decoder_hidden_states,
             attentions=outputs.attentions,
         )
         if config.return_dict if return_dict is None else return_dict:
             return output
         return tuple(x for x in output.values() if x is not None)
+
+    def _m2f_predict(
+        self, pixel_values: Tensor, pixel_mask: Tensor | None, first: int, hidden: bool
+    ) -> tuple[Any, tuple[Tensor, ...]]:
+        """The model's output with the masks, and the class logits, of the predictions from number `first` on.
+
+        Nothing in it needs targets: it can be replayed as a CUDA graph.
+        """
+        outputs = self.model(
+            pixel_values=pixel_values,
+            pixel_mask=pixel_mask,
+            output_hidden_states=True,
+            output_attentions=False,
+            return_dict=True,
+            factored=True,
+        )
+        states = outputs.transformer_decoder_intermediate_states[first:]
+        classes = tuple(self.class_predictor(state.transpose(0, 1)) for state in states)
+        kept = {
+            "masks_queries_logits": outputs.masks_queries_logits[first:],
+            **({} if hidden else dict.fromkeys(_HIDDEN)),
+            "transformer_decoder_intermediate_states": None,
+        }
+        return replace(outputs, **kept), classes
 
 
 # ---------------------------------------------------------------- what is left alone

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
+from m2f_kernels._constants import replayable
+from m2f_kernels.graphs import captured
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
@@ -123,12 +125,22 @@ class AuxiliaryPrediction(dict[str, Any]):
         return dict, (self.copy(),)
 
 
+def _flatten(x: AuxiliaryPrediction) -> tuple[list[Any], Any]:
+    """The values of the dictionary, and its keys; in a CUDA graph class logits and both factors."""
+    if x.factors is None or not replayable():
+        return list(x.values()), list(x)
+    return [x["class_queries_logits"], *x.factors], None
+
+
+def _unflatten(values: Any, keys: list[str] | None) -> dict[str, Any]:
+    if keys is not None:
+        return dict(zip(keys, values, strict=True))
+    classes, embed, features = values
+    return AuxiliaryPrediction.factored(classes, FactoredMasks(embed, features))
+
+
 # Whatever maps over the tensors in a model's output finds those of a dictionary.
-_pytree.register_pytree_node(
-    AuxiliaryPrediction,
-    lambda x: (list(x.values()), list(x)),
-    lambda values, keys: dict(zip(keys, values, strict=True)),
-)
+_pytree.register_pytree_node(AuxiliaryPrediction, _flatten, _unflatten)
 
 
 def masks_of(prediction: dict[str, Any]) -> Masks:
@@ -421,6 +433,27 @@ class QueryLayer(Mixin):
         return output
 
 
+class Model(Mixin):
+    """`forward` of `OneFormerModel`, which can be replayed as a CUDA graph: it needs no targets."""
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        task_inputs: Tensor,
+        text_inputs: Tensor | None = None,
+        pixel_mask: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        inputs = (pixel_values, task_inputs, text_inputs, pixel_mask)
+        return captured(self._m2f_forward)(*inputs, output_hidden_states, output_attentions, return_dict, **kwargs)
+
+    def _m2f_forward(self, *args: Any, **kwargs: Any) -> Any:
+        return super().forward(*args, **kwargs)
+
+
 class Criterion(MaskLosses):
     """`forward` of the loss, and `loss_masks`: masks may be factored, and may be of any floating dtype."""
 
@@ -525,6 +558,7 @@ REPLACEMENTS = {
         "TransformerDecoderCrossAttentionLayer": Replacement(CrossAttentionLayer, ATTENTION, check_cross_attention),
         "TransformerDecoderLayer": Replacement(DecoderLayer, "hands on what masked attention needs", check_layer),
         "TransformerDecoder": Replacement(Decoder, MASKS, check_decoder, DECODER_OPS),
+        "Model": Replacement(Model, "the part that CUDA graphs replay where targets are given"),
         "HungarianMatcher": Replacement(Matcher, MATCHING, check_matcher, MATCHER_OPS, (Matcher,)),
         "Loss": Replacement(
             Criterion, LOSSES, check_criterion, CRITERION_OPS, (Criterion, MaskLosses), partly_criterion
