@@ -167,6 +167,14 @@ def published_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tens
     return output
 
 
+def published_biased_attention(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
+    """SAM-3's decoder in transformers, eager: attention [N, H, Q + 1, D] with a bias [N, Q, h, H] of rows and
+    [N, Q, w, H] of columns, for all queries but the first."""
+    bias = (by_row.unsqueeze(3) + by_column.unsqueeze(2)).flatten(2, 3).permute(0, 3, 1, 2).contiguous()
+    scores = torch.matmul(query, key.transpose(2, 3)) * query.shape[3] ** -0.5 + F.pad(bias, (0, 0, 1, 0))
+    return torch.matmul(F.softmax(scores, -1), value)
+
+
 def published_self_attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor) -> Tensor:
     """EoMT's: a mask for some queries and keys in one for all, and PyTorch's attention. [N, L, C], attend [N, R, M]."""
     n, length, _ = query.shape
@@ -364,6 +372,14 @@ def _masked_attention_rows() -> Iterator[Row]:
         "masked_attention", f"{n} images, {s} keys, bool",
         lambda q, k, v, m: published_attention(q, k, v, ~m.repeat_interleave(HEADS, 0)), attend,
         (*x, flags(n, q, s)),
+    )  # fmt: skip
+    heads = tuple(meta(1, length, HEADS, 32).transpose(1, 2) for length in (201, 5184, 5184))
+    yield Row(
+        "masked_attention", "bias of 72 rows and columns", published_biased_attention,
+        lambda q, k, v, *bias: m2f_kernels.masked_attention(
+            q, k, v, bias=tuple(F.pad(x.permute(0, 3, 1, 2), (0, 0, 1, 0)) for x in bias)
+        ),
+        (*heads, *(meta(1, 200, 72, HEADS) for _ in range(2))),
     )  # fmt: skip
     x = tuple(meta(2, 1805, c) for _ in range(3))
     yield Row(

@@ -591,6 +591,6 @@ def _kernel(op: Operator, name: str, function: Callable[..., Any], key: _Key) ->
         return kernel
     if backend == "triton":
         assert op.triton is not None
-        kernel = getattr(importlib.import_module(op.triton), name)
+        kernel = getattr(importlib.import_module(op.triton), name, function)
         return kernel
     return function

@@ -1,7 +1,9 @@
 // Binding of the CPU kernels of masked attention: argument checks, the division into tasks, scratch memory.
 
 #include <algorithm>
+#include <optional>
 #include <tuple>
+#include <utility>
 
 #include "common/cpu_binding.h"
 #include "common/cpu_capability.h"
@@ -32,14 +34,22 @@ Rows merged_heads(const Tensor& tensor, const char* name) {
   return {tensor.data_ptr(), dtype_of(tensor, name), {tensor.stride(0), tensor.stride(2), tensor.stride(1)}};
 }
 
+// A tensor [N, H, Q, *] of any strides.
+BiasRows bias_rows(const Tensor& tensor, const char* name) { return {rows_of(tensor, name), tensor.stride(3)}; }
+
+struct Bias {
+  Tensor by_row, by_column;
+};
+
 // The tensors that a call reads, kept alive for its duration, and the kernel arguments made from them.
 struct Call {
   Tensor query, key, value, bits, row_any;
+  std::optional<Bias> bias;
   MaskedAttentionArgs args{};
 
   Call(const Tensor& query_, const Tensor& key_, const Tensor& value_, const Tensor& bits_, const Tensor& row_any_,
-       double scale)
-      : query(query_), key(key_), value(value_), bits(bits_), row_any(row_any_) {
+       double scale, std::optional<Bias> bias_ = std::nullopt)
+      : query(query_), key(key_), value(value_), bits(bits_), row_any(row_any_), bias(std::move(bias_)) {
     STD_TORCH_CHECK(query.dim() == 4, "query: expected [N, H, Q, D]");
     STD_TORCH_CHECK(key.dim() == 4, "key: expected [N, H, S, D]");
     const DType dtype = dtype_of(query, "query");
@@ -74,7 +84,24 @@ struct Call {
     args.value = rows_of(value, "value");
     args.bits = static_cast<const int32_t*>(bits.data_ptr());
     args.row_any = static_cast<const bool*>(row_any.data_ptr());
+    if (bias) take_bias();
     divide(args);
+  }
+
+  void take_bias() {
+    const Tensor &by_row = bias->by_row, &by_column = bias->by_column;
+    STD_TORCH_CHECK(by_row.dim() == 4 && by_column.dim() == 4,
+                    "by_row, by_column: expected [N, H, Q, h] and [N, H, Q, w]");
+    args.height = by_row.size(3);
+    args.width = by_column.size(3);
+    check_sizes(by_row, "by_row", {args.n, args.h, args.q, args.height});
+    check_sizes(by_column, "by_column", {args.n, args.h, args.q, args.width});
+    STD_TORCH_CHECK(args.height * args.width == args.s, "by_row, by_column: expected h * w = S");
+    args.by_row = bias_rows(by_row, "by_row");
+    args.by_column = bias_rows(by_column, "by_column");
+    const DType dtype = dtype_of(query, "query");
+    STD_TORCH_CHECK(args.by_row.rows.dtype == dtype && args.by_column.rows.dtype == dtype,
+                    "by_row, by_column: expected query's dtype");
   }
 
   int64_t heads() const { return args.n * args.h; }
@@ -98,12 +125,10 @@ struct Call {
   }
 };
 
-std::tuple<Tensor, Tensor> masked_attention(const Tensor& query, const Tensor& key, const Tensor& value,
-                                            const Tensor& bits, const Tensor& row_any, double scale) {
-  Call call(query, key, value, bits, row_any, scale);
+std::tuple<Tensor, Tensor> forward(Call call) {
   MaskedAttentionArgs& args = call.args;
-  Tensor output = empty_like_sizes(query, {args.n, args.q, args.h, args.d});
-  Tensor logsumexp = torch::stable::new_empty(query, IntList{args.n, args.h, args.q}, ScalarType::Float);
+  Tensor output = empty_like_sizes(call.query, {args.n, args.q, args.h, args.d});
+  Tensor logsumexp = torch::stable::new_empty(call.query, IntList{args.n, args.h, args.q}, ScalarType::Float);
   if (output.numel() == 0) return {output, logsumexp};
   args.output = merged_heads(output, "output");
   args.logsumexp = static_cast<float*>(logsumexp.data_ptr());
@@ -112,11 +137,11 @@ std::tuple<Tensor, Tensor> masked_attention(const Tensor& query, const Tensor& k
   return {output, logsumexp};
 }
 
-std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(const Tensor& grad_output_, const Tensor& query,
-                                                             const Tensor& key, const Tensor& value, const Tensor& bits,
-                                                             const Tensor& row_any, const Tensor& output_,
-                                                             const Tensor& logsumexp_, double scale) {
-  Call call(query, key, value, bits, row_any, scale);
+struct Gradients {
+  Tensor query, key, value, by_row, by_column;  // the last two undefined without a bias
+};
+
+Gradients backward(Call call, const Tensor& grad_output_, const Tensor& output_, const Tensor& logsumexp_) {
   MaskedAttentionArgs& args = call.args;
   const Tensor grad_output = unit_stride_last(grad_output_), output = unit_stride_last(output_);
   const Tensor logsumexp = torch::stable::contiguous(logsumexp_);
@@ -127,15 +152,50 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(const Tensor& grad_
   args.grad_output = merged_heads(grad_output, "grad_output");
   args.saved_output = merged_heads(output, "output");
   args.saved_logsumexp = static_cast<const float*>(logsumexp.data_ptr());
-  Tensor grad_query = empty_like_sizes(query, {args.n, args.q, args.h, args.d});
-  Tensor grad_key = empty_like_sizes(query, {args.n, args.s, args.h, args.d});
-  Tensor grad_value = empty_like_sizes(query, {args.n, args.s, args.h, args.d});
-  args.grad_query = merged_heads(grad_query, "gradient");
-  args.grad_key = merged_heads(grad_key, "gradient");
-  args.grad_value = merged_heads(grad_value, "gradient");
+  Gradients grad;
+  grad.query = empty_like_sizes(call.query, {args.n, args.q, args.h, args.d});
+  grad.key = empty_like_sizes(call.query, {args.n, args.s, args.h, args.d});
+  grad.value = empty_like_sizes(call.query, {args.n, args.s, args.h, args.d});
+  args.grad_query = merged_heads(grad.query, "gradient");
+  args.grad_key = merged_heads(grad.key, "gradient");
+  args.grad_value = merged_heads(grad.value, "gradient");
+  if (call.bias) {
+    grad.by_row = empty_like_sizes(call.query, {args.n, args.h, args.q, args.height});
+    grad.by_column = empty_like_sizes(call.query, {args.n, args.h, args.q, args.width});
+    args.grad_by_row = rows_of(grad.by_row, "gradient");
+    args.grad_by_column = rows_of(grad.by_column, "gradient");
+  }
   const MaskedAttentionKernels& kernel = kernels();
   call.run(kernel.backward_scratch(args), kernel.backward_partial(args), kernel.backward, kernel.combine_backward);
-  return {grad_query, grad_key, grad_value};
+  return grad;
+}
+
+std::tuple<Tensor, Tensor> masked_attention(const Tensor& query, const Tensor& key, const Tensor& value,
+                                            const Tensor& bits, const Tensor& row_any, double scale) {
+  return forward({query, key, value, bits, row_any, scale});
+}
+
+std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(const Tensor& grad_output, const Tensor& query,
+                                                             const Tensor& key, const Tensor& value, const Tensor& bits,
+                                                             const Tensor& row_any, const Tensor& output,
+                                                             const Tensor& logsumexp, double scale) {
+  const Gradients grad = backward({query, key, value, bits, row_any, scale}, grad_output, output, logsumexp);
+  return {grad.query, grad.key, grad.value};
+}
+
+std::tuple<Tensor, Tensor> masked_attention_with_bias(const Tensor& query, const Tensor& key, const Tensor& value,
+                                                      const Tensor& bits, const Tensor& row_any, const Tensor& by_row,
+                                                      const Tensor& by_column, double scale) {
+  return forward({query, key, value, bits, row_any, scale, Bias{by_row, by_column}});
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> masked_attention_with_bias_backward(
+    const Tensor& grad_output, const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& bits,
+    const Tensor& row_any, const Tensor& by_row, const Tensor& by_column, const Tensor& output, const Tensor& logsumexp,
+    double scale) {
+  const Gradients grad =
+      backward({query, key, value, bits, row_any, scale, Bias{by_row, by_column}}, grad_output, output, logsumexp);
+  return {grad.query, grad.key, grad.value, grad.by_row, grad.by_column};
 }
 
 }  // namespace
@@ -144,4 +204,6 @@ std::tuple<Tensor, Tensor, Tensor> masked_attention_backward(const Tensor& grad_
 STABLE_TORCH_LIBRARY_IMPL(m2f, CPU, m) {
   m.impl("masked_attention", TORCH_BOX(&m2f::masked_attention));
   m.impl("masked_attention_backward", TORCH_BOX(&m2f::masked_attention_backward));
+  m.impl("masked_attention_with_bias", TORCH_BOX(&m2f::masked_attention_with_bias));
+  m.impl("masked_attention_with_bias_backward", TORCH_BOX(&m2f::masked_attention_with_bias_backward));
 }

@@ -7,6 +7,7 @@
 // gradients (rows of a few keys do).
 #pragma once
 
+#include "masked_attention/cpu_bias.h"
 #include "masked_attention/cpu_tiles.h"
 
 namespace m2f {
@@ -20,42 +21,55 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 // One head's queries.
 struct BackwardHead {
   float *query, *grad_output, *delta, *logsumexp;
-  float* grad_query;  // [Q][padded(D)], what the head leaves behind
+  HeadBias bias;
+  // What the head leaves behind.
+  float* grad_query;  // [Q][padded(D)]
+  HeadBias grad_bias;
 
-  BackwardHead(const MaskedAttentionArgs& args, Scratch& pieces, float* partial) {
-    const int64_t d = padded(args.d);
-    for (float** rows : {&query, &grad_output}) *rows = pieces.take<float>(args.q * d);
-    for (float** numbers : {&delta, &logsumexp}) *numbers = pieces.take<float>(args.q);
-    grad_query = partial ? partial : pieces.take<float>(args.q * d);
-  }
+  BackwardHead(const MaskedAttentionArgs& args, Scratch& pieces, Scratch& results)
+      : query(pieces.take<float>(args.q * padded(args.d))),
+        grad_output(pieces.take<float>(args.q * padded(args.d))),
+        delta(pieces.take<float>(args.q)),
+        logsumexp(pieces.take<float>(args.q)),
+        bias(args, pieces),
+        grad_query(results.take<float>(args.q * padded(args.d))),
+        grad_bias(args, results) {}
 };
 
 struct BackwardMemory {
   ActiveQueries active;
   float *key, *key_columns, *value_columns, *grad_key, *grad_value;
   float *weights, *grad_scores;  // [kChunk][kTile]
+  float* bias_row;
 
   BackwardMemory(const MaskedAttentionArgs& args, Scratch& pieces) {
     active = ActiveQueries::take(pieces, args);
     for (float** tile : {&key, &key_columns, &value_columns, &grad_key, &grad_value})
       *tile = pieces.take<float>(kTile * padded(args.d));
     for (float** chunk : {&weights, &grad_scores}) *chunk = pieces.take<float>(kChunk * kTile);
+    bias_row = pieces.take<float>(bias_row_scratch(args));
   }
 };
 
-int64_t backward_partial(const MaskedAttentionArgs& args) { return args.q * padded(args.d); }
+int64_t backward_partial(const MaskedAttentionArgs& args) {
+  Scratch pieces{nullptr}, results{nullptr};
+  BackwardHead head(args, pieces, results);
+  return static_cast<int64_t>(results.used / sizeof(float));
+}
 
 size_t backward_head_bytes(const MaskedAttentionArgs& args) {
   Scratch pieces{nullptr};
-  BackwardHead head(args, pieces, nullptr);
+  BackwardHead head(args, pieces, pieces);
   return pieces.used;
 }
 
 BackwardHead backward_head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Scratch pieces,
                               size_t head_bytes) {
   pieces.used += (h - task.first_head) * head_bytes;
+  if (args.parts == 1) return BackwardHead(args, pieces, pieces);
   const int64_t index = (task.n * args.h + h) * args.parts + task.part;
-  return BackwardHead(args, pieces, args.parts > 1 ? args.partial + index * backward_partial(args) : nullptr);
+  Scratch results{reinterpret_cast<char*>(args.partial + index * backward_partial(args))};
+  return BackwardHead(args, pieces, results);
 }
 
 size_t backward_scratch(const MaskedAttentionArgs& args) {
@@ -74,10 +88,12 @@ struct Chunk {
 
 // Weights and score gradients of one group, and what they add to the query gradients.
 template <int kR>
-void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head, bool finite,
-                    int first, int words, const int32_t* index, float* weights, float* grad_scores) {
+void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head,
+                    const BiasTile& bias, bool finite, int first, int words, const int32_t* index, float* weights,
+                    float* grad_scores) {
   const int64_t d = padded(args.d);
   scores<kR>(head.query, d, index, m.key_columns, args.d, first, words, weights);
+  if (biased(args)) add_bias<kR>(args, head.bias, bias, first, words, index, weights);
   scores<kR>(head.grad_output, d, index, m.value_columns, args.d, first, words, grad_scores);
   for (int r = 0; r < kR; ++r) {
     const int64_t q = index[r];
@@ -92,6 +108,7 @@ void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, co
       store(gradient, select_bits(bits, p * (load(gradient) - delta), FloatVec{}));
     }
   }
+  if (biased(args)) add_bias_gradients<kR>(args, head.grad_bias, bias, first, words, index, grad_scores);
   if (__builtin_expect(finite, 1)) {
     accumulate_rows<kR>(grad_scores, m.key, d, first * kWord, (first + words) * kWord, index, nullptr, head.grad_query);
     return;
@@ -176,6 +193,7 @@ void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, con
     load_tile(args.key, n, h, tile * kTile, args.s, args.d, m.key);
     transpose_tile(m.key, d, m.key_columns);
     const bool finite = all_finite(m.key, kTile * d);
+    const BiasTile bias(args, tile);
     Chunk chunk;
     m.active.for_groups(args.q, [&](int first, int words, const int32_t* index, int rows) {
       if (chunk.size() + rows > kChunk) {
@@ -184,7 +202,7 @@ void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, con
       }
       const int64_t at = chunk.size() * kTile;
       with_rows(rows, [&](auto r) {
-        backward_group<decltype(r)::value>(args, m, head, finite, first, words, index, m.weights + at,
+        backward_group<decltype(r)::value>(args, m, head, bias, finite, first, words, index, m.weights + at,
                                            m.grad_scores + at);
       });
       for (int r = 0; r < rows; ++r) chunk.index[chunk.size() + r] = index[r];
@@ -201,11 +219,13 @@ void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, con
   store_tile(args.grad_key, n, h, tile, args.s, args.d, m.grad_key, kLn2, m.key);
 }
 
-// Query gradients from `parts` sums, `stride` floats apart.
-void finish_queries(const MaskedAttentionArgs& args, int64_t n, int64_t h, float* sums, int64_t parts, int64_t stride) {
+// Gradients of queries and bias from `parts` sums, `stride` floats apart.
+void finish_queries(const MaskedAttentionArgs& args, int64_t n, int64_t h, const BackwardHead& head, int64_t parts,
+                    int64_t stride) {
   const int64_t d = padded(args.d);
+  store_bias_gradients(args, n, h, head.grad_bias, parts, stride);
   for (int64_t q = 0; q < args.q; ++q) {
-    float* total = sums + q * d;
+    float* total = head.grad_query + q * d;
     for (int64_t c = 0; c < d; c += kFloatLanes) {
       FloatVec sum = load(total + c);
       for (int64_t part = 1; part < parts; ++part) sum += load(total + part * stride + c);
@@ -236,6 +256,8 @@ void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_
       }
       load_rows(args.query, task.n, h, 0, args.q, args.d, static_cast<float>(args.scale) * kLog2E, head.query);
       for (int64_t i = 0; i < args.q * d; i += kFloatLanes) store(head.grad_query + i, FloatVec{});
+      load_bias(args, task.n, h, kLog2E, m.bias_row, head.bias);
+      head.grad_bias.clear(args);
     }
     for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
       const bool any = m.active.find(args, task.n, tile);
@@ -245,14 +267,17 @@ void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_
     }
     if (args.parts > 1) continue;
     for (int64_t h = task.first_head; h < task.last_head; ++h)
-      finish_queries(args, task.n, h, backward_head_of(args, task, h, pieces, bytes).grad_query, 1, 0);
+      finish_queries(args, task.n, h, backward_head_of(args, task, h, pieces, bytes), 1, 0);
   }
 }
 
 void combine_backward(const MaskedAttentionArgs& args, int64_t first, int64_t last, void*) {
   const int64_t stride = backward_partial(args);
-  for (int64_t head = first; head < last; ++head)
-    finish_queries(args, head / args.h, head % args.h, args.partial + head * args.parts * stride, args.parts, stride);
+  for (int64_t index = first; index < last; ++index) {
+    Scratch nothing{nullptr}, results{reinterpret_cast<char*>(args.partial + index * args.parts * stride)};
+    const BackwardHead head(args, nothing, results);  // of the first part; the others follow `stride` floats apart
+    finish_queries(args, index / args.h, index % args.h, head, args.parts, stride);
+  }
 }
 
 }  // namespace

@@ -13,6 +13,7 @@
 
 #include "common/variant.h"
 #include "masked_attention/cpu_backward.h"
+#include "masked_attention/cpu_bias.h"
 #include "masked_attention/cpu_tiles.h"
 
 namespace m2f {
@@ -26,10 +27,11 @@ constexpr float kHeadroom = 8;
 // [Q], sum of weights [Q][lanes], added up over lanes at the end [Q].
 struct Head {
   float *query, *normaliser;
+  HeadBias bias;
   float *sum, *maximum, *total;
 
-  // With parts, the second three are what the head leaves behind.
-  Head(const MaskedAttentionArgs& args, Scratch& pieces, Scratch& results) {
+  // With parts, the last three are what the head leaves behind.
+  Head(const MaskedAttentionArgs& args, Scratch& pieces, Scratch& results) : bias(args, pieces) {
     query = pieces.take<float>(args.q * padded(args.d));
     normaliser = pieces.take<float>(args.q * kFloatLanes);
     sum = results.take<float>(args.q * padded(args.d));
@@ -46,12 +48,13 @@ int64_t forward_partial(const MaskedAttentionArgs& args) {
 
 struct ForwardMemory {
   ActiveQueries active;
-  float *tile, *key_columns, *value, *weights;
+  float *tile, *key_columns, *value, *weights, *bias_row;
 
   ForwardMemory(const MaskedAttentionArgs& args, Scratch& pieces) {
     active = ActiveQueries::take(pieces, args);
     for (float** rows : {&tile, &key_columns, &value}) *rows = pieces.take<float>(kTile * padded(args.d));
     weights = pieces.take<float>(kRows * kTile);
+    bias_row = pieces.take<float>(bias_row_scratch(args));
   }
 };
 
@@ -105,10 +108,11 @@ M2F_INLINE float online_softmax(float* row, const uint32_t* bits, int first, int
 }
 
 template <int kR>
-void forward_group(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, bool finite, int first,
-                   int words, const int32_t* index) {
+void forward_group(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, const BiasTile& bias,
+                   bool finite, int first, int words, const int32_t* index) {
   const int64_t d = padded(args.d);
   scores<kR>(head.query, d, index, m.key_columns, args.d, first, words, m.weights);
+  if (biased(args)) add_bias<kR>(args, head.bias, bias, first, words, index, m.weights);
   float factor[kR];
   bool rescale = false;
   for (int r = 0; r < kR; ++r) {
@@ -137,8 +141,10 @@ void forward_tile(const MaskedAttentionArgs& args, const ForwardMemory& m, const
   transpose_tile(m.tile, d, m.key_columns);
   load_tile(args.value, n, h, tile * kTile, args.s, args.d, m.value);
   const bool finite = all_finite(m.value, kTile * d);
+  const BiasTile bias(args, tile);
   m.active.for_groups(args.q, [&](int first, int words, const int32_t* index, int rows) {
-    with_rows(rows, [&](auto r) { forward_group<decltype(r)::value>(args, m, head, finite, first, words, index); });
+    with_rows(rows,
+              [&](auto r) { forward_group<decltype(r)::value>(args, m, head, bias, finite, first, words, index); });
     next_key.lines(kLinesAtOnce);
     next_value.lines(kLinesAtOnce);
   });
@@ -164,6 +170,7 @@ void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_t
     for (int64_t h = task.first_head; h < task.last_head; ++h) {
       const Head head = head_of(args, task, h, pieces, bytes);
       load_rows(args.query, task.n, h, 0, args.q, args.d, log2_scale, head.query);
+      load_bias(args, task.n, h, kLog2E, m.bias_row, head.bias);
       for (int64_t i = 0; i < args.q * d; i += kFloatLanes) store(head.sum + i, FloatVec{});
       for (int64_t q = 0; q < args.q; ++q) {
         head.maximum[q] = -__builtin_inff();

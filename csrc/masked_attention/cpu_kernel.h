@@ -10,6 +10,12 @@ namespace m2f {
 
 constexpr int64_t kTileKeys = 64;  // two words of bits
 
+// Rows whose elements are `stride` apart.
+struct BiasRows {
+  Rows rows;
+  int64_t stride;
+};
+
 struct MaskedAttentionArgs {
   int64_t n, h, q, s, d;
   double scale;
@@ -18,6 +24,10 @@ struct MaskedAttentionArgs {
   const bool* row_any;     // [N, masked]
   int64_t words;
   int64_t masked;  // queries [0, masked) have bits; the others attend everywhere
+
+  // A bias: height * width = s, by_row rows of height and by_column rows of width by (n, h, q). Without one both are 0.
+  int64_t height, width;
+  BiasRows by_row, by_column;
 
   int64_t parts;        // into how many the keys are divided
   int64_t head_groups;  // into how many the heads are; does not change a result
@@ -30,6 +40,7 @@ struct MaskedAttentionArgs {
   Rows grad_output, saved_output;
   const float* saved_logsumexp;
   Rows grad_query, grad_key, grad_value;
+  Rows grad_by_row, grad_by_column;
 };
 
 // Tasks are numbered (n, group of heads, part), part fastest. `scratch` is 64-byte aligned and private to the calling

@@ -38,6 +38,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         torch.ops.m2f.predict_attention_mask.default: predict_attention_mask,
         torch.ops.m2f.pack_attention_mask.default: pack_attention_mask,
         torch.ops.m2f.masked_attention.default: masked_attention,
+        torch.ops.m2f.masked_attention_with_bias.default: masked_attention_with_bias,
         torch.ops.m2f.point_sample.default: point_sample,
     }
 
@@ -221,9 +222,34 @@ def masked_attention(
 
     Unlike the operator's, a blocked key or value that is not finite makes the output NaN.
     """
+    return _attention(query, key, value, bits, row_any, scale, None)
+
+
+def masked_attention_with_bias(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bits: Tensor,
+    row_any: Tensor,
+    by_row: Tensor,
+    by_column: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The same with a bias of rows and columns of keys."""
     dtype = accumulation_dtype(query.dtype)
-    attend = _unpack(bits, row_any, key.shape[2])
+    bias = (by_row.to(dtype).unsqueeze(-1) + by_column.to(dtype).unsqueeze(-2)).flatten(-2)
+    return _attention(query, key, value, bits, row_any, scale, bias)
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, scale: float, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulation_dtype(query.dtype)
     scores = (query.to(dtype) * scale) @ key.to(dtype).transpose(-1, -2)
-    scores = torch.where(attend.unsqueeze(1), scores, -torch.inf)
+    if bias is not None:
+        scores = scores + bias
+    if bits.shape[1] > 0:  # else no query has a mask
+        attend = _unpack(bits, row_any, key.shape[2])
+        scores = torch.where(attend.unsqueeze(1), scores, -torch.inf)
     output = scores.softmax(-1) @ value.to(dtype)
     return output.transpose(1, 2).to(query.dtype).contiguous(), scores.logsumexp(-1)

@@ -102,7 +102,8 @@ def pack_attention_mask(s: Source) -> Arguments:
 
 def masked_attention(s: Source) -> Arguments:
     n, h, q, d = s.integer(0, 2), s.integer(0, 3), s.integer(0, 20), s.integer(1, 70)
-    keys, dtype = s.integer(1, 150), s.choice(DTYPES)
+    sides = (s.integer(1, 12), s.integer(1, 70)) if s.choice((False, True)) else None
+    keys, dtype = sides[0] * sides[1] if sides else s.integer(1, 150), s.choice(DTYPES)
     density = s.choice((0.0, 0.02, 0.5, 1.0))
     mask: Any = s.laid(torch.rand(n, q, keys, generator=s.g) < density)
     form = s.choice(("bool", "heads", "packed"))
@@ -113,7 +114,11 @@ def masked_attention(s: Source) -> Arguments:
     tensors = {
         name: s.normal(n, h, rows, d, dtype=dtype) for name, rows in (("query", q), ("key", keys), ("value", keys))
     }
-    return {**tensors, "mask": mask, "scale": s.choice((None, 0.3, -1, 0.0))}
+    named = {**tensors, "mask": mask, "scale": s.choice((None, 0.3, -1, 0.0))}
+    if sides:
+        named["bias"] = tuple(s.normal(n, h, q, side, dtype=dtype) for side in sides)
+        named["mask"] = s.choice((mask, mask, None))
+    return named
 
 
 def _deformable(s: Source, mode: str) -> Arguments:

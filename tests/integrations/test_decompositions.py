@@ -127,3 +127,19 @@ def test_masked_attention(dtype):
     assert output.shape == (2, 5, 3, 8)
     assert relative_error(output.transpose(1, 2), expected) <= tolerance(FORWARD, dtype, dtype)
     assert relative_error(logsumexp, expected_logsumexp) <= FORWARD[logsumexp.dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [True, False])
+def test_masked_attention_with_bias(dtype, masked):
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, 3, n, 8, generator=g).to(dtype) for n in (5, 70, 70))
+    bias = [torch.randn(2, 3, 5, side, generator=g).to(dtype) for side in (7, 10)]
+    attend = torch.rand(2, 5, 70, generator=g) < (0.2 if masked else 2)
+    bits, row_any = pack(attend if masked else attend[:, :0])
+    output, logsumexp = TABLE["masked_attention_with_bias"](query, key, value, bits, row_any, *bias, 0.3)
+    exact = [x.double() for x in (query, key, value)]
+    expected, expected_logsumexp = masked_attention.masked_attention(*exact, attend, 0.3, *(x.double() for x in bias))
+    assert output.dtype == dtype
+    assert relative_error(output.transpose(1, 2), expected) <= tolerance(FORWARD, dtype, dtype)
+    assert relative_error(logsumexp, expected_logsumexp) <= FORWARD[logsumexp.dtype]

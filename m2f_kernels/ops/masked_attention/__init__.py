@@ -46,6 +46,15 @@ LIBRARY.define(
     "-> (Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
+# With a bias of rows and columns; its gradients are [N, H, Q, h] and [N, H, Q, w]. Operators of their own: those above
+# are in exported programs.
+_BIASED = f"{_INPUTS}, Tensor by_row, Tensor by_column"
+LIBRARY.define(f"masked_attention_with_bias({_BIASED}, float scale) -> (Tensor, Tensor)", tags=_TAGS)
+LIBRARY.define(
+    f"masked_attention_with_bias_backward(Tensor grad_output, {_BIASED}, Tensor output, Tensor logsumexp, float scale) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
 
 
 # ---------------------------------------------------------------- public function
@@ -55,8 +64,9 @@ def masked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: PackedMask | Tensor,
+    mask: PackedMask | Tensor | None = None,
     *,
+    bias: tuple[Tensor, Tensor] | None = None,
     scale: float | None = None,
     first_key: int | None = None,
 ) -> Tensor:
@@ -71,20 +81,24 @@ def masked_attention(
         key, value: [N, H, S, D], S >= 1. Any strides with unit stride in D: heads cut out of `[N, *, H*D]` by
             `x.unflatten(-1, (H, D)).transpose(1, 2)` need no copy.
         mask: from :func:`predict_attention_mask` or :func:`pack_attention_mask`; or bool [N, Q, S] or [N, 1, Q, S],
-            True = attend, which is packed first.
+            True = attend, which is packed first. None, which only a call with a bias may have: all keys.
+        bias: None, or (by_row [N, H, Q, h], by_column [N, H, Q, w]) with h * w = S: `by_row[..., s // w]` and
+            `by_column[..., s % w]` are added to the score of key s, the keys being the pixels of h rows of w (SAM-3's
+            decoder has such a bias for the box of each query). Any strides. A query without a bias has zeros. Their
+            sum [N, H, Q, S] is never made.
         scale: factor of the scores; None for 1/sqrt(D).
         first_key: None if the mask covers all queries and keys. Otherwise `mask` [N, R, M] covers queries [0, R) and
             keys [first_key, first_key + M), and all other pairs attend: the self-attention of encoder-only models
             (EoMT, Kerssies et al. 2025, section 3.2), in which queries attend to patches under a mask. A query with an
             empty mask then attends everywhere only if the mask covers all keys.
 
-    query, key and value have one dtype; under autocast they are cast to autocast's. Arithmetic is float32;
+    query, key, value and bias have one dtype; under autocast they are cast to autocast's. Arithmetic is float32;
     float64 runs through the reference.
 
     Returns:
         [N, H, Q, D] in query's dtype; in memory [N, Q, H, D], so that `out.transpose(1, 2).flatten(2)` copies nothing.
-        Differentiable once in the three floating tensors; only the output and one float32 log-sum-exp per query are
-        saved for it. Bitwise deterministic, forward and backward, for any number of threads.
+        Differentiable once in the floating tensors, the bias among them; only the output and one float32 log-sum-exp
+        per query are saved for it. Bitwise deterministic, forward and backward, for any number of threads.
 
     Raises:
         ValueError, TypeError: bad input; the message names the argument, what was expected and what came.
@@ -104,26 +118,56 @@ def masked_attention(
     for name, tensor in (("key", key), ("value", value)):
         check_same_dtype(name, tensor, "query", query)
     scale = host_size(d) ** -0.5 if scale is None else check_number("scale", scale)
-    first_key, given = _checked_part(mask, query, s, first_key)
+    sides = () if bias is None else _checked_bias(bias, query, s)
+    part = None if mask is None and sides and first_key is None else _checked_part(mask, query, s, first_key)
     plain = dispatch.plain("masked_attention", query)
     if plain == "fallback":
-        blocked = fallback.blocked(given, first_key, query.shape[2], s)
-        return fallback.masked_attention(query, key, value, blocked, scale)
-    packed = _packed(given, first_key, s)
+        blocked = None if part is None else fallback.blocked(*part, query.shape[2], s)
+        return fallback.masked_attention(query, key, value, blocked, scale, *sides)
+    packed = _no_rows(query, s) if part is None else _packed(*part, s)
     if plain is not None:
         attend = _attend(packed.bits, packed.row_any, query, key)
-        return reference.masked_attention(query, key, value, attend, scale)[0]
-    output, _ = call("masked_attention", query, key, value, packed.bits, packed.row_any, scale)
+        return reference.masked_attention(query, key, value, attend, scale, *sides)[0]
+    name = "masked_attention_with_bias" if sides else "masked_attention"
+    output, _ = call(name, query, key, value, packed.bits, packed.row_any, *sides, scale)
     return output.transpose(1, 2)
 
 
+def _checked_bias(bias: tuple[Tensor, Tensor], query: Tensor, keys: int) -> tuple[Tensor, Tensor]:
+    """A bias of rows and columns in autocast's dtype, after checking that it fits the queries and keys."""
+    if not isinstance(bias, (tuple, list)) or len(bias) != 2:
+        raise TypeError(f"bias: expected a pair (by_row [N, H, Q, h], by_column [N, H, Q, w]); got {describe(bias)}")
+    n, heads, q, _ = query.shape
+    found = []
+    for name, side, tensor in zip(("by_row", "by_column"), "hw", bias, strict=True):
+        check_floating(f"bias: {name}", tensor, f"[N, H, Q, {side}]")
+        check_shape(f"bias: {name}", tensor, f"[N, H, Q, {side}]", (n, heads, q, tensor.shape[3]))
+        check_same_device(f"bias: {name}", tensor, "query", query)
+        found.append(autocast(tensor))
+        check_same_dtype(f"bias: {name}", found[-1], "query", query)
+    by_row, by_column = found
+    if by_row.shape[3] * by_column.shape[3] != keys:
+        raise ValueError(
+            f"bias: expected by_row [N, H, Q, h] and by_column [N, H, Q, w] with h * w = S = {keys}; got "
+            f"{describe(by_row)} and {describe(by_column)}"
+        )
+    return by_row, by_column
+
+
+def _no_rows(query: Tensor, keys: int) -> PackedMask:
+    """A mask of no queries: all of them attend everywhere."""
+    n = query.shape[0]
+    bits = query.new_zeros(n, 0, (keys + WORD - 1) // WORD, dtype=torch.int32)
+    return PackedMask(bits, query.new_zeros(n, 0, dtype=torch.bool), keys)
+
+
 def _checked_part(
-    mask: PackedMask | Tensor, query: Tensor, keys: int, first_key: int | None
-) -> tuple[int, PackedMask | Tensor]:
-    """The index of a mask's first key (0 for a whole mask) and the mask, packed or bool [N, R, M], after checking that
-    it fits the queries and keys."""
+    mask: PackedMask | Tensor | None, query: Tensor, keys: int, first_key: int | None
+) -> tuple[PackedMask | Tensor, int]:
+    """A mask, packed or bool [N, R, M], and the index of its first key (0 for a whole mask), after checking that it
+    fits the queries and keys."""
     if first_key is None:
-        return 0, _checked(mask, query.shape[2], query, keys)
+        return _checked(mask, query.shape[2], query, keys), 0
     bits = mask.bits if isinstance(mask, PackedMask) else mask
     if not isinstance(bits, Tensor) or bits.dim() not in (3, 4):
         raise TypeError(f"mask: expected a PackedMask or a bool tensor [N, R, M]; got {describe(mask)}")
@@ -138,10 +182,10 @@ def _checked_part(
             f"first_key: expected an integer in [0, {keys - covered}], so that the mask's {covered} keys lie within "
             f"key's {keys}; got {first_key}"
         )
-    return first_key, given
+    return given, first_key
 
 
-def _checked(mask: PackedMask | Tensor, q: int, query: Tensor, keys: int) -> PackedMask | Tensor:
+def _checked(mask: PackedMask | Tensor | None, q: int, query: Tensor, keys: int) -> PackedMask | Tensor:
     """The mask of `q` queries, packed or bool [N, Q, S], after checking that it fits the queries and keys."""
     n = query.shape[0]
     if isinstance(mask, PackedMask):
@@ -195,12 +239,44 @@ def _attend(bits: Tensor, row_any: Tensor, query: Tensor, key: Tensor) -> Tensor
     return F.pad(attend, (0, 0, 0, query.shape[2] - attend.shape[1]), value=True)
 
 
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, sides: tuple[Tensor, ...], scale: float
+) -> tuple[Tensor, Tensor]:
+    attend = _attend(bits, row_any, query, key)
+    output, logsumexp = reference.masked_attention(query, key, value, attend, scale, *sides)
+    return output.transpose(1, 2).contiguous(), logsumexp
+
+
 def _masked_attention_plain(
     query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
-    attend = _attend(bits, row_any, query, key)
-    output, logsumexp = reference.masked_attention(query, key, value, attend, scale)
-    return output.transpose(1, 2).contiguous(), logsumexp
+    return _attention(query, key, value, bits, row_any, (), scale)
+
+
+def _masked_attention_with_bias_plain(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bits: Tensor,
+    row_any: Tensor,
+    by_row: Tensor,
+    by_column: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    return _attention(query, key, value, bits, row_any, (by_row, by_column), scale)
+
+
+def _gradients(
+    grad_output: Tensor, heads: list[Tensor], bits: Tensor, row_any: Tensor, sides: list[Tensor], scale: float
+) -> tuple[Tensor, ...]:
+    attend = _attend(bits, row_any, *heads[:2])
+    gradients = reference_gradients(
+        lambda q, k, v, *b: reference.masked_attention(q, k, v, attend, scale, *b)[0].transpose(1, 2),
+        grad_output,
+        [*heads, *sides],
+        [True] * (3 + len(sides)),
+    )
+    return (*(g.transpose(1, 2).contiguous() for g in gradients[:3]), *(g.contiguous() for g in gradients[3:]))
 
 
 def _masked_attention_backward_plain(
@@ -214,19 +290,33 @@ def _masked_attention_backward_plain(
     logsumexp: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    attend = _attend(bits, row_any, query, key)
-    gradients = reference_gradients(
-        lambda q, k, v: reference.masked_attention(q, k, v, attend, scale)[0].transpose(1, 2),
-        grad_output,
-        [query, key, value],
-        [True, True, True],
-    )
-    return tuple(g.transpose(1, 2).contiguous() for g in gradients)
+    return _gradients(grad_output, [query, key, value], bits, row_any, [], scale)
+
+
+def _masked_attention_with_bias_backward_plain(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bits: Tensor,
+    row_any: Tensor,
+    by_row: Tensor,
+    by_column: Tensor,
+    output: Tensor,
+    logsumexp: Tensor,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    return _gradients(grad_output, [query, key, value], bits, row_any, [by_row, by_column], scale)
 
 
 dispatch.register(
     dispatch.Operator("masked_attention", triton="m2f_kernels.ops.masked_attention.triton"),
-    {"masked_attention": _masked_attention_plain, "masked_attention_backward": _masked_attention_backward_plain},
+    {
+        "masked_attention": _masked_attention_plain,
+        "masked_attention_backward": _masked_attention_backward_plain,
+        "masked_attention_with_bias": _masked_attention_with_bias_plain,
+        "masked_attention_with_bias_backward": _masked_attention_with_bias_backward_plain,
+    },
 )
 
 
@@ -234,19 +324,37 @@ dispatch.register(
 
 
 @torch.library.register_fake("m2f::masked_attention", lib=LIBRARY)
+@torch.library.register_fake("m2f::masked_attention_with_bias", lib=LIBRARY)
 def _(query: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     n, heads, q, d = query.shape
     logsumexp = query.new_empty(n, heads, q, dtype=accumulation_dtype(query.dtype))
     return query.new_empty(n, q, heads, d), logsumexp
 
 
+def _empty_like_heads(x: Tensor) -> Tensor:
+    n, heads, length, d = x.shape
+    return x.new_empty(n, length, heads, d)
+
+
 @torch.library.register_fake("m2f::masked_attention_backward", lib=LIBRARY)
 def _(grad_output: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    def empty(x: Tensor) -> Tensor:
-        n, heads, length, d = x.shape
-        return x.new_empty(n, length, heads, d)
+    return _empty_like_heads(query), _empty_like_heads(key), _empty_like_heads(value)
 
-    return empty(query), empty(key), empty(value)
+
+@torch.library.register_fake("m2f::masked_attention_with_bias_backward", lib=LIBRARY)
+def _(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bits: Tensor,
+    row_any: Tensor,
+    by_row: Tensor,
+    by_column: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:
+    heads = (_empty_like_heads(x) for x in (query, key, value))
+    return (*heads, *(x.new_empty(x.shape) for x in (by_row, by_column)))
 
 
 # ---------------------------------------------------------------- autograd
@@ -260,13 +368,17 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _vjp(ctx: Any, grad_output: Tensor, grad_logsumexp: Tensor | None) -> tuple[Any, ...]:
     saved = ctx.saved_tensors
-    gradients = torch.ops.m2f.masked_attention_backward(grad_output, *saved, ctx.scale)
+    biased = len(saved) == 9
+    name = "masked_attention_with_bias_backward" if biased else "masked_attention_backward"
+    gradients = getattr(torch.ops.m2f, name)(grad_output, *saved, ctx.scale)
     gradients = differentiable_once("masked attention", gradients, [grad_output, *saved])
-    needed = ctx.needs_input_grad
-    found = (g.transpose(1, 2) if need else None for g, need in zip(gradients, needed[:3], strict=True))
-    return (*found, None, None, None)
+    heads, sides = [g.transpose(1, 2) for g in gradients[:3]], gradients[3:]
+    # One for each input: the bits, row_any and the scale have none.
+    found = [*heads, None, None, *sides, None]
+    return tuple(g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=True))
 
 
-register_autograd("masked_attention", "masked attention", _vjp, _setup_context)
-register_vmap("masked_attention", shared=())
-register_vmap("masked_attention_backward", shared=())
+for _name in ("masked_attention", "masked_attention_with_bias"):
+    register_autograd(_name, "masked attention", _vjp, _setup_context)
+    register_vmap(_name, shared=())
+    register_vmap(f"{_name}_backward", shared=())

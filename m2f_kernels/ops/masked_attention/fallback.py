@@ -46,22 +46,36 @@ def _finite(x: Tensor) -> Tensor:
 
 
 class _Attention(torch.autograd.Function):
-    """Output [N*H, Q, D] and weights [N*H, Q, S] of query, key, value [N*H, *, D] and blocked [N, Q, S]."""
+    """Output [N*H, Q, D] and weights [N*H, Q, S] of query, key, value [N*H, *, D], blocked [N, Q, S] or None, and a
+    bias [N*H, Q, h] of rows and [N*H, Q, w] of columns or None."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    def forward(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        blocked: Tensor | None,
+        scale: float,
+        by_row: Tensor | None,
+        by_column: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         # NaN for values that are not finite, else 0: it makes the scores of queries that attend to them NaN.
         poison = (value * 0).sum(-1).unsqueeze(1)
         scores = torch.baddbmm(poison, query, key.transpose(1, 2), alpha=scale)
-        scores.unflatten(0, (blocked.shape[0], -1)).masked_fill_(blocked.unsqueeze(1), -torch.inf)
+        if by_row is not None and by_column is not None:
+            sides = by_row.shape[2], by_column.shape[2]
+            scores.unflatten(2, sides).add_(by_row.unsqueeze(3)).add_(by_column.unsqueeze(2))
+        if blocked is not None:
+            scores.unflatten(0, (blocked.shape[0], -1)).masked_fill_(blocked.unsqueeze(1), -torch.inf)
         weights = scores.softmax(-1)
         return torch.bmm(weights, _finite(value)), weights
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        query, key, value, _, ctx.scale = inputs
+        query, key, value, _, ctx.scale, by_row, by_column = inputs
+        ctx.sides = None if by_row is None else (by_row.shape[2], by_column.shape[2])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(query, key, value, output[1])
@@ -70,26 +84,41 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         query, key, value, weights = ctx.saved_tensors
         if grad is None:
-            return (None,) * 5
+            return (None,) * 7
         grad_value = torch.bmm(weights.transpose(1, 2), grad)
         grad_weights = torch.bmm(grad, _finite(value).transpose(1, 2))
         # The weight of a blocked key is zero, and so is this factor; the key that it is multiplied with is finite.
         grad_scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
         grad_query = torch.baddbmm(query.new_empty(()), grad_scores, _finite(key), beta=0, alpha=ctx.scale)
         grad_key = torch.baddbmm(query.new_empty(()), grad_scores.transpose(1, 2), query, beta=0, alpha=ctx.scale)
-        found = differentiable_once("masked attention", (grad_query, grad_key, grad_value), [grad, *ctx.saved_tensors])
-        return *found, None, None
+        gradients = [grad_query, grad_key, grad_value]
+        if ctx.sides is not None:
+            places = grad_scores.unflatten(2, ctx.sides)
+            gradients += [places.sum(3), places.sum(2)]
+        found = differentiable_once("masked attention", tuple(gradients), [grad, *ctx.saved_tensors])
+        return *found[:3], None, None, *(found[3:] or (None, None))
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor, scale: float) -> Tensor:
-    """The output of `reference.masked_attention`, in query's dtype throughout.
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocked: Tensor | None,
+    scale: float,
+    by_row: Tensor | None = None,
+    by_column: Tensor | None = None,
+) -> Tensor:
+    """The output of `reference.masked_attention`, in query's dtype throughout; nothing is blocked if `blocked` is None.
 
     A query that attends to a value that is not finite has NaN in that head's output. Where checking is free (on a CPU)
     the reference computes it instead, which gives infinity in some channels.
     """
     if query.numel() == 0 or (readable(value) and not value.isfinite().all()):
-        return reference.masked_attention(query, key, value, ~blocked, scale)[0]
+        if blocked is None:
+            blocked = key.new_zeros((), dtype=torch.bool).expand(query.shape[0], query.shape[2], key.shape[2])
+        return reference.masked_attention(query, key, value, ~blocked, scale, by_row, by_column)[0]
     heads = [x.flatten(0, 1) for x in (query, key, value)]
+    bias = [None if x is None else x.flatten(0, 1) for x in (by_row, by_column)]
     with without_autocast(query.device):  # which would make the weights float32, and gradients fail on two dtypes
-        output: Tensor = _Attention.apply(*heads, blocked, scale)[0]
+        output: Tensor = _Attention.apply(*heads, blocked, scale, *bias)[0]
     return output.unflatten(0, query.shape[:2])

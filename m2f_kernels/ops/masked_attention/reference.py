@@ -11,7 +11,15 @@ from torch import Tensor
 from m2f_kernels._dtypes import accumulation_dtype
 
 
-def masked_attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attend: Tensor,
+    scale: float,
+    by_row: Tensor | None = None,
+    by_column: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Each query attends to the keys that `attend` names.
 
     A blocked key contributes exactly nothing, even if it is NaN or infinite (0 * NaN would be NaN): such keys are
@@ -22,6 +30,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor, 
         key, value: [N, H, S, D].
         attend: bool [N, Q, S], at least one True in every row.
         scale: factor of the scores.
+        by_row, by_column: None, or [N, H, Q, h] and [N, H, Q, w] with h * w = S: key s gets `by_row[..., s // w]` and
+            `by_column[..., s % w]` added to its score.
 
     Returns:
         the output [N, H, Q, D] in query's dtype, and the log-sum-exp of each query's scores [N, H, Q] in the
@@ -40,6 +50,8 @@ def masked_attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor, 
     blocked = ~attend.unsqueeze(1)
     scores = q @ k.transpose(-1, -2)
     scores = scores.index_copy(-1, suspects, (q.unsqueeze(3) * k_suspect).sum(-1)) * scale
+    if by_row is not None and by_column is not None:
+        scores = scores + (by_row.to(dtype).unsqueeze(-1) + by_column.to(dtype).unsqueeze(-2)).flatten(-2)
     scores = scores.masked_fill(blocked, -torch.inf)
     weights = scores.softmax(-1).masked_fill(blocked, 0)
     output = weights @ v + (weights[..., suspects, None] * v_suspect).sum(3)
