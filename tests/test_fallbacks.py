@@ -414,7 +414,7 @@ def test_registered_operators_on_points():
 
 
 def test_registered_operators_do_not_run_the_reference(monkeypatch):
-    """Where no kernel serves and nothing asks for it."""
+    """The reference runs only where it is asked for."""
     for module in ("point_sample", "point_loss"):
         reference = importlib.import_module(f"m2f_kernels.ops.{module}.reference")
         for name in ("point_sample", "sample_targets", "point_mask_loss", "mask_matching_cost", "uncertain_points"):
