@@ -3,7 +3,7 @@
 `python -m benchmarks.run` measures and writes `benchmarks/results/<device>/`;
 `pytest benchmarks` runs the same cases under pytest-benchmark.
 
-To add an operator: write `benchmarks/bench_<op>.py` with a module-level
+To add an operator: write `benchmarks/ops/<op>.py` with a module-level
 `BENCHMARK = Benchmark(...)` (see `benchmarks/cases.py`) and add a line to `REGISTRY`.
 """
 
@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 #: Operator -> module that defines its `BENCHMARK`.
 REGISTRY: dict[str, str] = {
-    "point_loss": "benchmarks.bench_point_loss",
+    "point_loss": "benchmarks.ops.point_loss",
     "end_to_end": "benchmarks.bench_end_to_end",
-    "ms_deform_attn": "benchmarks.bench_ms_deform_attn",
-    "attention_mask": "benchmarks.bench_attention_mask",
-    "masked_attention": "benchmarks.bench_masked_attention",
+    "ms_deform_attn": "benchmarks.ops.ms_deform_attn",
+    "attention_mask": "benchmarks.ops.attention_mask",
+    "masked_attention": "benchmarks.ops.masked_attention",
 }
 
 

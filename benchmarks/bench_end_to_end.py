@@ -154,10 +154,6 @@ def _truth(name: str, device: str) -> Data:
     return Data({}, {"classes": classes.detach().cpu(), "masks": logits.detach().cpu()}, [], ("classes", "masks"))
 
 
-def data(scale: Scale) -> dict[str, Callable[[], Data]]:
-    return {case.data: partial(_truth, case.data, scale.device) for case in cases(scale)}
-
-
 def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
     """float32: largest difference of class and mask logits relative to the largest value. bf16: one minus the mean
     intersection over union of the predicted masks; a training step gives none, and must be finite."""
@@ -194,7 +190,8 @@ def cases(scale: Scale) -> list[Case]:
         implementations = [one(name, OURS), one(name, TRANSFORMERS)]
         implementations += [one(name, other, one_setting=True) for other in more]
         direction = "forward+backward" if what == TRAINING else "forward"
-        return Case(name, name, direction, implementations, **options)
+        made = partial(_truth, name, scale.device)
+        return Case(name, name, direction, implementations, build=made, **options)
 
     low = LOW_PRECISION[: 3 if cuda else 2 if scale.full else 1]
     graphs = CAPTURED if cuda else ()
@@ -305,7 +302,6 @@ BENCHMARK = Benchmark(
         "*CUDA graph* is this package's inference captured once and replayed, whose times are the GPU's alone."
     ),
     cases=cases,
-    data=data,
     figures=figures,
     check=check,
     operators=(

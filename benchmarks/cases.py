@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import importlib.metadata
+import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -14,6 +16,8 @@ from torch import Tensor
 Tensors = dict[str, Tensor]
 Levels = list[tuple[int, int]]
 
+OURS = "m2f_kernels"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Relative L2 error against the fp64 reference above which a float32 row is wrong and gets no time.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 #: Peers have a looser bound: some are less precise than this package, and the error is printed.
@@ -134,13 +138,15 @@ class Case:
 
     Attributes:
         name: unique within the operator.
-        data: key into `Benchmark.data`.
+        data: the name of the data.
         direction: "forward" or "forward+backward".
         threads: CPU threads; None for all.
         memory: whether peak memory is measured too.
         headline: whether the case is drawn in the picture.
         full: measured with `--full` only.
         one_setting: timed in the first allocator setting only, unless with `--full`.
+        build: makes the data; cases of one name of data have the same.
+        spec: the operator's own parameters.
     """
 
     name: str
@@ -154,6 +160,8 @@ class Case:
     headline: bool = False
     full: bool = False
     one_setting: bool = False
+    build: Callable[[], Data] | None = None
+    spec: Any = None
 
     @property
     def backward(self) -> bool:
@@ -210,6 +218,20 @@ class Figure:
         return [self.numerator] if self.denominator is None else [self.numerator, self.denominator]
 
 
+def ratio(
+    case: str,
+    field: str,
+    above: str | Sequence[str],
+    below: str,
+    target: dict[str, float | None],
+    label: str,
+    **options: bool,
+) -> Figure:
+    """A field of one implementation (of several, the least) over that of another."""
+    names = (above,) if isinstance(above, str) else tuple(above)
+    return Figure(f"{case}: {label}", (case, names, field), (case, (below,), field), target, **options)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """The result of a check: `right` if all results are within tolerance, and the largest relative errors."""
@@ -220,6 +242,29 @@ class Verdict:
 
 
 Check = Callable[[Case, Implementation, Data, Sequence[Tensor]], Verdict]
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution; None if it is not installed."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def missing(module: str) -> Callable[[], str | None]:
+    """A function that says "not installed" where `module` cannot be found."""
+    return lambda: None if importlib.util.find_spec(module) else "not installed"
+
+
+def as_given(inputs: Tensors, levels: Levels) -> dict[str, Any]:
+    """The inputs as they are, and the levels."""
+    return inputs | {"levels": levels}
+
+
+def flop_dtype(case: Case) -> str:
+    """The dtype whose rate of matrix products bounds a case."""
+    return "bfloat16" if case.dtype == "bf16" else "float32"
 
 
 def relative_l2(actual: Tensor, truth: Tensor) -> float:
@@ -255,7 +300,6 @@ class Benchmark:
 
     Attributes:
         op: name on the command line and of the files written.
-        data: builders of the data sets that the cases name.
         work: what the floor is computed from.
         shrink: a smaller version of the data, to start threads and load code before peak memory is measured.
         figures: the figures with targets.
@@ -276,7 +320,6 @@ class Benchmark:
     title: str
     description: str = ""
     cases: Callable[[Scale], list[Case]] = lambda scale: []
-    data: Callable[[Scale], dict[str, Callable[[], Data]]] = lambda scale: {}
     work: Callable[[Case, Data], Work | None] = lambda case, data: None
     shrink: Callable[[Data], Data] = lambda data: data
     figures: Callable[[Scale], list[Figure]] = lambda scale: []
@@ -292,6 +335,11 @@ class Benchmark:
     def select(self, scale: Scale) -> list[Case]:
         """The cases that a run of this scale measures."""
         return [case for case in self.cases(scale) if scale.full or not case.full]
+
+    def data(self, scale: Scale) -> dict[str, Callable[[], Data]]:
+        """The builders of the cases' data by name; a truth with gradients serves cases without, too."""
+        made = sorted(self.cases(scale), key=lambda case: case.backward)
+        return {case.data: case.build for case in made if case.build is not None}
 
     @property
     def measured_operators(self) -> tuple[str, ...]:

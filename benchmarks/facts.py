@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 import m2f_kernels
-from benchmarks import peers
+from benchmarks.cases import version
+from benchmarks.ops import ms_deform_attn
 from m2f_kernels import dispatch
 from m2f_kernels.info import cpu_name
 
@@ -83,12 +84,12 @@ def gather(device: str, ops: list[str]) -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}, {'-'.join(platform.libc_ver())}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": peers.version("triton") or "not installed",
+        "triton": version("triton") or "not installed",
         "m2f-kernels": f"{m2f_kernels.__version__} at commit {_commit()}",
-        "PyTorch grid_sample form": peers.grid_sample_source(),
+        "PyTorch grid_sample form": ms_deform_attn.grid_sample_source(),
     }
     for peer in ("transformers", "torch-ms-deform-attn", "deformops"):
-        facts[peer] = peers.version(peer) or "not installed"
+        facts[peer] = version(peer) or "not installed"
     if device == "cuda":
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         facts["cuda"] = str(torch.version.cuda)

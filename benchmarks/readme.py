@@ -11,10 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import bench_end_to_end, integrations, other_models, peers_points, tables
-from benchmarks.cases import Row
+from benchmarks import bench_end_to_end, integrations, other_models, tables
+from benchmarks.cases import OURS, Row
 from benchmarks.compare import read
 from benchmarks.formats import markdown, number
+from benchmarks.ops import point_loss
 from benchmarks.report import RESULTS
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,7 @@ class Headline:
 
 _MODELS = (other_models.BEFORE, other_models.AFTER)
 _OURS = (bench_end_to_end.TRANSFORMERS, bench_end_to_end.OURS)
-_LOSS = (peers_points.TRANSFORMERS, tables.OURS)
+_LOSS = (point_loss.TRANSFORMERS, OURS)
 HEADLINES = (
     Headline(
         _CPU, "integrations", "Mask2Former Swin-T, 1024²", *_MODELS, "CPU, Mask2Former Swin-T 1024², `accelerate`"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks import bench_end_to_end, other_models, peers, peers_attention, peers_points
-from benchmarks.cases import Row
+from benchmarks import bench_end_to_end, other_models
+from benchmarks.cases import OURS, Row
 from benchmarks.formats import error, mebibytes, number
+from benchmarks.ops import attention_mask, ms_deform_attn
+from benchmarks.ops import masked_attention as attention
+from benchmarks.ops import point_loss as loss
 
-OURS = "m2f_kernels"
 CPU_SETTINGS = ("default", "heap retained")
 Measured = dict[tuple[str, str, str], Row]
 
@@ -78,9 +80,9 @@ def point_loss(rows: Sequence[Row]) -> str:
     """The headline: the loss part with full masks, with points as published, and with this package."""
     columns = {
         OURS: "m2f",
-        peers_points.TRANSFORMERS: "K = 12544 points as published",
-        peers_points.STRIDE_4: "full masks at stride 4",
-        peers_points.FULL: "full masks",
+        loss.TRANSFORMERS: "K = 12544 points as published",
+        loss.STRIDE_4: "full masks at stride 4",
+        loss.FULL: "full masks",
     }
     shown = [(size, targets) for size in (1024, 512) for targets in (10, 30, 100)]
     cases = {f"loss part {size}² T={targets}": f"time, {size}², {targets} targets" for size, targets in shown}
@@ -96,8 +98,8 @@ def deformable_attention(rows: Sequence[Row]) -> str:
         "PyTorch grid_sample": "PyTorch grid_sample",
         "torch-ms-deform-attn": "torch-ms-deform-attn",
     }
-    if any(row.implementation == peers.DEFORMOPS_TRITON and row.median_ms for row in rows):  # GPU only
-        columns[peers.DEFORMOPS_TRITON] = peers.DEFORMOPS_TRITON
+    if any(row.implementation == ms_deform_attn.DEFORMOPS_TRITON and row.median_ms for row in rows):  # GPU only
+        columns[ms_deform_attn.DEFORMOPS_TRITON] = ms_deform_attn.DEFORMOPS_TRITON
     cases = {
         "encoder local fp32 forward": "forward, samples near the query",
         "encoder random fp32 forward": "forward, samples anywhere",
@@ -113,14 +115,14 @@ def deformable_attention(rows: Sequence[Row]) -> str:
 
 def masked_attention(rows: Sequence[Row]) -> str:
     """Two tables: the nine layers' attention masks, and attention with them."""
-    names = (peers_attention.TRANSFORMERS, peers_attention.TRANSFORMERS_DROPPED, peers_attention.STRIDED)
+    names = (attention_mask.TRANSFORMERS, attention_mask.TRANSFORMERS_DROPPED, attention_mask.STRIDED)
     columns = {OURS: "m2f"} | {name: name for name in names}
     large = "9 layers 1024² fp32"
     lines = times(rows, {large: "masks of 9 layers, 1024²", "9 layers 512² fp32": "masks of 9 layers, 512²"}, columns)
     lines += amounts(rows, large, columns, "peak MiB above inputs, 1024²")
     lines += [*amounts(rows, large, columns, "MiB written, 1024²", lambda row: number(row.written_mib)), ""]
 
-    names = (peers_attention.SDPA, peers_attention.SDPA_ADDITIVE, peers_attention.MULTIHEAD)
+    names = (attention.SDPA, attention.SDPA_ADDITIVE, attention.MULTIHEAD)
     columns = {OURS: "m2f"} | {name: name for name in names}
     where = "S=16384 Q=100"
     cases = {

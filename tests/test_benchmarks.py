@@ -7,20 +7,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import m2f_kernels
+
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
 import benchmarks
 from benchmarks import (
-    bench_attention_mask,
-    bench_masked_attention,
     figures,
     floors,
     inputs,
     memory,
-    peers_attention,
     tables,
 )
 from benchmarks.cases import Case, Data, Figure, Implementation, Row, Scale, Work, check_relative_l2
+from benchmarks.ops import attention_mask, masked_attention
 from m2f_kernels.masks import PackedMask
 
 NEEDS_BENCH = "the benchmark's inputs need scikit-image and transformers: `make bench` installs them"
@@ -180,14 +180,14 @@ def test_gradients_are_checked_after_the_outputs():
 def masks():
     for module in ("skimage", "transformers"):
         pytest.importorskip(module, reason=NEEDS_BENCH)
-    return bench_attention_mask._data(Scale("cpu", True), 128, "fp32", True)
+    return attention_mask.build("cpu", 128, "fp32", True)
 
 
 def test_every_form_of_attention_masks_is_right(masks):
-    for implementation in bench_attention_mask.cases(Scale("cpu", True))[0].implementations:
+    for implementation in attention_mask.implementations():
         case = Case("case", "data", "forward", [], dtype="fp32")
         run = case.bind(implementation, masks)
-        verdict = bench_attention_mask.check(case, implementation, masks, implementation.decode(run(True), masks))
+        verdict = attention_mask.check(case, implementation, masks, implementation.decode(run(True), masks))
         assert verdict.right, implementation.name
         assert run() == ()
 
@@ -196,7 +196,7 @@ def test_a_wrong_bit_is_found(masks):
     case = Case("case", "data", "forward", [], dtype="fp32")
     bits = [masks.truth[name].clone() for name in masks.outputs]
     total = sum(b.numel() for b in bits)
-    check = partial(bench_attention_mask.check, case, _implementation(None), masks)
+    check = partial(attention_mask.check, case, _implementation(None), masks)
     assert check(bits).right
     bits[4].view(-1)[7] ^= True
     assert not masks.truth["doubtful 5"].view(-1)[7]
@@ -206,18 +206,18 @@ def test_a_wrong_bit_is_found(masks):
     # Where rounding may decide, a bit alone is no mistake; but it may not be one of few.
     doubtful = {f"doubtful {i + 1}": torch.ones_like(b) for i, b in enumerate(bits)}
     lenient = replace(masks, truth=masks.truth | doubtful)
-    assert 1 / total > bench_attention_mask.WRONG_BITS["fp32"]
-    assert not bench_attention_mask.check(case, _implementation(None), lenient, bits).right
+    assert 1 / total > attention_mask.WRONG_BITS["fp32"]
+    assert not attention_mask.check(case, _implementation(None), lenient, bits).right
     low = replace(case, dtype="bf16")
-    assert 1 / total < bench_attention_mask.WRONG_BITS["bf16"]
-    assert bench_attention_mask.check(low, _implementation(None), lenient, bits).right
+    assert 1 / total < attention_mask.WRONG_BITS["bf16"]
+    assert attention_mask.check(low, _implementation(None), lenient, bits).right
 
 
 def test_masks_of_the_benchmark_are_partly_open_and_some_rows_empty(masks):
     for name in masks.outputs:
         density = masks.truth[name].double().mean(-1)[0]
-        assert (density[-bench_attention_mask.EMPTY_QUERIES :] == 1).all()  # the row rule
-        others = density[: -bench_attention_mask.EMPTY_QUERIES]
+        assert (density[-attention_mask.EMPTY_QUERIES :] == 1).all()  # the row rule
+        others = density[: -attention_mask.EMPTY_QUERIES]
         assert (others > 0).all()
         assert (others < 0.9).all()
 
@@ -227,7 +227,7 @@ def test_strided_slices_resize_as_interpolation_does(ratio, generator):
     features = torch.randn(1, 3, 16, 24, dtype=torch.float64, generator=generator)
     size = (16 // ratio, 24 // ratio)
     expected = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(peers_attention._centre_mean(features, size), expected)
+    torch.testing.assert_close(attention_mask._centre_mean(features, size), expected)
 
 
 # ---------------------------------------------------------------- masked attention
@@ -259,18 +259,18 @@ def _sdpa(attention):
 
 
 def test_peers_of_masked_attention_agree(attention):
-    for peer in peers_attention.masked_attention_peers("cpu"):
+    for peer in masked_attention.peers("cpu"):
         if peer.unavailable() is None:
             torch.testing.assert_close(peer.call(peer.adapt(attention, [])), _sdpa(attention), msg=peer.name)
-    ours = bench_masked_attention
-    torch.testing.assert_close(ours._attention(ours._inputs(attention, [])), _sdpa(attention))
+    ours = masked_attention._attention(masked_attention._inputs(attention, []))
+    torch.testing.assert_close(ours, _sdpa(attention))
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("rebuild", [False, True])
 def test_flex_attention_adapter_agrees(attention, rebuild):
     """Its uncompiled form, which runs anywhere."""
-    call, adapt = peers_attention.flex(rebuild, compiled=False)
+    call, adapt = masked_attention.flex(rebuild, compiled=False)
     tensors = {name: t if name == "attend" else t.float() for name, t in attention.items()}
     output = call(adapt(tensors, []))
     torch.testing.assert_close(output.double(), _sdpa(attention), rtol=1e-4, atol=1e-5)
@@ -289,39 +289,39 @@ def test_multihead_core_is_what_the_module_does_between_its_projections(attentio
     blocked = (~attention["attend"]).repeat_interleave(8, 0)
     query, key, value = (merged(attention[name]) for name in ("query", "key", "value"))
     expected, _ = module(query, key, value, attn_mask=blocked)
-    actual = peers_attention.multihead_core(attention | {"blocked": blocked})
+    actual = masked_attention.multihead_core(attention | {"mask": blocked})
     torch.testing.assert_close(merged(actual), expected)
 
 
 def test_work_counts_attended_pairs_only():
-    case = next(c for c in bench_masked_attention.cases(Scale("cpu", True)) if not c.backward)
-    data = bench_masked_attention._data(Scale("cpu", True), 64, 3, "random", 0.5, "fp32", 1, True)
+    case = next(c for c in masked_attention.cases(Scale("cpu", True)) if not c.backward)
+    data = masked_attention.build("cpu", masked_attention.Shape(64, 3, "random", 0.5), True)
     pairs = int(data.inputs["attend"].sum())
     assert 0 < pairs < 3 * 64
-    forward = bench_masked_attention.work(case, data)
+    forward = masked_attention.work(case, data)
     assert forward.flops == 4 * 256 * pairs
     assert forward.bytes_moved == 4 * 256 * (2 * 3 + 2 * 64) + 3 * (2 * 4 + 1)
-    both = bench_masked_attention.work(replace(case, direction="forward+backward"), data)
+    both = masked_attention.work(replace(case, direction="forward+backward"), data)
     assert both.flops == 12 * 256 * pairs
 
 
 def test_packed_results_decode_to_bits(masks):
     attend = torch.rand(1, 2, 40) < 0.5
-    packed = PackedMask(*bench_attention_mask.m2f_kernels.pack_attention_mask(attend))
+    packed = PackedMask(*m2f_kernels.pack_attention_mask(attend))
     data = Data({}, {"layer 1": attend}, outputs=("layer 1",))
-    (decoded,) = bench_attention_mask._decode([packed.bits, packed.row_any], data)
+    (decoded,) = attention_mask._decode([packed.bits, packed.row_any], data)
     assert torch.equal(decoded, packed.to_bool())
 
 
 def test_every_form_of_the_module_is_right(monkeypatch):
     pytest.importorskip("skimage", reason=NEEDS_BENCH)
-    monkeypatch.setattr(bench_masked_attention, "_large", lambda scale: 256)
+    monkeypatch.setattr(masked_attention, "_large", lambda scale: 256)
     scale = Scale("cpu", True)
-    case = next(c for c in bench_masked_attention.cases(scale) if c.data == bench_masked_attention.MODULE)
-    data = bench_masked_attention.data(scale)[case.data]()
+    case = next(c for c in masked_attention.cases(scale) if c.data == masked_attention.MODULE)
+    data = case.build()
     assert len(case.implementations) == 3
     for implementation in case.implementations:
         run = case.bind(implementation, data)
         verdict = check_relative_l2(case, implementation, data, implementation.decode(run(), data))
         assert verdict.right, implementation.name
-        case.bind(implementation, bench_masked_attention.shrink(data))()
+        case.bind(implementation, masked_attention.shrink(data))()

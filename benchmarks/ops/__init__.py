@@ -1,0 +1,1 @@
+"""The benchmark of each operator, with its peers."""

@@ -1,0 +1,382 @@
+"""Masked cross-attention: the core of a decoder layer, between its projections.
+
+Peers take query, key and value by heads, [N, H, *, D], contiguous (on CPU SDPA is a sixth slower on heads cut out of
+[N, *, H*D]), and the mask in the form that suits them best, made untimed:
+
+- SDPA: bool [N, 1, Q, S]; expanded to the heads it would take three times as long on CPU.
+- SDPA with a mask of 0 and -inf made before: SDPA makes it from a boolean mask in every call.
+- nn.MultiheadAttention's core: the code between its projections as `transformers` calls it, with the boolean
+  mask repeated over heads and the weights averaged over them. Its projections are the same work for all.
+- FlexAttention, compiled, GPU only: with its block mask ready, and with the block mask built in every call as a mask
+  that is new in every layer needs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import m2f_kernels
+from benchmarks import inputs
+from benchmarks.cases import (
+    DTYPES,
+    OURS,
+    Benchmark,
+    Case,
+    Data,
+    Figure,
+    Implementation,
+    Levels,
+    Scale,
+    Tensors,
+    Work,
+    flop_dtype,
+    ratio,
+)  # fmt: skip
+from benchmarks.memory import bytes_of
+
+CHANNELS, HEADS = 256, 8
+DIFFERENTIABLE = ("query", "key", "value")
+#: Kinds of masks. Learned ones, which a trained model predicts, are as dense as they are, whatever the name's density.
+OPEN, BLOBS, RANDOM, LEARNED = "open", "blobs", "random", "learned"
+#: The data of the one case that has the projections too.
+MODULE = "module"
+SDPA, SDPA_ADDITIVE = "SDPA, boolean mask", "SDPA, additive mask made before"
+MULTIHEAD = "nn.MultiheadAttention's core"
+MULTIHEAD_MODULE, MULTIHEAD_NO_WEIGHTS = "nn.MultiheadAttention", "nn.MultiheadAttention, need_weights=False"
+EAGER = "matmul, masked_fill, softmax, matmul"
+FLEX, FLEX_REBUILT = "FlexAttention, block mask ready", "FlexAttention, block mask rebuilt"
+
+# ---------------------------------------------------------------- implementations
+
+
+def _inputs(given: Tensors, levels: Levels) -> dict[str, Any]:
+    """Heads as views of [N, *, H*D], and the mask packed."""
+    return {name: given[name] for name in DIFFERENTIABLE} | {"mask": m2f_kernels.pack_attention_mask(given["attend"])}
+
+
+def _attention(a: dict[str, Any]) -> Tensor:
+    return m2f_kernels.masked_attention(a["query"], a["key"], a["value"], a["mask"])
+
+
+def _by_heads(mask: Callable[[Tensor, Tensor], Any], given: Tensors, levels: Levels) -> dict[str, Any]:
+    """Contiguous heads, and what `mask` makes of the bits [N, Q, S] and the query."""
+    return {x: given[x].contiguous() for x in DIFFERENTIABLE} | {"mask": mask(given["attend"], given["query"])}
+
+
+def _additive(attend: Tensor, query: Tensor) -> Tensor:
+    return torch.zeros_like(attend.unsqueeze(1), dtype=query.dtype).masked_fill_(~attend.unsqueeze(1), -torch.inf)
+
+
+def _repeated(attend: Tensor, query: Tensor) -> Tensor:
+    return (~attend).repeat_interleave(query.shape[1], 0)
+
+
+def _sdpa(a: dict[str, Any]) -> Tensor:
+    return F.scaled_dot_product_attention(a["query"], a["key"], a["value"], attn_mask=a["mask"])
+
+
+def multihead_core(a: dict[str, Any]) -> Tensor:
+    """`nn.MultiheadAttention` between its projections: additive mask, product, softmax, product, mean of weights."""
+    n, heads, _, d = a["query"].shape
+    query, key, value = (a[name].flatten(0, 1) for name in DIFFERENTIABLE)
+    mask = torch.zeros_like(a["mask"], dtype=query.dtype).masked_fill_(a["mask"], -torch.inf)
+    weights = torch.baddbmm(mask, query * d**-0.5, key.transpose(-2, -1)).softmax(-1)
+    output = torch.bmm(weights, value)
+    weights.unflatten(0, (n, heads)).mean(1)  # returned by the module, dropped by the decoder layer
+    return output.unflatten(0, (n, heads))
+
+
+def _eager(a: dict[str, Any]) -> Tensor:
+    scores = (a["query"] * a["query"].shape[-1] ** -0.5) @ a["key"].transpose(-2, -1)
+    return scores.masked_fill(a["mask"], -torch.inf).softmax(-1) @ a["value"]
+
+
+def _block_mask(attend: Tensor, compiled: bool) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    n, queries, keys = attend.shape
+
+    def allowed(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return attend[batch, query, key]
+
+    return create_block_mask(allowed, n, None, queries, keys, device=str(attend.device), _compile=compiled)
+
+
+@cache
+def _flex_attention(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if not compiled:
+        return flex_attention
+    # Each case has its own shapes. Beyond the limit PyTorch would run it uncompiled; with fullgraph it would say so.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+def flex(rebuild: bool, compiled: bool = True) -> tuple[Callable[..., Any], Callable[..., dict[str, Any]]]:
+    """Call and adapter of FlexAttention; the block mask is built in the call with `rebuild`, otherwise before."""
+
+    def call(a: dict[str, Any]) -> Any:
+        block_mask = _block_mask(a["mask"], compiled) if rebuild else a["mask"]
+        return _flex_attention(compiled)(a["query"], a["key"], a["value"], block_mask=block_mask)
+
+    return call, partial(_by_heads, lambda attend, _: attend if rebuild else _block_mask(attend, compiled))
+
+
+def peers(device: str) -> list[Implementation]:
+    """Peers of `masked_attention`."""
+    absent = None if device == "cuda" else "compared on a GPU only"
+    return [
+        Implementation(SDPA, _sdpa, partial(_by_heads, lambda attend, _: attend.unsqueeze(1))),
+        Implementation(SDPA_ADDITIVE, _sdpa, partial(_by_heads, _additive)),
+        Implementation(MULTIHEAD, multihead_core, partial(_by_heads, _repeated)),
+        Implementation(EAGER, _eager, partial(_by_heads, lambda attend, _: ~attend.unsqueeze(1))),
+        *(
+            Implementation(name, *flex(rebuild), unavailable=lambda: absent, counts_writes=False)
+            for name, rebuild in ((FLEX, False), (FLEX_REBUILT, True))
+        ),
+    ]
+
+
+# ---------------------------------------------------------------- the whole module
+
+
+def _with_parameters(given: Tensors, module: torch.nn.Module) -> dict[str, Any]:
+    """`module` with the parameters among the inputs, which have the names of `nn.MultiheadAttention`'s."""
+    module.to(given["query"].device, given["query"].dtype)
+    module.load_state_dict({name: given[name] for name in module.state_dict()})
+    return given | {"module": module.eval()}
+
+
+def _module_inputs(given: Tensors, levels: Levels) -> dict[str, Any]:
+    module = m2f_kernels.nn.MaskedCrossAttention(CHANNELS, HEADS)
+    return _with_parameters(given, module) | {"mask": m2f_kernels.pack_attention_mask(given["attend"])}
+
+
+def _module(a: dict[str, Any]) -> Tensor:
+    output: Tensor = a["module"](a["query"], a["pixels"], a["mask"], key_pos=a["key_pos"])
+    return output
+
+
+def _multihead_inputs(given: Tensors, levels: Levels) -> dict[str, Any]:
+    """Sequence first and the mask repeated over heads, as `transformers` has them."""
+    arguments = _with_parameters(given, torch.nn.MultiheadAttention(CHANNELS, HEADS))
+    arguments |= {name: given[name].transpose(0, 1).contiguous() for name in ("query", "pixels", "key_pos")}
+    return arguments | {"mask": (~given["attend"]).repeat_interleave(HEADS, 0)}
+
+
+def _multihead(a: dict[str, Any], need_weights: bool) -> Tensor:
+    key = a["pixels"] + a["key_pos"]
+    output: Tensor = a["module"](a["query"], key, a["pixels"], attn_mask=a["mask"], need_weights=need_weights)[0]
+    return output.transpose(0, 1)
+
+
+def _module_implementations() -> list[Implementation]:
+    """`nn.MaskedCrossAttention`; the module as `transformers` calls it, and asked for no weights."""
+    theirs = ((MULTIHEAD_MODULE, True), (MULTIHEAD_NO_WEIGHTS, False))
+    return [
+        Implementation(OURS, _module, _module_inputs, ours=True),
+        *(Implementation(name, partial(_multihead, need_weights=w), _multihead_inputs) for name, w in theirs),
+    ]
+
+
+# ---------------------------------------------------------------- data
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Keys, queries, kind of mask, share of the keys that it attends to, dtype, images."""
+
+    keys: int
+    queries: int = 100
+    kind: str = BLOBS
+    density: float = 0.3
+    dtype: str = "fp32"
+    n: int = 1
+
+    def __str__(self) -> str:
+        text = f"S={self.keys} Q={self.queries} {self.kind} {self.density} {self.dtype}"
+        return text + (f" N={self.n}" if self.n > 1 else "")
+
+    def attend(self) -> Tensor:
+        """The mask, bool [N, Q, S]."""
+        side = (round(self.keys**0.5),) * 2
+        if self.kind == BLOBS:
+            return inputs.blob_masks(side, self.n, self.queries, self.density)
+        if self.kind == RANDOM:
+            return inputs.random_masks(self.keys, self.n, self.queries, self.density)
+        if self.kind == LEARNED:
+            return inputs.learned_masks(side, self.n, self.queries)
+        return torch.ones(self.n, self.queries, self.keys, dtype=torch.bool)
+
+
+def build(device: str, shape: Shape, backward: bool) -> Data:
+    """Unit normal heads, in memory [N, length, H*D] as a projection writes it; the truth is stored as float32, which
+    adds 6e-8 to an error at most."""
+    generator, side = inputs.generator(8), round(shape.keys**0.5)
+    tensors = {
+        name: torch.randn(shape.n, length, CHANNELS, generator=generator).to(DTYPES[shape.dtype])
+        .unflatten(-1, (HEADS, -1)).transpose(1, 2)
+        for name, length in zip(DIFFERENTIABLE, (shape.queries, shape.keys, shape.keys), strict=True)
+    }  # fmt: skip
+    grad_output = torch.randn(shape.n, HEADS, shape.queries, CHANNELS // HEADS, generator=generator)
+    tensors["attend"] = shape.attend()
+    leaves = [tensors[name].to(device, torch.float64).requires_grad_(backward) for name in DIFFERENTIABLE]
+    with m2f_kernels.use_backend("reference"):
+        output = m2f_kernels.masked_attention(*leaves, tensors["attend"].to(device))
+    truth = {"output": output.detach()}
+    if backward:
+        truth |= zip(DIFFERENTIABLE, torch.autograd.grad(output, leaves, grad_output.to(output)), strict=True)
+    truth = {name: tensor.float().cpu() for name, tensor in truth.items()}
+    return Data(tensors, truth, [(side, side)], grad_outputs=(grad_output,), differentiable=DIFFERENTIABLE)
+
+
+def _build_module(device: str, shape: Shape) -> Data:
+    """The module with its projections; only forward."""
+    keys, generator, side = shape.keys, inputs.generator(9), round(shape.keys**0.5)
+    shapes = {
+        "query": (1, shape.queries, CHANNELS), "pixels": (1, keys, CHANNELS), "key_pos": (1, keys, CHANNELS),
+        "in_proj_weight": (3 * CHANNELS, CHANNELS), "in_proj_bias": (3 * CHANNELS,),
+        "out_proj.weight": (CHANNELS, CHANNELS), "out_proj.bias": (CHANNELS,),
+    }  # fmt: skip
+    tensors = {
+        name: (torch.randn(of, generator=generator) * (CHANNELS**-0.5 if "proj" in name else 1.0)).to(
+            DTYPES[shape.dtype]
+        )
+        for name, of in shapes.items()
+    } | {"attend": shape.attend()}
+    exact = {name: t.to(device, torch.float64 if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
+    with m2f_kernels.use_backend("reference"), torch.no_grad():
+        truth = _module(_module_inputs(exact, []))
+    return Data(tensors, {"output": truth.float().cpu()}, [(side, side)])
+
+
+def shrink(data: Data) -> Data:
+    """The first 4 queries and 64 keys."""
+    attend = data.inputs["attend"][:, :4, :64] | torch.ones(64, dtype=torch.bool, device=data.inputs["attend"].device)
+    if "pixels" in data.inputs:
+        few = {name: data.inputs[name][:, : 4 if name == "query" else 64] for name in ("query", "pixels", "key_pos")}
+        return replace(data, inputs=data.inputs | few | {"attend": attend})
+    few = {name: data.inputs[name][:, :, : 4 if name == "query" else 64] for name in DIFFERENTIABLE}
+    return replace(data, inputs=few | {"attend": attend}, grad_outputs=(data.grad_outputs[0][:, :, :4],))
+
+
+# ---------------------------------------------------------------- cases
+
+
+def _large(scale: Scale) -> int:
+    """Keys of the level at stride 8."""
+    return 4096 if scale.quick else 16384
+
+
+def cases(scale: Scale) -> list[Case]:
+    cuda, large = scale.device == "cuda", _large(scale)
+    everybody = [Implementation(OURS, _attention, _inputs, ours=True), *peers(scale.device)]
+    here = [one for one in everybody if one.name not in (FLEX, FLEX_REBUILT)]
+    main, other = ("bf16", "fp32") if cuda else ("fp32", "bf16")
+
+    def case(shape: Shape, way: str = "forward", **options: Any) -> Case:
+        # On CPU one case is enough to say that FlexAttention is not compared there.
+        chosen = everybody if cuda or shape.dtype == "bf16" else here
+        made = partial(build, scale.device, shape, way != "forward")
+        return Case(f"{shape} {way}", str(shape), way, chosen, shape.kind, shape.dtype, build=made, **options)
+
+    sizes = (1024, 4096) if scale.quick else (1024, 4096, 16384)
+    masks = [(OPEN, 1.0), *((kind, density) for kind in (BLOBS, RANDOM) for density in (0.3, 0.05))]
+    found = [
+        case(Shape(keys, 100, kind, density, main), headline=keys == large and kind != RANDOM,
+             memory=keys == large and (kind, density) == (BLOBS, 0.3),
+             full=keys != large or (kind, density) == (RANDOM, 0.3))
+        for keys in sizes
+        for kind, density in masks
+    ]  # fmt: skip
+    found.append(case(Shape(large, 100, LEARNED, 1.0, main), headline=True))
+    if not scale.quick:
+        found += [case(Shape(keys, 200, dtype=main), full=True) for keys in sizes]
+    found += [
+        case(Shape(large, 100, kind, 0.3, main, 2 if cuda else 1), "forward+backward",
+             memory=kind == BLOBS, headline=kind == BLOBS)
+        for kind in (BLOBS, RANDOM)
+    ]  # fmt: skip
+    found.append(case(Shape(large, dtype=other), full=not cuda))
+    whole, made = Shape(large, dtype=main), partial(_build_module, scale.device, Shape(large, dtype=main))
+    found.append(Case(f"module with projections {whole} forward", MODULE, "forward", _module_implementations(), BLOBS,
+                      main, memory=True, full=True, build=made))  # fmt: skip
+    if not cuda and not scale.quick:
+        single = case(whole)
+        found.append(replace(single, name=f"{single.name} 1 thread", threads=1, full=True))
+    return found
+
+
+def work(case: Case, data: Data) -> Work:
+    """Queries, keys, values and bits read once, the output written once; 2 products over the attended pairs.
+
+    Forward + backward: queries, keys, values, bits, the output and its gradient are read again, the gradients
+    written; the backward has 4 products, without computing the weights again.
+    """
+    attend, output = data.inputs["attend"], data.inputs["query"].nbytes
+    n, queries, keys = attend.shape
+    product = 2 * CHANNELS * int(attend.sum())
+    made = partial(Work, flop_dtype=flop_dtype(case))
+    if case.data == MODULE:  # queries and output, keys and values are projected
+        projections = 2 * CHANNELS**2 * n * (2 * queries + 2 * keys)
+        read = bytes_of(t for t in data.inputs.values() if t.is_floating_point())
+        return made(read + output, flops=projections + 2 * product)
+    tensors = bytes_of(data.inputs[name] for name in DIFFERENTIABLE)
+    read = tensors + n * queries * (4 * ((keys + 31) // 32) + 1)
+    if not case.backward:
+        return made(read + output, flops=2 * product)
+    return made(2 * read + 3 * output + tensors, flops=6 * product)
+
+
+def figures(scale: Scale) -> list[Figure]:
+    large, time, memory, found = _large(scale), "median_ms", "memory_extra_mib", []
+    if scale.device == "cuda":
+        for kind, density in ((OPEN, 1.0), (BLOBS, 0.3), (BLOBS, 0.05)):
+            case, judged = f"{Shape(large, 100, kind, density, 'bf16')} forward", (kind, density) == (BLOBS, 0.3)
+            for peer, target in ((MULTIHEAD, 8.0), (SDPA, 2.5), (FLEX, 2.0), (FLEX_REBUILT, 10.0)):
+                aim = {"cuda": target if judged else None}
+                found.append(ratio(case, time, peer, OURS, aim, f"faster than {peer}"))
+            sides = ((case, (OURS,), field) for field in ("floor_ms", time))
+            found.append(Figure(f"{case}: share of the floor", *sides, {"cuda": 0.5}))
+        ways = [f"{Shape(large, 100, kind, 0.3, 'bf16', 2)} forward+backward" for kind in (BLOBS, RANDOM)]
+        return found + [ratio(case, time, SDPA, OURS, {"cuda": 2.0}, f"faster than {SDPA}") for case in ways]
+    for kind, density, peer, target in (
+        (OPEN, 1.0, SDPA, 2.0), (BLOBS, 0.05, SDPA, 4.0), (BLOBS, 0.3, SDPA, None), (BLOBS, 0.3, MULTIHEAD, None),
+    ):  # fmt: skip
+        case, both = f"{Shape(large, 100, kind, density)} forward", dict.fromkeys(("default", "heap retained"), target)
+        found.append(ratio(case, time, peer, OURS, both, f"faster than {peer}"))
+    fastest, label = (SDPA, MULTIHEAD, EAGER), "the faster of SDPA (boolean mask) and the eager forms"
+    for kind in (BLOBS, RANDOM):
+        case, both = f"{Shape(large, kind=kind)} forward+backward", dict.fromkeys(("default", "heap retained"), 2.0)
+        found.append(ratio(case, time, fastest, OURS, both, f"faster than {label}"))
+    case, less = f"{Shape(large)} forward+backward", f"less peak extra memory than {label}"
+    return [*found, ratio(case, memory, fastest, OURS, {"default": 3.0}, less, of_fastest=True)]
+
+
+BENCHMARK = Benchmark(
+    op="masked_attention",
+    title="Masked cross-attention",
+    description=(
+        "The core between the projections: 8 heads x 32 channels, N = 1 (backward on a GPU: 2), S keys of a square "
+        "level, Q queries, each attending to a share of the keys that is named in the case. *Blobs*: each query's "
+        "region is grown around a pixel of one of four photographs by colour and position; *random*: independent bits. "
+        "This package takes heads as views of [N, *, H*D] and a packed mask; every peer takes contiguous heads and the "
+        "mask in the form it likes best, made untimed. *nn.MultiheadAttention's core*: what that module does between "
+        "its projections as `transformers` calls it, with the boolean mask repeated over heads. FlexAttention is "
+        "compared on a GPU only. One case is the whole module, the position embedding of the keys and all projections "
+        "included. The floor counts the products of attended pairs only, and no exponential."
+    ),
+    cases=cases,
+    work=work,
+    shrink=shrink,
+    figures=figures,
+    budget_s=1.5,
+)
