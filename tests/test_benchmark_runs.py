@@ -391,7 +391,7 @@ def test_whole_models_agree_and_their_stages_are_timed_apart(what):
 
     scale = Scale("cpu", True)
     case = next(c for c in whole.cases(scale) if what in c.name)
-    data = whole.data(scale)[case.data]()
+    data = case.build()
     for implementation in case.implementations[:2]:
         call = case.bind(implementation, data)
         results = call(collect=True)

@@ -176,7 +176,7 @@ def needs_gib(size: int, targets: int) -> Callable[[], str | None]:
 
 @dataclass(frozen=True)
 class Shape:
-    """What is measured, the image's side, numbers of targets, of points and of images."""
+    """The part that is measured, the image's side, numbers of targets, of points and of images."""
 
     what: str
     size: int
