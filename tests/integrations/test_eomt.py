@@ -2,6 +2,7 @@
 all pairs of tokens. VidEoMT: its loss."""
 
 import copy
+import inspect
 import pickle
 import warnings
 
@@ -21,6 +22,7 @@ from tests.integrations.published import (
     targets,
     train,
 )
+from tests.integrations.test_copies import Losses
 from tests.model import peers
 
 SIZE, QUERIES, LABELS, BLOCKS = 64, 7, 5, 3
@@ -46,6 +48,7 @@ pytestmark = pytest.mark.skipif(
     not hasattr(transformers, "EomtDinov3ForUniversalSegmentation"), reason="this transformers has no EoMT-DINOv3"
 )
 models = pytest.mark.parametrize("name", CONFIGS)
+MODULES = (("Eomt", "eomt"), ("EomtDinov3", "eomt_dinov3"), ("Videomt", "videomt"))
 TOKENS = QUERIES + 3 + (SIZE // 8) ** 2
 
 
@@ -78,7 +81,7 @@ def pixels():
 @pytest.fixture
 def fixed_points(monkeypatch):
     """All draw the same points: the original and the operators have other generators."""
-    for name, family in (("Eomt", "eomt"), ("EomtDinov3", "eomt_dinov3"), ("Videomt", "videomt")):
+    for name, family in MODULES:
         peers.fix_points(monkeypatch.setattr, modeling(family), f"{name}Loss")
 
 
@@ -222,23 +225,92 @@ def test_no_tensor_of_all_pairs_at_1280(name, generator):
     assert all(p.grad is not None for p in accelerated.layers.parameters() if p.requires_grad)
 
 
+class _Halved:
+    """A mixin for a matcher: calls the published one for other masks."""
+
+    def forward(self, masks, *rest):
+        return super().forward(0.5 * masks, *rest)
+
+
+class _OwnMatcher:
+    def forward(self, masks, classes, mask_labels, class_labels):
+        return [(torch.arange(len(x)), torch.arange(len(x)).flip(0)) for x in class_labels]
+
+
+class _OwnClasses:
+    """A mixin for a loss: one part of its own."""
+
+    def loss_labels(self, logits, class_labels, indices):
+        return {"loss_cross_entropy": logits.square().mean()}
+
+
+class _OwnMasks:
+    def loss_masks(self, masks, mask_labels, indices, num_masks):
+        return {name: 3 * x for name, x in super().loss_masks(masks, mask_labels, indices, num_masks).items()}
+
+
+class _Doubled:
+    def forward(self, *args, **kwargs):
+        return {name: 2 * loss for name, loss in super().forward(*args, **kwargs).items()}
+
+
+class _OwnPoints:
+    def sample_points_using_uncertainty(self, logits, *_):
+        line = torch.linspace(0.05, 0.95, 30)
+        return torch.stack([line, line.flip(0)], -1).expand(logits.shape[0], -1, -1)
+
+
+CHANGES = [
+    ("HungarianMatcher", _Halved),
+    ("HungarianMatcher", _OwnMatcher),
+    ("Loss", _OwnClasses),
+    ("Loss", _OwnMasks),
+    ("Loss", _Doubled),
+    ("Loss", _OwnPoints),
+]
+
+
+def derived(name, part, change):
+    """A class as a user writes it, derived from what the name in transformers holds now."""
+    return type(f"Own{part}", (change, getattr(modeling(dict(MODULES)[name]), f"{name}{part}")), {})
+
+
+def with_part(model, name, part, change):
+    """The model with a loss or a matcher of the user's own."""
+    cls = derived(name, part, change)
+    if part == "Loss":
+        model.criterion = cls(model.config, model.weight_dict)
+    else:
+        matcher = model.criterion.matcher
+        costs = {x: getattr(matcher, x) for x in ("cost_class", "cost_mask", "cost_dice", "num_points")}
+        model.criterion.matcher = cls(**costs)
+    return model
+
+
 @models
-def test_criterion_left_alone(name, pixels, fixed_points, generator):
-    """With a matcher of the user's own, the loss is the original's, from logits."""
-    model, accelerated = both(name)
-
-    class Matcher(type(model.criterion.matcher)):
-        def forward(self, masks, *rest):
-            return super().forward(masks, *rest)
-
-    for one in (model, accelerated):
-        one.criterion.matcher.__class__ = Matcher
-    m2f_kernels.restore(accelerated.criterion)
-    left = m2f_kernels.accelerate(accelerated).report.left
-    assert len(left) == 1
-    assert "matcher" in left[0].text
+@pytest.mark.parametrize(("part", "change"), CHANGES, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.filterwarnings("ignore:.*its matcher is:RuntimeWarning")
+def test_losses_and_matchers_of_ones_own(name, part, change, pixels, fixed_points, generator):
+    """Derived from the published ones, or from patched ones: what they override runs, all else is fused."""
     inputs = {"pixel_values": pixels, **targets([3, 2], [(SIZE, SIZE)] * 2, generator, LABELS)}
-    assert_same(train(model, **inputs)[0], train(accelerated, **inputs)[0])
+    plain = with_part(make(name), name, part, change)
+    before, gradients = train(plain, **inputs)
+    published = train(make(name), **inputs)[0].loss
+    assert before.loss.item() != pytest.approx(published.item(), rel=1e-4)
+    accelerated, report = m2f_kernels.accelerate(copy.deepcopy(plain))
+    patch(dict(MODULES)[name])
+    try:
+        patched = with_part(make(name), name, part, change)
+    finally:
+        unpatch()
+    for model in (accelerated, patched):
+        with Losses() as seen:
+            after, found = train(model, **inputs)
+        assert_same(before, after)
+        assert_same_gradients(gradients, found)
+        assert seen.lost == (change is not _OwnPoints)
+        assert seen.matched == (change is not _OwnMatcher)
+    assert len(report.left) == (change in (_OwnMatcher, _OwnPoints))
 
 
 @models
@@ -332,6 +404,36 @@ def test_copies_pickles_and_takes_back(name, pixels):
         assert list(accelerated.state_dict()) == list(model.state_dict())
         restored = m2f_kernels.restore(accelerated)
         assert torch.equal(restored(pixels).masks_queries_logits, model(pixels).masks_queries_logits)
+
+
+@models
+def test_signature(name):
+    """That of `forward` is as published: programs read which arguments and options a model takes."""
+    model, accelerated = both(name)
+    assert inspect.signature(accelerated.forward) == inspect.signature(model.forward)
+    assert accelerated.forward.__doc__ == model.forward.__doc__
+
+
+@models
+def test_a_model_derived_from_a_patched_one(name, pixels):
+    """A method of its own that the fused code would not call."""
+
+    def predict(self, logits):
+        classes, masks = published_predict(self, logits)
+        return classes, -masks
+
+    family = dict(MODULES)[name]
+    published = getattr(modeling(family), f"{name}ForUniversalSegmentation")
+    published_predict = published.predict
+    expected = type("Own", (published,), {"predict": predict})(make(name).config).eval()
+    patch(family)
+    try:
+        own = type("Own", (getattr(modeling(family), published.__name__),), {"predict": predict})(expected.config)
+    finally:
+        unpatch()
+    own.eval().load_state_dict(expected.state_dict())
+    with torch.no_grad(), pytest.warns(RuntimeWarning, match="overrides predict"):
+        assert_same(expected(pixels), own(pixels))
 
 
 def test_patched_classes(pixels):

@@ -96,8 +96,8 @@ def gradients(make, accelerate, scenario, reshard):
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=reshard)
     fully_shard(root, mesh=mesh, reshard_after_forward=reshard)
-    if accelerate == "after":
-        m2f_kernels.accelerate(model)
+    if accelerate == "after" and (left := m2f_kernels.accelerate(model).report.left):
+        raise RuntimeError(f"left alone: {left}")
     SCENARIOS[scenario](call, root)
     for module in model.modules():
         if isinstance(module, FSDPModule):

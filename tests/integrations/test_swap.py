@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 import io
 import json
 import os
@@ -256,6 +257,28 @@ def test_lora(first):
     assert gradients.keys() == gradients_after.keys()
     for name, gradient in gradients.items():
         assert (gradients_after[name] - gradient).norm() <= 1e-3 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("name", ["deformable_detr", "mask2former", "oneformer"])
+def test_signatures(name):
+    """Of every module's `forward`, as published."""
+    family = FAMILIES[name]
+    plain, model = family.make(), m2f_kernels.accelerate(family.make()).model
+    for (where, one), other in zip(plain.named_modules(), model.modules(), strict=True):
+        assert inspect.signature(one.forward) == inspect.signature(other.forward), where
+
+
+def test_a_helper_that_a_subclass_overrides():
+    """It is left alone: the fused code does not call the helper."""
+
+    class Own(modeling("mask2former").Mask2FormerMaskedAttentionDecoderLayer):
+        def with_pos_embed(self, tensor, positions):
+            return tensor
+
+    layer = Own(FAMILIES["mask2former"].make().config)
+    with pytest.warns(UserWarning, match="overrides with_pos_embed"):
+        m2f_kernels.accelerate(layer)
+    assert type(layer) is Own
 
 
 def test_parametrized_weights(model):

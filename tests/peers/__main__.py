@@ -17,6 +17,7 @@ import tempfile
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
+from m2f_kernels.integrations.transformers import registry
 from tests.integrations.families import FAMILIES
 
 COMMON = Path(__file__).with_name("common.py")
@@ -78,18 +79,20 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.peers", description=__doc__.partition("\n")[0])
     parser.add_argument("--peers", type=Path, help="a checkout of transformers; else pip's source distribution")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "m2f-peers", help="for the latter")
-    parser.add_argument("--family", action="append", choices=[n for n, f in FAMILIES.items() if f.installed])
+    known = {family.name for family in registry.families()}
+    parser.add_argument("--family", action="append", choices=sorted(known), help="default: all")
     parser.epilog = "All other arguments are pytest's, for example -k EXPRESSION."
     options, extra = parser.parse_known_args()
     peers = options.peers or fetch(options.folder)
     tests = [str(COMMON)]
     if options.family and not options.peers:
+        if absent := set(options.family) - {name for name, family in FAMILIES.items() if family.installed}:
+            parser.error(f"--family: expected families with a small model here; got {', '.join(sorted(absent))}")
         extra += ["-k", " or ".join(f"Test_{name}" for name in options.family)]
     if options.peers:
-        paths = [
-            peers / "tests" / "models" / name / f"test_modeling_{name}.py"
-            for name in options.family or [n for n, f in FAMILIES.items() if f.installed]
-        ]
+        here = registry.installed()
+        names = options.family or sorted(known & here[1] if here else known)
+        paths = [peers / "tests" / "models" / name / f"test_modeling_{name}.py" for name in names]
         tests = [str(path) for path in paths if path.exists()]
         if not tests:
             raise SystemExit(

@@ -9,12 +9,14 @@ losses, recorded outputs, device maps); only `repr` tells the two apart.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from pickle import PicklingError
+from types import FunctionType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
@@ -22,8 +24,9 @@ from torch import nn
 from m2f_kernels.integrations.transformers import _copies as copies
 from m2f_kernels.integrations.transformers._copies import calls_super, methods_of, parameters, same_function
 
-#: Modules beside this one, each with a `REPLACEMENTS`.
-FAMILIES = ("deformable", "eomt", "mask2former", "oneformer", "rf_detr")
+#: Modules beside this one, each with a `REPLACEMENTS`. Mask2Former's before EoMT's: a copy of the one's
+#: loss in another package is a copy of the other's, too.
+FAMILIES = ("deformable", "mask2former", "oneformer", "eomt", "rf_detr")
 
 if TYPE_CHECKING:
     Mixin = nn.Module
@@ -170,7 +173,7 @@ def _metaclass(of: type) -> type:
 @cache
 def accelerated_class(mixin: type, original: type) -> type:
     """The class of accelerated instances of `original`; always the same one."""
-    names = {
+    names: dict[str, Any] = {
         "__module__": original.__module__,
         "__qualname__": original.__qualname__,
         "__doc__": original.__doc__,
@@ -179,9 +182,32 @@ def accelerated_class(mixin: type, original: type) -> type:
     base = _base(mixin, original)
     # What a class overrides goes before what is replaced, and its super() is that.
     bases = (mixin, _Accelerated, original) if base is original else (original, accelerated_class(mixin, base))
+    if base is original and (forward := getattr(mixin, "forward", None)) is not None:
+        names["forward"] = _described(forward, getattr(original, "forward"))  # noqa: B009
     made: type = _metaclass(type(original))(original.__name__, bases, names)
     _PAIRS[made] = _Pair(mixin, original)
     return made
+
+
+def _described(function: Any, original: Any) -> FunctionType:
+    """A copy of a function that bears the signature and the docstring of what it replaces.
+
+    Programs read the arguments that a `forward` takes: trainers to choose columns, exporters to name inputs."""
+    made = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    made.__kwdefaults__, made.__qualname__ = function.__kwdefaults__, function.__qualname__
+    made.__dict__.update(vars(function))
+    made.__doc__ = original.__doc__
+    vars(made)["__signature__"] = inspect.signature(original)
+    return made
+
+
+def runs(module: nn.Module, method: Any) -> bool:
+    """True if `method`, of a mixin, is what a call of that method arrives at: nothing derived from it overrides it."""
+    name = method.__name__
+    found = getattr(type(module), name)
+    return name not in vars(module) and getattr(found, "__code__", None) is method.__code__
 
 
 def _base(mixin: type, original: type) -> type:
@@ -309,8 +335,10 @@ def plan(module: nn.Module) -> Plan | None:
             changed = sorted(methods & changed_methods(known.cls))
             reason = f"its {', '.join(changed)} is not as in transformers"
     else:
+        # Its own, too, which the replaced ones may call no longer.
+        methods |= methods_of(known.cls).keys()
         for own in known.derived:
-            if names := sorted(methods & vars(own).keys()):
+            if names := sorted(name for name in methods & vars(own).keys() if not _only_wrapped(own, name)):
                 reason = f"the subclass {qualified_name(own)} overrides {', '.join(names)}"
                 break
     if reason is None and (names := sorted(methods & vars(module).keys())):
@@ -319,6 +347,14 @@ def plan(module: nn.Module) -> Plan | None:
         return Plan(replacement, reason, False, replacement.mixin)
     assert mixin is not None
     return Plan(replacement, replacement.check(module), already, mixin)
+
+
+def _only_wrapped(cls: type, name: str) -> bool:
+    """True if a class has a method of its own only because transformers wraps the `forward` of every class that derives
+    from a layer which checkpoints itself, such as those that FSDP2 makes."""
+    own = vars(cls)[name]
+    wrapped = isinstance(own, FunctionType) and own.__globals__.get("__name__") == "transformers.modeling_layers"
+    return wrapped and getattr(own, "__wrapped__", None) is getattr(super(cls, cls), name, None)
 
 
 def _part(known: Known) -> type | None:

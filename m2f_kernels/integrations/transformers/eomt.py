@@ -28,9 +28,15 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     DECODER_OPS,
     DROPPED,
     LOSSES,
+    MATCHER_OPS,
+    MATCHING,
+    MaskLosses,
+    Matcher,
+    check_matcher,
+    criterion_left,
+    criterion_partly,
     dense_masks,
     kernels_serve,
-    matcher_problem,
     subclass_problem,
     warn_unfused,
 )
@@ -121,16 +127,21 @@ def _attend(attention: Any, tokens: Tensor, mask: QueryMask, scale: float, posit
 # ---------------------------------------------------------------- losses
 
 
+def _matcher(name: str) -> str:
+    """The qualified name of a family's matcher."""
+    return f"{_MODULES[name]}.{name}HungarianMatcher"
+
+
 class EomtCriterion(mask2former.Criterion):
-    _m2f_matcher = f"{_MODULES['Eomt']}.EomtHungarianMatcher"
+    _m2f_matcher = _matcher("Eomt")
 
 
 class EomtDinov3Criterion(mask2former.Criterion):
-    _m2f_matcher = f"{_MODULES['EomtDinov3']}.EomtDinov3HungarianMatcher"
+    _m2f_matcher = _matcher("EomtDinov3")
 
 
 class VideomtCriterion(mask2former.Criterion):
-    _m2f_matcher = f"{_MODULES['Videomt']}.VideomtHungarianMatcher"
+    _m2f_matcher = _matcher("Videomt")
 
 
 # ---------------------------------------------------------------- the model
@@ -177,7 +188,8 @@ class ForUniversalSegmentation(Mixin):
     def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
         if kwargs.get("output_attentions", getattr(self.config, "output_attentions", False)):
             return False
-        reason = None
+        # Of a class derived from a patched one; `accelerate` leaves such a model alone.
+        reason = check_model(self)
         for layer in self._m2f_masked_layers():
             attention: Any = layer.attention
             dropped = attention.training and attention.dropout > 0
@@ -304,13 +316,14 @@ def _loss(
 ) -> Tensor:
     """The loss, summed over all outputs: in one call if the criterion takes factored masks, else one by one."""
     # Hooks of the criterion see one call per output, with logits.
-    fused = isinstance(model.criterion, mask2former.Criterion) and not observed(model.criterion)
+    takes_factors = mask2former.takes_factored_masks(model.criterion)
+    fused = takes_factors and not observed(model.criterion)
     predictions: list[dict[str, Any]] = [
         {"masks_queries_logits": masks if fused else masks.logits(), "class_queries_logits": classes}
         for classes, masks in outputs[:-1]
     ]
     last = {"masks_queries_logits": outputs[-1][1] if fused else logits, "class_queries_logits": outputs[-1][0]}
-    if not isinstance(model.criterion, mask2former.Criterion):
+    if not takes_factors:
         mask_labels = dense_masks(mask_labels, logits.device)
     labels = {"mask_labels": mask_labels, "class_labels": class_labels}
     if fused:
@@ -321,15 +334,6 @@ def _loss(
 
 
 # ---------------------------------------------------------------- what is left alone
-
-
-def check_criterion(criterion: Any) -> str | None:
-    family = next(name for name, module in _MODULES.items() if _derives(criterion, f"{module}.{name}Loss"))
-    matcher = f"{_MODULES[family]}.{family}HungarianMatcher"
-    methods = ("loss_labels", "loss_masks", "calculate_uncertainty", "sample_points_using_uncertainty")
-    return subclass_problem(criterion, f"{_MODULES[family]}.{family}Loss", methods) or matcher_problem(
-        criterion, matcher
-    )
 
 
 def check_model(model: Any) -> str | None:
@@ -350,18 +354,31 @@ _ATTENTION = "attention under the packed mask of the queries' patches, no mask o
 _ATTENTION_OPS = ("masked_attention",)
 _MODEL = "masks of blocks from resized features, hands on masks as factors, multiplied only where they are returned"
 
+#: Family's prefix, mixin of its loss.
+_CRITERIA = {"Eomt": EomtCriterion, "EomtDinov3": EomtDinov3Criterion, "Videomt": VideomtCriterion}
+
+
+def _criterion(mixin: type[mask2former.Criterion]) -> Replacement:
+    matcher = mixin._m2f_matcher
+    return Replacement(
+        mixin,
+        LOSSES,
+        lambda criterion: criterion_left(criterion, matcher),
+        CRITERION_OPS,
+        (mixin, MaskLosses),
+        lambda criterion: criterion_partly(criterion, matcher),
+    )
+
+
 REPLACEMENTS = {
     f"{_MODULES['Eomt']}.EomtAttention": Replacement(Attention, _ATTENTION, ops=_ATTENTION_OPS),
-    f"{_MODULES['Eomt']}.EomtLoss": Replacement(EomtCriterion, LOSSES, check_criterion, CRITERION_OPS),
     f"{_MODULES['Eomt']}.EomtForUniversalSegmentation": Replacement(
         ForUniversalSegmentation, _MODEL, check_model, DECODER_OPS
     ),
     f"{_MODULES['EomtDinov3']}.EomtDinov3Attention": Replacement(RotaryAttention, _ATTENTION, ops=_ATTENTION_OPS),
-    f"{_MODULES['EomtDinov3']}.EomtDinov3Loss": Replacement(
-        EomtDinov3Criterion, LOSSES, check_criterion, CRITERION_OPS
-    ),
     f"{_MODULES['EomtDinov3']}.EomtDinov3ForUniversalSegmentation": Replacement(
         RotaryForUniversalSegmentation, _MODEL, check_model, DECODER_OPS
     ),
-    f"{_MODULES['Videomt']}.VideomtLoss": Replacement(VideomtCriterion, LOSSES, check_criterion, CRITERION_OPS),
+    **{f"{_MODULES[name]}.{name}Loss": _criterion(mixin) for name, mixin in _CRITERIA.items()},
+    **{_matcher(name): Replacement(Matcher, MATCHING, check_matcher, MATCHER_OPS, (Matcher,)) for name in _CRITERIA},
 }

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from m2f_kernels.graphs import captured
-from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name, watched
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name, runs, watched
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
     CRITERION_OPS,
@@ -542,8 +542,7 @@ def check_decoder(decoder: Any) -> str | None:
 
 def takes_factored_masks(criterion: nn.Module) -> bool:
     """True if a criterion's `forward` is the one here, and not one of a class derived from it."""
-    own = "forward" in vars(criterion)
-    return isinstance(criterion, Criterion) and type(criterion).forward is Criterion.forward and not own
+    return isinstance(criterion, Criterion) and runs(criterion, Criterion.forward)
 
 
 def check_criterion(criterion: Any) -> str | None:
