@@ -6,6 +6,7 @@ import importlib.metadata
 import platform
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 import torch
@@ -67,12 +68,30 @@ def report() -> str:
     width = max(map(len, known))
     lines = [f"{label:<{width}}  {value}" for label, value in known.items()]
     lines += ["", "Operators"]
-    devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cuda"]
-    for op in sorted(dispatch.OPERATORS):
-        lines += [f"  {dispatch.choose(op, device)}" for device in ("cpu", *devices)]
+    lines += operators("cpu")
+    if torch.version.cuda or torch.version.hip:
+        for device in [f"cuda:{i}" for i in range(torch.cuda.device_count())] or ["cuda"]:
+            lines += operators(device)
+    else:
+        lines.append("  on cuda: not available, the installed torch has no CUDA support")
     lines.append("  on any other device: fallback (plain PyTorch)")
     lines += ["", *registry.report()]
     return "\n".join(lines)
+
+
+def operators(device: str) -> list[str]:
+    """Each backend that serves operators on `device`, with the reason, and below it their names."""
+    names: dict[str, list[str]] = {}
+    for op in sorted(dispatch.OPERATORS):
+        names.setdefault(str(dispatch.choose(op, device)).partition(" on ")[2], []).append(op)
+    return [
+        line
+        for backend, served in names.items()
+        for line in (
+            f"  on {backend}",
+            textwrap.fill(", ".join(served), 110, initial_indent="    ", subsequent_indent="    "),
+        )
+    ]
 
 
 if __name__ == "__main__":

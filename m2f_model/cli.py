@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import importlib.util
 import json
+import logging
 import math
 import os
 import sys
@@ -157,18 +158,20 @@ def train(given: argparse.Namespace) -> int:
     free = ("autocast", "activation_checkpointing", "cuda_graphs", "seed", "parallel")
     changes |= {name: getattr(given, name) for name in free}
     if given.epochs is not None and (given.steps is not None or not 0 < given.epochs < math.inf):
-        raise UsageError(f"epochs: expected a positive number, and no steps; got {given.epochs}, steps {given.steps}")
+        raise UsageError(
+            f"--epochs: expected a positive number, and no --steps; got {given.epochs}, --steps {given.steps}"
+        )
     if given.backend not in BACKENDS:
-        raise UsageError(f"backend: expected one of {', '.join(BACKENDS)}; got {given.backend!r}")
+        raise UsageError(f"--backend: expected one of {', '.join(BACKENDS)}; got {given.backend!r}")
     backbone, weights, data = given.backbone, given.weights, given.data
     if given.backbone_weights is not None and (backbone or weights is not None or data == "shapes"):
         raise UsageError(
-            "backbone_weights: expected none with --backbone, --weights or --data shapes; they say what it is"
+            "--backbone-weights: expected none with --backbone, --weights or --data shapes, which name a backbone"
         )
     if backbone is not None and (weights is not None or data == "shapes"):
-        raise UsageError("backbone: expected none with --weights or --data shapes, which bring their own")
+        raise UsageError("--backbone: expected none with --weights or --data shapes, which have one")
     if backbone is not None and backbone not in BACKBONES:
-        raise UsageError(f"backbone: expected one of {', '.join(BACKBONES)}; got {backbone!r}")
+        raise UsageError(f"--backbone: expected one of {', '.join(BACKBONES)}; got {backbone!r}")
     device = resolve_device(given.device)
     samples, validation = _datasets(given)
     if getattr(samples, "semantic", False):
@@ -250,11 +253,11 @@ def evaluate(given: argparse.Namespace) -> int:
         raise UsageError(f"--dtype: expected {', '.join(DTYPES)}; got {given.dtype!r}")
     for name in ("batch_size", "count"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
-            raise UsageError(f"{name}: expected at least 1; got {getattr(given, name)}")
+            raise UsageError(f"--{name.replace('_', '-')}: expected at least 1; got {getattr(given, name)}")
     if given.threshold is not None and not 0 <= given.threshold <= 1:
-        raise UsageError(f"threshold: expected 0 to 1; got {given.threshold}")
+        raise UsageError(f"--threshold: expected 0 to 1; got {given.threshold}")
     if given.json is not None and not given.json.absolute().parent.is_dir():
-        raise UsageError(f"json: no directory {given.json.absolute().parent}")
+        raise UsageError(f"--json: no directory {given.json.absolute().parent}")
     wanted = None if given.metrics is None else [m.strip() for m in given.metrics.split(",") if m.strip()]
     # Without COCO's tools there are no run lengths, and no average precision.
     _need("transformers", "PIL", "pycocotools", "rich")
@@ -391,7 +394,7 @@ def collect(paths: Sequence[Path]) -> tuple[list[Path], Path]:
         elif path.exists():
             files[path] = None
         else:
-            raise UsageError(f"images: no file or directory {path}")
+            raise UsageError(f"no file or directory {path}")
     if not files:
         raise UsageError(f"no image in {', '.join(map(str, paths))}")
     root = os.path.commonpath([os.path.abspath(path if path.is_dir() else path.parent) for path in paths])
@@ -440,20 +443,20 @@ def _datasets(given: argparse.Namespace) -> tuple[Dataset, Dataset | None]:
     samples = _dataset(given)
     if kind == "shapes":
         if annotations or images:
-            raise UsageError("annotations, images: expected none with shapes, which are made as they are needed")
+            raise UsageError("--annotations, --images: expected none with --data shapes, which makes its own")
         return samples, Shapes(length=200, seed=1)
     if kind in LAYOUTS:
         if annotations or images:
             raise UsageError(
-                f"validation_annotations, validation_images: expected none for {kind}, whose layout has them"
+                f"--validation-annotations, --validation-images: expected none for {kind}, whose layout has them"
             )
         return samples, getattr(SemanticMaps, kind)(given.images, "validation")
     if annotations is None:
         if images is not None:
-            raise UsageError("validation_annotations: expected a file where validation_images is given; got none")
+            raise UsageError("--validation-annotations: expected a file where --validation-images is given; got none")
         return samples, None
     if kind == "semantic" and images is None:
-        raise UsageError("validation_images: expected a directory for the semantic data of validation_annotations")
+        raise UsageError("--validation-images: expected a directory for the semantic data of --validation-annotations")
     return samples, _dataset(given, annotations, images or given.images)
 
 
@@ -467,30 +470,34 @@ def _dataset(
 
     kind, annotations, images = given.data, annotations or given.annotations, images or given.images
     if kind not in DATA:
-        raise UsageError(f"data: expected {', '.join(DATA[:-1])} or {DATA[-1]}; got {kind!r}")
+        raise UsageError(f"--data: expected {', '.join(DATA[:-1])} or {DATA[-1]}; got {kind!r}")
     if kind != "semantic":
         values = {name: getattr(given, name) for name in ("labels", "ignore_label", "reduce_labels")}
         odd = [f"--{n.replace('_', '-')}" for n, value in values.items() if value is not None and value is not False]
         if odd:
-            raise UsageError(f"{', '.join(odd)}: for --data semantic alone; got {kind}")
+            raise UsageError(f"{', '.join(odd)}: only for --data semantic; got {kind}")
     if kind == "shapes":
         if annotations or images:
-            raise UsageError("annotations, images: expected none with shapes, which are made as they are needed")
+            raise UsageError("--annotations, --images: expected none with --data shapes, which makes its own")
         return Shapes() if split == "train" else Shapes(length=200, seed=1)
     if kind in LAYOUTS:
         if annotations is not None or images is None:
-            raise UsageError(f"images: expected the root directory of {kind} there, and no annotations")
+            raise UsageError(f"--images: expected the root directory of {kind}, and no --annotations")
         found: Dataset = getattr(SemanticMaps, kind)(images, split)
         return found
     if annotations is None or images is None:
-        raise UsageError(f"annotations, images: expected both for {kind} data")
+        raise UsageError(f"--annotations, --images: expected both for {kind} data")
     if kind == "semantic":
         if given.labels is None:
-            raise UsageError("labels: expected the names of the classes for semantic data: a text file, or with commas")
+            raise UsageError(
+                "--labels: expected the names of the classes for semantic data: a text file, or with commas"
+            )
         ignored = 255 if given.ignore_label is None else given.ignore_label
         return SemanticMaps.from_directories(
             images, annotations, read_names(given.labels), ignore_label=ignored, reduce_labels=given.reduce_labels
         )
+    if not annotations.is_file():
+        raise UsageError(f"--annotations: no file {annotations}")
     return (CocoInstances if kind == "instance" else CocoPanoptic)(annotations, images)
 
 
@@ -540,12 +547,22 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message} ({self.prog} --help)\n")
 
 
-def _command(commands: Any, run: Callable[[argparse.Namespace], int]) -> _Parser:
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Help with the default of each option that has one: not of flags, nor where the text states it."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, argparse.SUPPRESS) or "default" in (action.help or ""):
+            return action.help
+        return f"{action.help} (default: %(default)s)"
+
+
+def _command(commands: Any, run: Callable[[argparse.Namespace], int], example: str) -> _Parser:
     parser: _Parser = commands.add_parser(
         run.__name__,
         help=run.__doc__,
         description=run.__doc__,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        epilog=f"example:\n  {example}",
+        formatter_class=_Help,
         allow_abbrev=False,
     )
     parser.set_defaults(run=run)
@@ -553,41 +570,45 @@ def _command(commands: Any, run: Callable[[argparse.Namespace], int]) -> _Parser
 
 
 def _device_option(parser: _Parser) -> None:
-    parser.add_argument(
-        "--device", default="auto", help="where to run: auto (CUDA where there is one), cpu, cuda, cuda:1"
-    )
+    parser.add_argument("--device", default="auto", help="auto (CUDA where there is one), cpu, cuda or cuda:N")
 
 
 def _size_option(parser: _Parser) -> None:
     meta = ("SHORT", "LONG")
     parser.add_argument(
-        "--size", type=int, nargs=2, metavar=meta, help="images are resized until a side is that; else as trained"
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=meta,
+        help="resize images to this short side, and at most this long side (default: as the model was trained)",
     )
 
 
 def _config_option(parser: _Parser) -> None:
-    parser.add_argument("--config", metavar="PRESET", help="what a detectron2 file is, as in r50-coco-panoptic")
+    parser.add_argument(
+        "--config", metavar="PRESET", help="architecture of a detectron2 file, for example r50-coco-panoptic"
+    )
 
 
 def _data_options(parser: _Parser) -> None:
     parser.add_argument(
         "--data",
         required=True,
-        help="shapes (synthetic, tiny model); instance or panoptic (COCO's formats); semantic (label maps); ade20k or "
-        "cityscapes (semantic data in their own layouts, --images is the root)",
+        help="instance or panoptic (COCO's formats); semantic (label maps); ade20k or cityscapes (semantic data in "
+        "their published layouts; --images is the root); shapes (synthetic images, to try the command)",
     )
     parser.add_argument("--annotations", type=Path, help="COCO's JSON file, or the directory of label maps")
     parser.add_argument("--images", type=Path, help="directory of the images")
-    parser.add_argument("--labels", help="names of semantic classes: a text file with one in each line, or with commas")
-    parser.add_argument("--ignore-label", type=int, help="value of pixels in label maps that do not count; else 255")
+    parser.add_argument("--labels", help="semantic data: names of the classes, in a text file or with commas")
     parser.add_argument(
-        "--reduce-labels", action="store_true", help="in label maps 0 does not count; 1 is the first class"
+        "--ignore-label", type=int, help="semantic data: pixels of this value are ignored (default: 255)"
+    )
+    parser.add_argument(
+        "--reduce-labels", action="store_true", help="semantic data: 0 is ignored, and 1 is the first class"
     )
 
 
-_WEIGHTS = (
-    "directory in Hugging Face's format, its name on the hub, a run's checkpoint.pth, or a detectron2 file (.pkl, .pth)"
-)
+_WEIGHTS = "a directory or hub name in Hugging Face's format, a run's checkpoint.pth, or a detectron2 file (.pkl, .pth)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -595,92 +616,113 @@ def parser() -> argparse.ArgumentParser:
     main = _Parser("m2f", description="Mask2Former on fused kernels.", allow_abbrev=False)
     commands = main.add_subparsers(metavar="COMMAND", parser_class=_Parser)
 
-    p = _command(commands, segment)
+    p = _command(
+        commands, segment, "m2f segment photos --weights facebook/mask2former-swin-tiny-coco-panoptic -o segmented"
+    )
     p.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files, or directories of them")
     p.add_argument("--weights", required=True, help=_WEIGHTS)
     _config_option(p)
     p.add_argument("--task", default="panoptic", help="panoptic, instance or semantic")
     p.add_argument("-o", "--out", type=Path, default=Path("segmented"), help="directory of the results")
-    p.add_argument("--mode", default="original", help="post-processing: original, or compatible with transformers")
+    p.add_argument("--mode", default="original", help="post-processing: original, or compatible (as transformers)")
+    p.add_argument("--threshold", type=float, help="smallest score of a segment (default: panoptic 0.8, instance 0.5)")
+    _size_option(p)
+    p.add_argument("--stuff", help="classes that have one segment per image: names or numbers with commas, or none")
+    p.add_argument("--dtype", default="fp32", help="dtype of the weights: fp32, bf16 or fp16")
     p.add_argument(
-        "--threshold", type=float, help="smallest score of a segment; panoptic 0.8, instance 0.5 if not given"
+        "--batch-size", type=int, default=1, help="images at once, where their sizes after resizing are equal"
     )
-    _size_option(p)
-    p.add_argument("--stuff", help="labels of one segment per image, names or numbers with commas, or none")
-    p.add_argument("--dtype", default="fp32", help="hold the weights in fp32, bf16 or fp16")
-    p.add_argument("--batch-size", type=int, default=1, help="successive images of one resized size at once")
-    p.add_argument("--ids-from", type=Path, metavar="JSON", help="give results the ids of this COCO file's images")
-    p.add_argument("--cuda-graphs", action="store_true", help="on a GPU, replay a CUDA graph for each size")
+    p.add_argument(
+        "--ids-from", type=Path, metavar="JSON", help="take the ids of images and categories from this COCO file"
+    )
+    p.add_argument("--cuda-graphs", action="store_true", help="on a GPU, replay one CUDA graph per image size")
     _device_option(p)
 
-    p = _command(commands, evaluate)
+    p = _command(
+        commands,
+        evaluate,
+        "m2f evaluate --data instance --annotations val.json --images photos --weights run --json figures.json",
+    )
     _data_options(p)
-    p.add_argument("--weights", help=f"measure this model: {_WEIGHTS}")
+    p.add_argument("--weights", help=f"the model to measure: {_WEIGHTS}")
     _config_option(p)
-    p.add_argument("--results", type=Path, help="in its place, measure these: a directory of results, or a JSON file")
-    p.add_argument("--metrics", help="some of pq, ap, miou, with commas; else all that the data allow")
-    p.add_argument("-o", "--out", type=Path, help="also write the results there, with the data's own ids")
-    p.add_argument("--json", type=Path, help="also write the figures there, those of each class too")
-    p.add_argument("--per-class", action="store_true", help="print the figures of each class")
-    p.add_argument("--count", type=int, help="the first images alone")
-    p.add_argument("--threshold", type=float, help="smallest score of a panoptic segment; 0.8 if not given")
+    p.add_argument("--results", type=Path, help="measure these results instead of a model: a directory, or a JSON file")
+    p.add_argument("--metrics", help="some of pq, ap, miou, with commas (default: all that the data allow)")
+    p.add_argument("-o", "--out", type=Path, help="also write the results into this directory, with the data's ids")
+    p.add_argument("--json", type=Path, help="also write the metrics of the data and of each class to this file")
+    p.add_argument("--per-class", action="store_true", help="print the metrics of each class")
+    p.add_argument("--count", type=int, help="use only this many images, from the first on")
+    p.add_argument("--threshold", type=float, help="smallest score of a panoptic segment (default: 0.8)")
     _size_option(p)
-    p.add_argument("--batch-size", type=int, default=1, help="successive images of one resized size at once")
-    p.add_argument("--dtype", default="fp32", help="hold the weights in fp32, bf16 or fp16")
+    p.add_argument(
+        "--batch-size", type=int, default=1, help="images at once, where their sizes after resizing are equal"
+    )
+    p.add_argument("--dtype", default="fp32", help="dtype of the weights: fp32, bf16 or fp16")
     _device_option(p)
 
-    p = _command(commands, export)
-    p.add_argument("checkpoint", metavar="CHECKPOINT", help=f"a run's checkpoint.pth or directory; or {_WEIGHTS}")
+    p = _command(commands, export, "m2f export run/checkpoint.pth -o model")
+    p.add_argument("checkpoint", metavar="CHECKPOINT", help=f"a run's directory, or weights: {_WEIGHTS}")
     _config_option(p)
     p.add_argument("-o", "--out", type=Path, required=True, help="directory of the model")
 
-    p = _command(commands, info)
-    p.add_argument("--weights", help=f"describe this model, too: {_WEIGHTS}")
+    p = _command(commands, info, "m2f info --weights run")
+    p.add_argument("--weights", help=f"also describe this model: {_WEIGHTS}")
     _config_option(p)
 
-    p = _command(commands, bench)
+    p = _command(commands, bench, "m2f bench --backbone swin-tiny --size 1024")
     p.add_argument("--backbone", default="r50", help=f"one of {', '.join(BACKBONES)}")
     p.add_argument("--size", type=int, default=512, help="side of the square input")
-    p.add_argument("--training", action="store_true", help="a training step in place of inference")
+    p.add_argument("--training", action="store_true", help="measure a training step instead of inference")
     p.add_argument("--batch", type=int, default=1, help="images at once")
     p.add_argument("--autocast", default="none", help=_AUTOCAST)
-    p.add_argument("--activation-checkpointing", action="store_true", help="for this package's training step")
-    p.add_argument("--rounds", type=int, default=5, help="timed runs of each")
-    p.add_argument("--output", type=Path, help="also write the figures as JSON")
+    p.add_argument(
+        "--activation-checkpointing", action="store_true", help="in m2f's training step: less memory, more time"
+    )
+    p.add_argument("--rounds", type=int, default=5, help="timed runs of each model")
+    p.add_argument("--output", type=Path, help="also write the results to this JSON file")
     _device_option(p)
 
-    p = _command(commands, train)
+    p = _command(
+        commands,
+        train,
+        "m2f train --data instance --annotations mine.json --images photos --weights START --epochs 12 -o run\n"
+        "  torchrun --nproc-per-node 8 -m m2f_model train ...    (several processes)",
+    )
     p.add_argument(
-        "-o", "--out", type=Path, required=True, help="directory of checkpoints, events and the trained model"
+        "-o", "--out", type=Path, required=True, help="directory for checkpoints, TensorBoard's log and the model"
     )
     _data_options(p)
-    p.add_argument("--validation-annotations", type=Path, help="the same of validation data")
-    p.add_argument("--validation-images", type=Path, help="directory of their images; else --images")
-    p.add_argument("--backbone", help=f"of a new model with random weights: {', '.join(BACKBONES)}; r50 if not given")
+    p.add_argument("--validation-annotations", type=Path, help="--annotations of the validation data")
+    p.add_argument("--validation-images", type=Path, help="--images of the validation data (default: --images)")
+    p.add_argument("--backbone", help=f"train a new model from random weights: {', '.join(BACKBONES)} (default: r50)")
     p.add_argument(
         "--backbone-weights",
-        help="start from this classifier, a ResNet or Swin: directory in Hugging Face's format, its name on the hub, "
+        help="start from this ImageNet classifier, a ResNet or Swin: a directory or hub name in Hugging Face's format, "
         "or a file of torchvision, timm or detectron2 (.pth, .pkl, .safetensors)",
     )
-    p.add_argument("--weights", help=f"start from this model, of any classes: {_WEIGHTS}")
+    p.add_argument("--weights", help=f"fine-tune this model, whatever its classes: {_WEIGHTS}")
     _config_option(p)
-    p.add_argument("--steps", type=int, help="steps of the optimiser; else the recipe's, as are the next four")
-    p.add_argument("--batch-size", type=int, help="images per step of each process")
-    p.add_argument("--lr", type=float, help="learning rate")
-    p.add_argument("--size", type=int, help="side of the inputs that jitter or crops make")
-    p.add_argument("--workers", type=int, help="processes that prepare data")
-    p.add_argument("--epochs", type=float, help="in place of --steps: how often to go through the data")
-    p.add_argument("--log-every", type=int, help="steps between lines of the log; else the recipe's, as the next two")
-    p.add_argument("--save-every", type=int, help="steps between checkpoints")
-    p.add_argument("--evaluate-every", type=int, help="steps between validations; the best model is kept in best/")
     p.add_argument(
-        "--dry-run", action="store_true", help="two steps on one batch: their time and peak memory, no files"
+        "--steps",
+        type=int,
+        help="optimiser steps (default: the published recipe's, as of all options without a default)",
+    )
+    p.add_argument("--batch-size", type=int, help="images per step and process")
+    p.add_argument("--lr", type=float, help="learning rate")
+    p.add_argument("--size", type=int, help="side of the training crops")
+    p.add_argument("--workers", type=int, help="processes that load data")
+    p.add_argument("--epochs", type=float, help="passes over the data, instead of --steps")
+    p.add_argument("--log-every", type=int, help="steps between log lines")
+    p.add_argument("--save-every", type=int, help="steps between checkpoints")
+    p.add_argument("--evaluate-every", type=int, help="steps between validations; the best model is kept in OUT/best")
+    p.add_argument(
+        "--dry-run", action="store_true", help="run two steps on one batch, print time and peak memory, write nothing"
     )
     p.add_argument("--autocast", default="none", help=_AUTOCAST)
-    p.add_argument("--parallel", default="ddp", help="several processes: ddp, or fsdp (a share of the model each)")
+    p.add_argument("--parallel", default="ddp", help="with several processes: ddp, or fsdp (shards the model)")
     p.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
     p.add_argument("--cuda-graphs", action="store_true", help="on one GPU, replay the model's passes as CUDA graphs")
-    p.add_argument("--seed", type=int, default=0, help="of everything random")
+    p.add_argument("--seed", type=int, default=0, help="seed of weights, data order and augmentation")
     p.add_argument(
         "--backend", default="auto", help="kernels: auto, cuda, triton, fallback or reference (plain PyTorch)"
     )
@@ -696,6 +738,8 @@ def main(arguments: Iterable[str] | None = None) -> NoReturn:
         whole.print_help()
         sys.exit(2)
     warnings.showwarning = lambda message, *_args, **_kwargs: _say(f"warning: {_one_line(str(message))}")
+    # transformers warns about every backbone but Swin; the published ResNets are right here.
+    logging.getLogger("transformers.models.mask2former.configuration_mask2former").setLevel(logging.ERROR)
     try:
         code = given.run(given)
     except (ValueError, TypeError, OSError, ArithmeticError, MemoryError, ImportError, RuntimeError) as error:

@@ -55,6 +55,11 @@ SCHEDULES = ("step", "poly")
 AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
+def _available_cpus() -> int:
+    """The number of CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @dataclass(frozen=True)
 class Recipe:
     """The settings of a training run. Defaults are the published ones for COCO.
@@ -77,7 +82,7 @@ class Recipe:
             of one size or a few.
         seed: of everything random.
         log_every, save_every, evaluate_every: steps between; evaluation takes `evaluate_count` images.
-        workers: processes that prepare data.
+        workers: processes that load data; by default four, or fewer where there are fewer CPUs.
 
     Raises:
         ValueError: naming the field.
@@ -104,7 +109,7 @@ class Recipe:
     save_every: int = 5000
     evaluate_every: int = 5000
     evaluate_count: int = 500
-    workers: int = 4
+    workers: int = field(default_factory=lambda: min(4, _available_cpus()))
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "log_every", "save_every", "evaluate_every", "evaluate_count"):

@@ -104,6 +104,10 @@ class MSDeformAttn(nn.Module):
         s = value.shape[1]
         check_shape("query", query, "[N, Q, C]", (n, q, self.embed_dim))
         check_shape("value", value, "[N, S, C]", (n, s, self.embed_dim))
+        if isinstance(spatial_shapes, Sequence) and len(spatial_shapes) != self.num_levels:
+            raise ValueError(
+                f"spatial_shapes: expected (h, w) of {self.num_levels} levels; got {describe(spatial_shapes)}"
+            )
         projected = self.value_proj(value)
         if padding_mask is not None:
             if not isinstance(padding_mask, Tensor) or padding_mask.dtype != torch.bool:

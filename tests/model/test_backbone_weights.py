@@ -346,7 +346,7 @@ def test_the_command(tmp_path):
     for extra in (("--backbone", "r50"), ("--weights", tmp_path / "run")):
         code, output = m2f(*arguments, *extra)
         assert (code, output.count("\n")) == (2, 1)
-        assert "error: backbone_weights: expected none with --backbone, --weights or --data shapes" in output
+        assert "error: --backbone-weights: expected none with --backbone, --weights or --data shapes" in output
 
 
 def test_what_is_no_backbone(tmp_path):

@@ -238,12 +238,12 @@ def test_what_a_run_says_and_writes(start, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train", "--epochs", "0"], "epochs: expected a positive number, and no steps; got 0.0, steps None"),
-        (["train", "--epochs", "nan"], "epochs: expected a positive number, and no steps; got nan"),
-        (["train", "--epochs", "inf"], "epochs: expected a positive number, and no steps; got inf"),
+        (["train", "--epochs", "0"], "--epochs: expected a positive number, and no --steps; got 0.0, --steps None"),
+        (["train", "--epochs", "nan"], "--epochs: expected a positive number, and no --steps; got nan"),
+        (["train", "--epochs", "inf"], "--epochs: expected a positive number, and no --steps; got inf"),
         (
             ["train", "--epochs", "1", "--steps", "2"],
-            "epochs: expected a positive number, and no steps; got 1.0, steps 2",
+            "--epochs: expected a positive number, and no --steps; got 1.0, --steps 2",
         ),
         (["train", "--save-every", "0"], "save_every: expected at least 1; got 0"),
         (["train", "--evaluate-every", "-1"], "evaluate_every: expected at least 1; got -1"),

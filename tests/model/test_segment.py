@@ -200,7 +200,7 @@ def test_one_bad_file_does_not_stop_the_others(weights, photos, tmp_path):
         (["--stuff", "sky,moon"], "--stuff: expected one of disc, square, "),
         (["--size", "9", "8"], "image_size: expected (short, long) sides of at least 1; got (9, 8)"),
         (["--size", "9"], "argument --size: expected 2 arguments"),
-        (["absent.jpg"], "images: no file or directory absent.jpg"),
+        (["absent.jpg"], "error: no file or directory absent.jpg"),
         (["--batch-size", "0"], "batch_size: expected at least 1; got 0"),
         (["--dtype", "int8"], "--dtype: expected fp32, bf16, fp16; got 'int8'"),
         (["--ids-from", "absent.json"], "absent.json"),

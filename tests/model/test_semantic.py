@@ -311,16 +311,16 @@ def test_published_layouts_train(kind, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--data", "semantic"], "annotations, images: expected both for semantic data"),
+        (["--data", "semantic"], "--annotations, --images: expected both for semantic data"),
         (
             ["--data", "semantic", "--annotations", "maps", "--images", "images"],
             "labels: expected the names of the classes",
         ),
         (["--data", "semantic", "--annotations", "m", "--images", "i", "--labels", "a"], "i: expected a directory"),
         (["--data", "semantic", "--annotations", "m", "--images", "i", "--labels", "gone.txt"], "gone.txt"),
-        (["--data", "instance", "--ignore-label", "0"], "--ignore-label: for --data semantic alone; got instance"),
-        (["--data", "panoptic", "--reduce-labels"], "--reduce-labels: for --data semantic alone; got panoptic"),
-        (["--data", "ade20k"], "images: expected the root directory of ade20k there, and no annotations"),
+        (["--data", "instance", "--ignore-label", "0"], "--ignore-label: only for --data semantic; got instance"),
+        (["--data", "panoptic", "--reduce-labels"], "--reduce-labels: only for --data semantic; got panoptic"),
+        (["--data", "ade20k"], "--images: expected the root directory of ade20k, and no --annotations"),
         (["--data", "ade20k", "--images", "gone"], "gone/images/training: expected a directory"),
         (["--data", "cityscapes", "--images", "x", "--validation-images", "y"], "whose layout has them"),
         (["--data", "masks"], "data: expected shapes, instance, panoptic, semantic, ade20k or cityscapes; got 'masks'"),

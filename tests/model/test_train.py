@@ -581,11 +581,11 @@ def test_command(tmp_path):
     ("arguments", "message"),
     [
         (["--data", "videos"], "semantic, ade20k or cityscapes; got 'videos'"),
-        (["--data", "instance"], "annotations, images: expected both for instance data"),
+        (["--data", "instance"], "--annotations, --images: expected both for instance data"),
         (["--data", "shapes", "--autocast", "fp8"], "autocast: expected one of"),
         (["--data", "shapes", "--backbone", "r50"], "backbone: expected none with"),
         (["--data", "instance", "--backbone", "r18"], "backbone: expected one of r50,"),
-        (["--data", "shapes", "--annotations", "a.json"], "annotations, images: expected none with shapes"),
+        (["--data", "shapes", "--annotations", "a.json"], "--annotations, --images: expected none with --data shapes"),
         (["--data", "shapes", "--backend", "fast"], "backend: expected one of auto, "),
         (["--data", "shapes", "--device", "gpu"], "expected auto, cpu, cuda or cuda:N"),
         (["--data", "shapes", "--device", "cuda:99"], "cuda:99: "),

@@ -237,7 +237,7 @@ def test_number_of_points_of_a_wrong_type(points):
         (TypeError, "value", {"value": "abc"}),
         (ValueError, "spatial_shapes", {"value": torch.rand(2, S - 1, 32)}),
         (ValueError, "spatial_shapes", {"spatial_shapes": SIZES[:1]}),
-        (ValueError, r"(spatial_shapes|points_per_level)", {"spatial_shapes": [(5, 9), (3, 2), (3, 2)]}),
+        (ValueError, "spatial_shapes", {"spatial_shapes": [(5, 9), (3, 2), (3, 2)]}),
         (ValueError, "reference_points", {"reference_points": torch.rand(2, 11, 2, 3)}),
         (ValueError, "reference_points", {"reference_points": torch.rand(2, 11, 3, 2)}),
         (ValueError, "reference_points", {"reference_points": torch.rand(2, 11, 2)}),

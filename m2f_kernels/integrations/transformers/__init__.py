@@ -158,7 +158,7 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
     if not (replaced or left or already):
         raise ValueError(
             f"model: expected a model of transformers with deformable or masked attention; {type(model).__name__} "
-            f"has no module that m2f_kernels knows in transformers {version}"
+            f"has no module that m2f_kernels knows in transformers {version}; known are {', '.join(_families())}"
         )
     if not (replaced or already):
         warnings.warn(f"m2f_kernels.accelerate changed nothing: {report}", stacklevel=2)
@@ -167,6 +167,11 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
         graphs.attach()
         report = replace(report, graphs=graphs)
     return Acceleration(model, report)
+
+
+def _families() -> list[str]:
+    """The directories of transformers/models with classes that are replaced."""
+    return sorted({name.split(".")[2] for name in _swap.replacements()})
 
 
 def _unserved(model: nn.Module, ops: Iterable[str]) -> tuple[str, ...]:

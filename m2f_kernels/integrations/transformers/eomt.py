@@ -352,7 +352,7 @@ def _derives(module: nn.Module, name: str) -> bool:
 
 _ATTENTION = "attention under the packed mask of the queries' patches, no mask of all pairs"
 _ATTENTION_OPS = ("masked_attention",)
-_MODEL = "masks of blocks from resized features, hands on masks as factors, multiplied only where they are returned"
+_MODEL = "masks of blocks from resized features; masks stay two factors, multiplied only where they are returned"
 
 #: Family's prefix, mixin of its loss.
 _CRITERIA = {"Eomt": EomtCriterion, "EomtDinov3": EomtDinov3Criterion, "Videomt": VideomtCriterion}

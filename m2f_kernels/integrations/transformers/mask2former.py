@@ -558,7 +558,7 @@ def check_model(model: Any) -> str | None:
     return subclass_problem(model, f"{_MODULE}.Mask2FormerForUniversalSegmentation", methods)
 
 
-_FACTORED = "hands on masks as factors, multiplied only where they are returned"
+_FACTORED = "masks stay two factors, multiplied only where they are returned"
 
 REPLACEMENTS = {
     f"{_MODULE}.Mask2Former{name}": replacement

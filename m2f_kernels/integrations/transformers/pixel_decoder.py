@@ -21,10 +21,10 @@ _FFN_ROWS = 1024
 _CONSTANTS = ConstantCache(64)
 
 #: The replaced parts, in words for the report.
-POSITIONS = "sine positions of a row and a column, not of every pixel"
+POSITIONS = "sine positions computed for one row and one column"
 ENCODER_LAYER = "encoder layer with fewer copies"
 ENCODER = "reference points of any size under torch.compile"
-PIXEL_DECODER = "no masks of padding that is not there, feature maps in one layout"
+PIXEL_DECODER = "no padding mask where nothing is padded, feature maps in one memory layout"
 
 
 class PositionEmbedding(Mixin):
