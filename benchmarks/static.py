@@ -93,6 +93,18 @@ def self_attention_backward_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...
     return output, *self_attention_inputs(dtype, d), output, meta(1, 16, 1805, dtype=torch.float32), d**-0.5
 
 
+def biased_inputs(dtype: torch.dtype, d: int, masked: int, backward: bool) -> tuple[Any, ...]:
+    """SAM-3's decoder: 201 queries, 8 heads, 72 rows of 72 keys, and the bias as its layers give it."""
+    query, key, _, bits, row_any = attention_inputs(dtype, d, 201)
+    key, bits, row_any = key[:, :, :5184], bits[:, :masked, :162], row_any[:, :masked]
+    side = meta(1, 201, 72, 8, dtype=dtype).permute(0, 3, 1, 2)
+    given = (query, key, key, bits, row_any, side, side)
+    if not backward:
+        return *given, d**-0.5
+    output = meta(1, 201, 8, d, dtype=dtype)
+    return output, *given, output, meta(1, 8, 201, dtype=torch.float32), d**-0.5
+
+
 def backward_inputs(dtype: torch.dtype, d: int, queries: int) -> tuple[Any, ...]:
     """The gradient of the output, the forward's inputs and results."""
     output = meta(1, queries, 8, d, dtype=dtype)
@@ -145,6 +157,18 @@ CASES += [
         _ATTENTION, "masked_attention", lambda dtype, d: (*self_attention_inputs(dtype, d), d**-0.5), (64, 32, 80, 128)
     ),
     Case(_ATTENTION, "masked_attention_backward", self_attention_backward_inputs, (64, 32, 80, 128)),
+]
+# Without a mask, as SAM-3 calls it, and with one.
+CASES += [
+    Case(
+        _ATTENTION,
+        f"masked_attention_with_bias{backward}",
+        lambda dtype, d, backward=backward, masked=masked: biased_inputs(dtype, d, masked, bool(backward)),
+        (32, 16, 64, 128, 80),
+        representative=masked == 0,
+    )
+    for backward in ("", "_backward")
+    for masked in (0, 201)
 ]
 
 

@@ -591,6 +591,6 @@ def _kernel(op: Operator, name: str, function: Callable[..., Any], key: _Key) ->
         return kernel
     if backend == "triton":
         assert op.triton is not None
-        kernel = getattr(importlib.import_module(op.triton), name, function)
+        kernel = getattr(importlib.import_module(op.triton), name)
         return kernel
     return function

@@ -8,11 +8,12 @@ import torch
 from m2f_kernels import _triton
 from m2f_kernels.ops.attention_mask import triton as attention_mask
 from m2f_kernels.ops.masked_attention import triton as masked_attention
+from m2f_kernels.ops.masked_attention import triton_bias
 from m2f_kernels.ops.point_loss import triton as point_loss
 from m2f_kernels.ops.point_sample import reference
 from m2f_kernels.ops.point_sample import triton as point_sample
 
-MODULES = (_triton, attention_mask, masked_attention, point_loss, point_sample)
+MODULES = (_triton, attention_mask, masked_attention, triton_bias, point_loss, point_sample)
 MANY = 70_000
 
 
@@ -31,6 +32,15 @@ def attention_backward(n):
     return grad, query, key, value, bits, row_any, grad, meta(n, 1, query.shape[2]), 0.5
 
 
+def biased(n):
+    query, *rest = attention(n)
+    return query, *rest, meta(n, 1, 3, 5), meta(n, 1, 3, 8)
+
+
+def biased_backward(n):
+    return meta(n, 3, 1, 8), *biased(n), meta(n, 3, 1, 8), meta(n, 1, 3), 0.5
+
+
 def loss(m, k, size=4):
     rows, targets = meta(m, dtype=torch.int64), [meta(m, size, size)]
     return meta(m, size, size), rows, targets, rows, meta(m, k, 2)
@@ -44,6 +54,10 @@ def loss_backward(m, k, size=4):
 CALLS = {
     "attention, batch": lambda: masked_attention.masked_attention(*attention(MANY), 0.5),
     "attention backward, batch": lambda: masked_attention.masked_attention_backward(*attention_backward(MANY)),
+    "attention with a bias, batch": lambda: masked_attention.masked_attention_with_bias(*biased(MANY), 0.5),
+    "attention with a bias backward, batch": lambda: masked_attention.masked_attention_with_bias_backward(
+        *biased_backward(MANY)
+    ),
     "pack, 70 M keys": lambda: attention_mask.pack_attention_mask(meta(1, 1, MANY * 1024)),
     "predict, batch": lambda: attention_mask.predict_attention_mask(meta(MANY, 1, 16), meta(MANY, 16, 40)),
     "predict, queries": lambda: attention_mask.predict_attention_mask(meta(1, MANY * 128, 16), meta(1, 16, 40)),
@@ -127,6 +141,20 @@ def test_attention_of_a_large_batch(device, generator, low_limit):
         found = masked_attention.masked_attention_backward(
             grad, query, key, value, bits, row_any, output, logsumexp, 0.3
         )
+        return output, logsumexp, *found
+
+    equal(run, low_limit)
+
+
+def test_biased_attention_of_a_large_batch(device, generator, low_limit):
+    shapes = ((3, 2, 1, 8), (3, 1, 2, 8), (3, 1, 20, 8), (3, 1, 20, 8), (3, 1, 2, 4), (3, 1, 2, 5))
+    grad, query, key, value, *bias = (torch.randn(shape, generator=generator).to(device) for shape in shapes)
+    bits = torch.randint(0, 2**20, (3, 2, 1), generator=generator, dtype=torch.int32).to(device)
+    given = (query, key, value, bits, (bits != 0).any(-1), *bias)
+
+    def run():
+        output, logsumexp = masked_attention.masked_attention_with_bias(*given, 0.3)
+        found = masked_attention.masked_attention_with_bias_backward(grad, *given, output, logsumexp, 0.3)
         return output, logsumexp, *found
 
     equal(run, low_limit)

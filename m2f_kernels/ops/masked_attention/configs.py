@@ -141,6 +141,50 @@ def open_backward(device: Architecture, version: tuple[int, int], element_size: 
     return _fitted(device, version, config, element_size, channels)
 
 
+def _columns(width: int, most: int) -> int:
+    """Keys of a tile, all in one row of `width`: a power of two from 32 to `most`. A tile costs like 8 more keys."""
+    sizes = [size for size in (128, 64, 32) if size <= most]
+    return min(sizes, key=lambda size: -(-width // size) * (size + 8))
+
+
+def biased_forward(
+    device: Architecture, version: tuple[int, int], element_size: int, num_queries: int, d: int, width: int
+) -> Configuration:
+    """The configuration of the forward kernel with a bias of rows of `width` keys. Heuristic: no GPU has tuned it."""
+    channels = padded(d)
+    if element_size == 4:
+        config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+    else:
+        config = {"BLOCK_Q": 64, "BLOCK_K": 64 if channels < 128 else 32, "num_warps": 4, "num_stages": 2}
+    return _biased(device, version, config, element_size, num_queries, channels, width)
+
+
+def biased_backward(
+    device: Architecture, version: tuple[int, int], element_size: int, num_queries: int, d: int, width: int
+) -> Configuration:
+    """The same of the two backward kernels."""
+    channels = padded(d)
+    if element_size == 4:
+        config = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+    else:
+        config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
+    return _biased(device, version, config, element_size, num_queries, channels, width)
+
+
+def _biased(
+    device: Architecture,
+    version: tuple[int, int],
+    config: Configuration,
+    element_size: int,
+    num_queries: int,
+    channels: int,
+    width: int,
+) -> Configuration:
+    config["BLOCK_Q"] = min(config["BLOCK_Q"], padded(num_queries))
+    config = _fitted(device, version, config, element_size, channels)
+    return {**config, "BLOCK_K": _columns(width, config["BLOCK_K"])}
+
+
 def candidates(default: Configuration) -> list[Configuration]:
     """The configurations that the tuner measures for a kernel, `default` (its heuristic's) first."""
     found = [default]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -592,3 +593,20 @@ def masked_attention_backward(
         _sum_kernel, (q, heads, n), parts, dquery, q, splits, D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4
     )  # fmt: skip
     return dquery, dkey, dvalue
+
+
+# ---------------------------------------------------------------- with a bias
+
+
+def masked_attention_with_bias(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """`m2f::masked_attention_with_bias`; see `triton_bias.py`."""
+    from m2f_kernels.ops.masked_attention import triton_bias  # which imports this module
+
+    return triton_bias.masked_attention_with_bias(*arguments)
+
+
+def masked_attention_with_bias_backward(*arguments: Any) -> tuple[Tensor, ...]:
+    """`m2f::masked_attention_with_bias_backward`; see `triton_bias.py`."""
+    from m2f_kernels.ops.masked_attention import triton_bias
+
+    return triton_bias.masked_attention_with_bias_backward(*arguments)
