@@ -33,20 +33,21 @@ def _backward(name: str, output: Tensor, leaves: list[Tensor]) -> Call:
     return f"{name} backward", lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
 
 
-def _forwards(name: str, call: Callable[[], object]) -> Iterator[Call]:
-    """A forward of deformable attention by each compiled kernel that this process has."""
+def _kernels(direction: str, successor: str, name: str, call: Callable[[], object]) -> Iterator[Call]:
+    """A call of deformable attention by each compiled kernel that this process has, the default first."""
     yield name, call
-    if not hasattr(_library.LIBRARIES["cuda"].handle, "m2f_cuda_set_forward"):
+    if not hasattr(_library.LIBRARIES["cuda"].handle, f"m2f_cuda_set_{direction}"):
         return
+    choose = getattr(_library, f"set_cuda_{direction}")
 
-    def lean() -> object:
-        _library.set_cuda_forward("lean")
+    def succeeded() -> object:
+        choose(successor)
         try:
             return call()
         finally:
-            _library.set_cuda_forward("general")
+            choose("general")
 
-    yield f"{name}, lean kernel", lean
+    yield f"{name}, {successor} kernel", succeeded
 
 
 def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -65,18 +66,25 @@ def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
         weights = logits.flatten(3).softmax(-1).view_as(logits)
         name = f"ms_deform_attn, {where}"
         leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), locations, weights)]
-        yield from _forwards(
+        yield from _kernels(
+            "forward",
+            "lean",
             name,
             lambda v=leaves: m2f_kernels.ms_deform_attn(v[0].detach(), levels, None, v[1].detach(), v[2].detach()),
         )
-        yield _backward(name, m2f_kernels.ms_deform_attn(leaves[0], levels, None, *leaves[1:]), leaves)
+        backward = _backward(name, m2f_kernels.ms_deform_attn(leaves[0], levels, None, *leaves[1:]), leaves)
+        yield from _kernels("backward", "gathered", *backward)
     name, offsets = "ms_deform_attn_from_offsets", inputs.offsets_of(locations, reference, levels)
     leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), offsets.to(dtype), logits.to(dtype))]
     operator, reference = m2f_kernels.ms_deform_attn_from_offsets, reference.to(device)
-    yield from _forwards(
-        name, lambda: operator(leaves[0].detach(), levels, reference, leaves[1].detach(), leaves[2].detach())
+    yield from _kernels(
+        "forward",
+        "lean",
+        name,
+        lambda: operator(leaves[0].detach(), levels, reference, leaves[1].detach(), leaves[2].detach()),
     )
-    yield _backward(name, operator(leaves[0], levels, reference, *leaves[1:]), leaves)
+    backward = _backward(name, operator(leaves[0], levels, reference, *leaves[1:]), leaves)
+    yield from _kernels("backward", "gathered", *backward)
 
 
 def _masks(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:

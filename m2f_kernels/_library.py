@@ -94,15 +94,18 @@ def cuda_driver() -> int:
     return 0 if handle is None else int(handle.m2f_cuda_driver_version())
 
 
-#: The compiled forward kernels of deformable attention.
+#: The compiled kernels of deformable attention, by direction; the first of each is the default and serves every call.
 CUDA_FORWARDS = ("general", "lean")
+CUDA_BACKWARDS = ("general", "gathered")
 
-if os.environ.get("M2F_CUDA_FORWARD", "general") not in CUDA_FORWARDS:
-    warnings.warn(
-        f"M2F_CUDA_FORWARD: expected 'general' or 'lean'; got {os.environ['M2F_CUDA_FORWARD']!r}, using 'general'",
-        RuntimeWarning,
-        stacklevel=2,
-    )
+for _variable, _names in (("M2F_CUDA_FORWARD", CUDA_FORWARDS), ("M2F_CUDA_BACKWARD", CUDA_BACKWARDS)):
+    if os.environ.get(_variable, _names[0]) not in _names:
+        warnings.warn(
+            f"{_variable}: expected {' or '.join(map(repr, _names))}; got {os.environ[_variable]!r}, "
+            f"using {_names[0]!r}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def set_cuda_forward(name: str) -> None:
@@ -117,14 +120,33 @@ def set_cuda_forward(name: str) -> None:
         ValueError: another name.
         RuntimeError: the CUDA library is not loaded, or was built before it had the choice.
     """
-    if name not in CUDA_FORWARDS:
-        raise ValueError(f"name: expected 'general' or 'lean'; got {name!r}")
+    _set_cuda_kernel("forward", CUDA_FORWARDS, name)
+
+
+def set_cuda_backward(name: str) -> None:
+    """Choose the compiled kernel of deformable attention's value gradient for this process (tests and benchmarks).
+
+    Args:
+        name: 'general', which serves every call, or 'gathered', which serves encoders (as many queries as positions) in
+            float32, bfloat16 and float16 and up to 84 channels per head in fours, and leaves the rest to the other.
+            The environment variable `M2F_CUDA_BACKWARD` does the same before the first call.
+
+    Raises:
+        ValueError: another name.
+        RuntimeError: the CUDA library is not loaded, or was built before it had the choice.
+    """
+    _set_cuda_kernel("backward", CUDA_BACKWARDS, name)
+
+
+def _set_cuda_kernel(direction: str, names: tuple[str, ...], name: str) -> None:
+    if name not in names:
+        raise ValueError(f"name: expected {' or '.join(map(repr, names))}; got {name!r}")
     library = LIBRARIES["cuda"]
     if library.handle is None:
         raise RuntimeError(f"the CUDA library is not in use: {library.problem}")
-    if not hasattr(library.handle, "m2f_cuda_set_forward"):
-        raise RuntimeError(f"{library.path}: it has one forward kernel of deformable attention; build it again")
-    library.handle.m2f_cuda_set_forward(name.encode())
+    if not hasattr(library.handle, f"m2f_cuda_set_{direction}"):
+        raise RuntimeError(f"{library.path}: it has one {direction} kernel of deformable attention; build it again")
+    getattr(library.handle, f"m2f_cuda_set_{direction}")(name.encode())
 
 
 def cpu_capability() -> str | None:

@@ -120,17 +120,19 @@ def test_unknown_cpu_capability(name):
     assert _library.cpu_capability() == before
 
 
-def test_cuda_forward_needs_a_library_that_has_the_choice(monkeypatch):
-    with pytest.raises(ValueError, match=r"^name: expected 'general' or 'lean'; got 'fast'"):
-        _library.set_cuda_forward("fast")
+@pytest.mark.parametrize(("direction", "successor"), [("forward", "lean"), ("backward", "gathered")])
+def test_choosing_a_cuda_kernel_needs_a_library_that_has_the_choice(monkeypatch, direction, successor):
+    choose = getattr(_library, f"set_cuda_{direction}")
+    with pytest.raises(ValueError, match=rf"^name: expected 'general' or '{successor}'; got 'fast'"):
+        choose("fast")
     absent = _library.NativeLibrary("m2f_cuda", Path("lib.so"), "it was not built")
     monkeypatch.setitem(_library.LIBRARIES, "cuda", absent)
     with pytest.raises(RuntimeError, match=r"^the CUDA library is not in use: it was not built"):
-        _library.set_cuda_forward("lean")
+        choose(successor)
     older = _library.NativeLibrary("m2f_cuda", Path("lib.so"), None, ctypes.CDLL(None))
     monkeypatch.setitem(_library.LIBRARIES, "cuda", older)
-    with pytest.raises(RuntimeError, match=r"^lib\.so: it has one forward kernel .* build it again"):
-        _library.set_cuda_forward("lean")
+    with pytest.raises(RuntimeError, match=rf"^lib\.so: it has one {direction} kernel .* build it again"):
+        choose(successor)
 
 
 # ---------------------------------------------------------------- in a fresh process
@@ -159,9 +161,10 @@ def test_environment_chooses_the_instruction_set(name):
     assert run(PRINT_CAPABILITY, PACKAGE.parent, M2F_CPU_CAPABILITY=name).stdout.strip() == name
 
 
-def test_environment_with_an_unknown_forward_kernel():
-    warned = run("import m2f_kernels", PACKAGE.parent, M2F_CUDA_FORWARD="fast").stderr
+def test_environment_with_unknown_cuda_kernels():
+    warned = run("import m2f_kernels", PACKAGE.parent, M2F_CUDA_FORWARD="fast", M2F_CUDA_BACKWARD="lean").stderr
     assert "M2F_CUDA_FORWARD: expected 'general' or 'lean'; got 'fast', using 'general'" in warned
+    assert "M2F_CUDA_BACKWARD: expected 'general' or 'gathered'; got 'lean', using 'general'" in warned
 
 
 def test_environment_with_an_unknown_instruction_set():

@@ -40,6 +40,9 @@ __device__ __forceinline__ void reduce_add(double* address, double x) {
   asm volatile("red.global.add.f64 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "d"(x));
 }
 
+// A counter in shared memory, incremented atomically; returns what it was.
+__device__ __forceinline__ int shared_increment(int* counter) { return atomicAdd(counter, 1); }
+
 // base + index * row_bytes in one instruction: written in C++, the compiler splits the product and rebuilds the base
 // for every access of a loop.
 template <typename T>

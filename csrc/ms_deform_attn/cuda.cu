@@ -19,15 +19,39 @@ namespace {
 using torch::stable::new_zeros;
 using torch::stable::accelerator::DeviceGuard;
 
-// Which forward kernel serves calls that both can: "general" or "lean". No GPU has run the lean one yet.
-constexpr const char* kDefaultForward = "general";
+// A choice between a general kernel and a successor, which serves the calls that it can.
+class Choice {
+ public:
+  // `variable`, an environment variable, chooses unless `choose` does. `preferred` serves without either.
+  Choice(const char* variable, const char* preferred, const char* successor) : successor_(successor) {
+    const char* wish = std::getenv(variable);
+    succeeded_ = std::strcmp(wish != nullptr ? wish : preferred, successor) == 0;
+  }
 
-std::atomic<bool>& lean_forward() {
-  static std::atomic<bool> lean{[] {
-    const char* wish = std::getenv("M2F_CUDA_FORWARD");
-    return std::strcmp(wish != nullptr ? wish : kDefaultForward, "lean") == 0;
-  }()};
-  return lean;
+  bool succeeded() const { return succeeded_; }
+
+  // Returns 0, or 1 where there is no such kernel.
+  int choose(const char* name) {
+    const bool succeeded = std::strcmp(name, successor_) == 0;
+    if (!succeeded && std::strcmp(name, "general") != 0) return 1;
+    succeeded_ = succeeded;
+    return 0;
+  }
+
+ private:
+  const char* successor_;
+  std::atomic<bool> succeeded_{false};
+};
+
+// No GPU has run the lean forward or the gathered value gradient yet. Switching is one word each.
+Choice& forward_choice() {
+  static Choice choice("M2F_CUDA_FORWARD", "general", "lean");
+  return choice;
+}
+
+Choice& backward_choice() {
+  static Choice choice("M2F_CUDA_BACKWARD", "general", "gathered");
+  return choice;
 }
 
 cudaStream_t current_stream(const Tensor& tensor) {
@@ -146,7 +170,7 @@ struct Arguments {
     Tensor output = empty_like_sizes(value, {kernel.batch, kernel.queries, row});
     if (empty()) return output;
     kernel.output = output.data_ptr();
-    kernel.lean = lean_forward();
+    kernel.lean = forward_choice().succeeded();
     launch_ms_deform_attn(kernel, traits_of(value), current_stream(value));
     STD_CUDA_KERNEL_LAUNCH_CHECK();
     return output;
@@ -192,6 +216,7 @@ struct Arguments {
           accumulator);
       kernel.grad_reference = reference_parts->data_ptr();
     }
+    kernel.gathered = backward_choice().succeeded();
     const DeviceTraits device = traits_of(value);
     const cudaStream_t stream = current_stream(value);
     launch_ms_deform_attn(kernel, device, stream);
@@ -255,12 +280,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> ms_deform_attn_from_offsets_backward(
 }  // namespace
 }  // namespace m2f
 
-// Chooses the forward kernel for this process, "general" or "lean"; returns 0, or 1 where there is no such kernel.
+// Choose a kernel for this process, "general" or its successor; return 0, or 1 where there is no such kernel.
 extern "C" __attribute__((visibility("default"))) int m2f_cuda_set_forward(const char* name) {
-  const bool lean = std::strcmp(name, "lean") == 0;
-  if (!lean && std::strcmp(name, "general") != 0) return 1;
-  m2f::lean_forward() = lean;
-  return 0;
+  return m2f::forward_choice().choose(name);
+}
+extern "C" __attribute__((visibility("default"))) int m2f_cuda_set_backward(const char* name) {
+  return m2f::backward_choice().choose(name);
 }
 
 // Not m2f: there m2f_kernels/dispatch.py chooses, call by call, between these and others.

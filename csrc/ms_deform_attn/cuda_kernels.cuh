@@ -45,13 +45,14 @@
 // that a warp's scalar reductions are consecutive. Everything but the value gradient is deterministic: the softmax's
 // sum over samples and reference points' over points live in shared memory, the sum over heads in a second pass.
 // Duplicate corners within a warp are not merged: that takes 8 shuffles per corner and step to save at most one
-// reduction of two 16-byte halves.
+// reduction of two 16-byte halves. cuda_gather.cuh merges them over a tile of queries.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 
+#include "ms_deform_attn/cuda_gather.cuh"
 #include "ms_deform_attn/cuda_lean.cuh"
 #include "ms_deform_attn/cuda_samples.cuh"
 
@@ -365,15 +366,6 @@ __global__ void __launch_bounds__(kMaxThreads)
 
 // ---------------------------------------------------------------- launches
 
-inline int64_t tiles_of_levels(const Levels& levels, int width_log2, int height_log2) {
-  int64_t tiles = 0;
-  for (int l = 0; l < levels.count; ++l) {
-    tiles += ((levels.height[l] + (1 << height_log2) - 1) >> height_log2) *
-             ((levels.width[l] + (1 << width_log2) - 1) >> width_log2);
-  }
-  return tiles;
-}
-
 struct Geometry {
   dim3 grid;
   dim3 block;
@@ -416,16 +408,7 @@ inline Geometry choose_geometry(DeformAttnArgs& args, int vec, bool backward, bo
   // A tile of 64 queries keeps its lines in L1 over several passes of the block.
   args.queries_log2 = args.queries == args.positions && threads == kMaxThreads ? std::max(6, groups_log2) : groups_log2;
   args.tile_width_log2 = (args.queries_log2 + 1) / 2;
-  int64_t tiles = ((static_cast<int64_t>(args.queries) - 1) >> args.queries_log2) + 1;
-  if (args.queries == args.positions) {
-    // Sizes that only the device knows: enough blocks for levels of common shapes; blocks stride over the rest.
-    tiles = args.device_shapes != nullptr ? tiles + args.levels.count
-                                          : std::max(tiles, tiles_of_levels(args.levels, args.tile_width_log2,
-                                                                            args.queries_log2 - args.tile_width_log2));
-  }
-  tiles = std::min<int64_t>(tiles, 0x7fffffff / args.heads);
-  return {dim3(static_cast<unsigned>(tiles * args.heads), static_cast<unsigned>(std::min<int64_t>(args.batch, 65535))),
-          dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared)};
+  return {tile_grid(args), dim3(static_cast<unsigned>(threads)), static_cast<size_t>(shared)};
 }
 
 template <typename T, int kVec>
@@ -464,6 +447,10 @@ constexpr int64_t kMaxRowBytes = 0xffffffff;
 inline void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& device, cudaStream_t stream) {
   const bool from_offsets = args.reference.data != nullptr;
   if (args.grad_output == nullptr && args.lean && launch_lean_forward(args, device, stream)) return;
+  if (args.gathered && launch_gathered_value_gradient(args, device, stream)) {
+    args.grad_value = nullptr;
+    if (args.grad_points == nullptr && args.grad_reference == nullptr) return;
+  }
   switch (args.dtype) {
     case DType::kFloat64:
       return args.grad_output == nullptr ? launch_forward<double, 1>(args, from_offsets, device, stream)

@@ -2,6 +2,7 @@
 // preparation of samples. The design is stated at the head of cuda_kernels.cuh, which includes this.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "common/bilinear.cuh"
@@ -50,9 +51,11 @@ struct DeformAttnArgs {
   int lanes_log2;    // lanes of a group
   int queries_log2;  // queries of a tile
   int tile_width_log2;
-  int history;  // values kept per sample for the end of the backward
+  int history;         // values kept per sample for the end of the backward
+  int row_lanes_log2;  // lanes that add up one row, in cuda_gather.cuh
 
-  bool lean = false;  // forward: by the kernel of cuda_lean.cuh where it serves the call
+  bool lean = false;      // forward: by the kernel of cuda_lean.cuh where it serves the call
+  bool gathered = false;  // value gradient: by the kernel of cuda_gather.cuh where it serves the call
 };
 
 // What the launch needs to know of the device.
@@ -259,31 +262,41 @@ __device__ __forceinline__ void pixel_steps(const DeformAttnArgs& args, const Le
   }
 }
 
+// Sample k's place in pixels of its level; outside every level if it is not wanted.
+template <typename A, bool kFromOffsets>
+__device__ __forceinline__ void read_location(const DeformAttnArgs& args, const LevelTable& table,
+                                              const Sampler<A, kFromOffsets>& sampler, bool wanted, int k, int level,
+                                              A& x, A& y) {
+  x = y = -INFINITY;
+  if (!wanted) return;
+  sampler.point(args, k, x, y);
+  A step_x, step_y;
+  pixel_steps(args, table, sampler, level, step_x, step_y);
+  x = x * step_x - A(0.5);
+  y = y * step_y - A(0.5);
+  if constexpr (kFromOffsets) {
+    const int64_t index = sampler.reference + level * args.reference.k;
+    x += load_scalar<A>(args.reference.data, args.reference.dtype, index) * table.width[level];
+    y += load_scalar<A>(args.reference.data, args.reference.dtype, index + 1) * table.height[level];
+  }
+}
+
 // Sample k of the group; `level` is that of the lane's previous sample, from which the search goes on.
 template <typename A, bool kFromOffsets>
 __device__ __forceinline__ Sample<A> read_sample(const DeformAttnArgs& args, const LevelTable& table,
                                                  const Sampler<A, kFromOffsets>& sampler, bool wanted, int k,
                                                  int& level) {
   Sample<A> sample;
-  A x = -INFINITY, y = -INFINITY;  // outside every level
   int height = 0, width = 0;
   sample.attention = 0;
   if (wanted) {
     while (k >= table.first_point[level + 1]) ++level;
     height = table.height[level];
     width = table.width[level];
-    sampler.point(args, k, x, y);
-    A step_x, step_y;
-    pixel_steps(args, table, sampler, level, step_x, step_y);
-    x = x * step_x - A(0.5);
-    y = y * step_y - A(0.5);
-    if constexpr (kFromOffsets) {
-      const int64_t index = sampler.reference + level * args.reference.k;
-      x += load_scalar<A>(args.reference.data, args.reference.dtype, index) * width;
-      y += load_scalar<A>(args.reference.data, args.reference.dtype, index + 1) * height;
-    }
-    sample.attention = sampler.attention(args, k);
   }
+  A x, y;
+  read_location(args, table, sampler, wanted, k, level, x, y);
+  if (wanted) sample.attention = sampler.attention(args, k);
   sample.corners = find_corners(x, y, height, width);
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
@@ -333,6 +346,28 @@ inline bool allows_vectors(const DeformAttnArgs& args, int vec) {
     fits = fits && divides(args.output, bytes);
   }
   return fits;
+}
+
+inline int64_t tiles_of_levels(const Levels& levels, int width_log2, int height_log2) {
+  int64_t tiles = 0;
+  for (int l = 0; l < levels.count; ++l) {
+    tiles += ((levels.height[l] + (1 << height_log2) - 1) >> height_log2) *
+             ((levels.width[l] + (1 << width_log2) - 1) >> width_log2);
+  }
+  return tiles;
+}
+
+// A block for each tile of queries, head and image, for which kernels stride over the rest.
+inline dim3 tile_grid(const DeformAttnArgs& args) {
+  int64_t tiles = ((static_cast<int64_t>(args.queries) - 1) >> args.queries_log2) + 1;
+  if (args.queries == args.positions) {
+    // Sizes that only the device knows: enough blocks for levels of common shapes; blocks stride over the rest.
+    tiles = args.device_shapes != nullptr ? tiles + args.levels.count
+                                          : std::max(tiles, tiles_of_levels(args.levels, args.tile_width_log2,
+                                                                            args.queries_log2 - args.tile_width_log2));
+  }
+  tiles = std::min<int64_t>(tiles, 0x7fffffff / args.heads);
+  return dim3(static_cast<unsigned>(tiles * args.heads), static_cast<unsigned>(std::min<int64_t>(args.batch, 65535)));
 }
 
 }  // namespace m2f

@@ -38,6 +38,9 @@ struct alignas(8) uint2 {
 struct uint4 {
   unsigned int x, y, z, w;
 };
+struct alignas(16) int4 {
+  int x, y, z, w;
+};
 struct float2 {
   float x, y;
 };
@@ -52,6 +55,7 @@ using cudaStream_t = void*;
 
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
+inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int min(int a, int b) { return a < b ? a : b; }
@@ -165,7 +169,7 @@ struct Thread {
   const char* operation;
   int line;       // of the operation: all lanes must stand at the same one
   unsigned mask;  // lanes that take part
-  int argument;   // xor mask
+  int argument;   // xor mask; or, negative, how many lanes below
   unsigned char sent[8], received[8];
 };
 
@@ -197,7 +201,8 @@ class Machine {
 
   Thread& current() { return *current_; }
 
-  // Waits for all lanes in `mask`; each receives what lane ^ argument sent.
+  // Waits for all lanes in `mask`; each receives what lane ^ argument sent, or with a negative argument lane +
+  // argument, or where there is none what it sent itself.
   void warp_operation(const char* operation, int line, unsigned mask, int argument, const void* value, void* result,
                       size_t bytes) {
     Thread& self = *current_;
@@ -246,7 +251,8 @@ class Machine {
   dim3 grid_dim, block_dim, block_index;
   std::vector<Buffer> buffers;  // what kernels may access
   int architecture = 90;
-  bool reversed = false;  // run threads from the last to the first
+  bool reversed = false;      // run threads from the last to the first
+  int64_t reduced_bytes = 0;  // added to global memory
 
  private:
   static constexpr size_t kStackBytes = 64 * 1024;
@@ -320,7 +326,8 @@ class Machine {
     }
     for (unsigned lane = 0; lane < 32; ++lane) {
       if (!(self.mask >> lane & 1)) continue;
-      const unsigned source = lane ^ self.argument;
+      const int below = static_cast<int>(lane) + self.argument;
+      const unsigned source = self.argument >= 0 ? lane ^ self.argument : below < 0 ? lane : below;
       if (source > 31 || !(self.mask >> source & 1)) fail(where(self) + ": reads a lane outside the mask");
       Thread& other = *threads_[first + lane];
       std::memcpy(other.received, threads_[first + source]->sent, sizeof(other.received));
@@ -380,6 +387,13 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int line = __bui
   return result;
 }
 
+template <typename T>
+inline T __shfl_up_sync(unsigned mask, T value, int delta, int line = __builtin_LINE()) {
+  T result;
+  m2f_shim::machine().warp_operation("__shfl_up_sync", line, mask, -delta, &value, &result, sizeof(T));
+  return result;
+}
+
 // By five exchanges; the line is that of the caller in each.
 inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   for (int lane_mask = 1; lane_mask < 32; lane_mask *= 2) {
@@ -408,6 +422,7 @@ inline bool has_vector_reductions() { return m2f_shim::machine().architecture >=
 
 inline void reduce_add_vector4(float* address, float a, float b, float c, float d) {
   m2f_shim::machine().check_access(address, 16, "a vector reduction");
+  m2f_shim::machine().reduced_bytes += 16;
   address[0] += a;
   address[1] += b;
   address[2] += c;
@@ -417,8 +432,11 @@ inline void reduce_add_vector4(float* address, float a, float b, float c, float 
 template <typename T>
 inline void reduce_add(T* address, T x) {
   m2f_shim::machine().check_access(address, sizeof(T), "a reduction");
+  m2f_shim::machine().reduced_bytes += sizeof(T);
   *address += x;
 }
+
+inline int shared_increment(int* counter) { return (*counter)++; }
 
 template <typename T>
 inline T* advance_rows(T* base, unsigned index, unsigned row_bytes) {

@@ -113,12 +113,15 @@ struct Problem {
   }
 
   // Wanted gradients are written into the arrays given. value_sum is the zeroed accumulator; for 16-bit values,
-  // grad_value takes its rounded copy.
-  void backward(const Array& grad_output, const std::optional<py::array>& value_sum,
-                const std::optional<py::array>& grad_value, const std::optional<py::array>& grad_points,
-                const std::optional<py::array>& grad_weights, const std::optional<py::array>& reference_parts,
-                const std::optional<Array>& grad_reference) {
-    if (empty()) return;
+  // grad_value takes its rounded copy. Returns the bytes that were added to memory. `gathered`: the value gradient by
+  // that kernel where it serves the call.
+  int64_t backward(const Array& grad_output, const std::optional<py::array>& value_sum,
+                   const std::optional<py::array>& grad_value, const std::optional<py::array>& grad_points,
+                   const std::optional<py::array>& grad_weights, const std::optional<py::array>& reference_parts,
+                   const std::optional<Array>& grad_reference, bool gathered) {
+    m2f_shim::machine().reduced_bytes = 0;
+    if (empty()) return 0;
+    args.gathered = gathered;
     args.grad_output = allow(grad_output.first);
     args.grad_output_n = stride_of(grad_output.first, 0);
     args.grad_output_q = stride_of(grad_output.first, 1);
@@ -136,6 +139,7 @@ struct Problem {
                                  dtype_of(grad_reference->second), args.batch * args.queries, args.heads,
                                  args.levels.count * args.reference_size, device, nullptr);
     }
+    return m2f_shim::machine().reduced_bytes;
   }
 
  private:
@@ -184,7 +188,8 @@ PYBIND11_MODULE(m2f_cuda_on_host, m) {
            py::arg("multiprocessors"), py::arg("reversed"))
       .def("forward", &Problem::forward, py::arg("output"), py::arg("lean") = false)
       .def("backward", &Problem::backward, py::arg("grad_output"), py::arg("value_sum"), py::arg("grad_value"),
-           py::arg("grad_points"), py::arg("grad_weights"), py::arg("reference_parts"), py::arg("grad_reference"));
+           py::arg("grad_points"), py::arg("grad_weights"), py::arg("reference_parts"), py::arg("grad_reference"),
+           py::arg("gathered") = false);
   m.def("run_broken_kernel", &run_broken_kernel);
   m.def("round_trip", py::vectorize(round_trip));
 }

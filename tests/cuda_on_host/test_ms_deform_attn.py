@@ -40,6 +40,7 @@ class Case:
     reversed: bool = False
     needs: tuple[str, ...] = ("value", "reference", "samples")
     lean: bool = False  # the forward by the lean kernel where it serves the call
+    gathered: bool = False  # the value gradient by the gathering kernel where it serves the call
 
     @property
     def levels(self) -> list[int]:
@@ -61,6 +62,7 @@ class Results:
     output: Tensor
     gradients: dict[str, Tensor] = field(default_factory=dict)
     lean: bool = False  # the lean kernel served the forward
+    reduced: int = 0  # bytes that were added to memory
 
 
 def make_case(
@@ -159,8 +161,8 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.full(tuple(shape), float("nan"), dtype=dtype)
 
 
-def run(kernels: ModuleType, case: Case) -> Results:
-    """The kernels' output and gradients; every result buffer starts as NaN."""
+def run(kernels: ModuleType, case: Case, forward: bool = True) -> Results:
+    """The kernels' output, unless it is not wanted, and gradients; every result buffer starts as NaN."""
     problem = kernels.Problem(
         to_array(case.value),
         case.levels,
@@ -178,7 +180,7 @@ def run(kernels: ModuleType, case: Case) -> Results:
     accumulator = torch.float64 if dtype == torch.float64 else torch.float32
     n, q, heads = case.weights.shape[:3]
     output = poisoned((n, q, heads * case.value.shape[3]), dtype)
-    lean = problem.forward(to_array(output)[0], case.lean)
+    lean = problem.forward(to_array(output)[0], case.lean) if forward else False
     results = Results(output, lean=lean)
     if case.needs == ("output",):
         return results
@@ -201,7 +203,7 @@ def run(kernels: ModuleType, case: Case) -> Results:
     def array(x: Tensor | None) -> np.ndarray | None:
         return None if x is None else to_array(x)[0]
 
-    problem.backward(
+    results.reduced = problem.backward(
         to_array(case.grad_output),
         array(value_sum),
         None if accumulator == dtype else array(grads["value"]),
@@ -209,6 +211,7 @@ def run(kernels: ModuleType, case: Case) -> Results:
         array(grads["weights"]),
         array(parts),
         None if grads["reference"] is None else to_array(grads["reference"]),
+        case.gathered,
     )
     results.gradients = {name: x for name, x in grads.items() if x is not None}
     return results

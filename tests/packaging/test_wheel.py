@@ -70,6 +70,7 @@ def test_library_exports_no_more_than_its_interface(library: Path) -> None:
         "m2f_cuda_code",
         "m2f_cuda_driver_version",
         "m2f_cuda_runtime_version",
+        "m2f_cuda_set_backward",
         "m2f_cuda_set_forward",
     }
 
