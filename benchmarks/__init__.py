@@ -25,14 +25,20 @@ REGISTRY: dict[str, str] = {
 }
 
 
-#: What other commands measure into the same files.
-OTHERS: dict[str, str] = {"integrations": "benchmarks.other_models", "learning": "benchmarks.learning"}
+#: Measured only where `--op` names them.
+OTHERS: dict[str, str] = {
+    "integrations": "benchmarks.models:INTEGRATIONS",
+    "eomt": "benchmarks.models:EOMT",
+    "mmcv": "benchmarks.models:MMCV",
+    "id_maps": "benchmarks.models:ID_MAPS",
+    "row_column_bias": "benchmarks.models:ROW_COLUMN_BIAS",
+}
 
 
 def load(op: str) -> Benchmark:
     """The benchmark of an operator in `REGISTRY` or `OTHERS`; of any other name, one without cases."""
     from benchmarks.cases import Benchmark
 
-    module = (REGISTRY | OTHERS).get(op)
-    found: Benchmark = import_module(module).BENCHMARK if module else Benchmark(op, op.replace("_", " "))
+    module, _, name = (REGISTRY | OTHERS).get(op, "").partition(":")
+    found: Benchmark = getattr(import_module(module), name or "BENCHMARK") if module else Benchmark(op, op)
     return found

@@ -309,6 +309,7 @@ class Benchmark:
         long_ms: milliseconds from which on the call whose result was checked is itself a sample, and with `--full` one
             more is: full masks take half a minute where points take a third of a second, and it does not matter whether
                 that is 90 or 92 times as long.
+        cpu_time: times are CPU time, which other programs of the machine do not change.
         pictures: draws what bars do not show into a directory, and returns the names of the files.
         stages: milliseconds of the parts of a call, where an implementation that was just timed has any.
         images: the images of a call of the case with that name, where a rate is of interest.
@@ -327,6 +328,7 @@ class Benchmark:
     operators: tuple[str, ...] = ()
     budget_s: float = 3.0
     long_ms: float = 10_000.0
+    cpu_time: bool = False
     pictures: Callable[[Path, Sequence[Row]], list[str]] = lambda directory, rows: []
     stages: Callable[[Case, Implementation], dict[str, float]] = lambda case, implementation: {}
     images: Callable[[str], int] | None = None

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory, other_models
+from benchmarks import memory, models
 from benchmarks.cases import Row, read_csv
 from benchmarks.formats import number
 
@@ -33,8 +33,8 @@ def read(path: Path) -> list[Row]:
         records = read_csv(file)
         columns = set(records[0] if records else ())
         missing = {"op", "case", "implementation", "setting", "median_ms"} - columns
-        if columns >= other_models.COLUMNS:
-            rows += other_models.rows(records)
+        if columns >= models.COLUMNS:
+            rows += models.rows(records)
         elif not missing:
             # Older versions had a folder for each device, and "full" in it.
             older = {} if "run" in columns or file.parent.name != "full" else {"run": "full"}

@@ -17,7 +17,7 @@ import torch
 
 import m2f_kernels
 from benchmarks import facts, plot, report
-from benchmarks.cases import Benchmark, Row, Scale
+from benchmarks.cases import Row, Scale
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.data import Shapes
 from m2f_model.evaluate import Quality, evaluate
@@ -112,15 +112,6 @@ def main() -> None:
         runs["auto"].trainer.model.save_pretrained(options.model)
     report.save(options.output / f"{facts.device_slug('cpu')}.csv", measured(runs, options.images))
 
-
-BENCHMARK = Benchmark(
-    op="learning",
-    title="Training, on this package's kernels and on plain PyTorch",
-    description=(
-        "`python -m benchmarks.learning`: the tiny model on synthetic shapes, both backends in turns. Rounding parts "
-        "the runs after a few steps: training is chaotic."
-    ),
-)
 
 if __name__ == "__main__":
     main()

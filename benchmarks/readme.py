@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import bench_end_to_end, integrations, other_models, tables
+from benchmarks import bench_end_to_end, models, tables
 from benchmarks.cases import OURS, Row
 from benchmarks.compare import read
 from benchmarks.formats import markdown, number
@@ -62,7 +62,7 @@ class Headline:
         )
 
 
-_MODELS = (other_models.BEFORE, other_models.AFTER)
+_MODELS = (models.BEFORE, models.AFTER)
 _OURS = (bench_end_to_end.TRANSFORMERS, bench_end_to_end.OURS)
 _LOSS = (point_loss.TRANSFORMERS, OURS)
 HEADLINES = (
@@ -102,7 +102,7 @@ BLOCKS = {
     "the loss": Block(("point_loss",), tables.point_loss, ("point_loss_curve",)),
     "the whole model": Block(("end_to_end",), tables.end_to_end, ("end_to_end_stages",)),
     "other people's models": Block(("integrations",), tables.integrations),
-    "other people's models in detail": Block(("integrations",), integrations.table),
+    "other people's models in detail": Block(("integrations",), tables.integrations_in_detail),
     "deformable attention": Block(("ms_deform_attn",), tables.deformable_attention, ("ms_deform_attn",)),
     "masked attention": Block(("attention_mask", "masked_attention"), tables.masked_attention),
     "training": Block(("learning",), lambda rows: "", ("learning",)),

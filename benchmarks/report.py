@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 import benchmarks
-from benchmarks import figures, memory, other_models, tables
+from benchmarks import figures, memory, tables
 from benchmarks.cases import Benchmark, Row, Scale, read_csv, write_csv
 from benchmarks.compare import read
 from benchmarks.formats import error, markdown, mebibytes, number
@@ -330,7 +330,7 @@ FIRST_PAGE = (
         "A whole Mask2Former, `transformers`' and this package's",
         "end_to_end", tables.end_to_end, ("end_to_end_stages.png", "end_to_end_sizes.png"),
     ),
-    ("Models of `transformers` before and after `accelerate`", other_models.OP, tables.integrations, ()),
+    ("Models of `transformers` before and after `accelerate`", "integrations", tables.integrations, ()),
 )  # fmt: skip
 
 

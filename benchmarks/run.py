@@ -174,7 +174,12 @@ def _interrupt(*_: object) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", action="append", choices=list(benchmarks.REGISTRY), help="repeatable; default: all")
+    parser.add_argument(
+        "--op",
+        action="append",
+        choices=[*benchmarks.REGISTRY, *benchmarks.OTHERS],
+        help=f"repeatable; default: {', '.join(benchmarks.REGISTRY)}",
+    )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="small shapes and few rounds, to see that all runs")

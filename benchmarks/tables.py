@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks import bench_end_to_end, other_models
+from benchmarks import bench_end_to_end, models
 from benchmarks.cases import OURS, Row
-from benchmarks.formats import error, mebibytes, number
+from benchmarks.formats import error, markdown, mebibytes, number
 from benchmarks.ops import attention_mask, ms_deform_attn
 from benchmarks.ops import masked_attention as attention
 from benchmarks.ops import point_loss as loss
@@ -193,4 +193,36 @@ def end_to_end(rows: Sequence[Row]) -> str:
 
 def integrations(rows: Sequence[Row]) -> str:
     """The table of models of `transformers` before and after `accelerate`."""
-    return "\n".join(before_and_after(rows, other_models.BEFORE, other_models.AFTER, ("before", "after")))
+    return "\n".join(before_and_after(rows, models.BEFORE, models.AFTER, ("before", "after")))
+
+
+def integrations_in_detail(rows: Sequence[Row]) -> str:
+    """Markdown: each model's times in every setting, memory and difference."""
+    by_key, found = measured(rows), settings(rows)
+    aims = {model.name: f"{model.aim}x" for model in models.MODELS}
+    times = [f"{text}, ms ({found[0]} allocator)" for text in (models.BEFORE, models.AFTER)]
+    header = ["model", *times, "ratio", *(f"ratio ({name})" for name in found[1:]), "target"]
+    header += ["peak MiB above the weights", "deformable attention's share before", "largest relative difference"]
+    lines = []
+    for model in dict.fromkeys(row.case for row in rows):
+        pairs = [
+            (by_key[model, models.BEFORE, s], by_key[model, models.AFTER, s])
+            for s in found
+            if (model, models.AFTER, s) in by_key
+        ]
+        before, after = pairs[0]
+        ratios = [f"{number(old.median_ms / new.median_ms)}x" for old, new in pairs]
+        memories = "-"  # not measured: no resettable peak on this system, or the process failed
+        if before.memory_extra_mib and after.memory_extra_mib:
+            ratio = number(before.memory_extra_mib / after.memory_extra_mib)
+            memories = f"{mebibytes(before.memory_extra_mib)} → {mebibytes(after.memory_extra_mib)}, {ratio}x"
+        share = f"{before.stage_ms[models.ATTENTION] / before.median_ms:.0%}"
+        cells = [
+            number(before.median_ms),
+            number(after.median_ms),
+            f"**{ratios[0]}**",
+            *ratios[1:],
+            aims.get(model, "-"),
+        ]
+        lines.append([model, *cells, memories, share, error(after.error_output)])
+    return markdown(header, lines)

@@ -63,11 +63,11 @@ class Timing:
     page_faults: float | None
 
 
-def _time_cpu(run: Callable[[], Any]) -> tuple[float, float]:
+def _time_cpu(run: Callable[[], Any], clock: Callable[[], float]) -> tuple[float, float]:
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    start = time.perf_counter()
+    start = clock()
     result = run()
-    elapsed = time.perf_counter() - start
+    elapsed = clock() - start
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
     del result
     return elapsed * 1e3, float(faults)
@@ -118,6 +118,7 @@ def interleaved(
     checked_ms: Sequence[float] = (),
     long_calls: int = 0,
     long_ms: float = LONG_MS,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
     """Time several runs in turn.
 
@@ -126,6 +127,7 @@ def interleaved(
         device: "cpu" or "cuda".
         budget_s, min_rounds, long_calls, long_ms: see `Plan`.
         checked_ms: what each run took when its result was checked; without it, every run is warmed up.
+        clock: of the CPU's timing.
     """
     if not runs:
         return []
@@ -134,7 +136,7 @@ def interleaved(
     starts = [0.0] * len(runs)
 
     def once(i: int) -> tuple[float, float]:
-        return _time_cpu(runs[i]) if flush is None else _time_cuda(runs[i], flush, starts[i])
+        return _time_cpu(runs[i], clock) if flush is None else _time_cuda(runs[i], flush, starts[i])
 
     known = checked_ms or [0.0] * len(runs)
     samples: list[list[tuple[float, float]]] = [[] for _ in runs]

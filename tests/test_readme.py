@@ -31,10 +31,10 @@ def test_readme_is_short():
 
 def test_figures_of_the_page_on_transformers():
     pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
-    from benchmarks import integrations, readme
+    from benchmarks import models, readme
 
     filled = readme.fill((ROOT / "docs" / "integrations" / "transformers.md").read_text(), "../../")
-    assert all(filled.count(f"\n| {model.name} |") == 1 for model in integrations.MODELS)
+    assert all(filled.count(f"\n| {model.name} |") == 1 for model in models.MODELS)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)

@@ -18,7 +18,7 @@ from m2f_kernels.integrations.transformers._swap import replacements
 #: The versions with which the tests of this integration were run as a whole: at some commit, the last one at every one.
 TESTED = ("4.57.1", "4.57.6", "5.0.0", "5.12.1", "5.17.0", "5.23.0", "5.24.0")
 
-#: By family what was measured and how many times as fast it became: the committed run of `benchmarks.integrations`.
+#: By family what was measured and how many times as fast it became: committed, by `benchmarks.run --op integrations`.
 GAINS: dict[str, tuple[tuple[str, float], ...]] = {
     "mask2former": (
         ("Mask2Former Swin-T, 1024²", 2.18),
