@@ -197,13 +197,13 @@ def integrations(rows: Sequence[Row]) -> str:
 
 
 def integrations_in_detail(rows: Sequence[Row]) -> str:
-    """Markdown: each model's times in every setting, memory and difference."""
+    """Markdown: a table of each model's times in every setting, and one of memory and difference."""
     by_key, found = measured(rows), settings(rows)
     aims = {model.name: f"{model.aim}x" for model in models.MODELS}
     times = [f"{text}, ms ({found[0]} allocator)" for text in (models.BEFORE, models.AFTER)]
     header = ["model", *times, "ratio", *(f"ratio ({name})" for name in found[1:]), "target"]
-    header += ["peak MiB above the weights", "deformable attention's share before", "largest relative difference"]
-    lines = []
+    others = ["model", "peak MiB above the weights", "deformable attention's share before", "largest relative difference"]
+    lines, other_lines = [], []
     for model in dict.fromkeys(row.case for row in rows):
         pairs = [
             (by_key[model, models.BEFORE, s], by_key[model, models.AFTER, s])
@@ -224,5 +224,6 @@ def integrations_in_detail(rows: Sequence[Row]) -> str:
             *ratios[1:],
             aims.get(model, "-"),
         ]
-        lines.append([model, *cells, memories, share, error(after.error_output)])
-    return markdown(header, lines)
+        lines.append([model, *cells])
+        other_lines.append([model, memories, share, error(after.error_output)])
+    return f"{markdown(header, lines)}\n\n{markdown(others, other_lines)}"

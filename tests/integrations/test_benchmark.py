@@ -33,14 +33,15 @@ def test_csv(tmp_path):
 
 
 def test_table():
-    line = tables.integrations_in_detail(ROWS).splitlines()[-1]
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells == ["A, 800²", "300", "100", "**3.00x**", "2.00x", "-", "640 → 160, 4.00x", "70%", "1.0e-06"]
+    lines = [line for line in tables.integrations_in_detail(ROWS).splitlines() if line.startswith("| A, 800²")]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    times = ["A, 800²", "300", "100", "**3.00x**", "2.00x", "-"]
+    assert cells == [times, ["A, 800²", "640 → 160, 4.00x", "70%", "1.0e-06"]]
 
 
 def test_table_without_memory():
     rows = [replace(row, memory_extra_mib=None) for row in ROWS]
-    assert tables.integrations_in_detail(rows).count("| - | - | 70% |") == 1
+    assert tables.integrations_in_detail(rows).count("| - | 70% |") == 1
 
 
 def test_page():

@@ -21,6 +21,8 @@ def test_every_replaced_class_is_listed():
     mask2former = next(family for family in registry.families() if family.name == "mask2former")
     assert {"Loss", "HungarianMatcher", "PixelDecoderEncoderMultiscaleDeformableAttention"} <= set(mask2former.classes)
     assert all(all(family.classes) for family in registry.families())
+    parts = [name for classes in registry.PARTS.values() for name in classes]
+    assert sorted(parts) == sorted({name for family in registry.families() for name in family.classes})
 
 
 @pytest.mark.skipif(not RESULTS.exists(), reason="the committed results are not here")

@@ -30,6 +30,34 @@ GAINS: dict[str, tuple[tuple[str, float], ...]] = {
     "rt_detr": (("RT-DETR ResNet-50, 640²", 1.02),),
 }
 
+#: Parts of models, and the replaced classes that they consist of, without the family's prefix.
+PARTS: dict[str, tuple[str, ...]] = {
+    "deformable attention": (
+        "MultiscaleDeformableAttention",
+        "MultiScaleDeformableAttention",
+        "PixelDecoderEncoderMultiscaleDeformableAttention",
+        "Encoder",
+        "Decoder",
+    ),
+    "pixel decoder": (
+        "SinePositionEmbedding",
+        "PixelDecoderEncoderLayer",
+        "PixelDecoderEncoderOnly",
+        "PixelDecoder",
+    ),
+    "attention masks and masked attention": (
+        "MaskedAttentionDecoderLayer",
+        "MaskedAttentionDecoder",
+        "TransformerDecoderQueryTransformerDecoderLayer",
+        "TransformerDecoderCrossAttentionLayer",
+        "TransformerDecoderLayer",
+        "TransformerDecoder",
+        "Attention",
+    ),
+    "mask logits": ("TransformerModule", "Model", "ForUniversalSegmentation"),
+    "matching and losses": ("HungarianMatcher", "Loss", "ForInstanceSegmentation"),
+}
+
 
 class Family(NamedTuple):
     """A directory of transformers/models, names of the classes replaced in it without the family's, measured gains."""
@@ -37,6 +65,10 @@ class Family(NamedTuple):
     name: str
     classes: tuple[str, ...]
     gains: tuple[tuple[str, float], ...]
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        return tuple(part for part, classes in PARTS.items() if set(classes) & set(self.classes))
 
     @property
     def measured(self) -> str:
@@ -74,10 +106,14 @@ def installed() -> tuple[str, set[str]] | None:
 
 
 def markdown() -> str:
-    """The table of the documentation."""
-    lines = ["| family (`transformers/models`) | classes replaced | times as fast, on a CPU |", "|---|---|---|"]
+    """The table of the documentation, in which equal families share a line, and the list of classes by part."""
+    lines = ["| family | what is replaced | times as fast, on a CPU |", "|---|---|---|"]
+    rows: dict[tuple[str, str], list[str]] = {}
     for family in families():
-        lines.append(f"| {family.name} | {', '.join(family.classes)} | {family.measured} |")
+        rows.setdefault((", ".join(family.parts), family.measured.replace("; ", "<br>")), []).append(family.name)
+    lines += [f"| {', '.join(names)} | {parts} | {measured} |" for (parts, measured), names in rows.items()]
+    lines += ["", "Classes by part, without the family's prefix:", ""]  # a table with such names fits no telephone
+    lines += [f"- {part}: {', '.join(classes)}" for part, classes in PARTS.items()]
     return "\n".join(lines)
 
 
