@@ -102,21 +102,23 @@ def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict
     plt = _pyplot()
     from matplotlib.patches import Patch
 
-    panels = len(settings) + bool(memory)
-    height = 1.6 + 0.3 * max(sum(row.setting == s for row in shown) for s in settings)
-    size = (5.4 * panels, max(4.0, height))
-    figure, axes = plt.subplots(1, panels, figsize=size, squeeze=False, layout="constrained")
+    bars = [sum(row.setting == setting for row in shown) for setting in settings] + [len(memory)] * bool(memory)
+    heights = [1.0 + 0.24 * count for count in bars]
+    # One panel below the other, as wide as a page, so that the text is legible at the size shown there.
+    figure, axes = plt.subplots(
+        len(bars), 1, figsize=(8, 1.2 + sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
     colours = _colours(shown)
-    for panel, setting in zip(axes[0], settings, strict=False):
+    for panel, setting in zip(axes[:, 0], settings, strict=False):
         chosen = [row for row in shown if row.setting == setting]
         floor = " (dotted: floor)" if any(row.floor_ms is not None for row in chosen) else ""
         _panel(panel, chosen, f"{_title('Time', setting)}{floor}", lambda row: row.median_ms, "ms", colours)
     if memory:
         what = "weights" if benchmark.peak else "inputs and outputs"
-        _panel(axes[0][-1], memory, f"Peak memory above {what}", lambda row: row.memory_extra_mib, "MiB", colours)
+        _panel(axes[-1, 0], memory, f"Peak memory above {what}", lambda row: row.memory_extra_mib, "MiB", colours)
     handles = [Patch(color=colour) for colour in colours.values()]
-    figure.legend(handles, colours, loc="outside lower center", ncols=min(4, len(colours)), fontsize=9)
-    figure.suptitle(f"{benchmark.title} on {facts['device']}, torch {facts['torch']}", fontsize=13, weight="bold")
+    figure.legend(handles, colours, loc="outside lower center", ncols=min(3, len(colours)), fontsize=9)
+    figure.suptitle(f"{benchmark.title} on {facts['device']}, torch {facts['torch']}", fontsize=11, weight="bold")
     figure.savefig(directory / f"{benchmark.op}.png", dpi=130)
     plt.close(figure)
     return True

@@ -202,7 +202,12 @@ def integrations_in_detail(rows: Sequence[Row]) -> str:
     aims = {model.name: f"{model.aim}x" for model in models.MODELS}
     times = [f"{text}, ms ({found[0]} allocator)" for text in (models.BEFORE, models.AFTER)]
     header = ["model", *times, "ratio", *(f"ratio ({name})" for name in found[1:]), "target"]
-    others = ["model", "peak MiB above the weights", "deformable attention's share before", "largest relative difference"]
+    others = [
+        "model",
+        "peak MiB above the weights",
+        "deformable attention's share before",
+        "largest relative difference",
+    ]
     lines, other_lines = [], []
     for model in dict.fromkeys(row.case for row in rows):
         pairs = [
