@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import m2f_kernels
-from benchmarks import facts, inputs, timing
+from benchmarks import facts, inputs, static, timing
 from m2f_kernels import _library
 
 HEADS, CHANNELS, POINTS, QUERIES = 8, 256, 12544, 100
@@ -123,6 +123,13 @@ def _points(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     yield _backward("point_sample", m2f_kernels.point_sample(features, points), [features])
     logits = torch.randn(1, 100, size // 4, size // 4, device=device)
     yield "uncertain_points, 100 masks", lambda: m2f_kernels.uncertain_points(logits, POINTS)
+    if m2f_kernels.explain("uncertain_points", logits).backend == "triton":
+
+        def by_digits() -> object:
+            with static.selecting_by_digits():
+                return m2f_kernels.uncertain_points(logits, POINTS)
+
+        yield "uncertain_points, 100 masks, by digits", by_digits
 
 
 PARTS = {"deformable": _deformable, "masks": _masks, "attention": _attention, "points": _points}

@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
@@ -55,7 +56,7 @@ class Case:
         head_dims: channels per head to compile for; the first is the representative one.
         targets: what it is compiled for.
         representative: CI compiles it on every change.
-        deterministic: compile the kernels for torch.use_deterministic_algorithms(True).
+        chosen: a context that chooses other kernels than the default's.
         flops: operations of matrix products by the name of the kernel that makes them, from the channels per head.
     """
 
@@ -65,8 +66,30 @@ class Case:
     head_dims: tuple[int, ...] = (32,)
     targets: tuple[int | str, ...] = tuple(SHARED_LIMITS)
     representative: bool = True
-    deterministic: bool = False
+    chosen: Callable[[], AbstractContextManager[None]] = nullcontext
     flops: Callable[[int], dict[str, int]] = lambda d: {}
+
+
+@contextmanager
+def deterministically() -> Iterator[None]:
+    """Under torch.use_deterministic_algorithms(True)."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextmanager
+def selecting_by_digits() -> Iterator[None]:
+    """With the other kernel that selects uncertain points."""
+    from m2f_kernels.ops.point_sample import triton as op
+
+    before, op.SELECTION = op.SELECTION, "digits"
+    try:
+        yield
+    finally:
+        op.SELECTION = before
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -269,6 +292,13 @@ CASES += [
         lambda dtype, _: (*matched(dtype)[:2], meta(1, dtype=torch.int64), 0, 37632, 9408, 3136),
     ),
     Case(
+        _SAMPLE,
+        "uncertain_points",
+        lambda dtype, _: (*matched(dtype)[:2], meta(1, dtype=torch.int64), 0, 37632, 9408, 3136),
+        representative=False,
+        chosen=selecting_by_digits,
+    ),
+    Case(
         _LOSS,
         "mask_matching_cost",
         lambda dtype, _: (meta(1000, 12544, dtype=torch.float32), meta(30, 12544, dtype=torch.float32)),
@@ -324,7 +354,7 @@ CASES += [
     ),
     Case(
         _DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, (32,), representative=False,
-        deterministic=True,
+        chosen=deterministically,
     ),
     # More samples than are unrolled.
     Case(
@@ -481,10 +511,8 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
 
     case, architecture = CASES[index], ARCHITECTURES[target]
     function = getattr(importlib.import_module(case.module), case.function)
-    torch.use_deterministic_algorithms(case.deterministic)
-    with recording(architecture) as launches:
+    with case.chosen(), recording(architecture) as launches:
         function(*case.arguments(DTYPES[dtype], head_dim))
-    torch.use_deterministic_algorithms(False)
     if not launches:
         raise RuntimeError(f"{case.function} launched no kernel")
     compiler = (

@@ -25,6 +25,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -408,6 +409,10 @@ def _trips(name: str, arguments: dict[str, Any], count: int) -> list[int]:
         return [constant["TILES"]] * (count - 1) + [0] if count > 1 else [constant["TILES"]]
     if name == "_keep_kernel":
         return [math.ceil(arguments["candidates"] / constant["BLOCK"])] * count
+    if name == "_keep_by_digits_kernel":
+        tiles = math.ceil(arguments["candidates"] / constant["BLOCK"])
+        between = min(15, 65535 // constant["BLOCK"])  # two sums
+        return [math.ceil(tiles / between), min(tiles, between)] * (count // 2) + [tiles]
     if name == "_gather_backward_kernel":
         return [3] * count  # the fullest two cells of 64 pixels, at a point for five
     return [1] * count
@@ -480,14 +485,15 @@ def attention(dtype: torch.dtype, images: int, queries: int, change: dict[str, i
         configs.forward = before
 
 
-def points_kept(masks_: int = 100) -> list[Kernel]:
-    """Launches of `uncertain_points` for 12544 points of masks of 256 x 256."""
+def points_kept(masks_: int = 100, selection: str = "histogram") -> list[Kernel]:
+    """Launches of `uncertain_points` for 12544 points of masks of 256 x 256, by one of the kernels that select them."""
     from benchmarks import static
     from m2f_kernels.ops.point_sample import triton as op
 
     rows, seed = static.meta(masks_, dtype=torch.int32), static.meta(1, dtype=torch.int64)
     arguments = (static.meta(masks_, 256, 256, dtype=torch.float32), rows, seed, 0, 37632, 9408, 3136)
-    return triton_kernels(op.uncertain_points, arguments, _trips)
+    with static.selecting_by_digits() if selection == "digits" else nullcontext():
+        return triton_kernels(op.uncertain_points, arguments, _trips)
 
 
 #: Microseconds of forwards with other configurations on an H200: benchmarks/results/nvidia-h200/configurations.txt.
@@ -538,6 +544,8 @@ def rows(nvcc: str | None, select: str = "") -> Iterator[Row]:
         yield Row("masked_attention fp32", attention(single, 1, 100), 0, None if _tuning.TF32X3 else 218.4)
     if wanted("uncertain_points, 100 masks"):
         yield Row("uncertain_points, 100 masks", points_kept(), 0, 706.6)
+    if wanted("uncertain_points, 100 masks, by digits"):
+        yield Row("uncertain_points, 100 masks, by digits", points_kept(selection="digits"), 0, None)
     for change, times_ in CONFIGURATIONS.items():
         for (images, queries), time in zip(((1, 100), (2, 100), (1, 200)), times_, strict=True):
             name = f"masked_attention bf16, N={images} Q={queries}, {change}"

@@ -194,6 +194,19 @@ def test_old_against_new_states_both_and_their_ratio():
     ]
 
 
+def test_kernels_that_a_variable_chooses_have_rows_of_their_own(tmp_path):
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "__init__.py").touch()
+    (tmp_path / "benchmarks" / "kernels.py").write_text(
+        "import os, pathlib, sys\n"
+        "time = 2.0 if os.environ.get('M2F_TF32X3') == '1' else 4.0\n"
+        "table = f'| operator | float32, µs |\\n|---|---:|\\n| masks | {time} |\\n'\n"
+        "pathlib.Path(sys.argv[sys.argv.index('--output') + 1]).write_text(table)\n"
+    )
+    assert old_new.measure(tmp_path, []) == {"masks": {"float32": 4.0}}
+    assert old_new.measure(tmp_path, [], "M2F_TF32X3=1") == {"masks, M2F_TF32X3=1": {"float32": 2.0}}
+
+
 def test_predictions_stand_beside_measurements(tmp_path):
     predictions, measured = tmp_path / "predictions.json", tmp_path / "measured.json"
     predictions.write_text(

@@ -4,7 +4,8 @@
 
 Runs `python -m benchmarks.kernels` in the older tree and in this one alternately, each in a process of its own (two
 versions of the operators cannot be in one), and prints the medians and their ratio. What only one of them has is shown
-without a ratio.
+without a ratio. `--with NAME=VALUE` adds a run of this tree with an environment variable set, which chooses other
+kernels than the default's; its rows end with that.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ def parse(table: str) -> Times:
     return {name: dict(zip((d.split(",")[0] for d in dtypes), map(float, cells), strict=True)) for name, *cells in rows}
 
 
-def measure(tree: Path, parts: list[str]) -> Times:
-    """One run of the kernels of a tree.
+def measure(tree: Path, parts: list[str], setting: str = "") -> Times:
+    """One run of the kernels of a tree; with a setting "NAME=VALUE" of the environment, which the operators' names get.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
@@ -43,10 +44,14 @@ def measure(tree: Path, parts: list[str]) -> Times:
         command += [word for part in parts for word in ("--part", part)]
         search = os.pathsep.join(filter(None, [str(tree), os.environ.get("M2F_SITE", "")]))
         environment = os.environ | {"PYTHONPATH": search}
+        if setting:
+            name, value = setting.split("=", 1)
+            environment[name] = value
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{tree}: benchmarks.kernels ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        return parse(output.read_text())
+        times = parse(output.read_text())
+    return {f"{op}, {setting}": x for op, x in times.items()} if setting else times
 
 
 def medians(runs: list[Times]) -> Times:
@@ -70,12 +75,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="tree of the older commit, with m2f_kernels/lib")
     parser.add_argument("--part", action="append", default=[], help="as of benchmarks.kernels; repeatable")
+    parser.add_argument("--with", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
     parser.add_argument("--rounds", type=int, default=2, help="runs of each tree")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins after these")
     parser.add_argument("--output", type=Path, help="folder for old_new.md and measured.json")
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1; got {options.rounds}")
+    if wrong := [x for x in options.settings if "=" not in x]:
+        parser.error(f"--with: expected NAME=VALUE; got {wrong[0]}")
     if not (options.old / "benchmarks" / "kernels.py").exists():
         parser.error(f"--old: expected a tree with benchmarks/kernels.py; got {options.old}")
     start, old, new = time.monotonic(), [], []
@@ -84,7 +92,8 @@ def main() -> int:
         if old and begun + (begun - start) / len(old) > start + options.seconds:
             break  # another round would not end in time
         old.append(measure(options.old.resolve(), options.part))
-        new.append(measure(ROOT, options.part))
+        runs = [measure(ROOT, options.part, setting) for setting in ("", *options.settings)]
+        new.append({op: times for run in runs for op, times in run.items()})
         # Written as they come: a run that is cut off keeps its first round.
         shown = table(medians(old), medians(new))
         if options.output is not None:

@@ -148,11 +148,18 @@ def test_non_finite_gradients_stay_visible(kernels, device, generator, c):
 
 
 # ---------------------------------------------------------------- uncertain_points
+@pytest.fixture(params=["histogram", "digits"])
+def selection(request, monkeypatch):
+    """Each of the two kernels that select points."""
+    monkeypatch.setattr("m2f_kernels.ops.point_sample.triton.SELECTION", request.param)
+    return request.param
+
+
 @pytest.mark.parametrize(
     ("candidates", "keep", "fresh"), [(3, 1, 1), (300, 75, 25), (2500, 700, 3), (90, 90, 0), (64, 0, 300)]
 )
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_uncertain_points(kernels, device, generator, candidates, keep, fresh, dtype):
+def test_uncertain_points(kernels, device, generator, selection, candidates, keep, fresh, dtype):
     logits = torch.randn(4, 11, 9, generator=generator).to(device, dtype)
     rows = torch.tensor([3, 0, 0], device=device)
     seed = torch.tensor([-(2**61) + 99], device=device)
@@ -163,7 +170,21 @@ def test_uncertain_points(kernels, device, generator, candidates, keep, fresh, d
     assert keep == 0 or same.mean() > 0.99
 
 
-def test_ties_and_nan(kernels, device):
+@pytest.mark.parametrize(("candidates", "keep"), [(1, 1), (5000, 4999), (20000, 7), (58000, 30000)])
+def test_selections_agree(kernels, device, generator, monkeypatch, candidates, keep):
+    """Bit for bit, of logits between 1e-30 and 1e30 and many that are equal, over more tiles than a field holds."""
+    logits = torch.randn(3, 40, 50, generator=generator)
+    logits[1] = 10 ** (30 * logits[1].clamp(-1, 1))
+    logits[2] = logits[2].round()
+    rows, seed = torch.arange(3, device=device), torch.tensor([7], device=device)
+    found = []
+    for name in ("histogram", "digits"):
+        monkeypatch.setattr("m2f_kernels.ops.point_sample.triton.SELECTION", name)
+        found.append(kernels["uncertain_points"](logits.to(device), rows, seed, 0, candidates, keep, 0))
+    assert torch.equal(*found)
+
+
+def test_ties_and_nan(kernels, device, selection):
     """Of equals the first; NaN before everything."""
     logits = torch.full((2, 8, 8), 2.0, device=device)
     logits[1, :, 4:] = float("nan")

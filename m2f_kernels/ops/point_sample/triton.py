@@ -7,12 +7,14 @@ whose sum does not depend on the order. They keep 40 bits below the largest term
 
 from __future__ import annotations
 
+import os
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import MAX_GRID, block_id, in_parts, launch, rows_and_blocks
+from m2f_kernels._triton import MAX_GRID, architecture, block_id, in_parts, launch, rows_and_blocks
 from m2f_kernels.ops.point_sample.reference import sample_dtype
 
 #: Bits of a fixed-point gradient below the largest single term.
@@ -21,6 +23,10 @@ FRACTION_BITS = 40
 #: 90 against 101 us with 64 channels, 78 against 62 with 32.
 SORTED_CHANNELS = 64
 _BINS = tl.constexpr(2048)
+#: The kernel that selects the most uncertain points: "histogram", which GPUs have run, or "digits", which none has.
+SELECTION = os.environ.get("M2F_SELECTION", "histogram")
+if SELECTION not in ("histogram", "digits"):
+    raise ValueError(f"M2F_SELECTION: expected 'histogram' or 'digits'; got {SELECTION!r}")
 
 
 def dense_planes(tensor: Tensor) -> Tensor:
@@ -436,15 +442,38 @@ def _narrow(
     return (prefix << BITS) | bin, wanted - before
 
 
-@triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
-def _keep_kernel(keys, seed, points, first_stream, candidates, keep, total, BLOCK: tl.constexpr):
-    """One program: the `keep` smallest keys of one mask, by radix selection, and their points in order."""
-    m = tl.program_id(0)
-    keys += m.to(tl.int64) * candidates
-    out = points + m.to(tl.int64) * total * 2
-    prefix, wanted = _narrow(keys, candidates, 0, keep, 31, 20, 11, BLOCK)
-    prefix, wanted = _narrow(keys, candidates, prefix, wanted, 20, 10, 10, BLOCK)
-    threshold, equal = _narrow(keys, candidates, prefix, wanted, 10, 0, 10, BLOCK)
+@triton.jit
+def _narrow_by_digit(
+    keys, count, prefix, wanted, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """As `_narrow`, of at most 3 bits, without a histogram.
+
+    A thread counts its keys in eight fields of 4 bits, which hold as many tiles as there are between two sums; a sum is
+    of two fields of 16 bits at once.
+    """
+    TILES: tl.constexpr = min(15, 65535 // BLOCK)
+    digits = tl.arange(0, 8)
+    counts = tl.zeros((8,), tl.int32)
+    for first in range(0, count, TILES * BLOCK):
+        fields = tl.zeros((BLOCK,), tl.int32)
+        for start in range(first, tl.minimum(first + TILES * BLOCK, count), BLOCK):
+            k = start + tl.arange(0, BLOCK)
+            key = tl.load(keys + k, mask=k < count, other=-1)  # begins with no prefix
+            field = 1 << (((key >> SHIFT) & ((1 << BITS) - 1)) * 4)
+            fields += tl.where((key >> (SHIFT + BITS)) == prefix, field, 0)
+        for digit in tl.static_range(4):
+            both = tl.sum((fields >> (4 * digit)) & 0x000F000F, axis=0)
+            counts += tl.where(digits == digit, both & 0xFFFF, 0)
+            counts += tl.where(digits == digit + 4, (both >> 16) & 0xFFFF, 0)
+    below = tl.cumsum(counts, 0)
+    found = tl.sum((below < wanted).to(tl.int32), axis=0)
+    before = tl.sum(tl.where(digits < found, counts, 0), axis=0)
+    return (prefix << BITS) | found, wanted - before
+
+
+@triton.jit
+def _write_kept(keys, seed, out, stream, candidates, threshold, equal, BLOCK: tl.constexpr):
+    """The points of the keys below `threshold`, and of the first `equal` that equal it, in order."""
     kept = 0
     ties = 0
     for start in range(0, candidates, BLOCK):
@@ -454,11 +483,36 @@ def _keep_kernel(keys, seed, points, first_stream, candidates, keep, total, BLOC
         tie_rank = ties + tl.cumsum(tie, 0)
         chosen = ((key < threshold) | ((tie == 1) & (tie_rank <= equal))).to(tl.int32)
         position = kept + tl.cumsum(chosen, 0) - 1
-        x, y = uniform_point(tl.load(seed), first_stream + m, k)
+        x, y = uniform_point(tl.load(seed), stream, k)
         tl.store(out + 2 * position, x, mask=chosen == 1)
         tl.store(out + 2 * position + 1, y, mask=chosen == 1)
         kept += tl.sum(chosen, axis=0)
         ties += tl.sum(tie, axis=0)
+
+
+@triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
+def _keep_kernel(keys, seed, points, first_stream, candidates, keep, total, BLOCK: tl.constexpr):
+    """One program: the `keep` smallest keys of one mask, by radix selection, and their points in order."""
+    m = tl.program_id(0)
+    keys += m.to(tl.int64) * candidates
+    prefix, wanted = _narrow(keys, candidates, 0, keep, 31, 20, 11, BLOCK)
+    prefix, wanted = _narrow(keys, candidates, prefix, wanted, 20, 10, 10, BLOCK)
+    threshold, equal = _narrow(keys, candidates, prefix, wanted, 10, 0, 10, BLOCK)
+    out = points + m.to(tl.int64) * total * 2
+    _write_kept(keys, seed, out, first_stream + m, candidates, threshold, equal, BLOCK)
+
+
+@triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
+def _keep_by_digits_kernel(keys, seed, points, first_stream, candidates, keep, total, BLOCK: tl.constexpr):
+    """The same by eleven digits of three bits (the last of one)."""
+    m = tl.program_id(0)
+    keys += m.to(tl.int64) * candidates
+    prefix, wanted = _narrow_by_digit(keys, candidates, 0, keep, 28, 3, BLOCK)
+    for i in tl.static_range(9):
+        prefix, wanted = _narrow_by_digit(keys, candidates, prefix, wanted, 25 - 3 * i, 3, BLOCK)
+    threshold, equal = _narrow_by_digit(keys, candidates, prefix, wanted, 0, 1, BLOCK)
+    out = points + m.to(tl.int64) * total * 2
+    _write_kept(keys, seed, out, first_stream + m, candidates, threshold, equal, BLOCK)
 
 
 @triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
@@ -502,9 +556,12 @@ def launch_kept(
     )  # fmt: skip
     # The cost of a histogram is its 2048 bins, so blocks are few and large. With 16 warps the largest spills with
     # Triton 3.6 and 3.7.
-    block = min(max(triton.next_power_of_2(candidates), 1024), 4096)
+    by_digits = SELECTION == "digits"
+    largest = 8192 if by_digits and not architecture(rows.device).gfx else 4096  # on AMD 8192 keys spill
+    block = min(max(triton.next_power_of_2(candidates), 1024), largest)
     launch(
-        _keep_kernel, (m,), keys, seed, points, first_stream, candidates, keep, total, BLOCK=block, num_warps=8
+        _keep_by_digits_kernel if by_digits else _keep_kernel, (m,), keys, seed, points, first_stream, candidates, keep,
+        total, BLOCK=block, num_warps=16 if block == 8192 else 8,
     )  # fmt: skip
 
 
