@@ -388,7 +388,7 @@ def loss(size: int, batch: int, targets: int, backbone: str = "r50") -> Launches
     """The kernels of matching, loss and their gradients for given predictions, on the meta device."""
     from m2f_kernels import FactoredMasks
     from m2f_model import bench
-    from m2f_model.criterion import build_criterion
+    from m2f_model.criterion import build_criterion, total_loss
 
     config = bench.Case(backbone).config
     with torch.device("meta"):
@@ -406,11 +406,52 @@ def loss(size: int, batch: int, targets: int, backbone: str = "r50") -> Launches
         truth = [{"labels": torch.empty(targets, dtype=torch.int64), "masks": masks}] * batch
     with _meta_as_device(), Launches().counting() as launches:
         launches.stage = "forward"
-        total = sum(criterion(predictions, truth).values())
+        total = total_loss(criterion(predictions, truth))
         launches.stage = "backward"
-        assert isinstance(total, Tensor)
         total.backward()
     return launches
+
+
+def training(implementation: str = "m2f", size: int = 512, batch: int = 1, targets: int = 10) -> Launches:
+    """The kernels of a training step of R50 in fp32, without the optimiser's, on the meta device: forward passes of
+    model and loss, and the backward pass of both."""
+    from m2f_model import bench
+    from m2f_model.criterion import losses_of, total_loss
+
+    with torch.device("meta"):
+        model: Any = _build(bench.Case("r50"), implementation).to("meta")
+        pixels = torch.empty(batch, 3, size, size)
+        masks = [torch.empty(targets, size, size, dtype=torch.bool)] * batch
+        labels = [torch.empty(targets, dtype=torch.int64)] * batch
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval().requires_grad_(False)
+    launches = Launches()
+
+    def forward() -> Tensor:
+        launches.stage = "model"
+        if implementation == "m2f":
+            predictions = model(pixels).predictions
+            launches.stage = "loss"
+            return total_loss(losses_of(model.criterion, predictions, _targets(masks, labels)))
+        loss: Tensor = model(pixels, mask_labels=masks, class_labels=labels).loss
+        return loss
+
+    with _meta_as_device():
+        with Launches().counting():
+            forward()  # what is computed once is left out
+        if implementation != "m2f":
+            launches.watch(model.criterion, "loss")
+        with launches.counting():
+            found = forward()
+            launches.stage = "backward"
+            found.backward()
+    return launches
+
+
+def _targets(masks: list[Tensor], labels: list[Tensor]) -> list[dict[str, Tensor]]:
+    return [{"labels": y, "masks": x} for x, y in zip(masks, labels, strict=True)]
 
 
 # ---------------------------------------------------------------- the command
@@ -441,8 +482,13 @@ def main(arguments: list[str] | None = None) -> None:
     losses = {f"{size}² N={n} T={t}": loss(size, n, t, options.backbone) for size, n, t in LOSSES}
     rows = [[k, x.total, x.of("forward"), x.of("backward"), _traffic(x)] for k, x in losses.items()]
     print("Kernels of matching, loss and their gradients\n")
-    print(_table(["", "all", "forward", "backward", "copies; waits"], rows))
-    for what, found in (counts | losses).items():
+    print(_table(["", "all", "forward", "backward", "copies; waits"], rows), "\n")
+    steps = {what: training(what, options.size) for what in ("m2f", "accelerated")}
+    parts = ("model", "loss", "backward")
+    rows = [[what, x.total, *(x.of(part) for part in parts), _traffic(x)] for what, x in steps.items()]
+    print(f"Kernels of a training step, r50, {options.size}², 10 targets, fp32, without the optimiser's\n")
+    print(_table(["", "all", *parts, "copies; waits"], rows))
+    for what, found in (counts | losses | steps).items():
         for stage, names in found.kernels.items() if options.top else ():
             print(f"\n{what}, {stage}: " + ", ".join(f"{n} {name}" for name, n in names.most_common(options.top)))
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.whole_model                 # on a GPU the cells that count most; on a CPU one size
     python -m benchmarks.whole_model --full
+    OMP_NUM_THREADS=1 python -m benchmarks.whole_model --cpu-time    # on a machine that others use, too
 
 `transformers` eager, compiled by `torch.compile` (on a GPU with `mode="reduce-overhead"`) and in CUDA graphs, for
 inference in bfloat16 under autocast and with weights held in it; this package's model eager, compiled and in CUDA
@@ -16,6 +17,8 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
+import statistics
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -156,7 +159,19 @@ def problem(case: bench.Case, found: tuple[Tensor, ...], truth: tuple[Tensor, ..
     return error, None if error <= limit else f"wrong: {error:.2g}"
 
 
-def measure(case: bench.Case, full: bool, seconds: float, skip: str | None = None) -> list[str]:
+def cpu_milliseconds(runs: list[Run], seconds: float, least: int) -> list[float]:
+    """Medians of the CPU time of calls in turn, of all threads of this process: what other processes do counts less."""
+    found: list[list[float]] = [[] for _ in runs]
+    end = time.perf_counter() + seconds
+    while len(found[-1]) < least or time.perf_counter() < end:
+        for run, taken in zip(runs, found, strict=True):
+            start = time.process_time()
+            run()
+            taken.append((time.process_time() - start) * 1e3)
+    return [statistics.median(taken) for taken in found]
+
+
+def measure(case: bench.Case, full: bool, seconds: float, skip: str | None = None, cpu_time: bool = False) -> list[str]:
     """Lines of the table."""
     title = f"{case.backbone} {'training' if case.training else 'inference'} {case.size}² N={case.batch} "
     title += "bf16" if case.autocast == "bf16" else "fp32"
@@ -181,10 +196,13 @@ def measure(case: bench.Case, full: bool, seconds: float, skip: str | None = Non
         else:
             lines.append(f"| {title} | {name} | {wrong} | | | |")
     gc.collect()
-    timings = timing.interleaved(list(runs.values()), case.device, seconds * len(runs), 3)
-    first = timings[0].median_ms if timings else float("nan")
-    for name, timed in zip(runs, timings, strict=True):
-        milliseconds = timed.median_ms
+    if cpu_time:
+        medians = cpu_milliseconds(list(runs.values()), seconds * len(runs), 3) if runs else []
+    else:
+        timings = timing.interleaved(list(runs.values()), case.device, seconds * len(runs), 3)
+        medians = [x.median_ms for x in timings]
+    first = medians[0] if medians else float("nan")
+    for name, milliseconds in zip(runs, medians, strict=True):
         cells = [f"{milliseconds:.1f}", f"{case.batch * 1e3 / milliseconds:.2f}", f"{first / milliseconds:.2f}"]
         lines.append(f"| {' | '.join([title, name, *cells, f'{errors[name]:.1e}'])} |")
     return lines
@@ -198,11 +216,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="only this side")
     parser.add_argument("--skip", metavar="TEXT", help="leave out what has this in its name, for example compiled")
     parser.add_argument("--seconds", type=float, default=5.0, help="for each cell (default: 5)")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU time of one thread in place of wall time")
     options = parser.parse_args(arguments)
+    if options.cpu_time and (options.device != "cpu" or torch.get_num_threads() > 1):
+        parser.error(
+            "--cpu-time: expected --device cpu and OMP_NUM_THREADS=1: threads that wait for others use CPU time"
+        )
     print("| | implementation | ms | images/s | times as fast | error |\n|---|---|---:|---:|---:|---:|", flush=True)
     for case in cases(options.device, options.full, options.backbone):
         chosen = case if options.size is None else replace(case, size=options.size)
-        print("\n".join(measure(chosen, options.full, options.seconds, options.skip)), flush=True)
+        print("\n".join(measure(chosen, options.full, options.seconds, options.skip, options.cpu_time)), flush=True)
 
 
 if __name__ == "__main__":

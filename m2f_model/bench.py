@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from m2f_model.config import BACKBONES, Mask2FormerConfig
+from m2f_model.criterion import total_loss
 from m2f_model.model import Mask2Former
 from m2f_model.weights import from_huggingface
 
@@ -143,7 +144,7 @@ def call(
             return out.class_queries_logits, out.masks_queries_logits, out.loss
         targets = [{"labels": labels, "masks": masks}] * case.batch
         out = model(pixels, targets if case.training else None)
-        loss = sum(out.losses.values()) if case.training else None
+        loss = total_loss(out.losses) if case.training else None
         return out.class_logits, None if case.training else out.masks.logits(), loss
 
     def run() -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from m2f_kernels.nn import PointMaskCriterion
@@ -36,3 +37,8 @@ def build_criterion(config: Mask2FormerConfig) -> PointMaskCriterion:
 def losses_of(criterion: PointMaskCriterion, predictions: Sequence[Prediction], targets: Targets) -> dict[str, Tensor]:
     """Weighted losses by name; the training loss is their sum. Every prediction is matched and supervised."""
     return criterion([prediction._asdict() for prediction in predictions], targets)
+
+
+def total_loss(losses: Mapping[str, Tensor]) -> Tensor:
+    """The training loss, the sum of all losses, in two kernels; `sum()` launches one for each loss but the first."""
+    return torch.stack(list(losses.values())).sum()

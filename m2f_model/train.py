@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from m2f_kernels import CudaGraphs
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.criterion import losses_of
+from m2f_model.criterion import losses_of, total_loss
 from m2f_model.data import Batch, Batches, Dataset, Guarded, Relabelled, Steps, identity
 from m2f_model.evaluate import evaluate, evaluate_semantic
 from m2f_model.files import remove_leftovers, write_atomically
@@ -444,7 +444,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.recipe.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(training_loss(losses, out.masks) if self.sharded else sum(losses.values())).backward()
+        self.scaler.scale(training_loss(losses, out.masks) if self.sharded else total_loss(losses)).backward()
         self.scaler.unscale_(self.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
         self.scaler.step(self.optimizer)

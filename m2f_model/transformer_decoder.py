@@ -26,11 +26,13 @@ class Memory(NamedTuple):
         pixels: [N, S, C].
         key_pos: their position embedding, [S, C].
         key_value: projected keys and values [N, H, S, D]; None where the layer projects for itself.
+        query_projection: weight and bias of the queries' projection, where there are keys and values.
     """
 
     pixels: Tensor
     key_pos: Tensor
-    key_value: tuple[Tensor, Tensor] | None
+    key_value: tuple[Tensor, Tensor] | None = None
+    query_projection: tuple[Tensor, Tensor | None] | None = None
 
 
 class Prediction(NamedTuple):
@@ -97,9 +99,11 @@ class DecoderLayer(CheckpointedLayer):
         pixels: Tensor,
         key_pos: Tensor,
         key_value: tuple[Tensor, Tensor] | None,
+        query_projection: tuple[Tensor, Tensor | None] | None,
         mask: PackedMask,
     ) -> Tensor:
-        x = self.cross_norm(x + self.cross_attention(x, pixels, mask, positions, key_pos, key_value=key_value))
+        own = {"key_value": key_value, "query_projection": query_projection}
+        x = self.cross_norm(x + self.cross_attention(x, pixels, mask, positions, key_pos, **own))
         placed = x + positions
         x = self.self_norm(x + self.self_attention(placed, x))
         return self.ffn(x)
@@ -135,20 +139,34 @@ class TransformerDecoder(nn.Module):
         mask_levels = resize_mask_features(mask_features, [level.size for level in levels])
         memory = self._project_levels(levels)
         positions = self.query_positions.weight.expand(n, -1, -1)
-        x = self.query_features.weight.expand(n, -1, -1)
-        normed = [self.norm(x)]
-        embeds = [self.mask_head(normed[-1])]
+        states = [self.query_features.weight.expand(n, -1, -1)]
+        found: list[tuple[Tensor, Tensor]] = []
+        # With gradients the predictions are computed again, all at once, so that they are differentiated at once: those
+        # in the loop only make masks, which have no gradient.
+        again = torch.is_grad_enabled()
         for i, layer in enumerate(self.layers):
-            mask = predict_attention_mask(embeds[-1], mask_levels[i % NUM_LEVELS])
-            x = layer(x, positions, *memory[i], mask)
-            normed.append(self.norm(x))
-            embeds.append(self.mask_head(normed[-1]))
+            normed, embed = self._predict(states[-1].detach() if again else states[-1])
+            if not again:
+                found.append((normed, embed))
+            mask = predict_attention_mask(embed, mask_levels[i % NUM_LEVELS])
+            states.append(layer(states[-1], positions, *memory[i], mask))
+        if again:
+            normed, stacked = self._predict(torch.stack(states))
+            embeds = stacked.unbind()
+        else:
+            all_normed, embeds = zip(*found, self._predict(states[-1]), strict=True)
+            normed = torch.stack(all_normed)
         # Nothing waits for the classes: one product for all.
-        classes = self.class_head(torch.stack(normed)).unbind()
+        classes = self.class_head(normed).unbind()
         return [
             Prediction(logits, FactoredMasks(embed, mask_features))
             for logits, embed in zip(classes, embeds, strict=True)
         ]
+
+    def _predict(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Normalised queries, and their mask embeddings."""
+        normed = self.norm(x)
+        return normed, self.mask_head(normed)
 
     def _project_levels(self, levels: Sequence[Level]) -> list[Memory]:
         """The memory of every layer. Layers that share a level get their keys from one product, and their values."""
@@ -162,11 +180,13 @@ class TransformerDecoder(nn.Module):
                 pixels = nn.functional.linear(pixels, projection.weight.flatten(1), projection.bias)
             pixels = pixels + self.level_embed.weight[index]
             key_pos = sine_positions(size, pixels.shape[2], pixels)
-            memory.update((i, Memory(pixels, key_pos, None)) for i in layers)
+            memory.update((i, Memory(pixels, key_pos)) for i in layers)
             # A layer sharded by itself (FSDP2) has its parameters, and their gradients, only while it runs.
             shared = [i for i in layers if not gathers(self.layers[i])]
             if shared:
                 attentions: list[Any] = [self.layers[i].cross_attention for i in shared]
-                projected = project_keys_values(attentions, pixels, key_pos)
-                memory.update((i, Memory(pixels, key_pos, pair)) for i, pair in zip(shared, projected, strict=True))
+                parts = [attention.projections() for attention in attentions]
+                projected = project_keys_values(attentions, pixels, key_pos, projections=parts)
+                for i, pair, (query, *_) in zip(shared, projected, parts, strict=True):
+                    memory[i] = Memory(pixels, key_pos, pair, query)
         return [memory[i] for i in range(len(self.layers))]

@@ -1,5 +1,7 @@
 """The benchmark of whole models: what is run where, and that a wrong result has no time."""
 
+import time
+
 import pytest
 import torch
 
@@ -33,6 +35,17 @@ def test_lines(training, autocast, monkeypatch):
     assert all(float(x[2]) > 0 for x in cells)
     assert float(cells[0][4]) == 1
     assert float(cells[1][3]) == pytest.approx(1e3 / float(cells[1][2]), rel=0.1)
+
+
+def test_cpu_time_leaves_out_waiting(monkeypatch):
+    sleeping, working = whole_model.cpu_milliseconds([lambda: time.sleep(0.05), lambda: sum(range(10**6))], 0.01, 3)
+    assert sleeping < 5 < working
+    monkeypatch.setattr(whole_model, "ways", lambda case, full: [(OURS, EAGER)])
+    (line,) = whole_model.measure(bench.Case("tiny", 64), False, 0.01, cpu_time=True)
+    assert float(line.split("|")[3]) > 0
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(SystemExit):
+        whole_model.main(["--device", "cpu", "--cpu-time"])
 
 
 def test_a_wrong_result_has_no_time(monkeypatch):

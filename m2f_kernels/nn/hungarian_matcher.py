@@ -103,17 +103,20 @@ class HungarianMatcher(nn.Module):
         probability = batch.class_logits.softmax(-1)
         if order != list(range(len(order))):
             probability = torch.stack([probability[output] for output in order])
-        labels = torch.cat(batch.labels)
+        labels = joined(batch.labels)
         # A label out of range is detected on the host, with the costs; here it must only not be used as an index.
         classes = labels.clamp(0, batch.class_logits.shape[3] - 2).split(batch.counts)
-        classification = [probability[:, i][..., chosen].flatten() for i, chosen in enumerate(classes)]
-        cost = -self.cost_class * torch.cat(classification)
+        classification = joined([probability[:, i][..., chosen].flatten() for i, chosen in enumerate(classes)])
+        sent = classification.new_empty(len(classification) + len(labels))
+        cost, end = sent.split([len(classification), len(labels)])
+        end.copy_(labels)  # exact in float32 up to 2^24
         pairs = [pair for image, count in enumerate(batch.counts) if count for pair in self._mask_costs(batch, image)]
         if pairs:
-            cross_entropy, dice = (torch.cat([x.flatten() for x in blocks]) for blocks in zip(*pairs, strict=True))
-            cost += self.cost_mask * cross_entropy + self.cost_dice * dice
-        # Labels are exact in float32 up to 2^24.
-        return torch.cat([cost, labels.to(cost.dtype)])
+            # Rounded as the published sum is: queries that are alike have costs that differ in the last bit.
+            parts = [classification, *(joined([x.flatten() for x in blocks]) for blocks in zip(*pairs, strict=True))]
+            weighted = torch._foreach_mul(parts, [-self.cost_class, self.cost_mask, self.cost_dice])
+            torch.add(weighted[0], weighted[1].add_(weighted[2]), out=cost)
+        return sent
 
     def _mask_costs(self, batch: Batch, image: int) -> list[tuple[Tensor, Tensor]]:
         """Cross-entropy and dice of one image, in blocks of queries [., T] that follow each other."""
@@ -171,6 +174,11 @@ class HungarianMatcher(nn.Module):
             f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}, "
             f"num_points={self.num_points}, fresh_points={self.fresh_points}, non_finite={self.non_finite!r}"
         )
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """The parts, one after the other; one alone is not copied."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _order(batch: Batch) -> list[int]:

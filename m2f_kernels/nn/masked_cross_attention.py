@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,10 @@ from torch import Tensor, nn
 from m2f_kernels._checks import check_floating, check_shape, describe
 from m2f_kernels.masks import PackedMask
 from m2f_kernels.ops.masked_attention import masked_attention
+
+#: Weight and bias of the projections of queries, keys and values.
+Projection: TypeAlias = tuple[Tensor, Tensor | None]
+Projections: TypeAlias = tuple[Projection, Projection, Projection]
 
 
 class MaskedCrossAttention(nn.Module):
@@ -49,10 +54,15 @@ class MaskedCrossAttention(nn.Module):
             if bias is not None:
                 nn.init.zeros_(bias)
 
-    def _weights(self, part: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the projection of queries (0), keys (1) or values (2)."""
-        rows = slice(part * self.embed_dim, (part + 1) * self.embed_dim)
-        return self.in_proj_weight[rows], None if self.in_proj_bias is None else self.in_proj_bias[rows]
+    def projections(self) -> Projections:
+        """Weight and bias of the projections of queries, keys and values.
+
+        Views whose gradients are put together in one copy. Each slice of the parameter would have a gradient of its
+        whole size.
+        """
+        biases: Sequence[Tensor | None] = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
+        query, key, value = zip(self.in_proj_weight.chunk(3), biases, strict=True)
+        return query, key, value
 
     def _split(self, x: Tensor) -> Tensor:
         """[N, *, C] to [N, H, *, D], a view."""
@@ -67,6 +77,7 @@ class MaskedCrossAttention(nn.Module):
         key_pos: Tensor | None = None,
         *,
         key_value: tuple[Tensor, Tensor] | None = None,
+        query_projection: Projection | None = None,
     ) -> Tensor:
         """Attend from each query to the pixels of its mask.
 
@@ -78,6 +89,7 @@ class MaskedCrossAttention(nn.Module):
             key_pos: [N, S, C] or [S, C], the pixels' position embedding, added to the keys and not to the values.
             key_value: keys and values [N, H, S, D] from :func:`project_keys_values`; only the shape of `pixels` is then
                 used, and `key_pos` is ignored.
+            query_projection: the first of :meth:`projections`, where those made `key_value`.
 
         Returns:
             [N, Q, C].
@@ -93,10 +105,15 @@ class MaskedCrossAttention(nn.Module):
         check_shape("pixels", pixels, "[N, S, C]", (n, s, self.embed_dim))
         query = _add_position("query_pos", query, query_pos)
         if key_value is None:
-            ((key, value),) = project_keys_values([self], pixels, key_pos)
+            projections = self.projections()
+            query_projection = projections[0]
+            ((key, value),) = project_keys_values([self], pixels, key_pos, projections=[projections])
         else:
             key, value = key_value
-        out = masked_attention(self._split(F.linear(query, *self._weights(0))), key, value, mask)
+        if query_projection is None:
+            c = self.embed_dim  # a slice, whose gradient is smaller than that of all three
+            query_projection = self.in_proj_weight[:c], None if self.in_proj_bias is None else self.in_proj_bias[:c]
+        out = masked_attention(self._split(F.linear(query, *query_projection)), key, value, mask)
         return self.out_proj(out.transpose(1, 2).flatten(2))
 
     def extra_repr(self) -> str:
@@ -104,7 +121,11 @@ class MaskedCrossAttention(nn.Module):
 
 
 def project_keys_values(
-    layers: Sequence[MaskedCrossAttention], pixels: Tensor, key_pos: Tensor | None = None
+    layers: Sequence[MaskedCrossAttention],
+    pixels: Tensor,
+    key_pos: Tensor | None = None,
+    *,
+    projections: Sequence[Projections] | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """Keys and values of all layers that attend to the same pixels, each in one matrix product over all layers.
 
@@ -116,6 +137,7 @@ def project_keys_values(
             runs.
         pixels: [N, S, C].
         key_pos: [N, S, C] or [S, C], added to the keys.
+        projections: of each layer, if their first ones are given to the layers as `query_projection`.
 
     Returns:
         per layer, keys and values [N, H, S, D], views of two tensors.
@@ -128,9 +150,11 @@ def project_keys_values(
     check_floating("pixels", pixels, "[N, S, C]")
     check_shape("pixels", pixels, "[N, S, C]", (*pixels.shape[:2], layers[0].embed_dim))
     keys_from = _add_position("key_pos", pixels, key_pos)
+    if projections is None:
+        projections = [layer.projections() for layer in layers]
     projected = []
     for part, x in ((1, keys_from), (2, pixels)):
-        weights, biases = zip(*(layer._weights(part) for layer in layers), strict=True)
+        weights, biases = zip(*(own[part] for own in projections), strict=True)
         bias = None if biases[0] is None else torch.cat(biases)
         weight = weights[0] if len(weights) == 1 else torch.cat(weights)
         projected.append(F.linear(x, weight, bias).chunk(len(layers), -1))

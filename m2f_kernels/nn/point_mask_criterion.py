@@ -179,8 +179,10 @@ class PointMaskCriterion(nn.Module):
         no_object = torch.full((1,), classes - 1, device=batch.device)
         labels = torch.cat([*batch.labels, no_object])[position]
         weights = self.class_weights[labels].flatten(1)
-        negative_log = F.cross_entropy(batch.class_logits.flatten(0, 2), labels.flatten(), reduction="none")
-        return (negative_log.view(outputs, n * q) * weights).sum(1) / weights.sum(1).clamp(min=1e-12)
+        weighted = F.cross_entropy(
+            batch.class_logits.flatten(0, 2), labels.flatten(), self.class_weights, reduction="none"
+        )
+        return weighted.view(outputs, n * q).sum(1) / weights.sum(1).clamp(min=1e-12)
 
     def _mask_losses(self, batch: Batch, indices: Indices, rows: Sequence[Tensor]) -> Tensor:
         """Sums over matched masks [2, L]; `rows` are two tensors of each group, see :func:`_matched_rows`."""
@@ -194,7 +196,9 @@ class PointMaskCriterion(nn.Module):
             # Masks are in order of images, then of outputs.
             per_image = [x.view(2, size, -1).sum(2) for x in losses.split(counts, 1)]
             # The sums of an empty batch depend on the predictions, too, so that they have a gradient.
-            sums.append(torch.stack(per_image).sum(0) if per_image else losses.sum().expand(2, size))
+            if len(per_image) > 1:
+                per_image = [torch.stack(per_image).sum(0)]
+            sums.append(per_image[0] if per_image else losses.sum().expand(2, size))
         total = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
         order = [output for group in batch.groups for output in group.outputs]
         if order != sorted(order):

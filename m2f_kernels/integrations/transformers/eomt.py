@@ -39,6 +39,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     kernels_serve,
     subclass_problem,
     warn_unfused,
+    weighted_total,
 )
 from m2f_kernels.masks import WORD, FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
@@ -327,8 +328,7 @@ def _loss(
         mask_labels = dense_masks(mask_labels, logits.device)
     labels = {"mask_labels": mask_labels, "class_labels": class_labels}
     if fused:
-        total: Tensor = model.get_loss(model.get_loss_dict(**last, **labels, auxiliary_predictions=predictions))
-        return total
+        return weighted_total(model.criterion(**last, **labels, auxiliary_predictions=predictions), model.weight_dict)
     losses = (model.get_loss_dict(**x, **labels, auxiliary_predictions=None) for x in (*predictions, last))
     return sum((model.get_loss(x) for x in losses), torch.zeros((), device=logits.device))
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from m2f_kernels.graphs import captured
@@ -34,6 +35,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     criterion_left,
     criterion_partly,
     dense_masks,
+    differentiated_at_once,
     drops,
     gathers,
     has_own_losses,
@@ -46,6 +48,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     project_levels,
     subclass_problem,
     warn_unfused,
+    weighted_total,
 )
 from m2f_kernels.integrations.transformers.pixel_decoder import (
     ENCODER,
@@ -111,10 +114,12 @@ class DecoderLayer(Mixin):
         output_attentions: bool | None = False,
         key: Tensor | None = None,
         value: Tensor | None = None,
+        query_weight: Tensor | None = None,
+        query_bias: Tensor | None = None,
         pixels: Tensor | None = None,
         pixel_positions: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        memory = Memory(key, value, pixels, pixel_positions)
+        memory = Memory(key, value, query_weight, query_bias, pixels, pixel_positions)
         if memory.empty:
             found: tuple[Any, ...] = super().forward(
                 hidden_states,
@@ -132,7 +137,7 @@ class DecoderLayer(Mixin):
 
         def cross_attend(x: Tensor) -> Tensor:
             query = x if query_position_embeddings is None else x + query_position_embeddings
-            return attend(self.cross_attn, query, *memory.projected(self.cross_attn), mask)
+            return attend(self.cross_attn, query, memory, mask)
 
         def self_attend(x: Tensor) -> Tensor:
             out: Tensor = self.self_attn(
@@ -260,17 +265,30 @@ class Decoder(Mixin):
         memory = project_levels([layer.cross_attn for layer in layers], levels, level_positions, themselves)
         used = [(int(h), int(w)) for h, w in sizes[: len(layers)]]
         mask_levels = resize_mask_features(mask_features, used) if used else []
-        hidden, intermediate = [x], [self.layernorm(x)]
-        embeds = [self.mask_predictor.mask_embedder(intermediate[0].transpose(0, 1))]
+        embedder = self.mask_predictor.mask_embedder
+
+        def predict(x: Tensor) -> tuple[Tensor, Tensor]:
+            normalised = self.layernorm(x)
+            return normalised, embedder(normalised.transpose(-3, -2))
+
+        hidden = [x]
+        found: list[tuple[Tensor, Tensor]] = []
+        # What is computed again for all outputs only makes masks here, which have no gradient.
+        again = differentiated_at_once(self.layernorm, embedder)
         for i, layer in enumerate(layers):
             level = i % len(levels)
-            mask = predict_attention_mask(embeds[-1], mask_levels[level])
+            predicted = predict(hidden[-1].detach() if again else hidden[-1])
+            if not again:
+                found.append(predicted)
+            mask = predict_attention_mask(predicted[1], mask_levels[level])
             # By position, so that a checkpointed layer sees which of them have gradients.
-            (x,) = layer(x, level, None, None, positions, None, mask, False, *memory[i])
+            (x,) = layer(hidden[-1], level, None, None, positions, None, mask, False, *memory[i])
             hidden.append(x)
-            intermediate.append(self.layernorm(x))
-            embeds.append(self.mask_predictor.mask_embedder(intermediate[-1].transpose(0, 1)))
-        return hidden, intermediate, embeds
+        if again:
+            normalised, embeds = predict(torch.stack(hidden))
+            return hidden, list(normalised.unbind()), list(embeds.unbind())
+        found.append(predict(hidden[-1]))
+        return hidden, [x for x, _ in found], [x for _, x in found]
 
 
 class TransformerModule(Mixin):
@@ -420,6 +438,7 @@ class ForUniversalSegmentation(Mixin):
     model: nn.Module
     criterion: nn.Module
     class_predictor: nn.Module
+    weight_dict: dict[str, float]
     get_auxiliary_logits: Any
     get_loss_dict: Any
     get_loss: Any
@@ -470,15 +489,17 @@ class ForUniversalSegmentation(Mixin):
             if not takes_factors:
                 assert mask_labels is not None
                 mask_labels = dense_masks(mask_labels, last.device)
-            loss = self.get_loss(
-                self.get_loss_dict(
-                    masks_queries_logits=given[-1],
-                    class_queries_logits=classes[-1],
-                    mask_labels=mask_labels,
-                    class_labels=class_labels,
-                    auxiliary_predictions=self.get_auxiliary_logits(classes, given),
-                )
-            )
+            predicted = {
+                "masks_queries_logits": given[-1],
+                "class_queries_logits": classes[-1],
+                "mask_labels": mask_labels,
+                "class_labels": class_labels,
+                "auxiliary_predictions": self.get_auxiliary_logits(classes, given),
+            }
+            if takes_factors:
+                loss = weighted_total(self.criterion(**predicted), self.weight_dict)
+            else:
+                loss = self.get_loss(self.get_loss_dict(**predicted))
         output = _published().Mask2FormerForUniversalSegmentationOutput(
             loss=loss,
             class_queries_logits=classes[-1],
@@ -512,7 +533,10 @@ class ForUniversalSegmentation(Mixin):
             factored=True,
         )
         states = outputs.transformer_decoder_intermediate_states[first:]
-        classes = tuple(self.class_predictor(state.transpose(0, 1)) for state in states)
+        if len(states) > 1 and not watched(self.class_predictor):
+            classes = self.class_predictor(torch.stack(states).transpose(1, 2)).unbind()
+        else:
+            classes = tuple(self.class_predictor(state.transpose(0, 1)) for state in states)
         kept = {
             "masks_queries_logits": outputs.masks_queries_logits[first:],
             **({} if hidden else dict.fromkeys(_HIDDEN)),

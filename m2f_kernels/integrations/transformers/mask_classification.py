@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels import dispatch
+from m2f_kernels._constants import ConstantCache
+from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.integrations.transformers._swap import (
     Mixin,
     changed_methods,
@@ -98,17 +101,23 @@ def drops(attention: nn.MultiheadAttention) -> bool:
     return attention.training and attention.dropout > 0
 
 
-def _projection(attention: nn.MultiheadAttention, part: int) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the projection of queries (0), keys (1) or values (2)."""
+#: Weight and bias.
+_Projection = tuple[Tensor, Tensor | None]
+
+
+def _projections(attention: nn.MultiheadAttention) -> tuple[_Projection, _Projection, _Projection]:
+    """Weight and bias of the projections of queries, keys and values, views whose gradients are joined in one copy."""
     assert attention.in_proj_weight is not None
-    rows = slice(part * attention.embed_dim, (part + 1) * attention.embed_dim)
-    bias = attention.in_proj_bias
-    return attention.in_proj_weight[rows], None if bias is None else bias[rows]
+    biases: Sequence[Tensor | None] = (None,) * 3
+    if attention.in_proj_bias is not None:
+        biases = attention.in_proj_bias.chunk(3)
+    query, key, value = zip(attention.in_proj_weight.chunk(3), biases, strict=True)
+    return query, key, value
 
 
 def project_keys_values(
     attentions: Sequence[nn.MultiheadAttention], pixels: Tensor, positions: Tensor | None
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
     """Keys and values of all layers that attend to the same level, each in one matrix product over all layers.
 
     Args:
@@ -116,31 +125,35 @@ def project_keys_values(
         pixels: [S, N, C]; `positions` too, or [S, 1, C]: they are added to the keys.
 
     Returns:
-        for each layer keys and values [N, H, S, D], views of two tensors.
+        for each layer keys and values [N, H, S, D], views of two tensors, and weight and bias for its queries.
     """
     pixels = pixels.transpose(0, 1)
     placed = pixels if positions is None else pixels + positions.transpose(0, 1)
     heads = attentions[0].num_heads
+    own = [_projections(attention) for attention in attentions]
     projected = []
     for part, x in ((1, placed), (2, pixels)):
-        weights, biases = zip(*(_projection(attention, part) for attention in attentions), strict=True)
+        weights, biases = zip(*(projections[part] for projections in own), strict=True)
         if len(attentions) == 1:
             weight, bias = weights[0], biases[0]
         else:
             weight, bias = torch.cat(weights), None if biases[0] is None else torch.cat(biases)
         found = F.linear(x, weight, bias).unflatten(-1, (len(attentions), heads, -1))
         projected.append([x.transpose(1, 2) for x in found.unbind(2)])
-    return list(zip(*projected, strict=True))
+    return [(*pair, *query) for pair, (query, _, _) in zip(zip(*projected, strict=True), own, strict=True)]
 
 
 class Memory(NamedTuple):
-    """The memory of a layer: projected keys and values [N, H, S, D], or pixels and positions that it projects itself.
+    """The memory of a layer: projected keys and values [N, H, S, D] and the projection of its queries, or pixels and
+    positions that it projects itself.
 
     A layer is given the fields one by one, so that activation checkpointing sees which of them have gradients.
     """
 
     key: Tensor | None = None
     value: Tensor | None = None
+    query_weight: Tensor | None = None
+    query_bias: Tensor | None = None
     pixels: Tensor | None = None
     positions: Tensor | None = None
 
@@ -150,11 +163,13 @@ class Memory(NamedTuple):
 
     def named(self) -> dict[str, Tensor | None]:
         """The fields as the arguments that a layer takes them by."""
-        return {"key": self.key, "value": self.value, "pixels": self.pixels, "pixel_positions": self.positions}
+        own = {"query_weight": self.query_weight, "query_bias": self.query_bias}
+        return {"key": self.key, "value": self.value, **own, "pixels": self.pixels, "pixel_positions": self.positions}
 
-    def projected(self, attention: nn.MultiheadAttention) -> tuple[Tensor, Tensor]:
-        if self.key is not None and self.value is not None:
-            return self.key, self.value
+    def projected(self, attention: nn.MultiheadAttention) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Keys, values, and weight and bias for the queries."""
+        if self.key is not None and self.value is not None and self.query_weight is not None:
+            return self.key, self.value, self.query_weight, self.query_bias
         assert self.pixels is not None
         return project_keys_values([attention], self.pixels, self.positions)[0]
 
@@ -175,14 +190,15 @@ def project_levels(
     for level, (pixels, position) in enumerate(zip(levels, positions, strict=True)):
         own = [i for i in range(level, len(attentions), len(levels)) if not themselves[i]]
         if own:
-            for i, pair in zip(own, project_keys_values([attentions[i] for i in own], pixels, position), strict=True):
-                found[i] = Memory(*pair)
+            for i, parts in zip(own, project_keys_values([attentions[i] for i in own], pixels, position), strict=True):
+                found[i] = Memory(*parts)
     return found
 
 
-def attend(attention: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, mask: PackedMask) -> Tensor:
-    """Masked attention of queries [Q, N, C], positions already added, to projected keys and values."""
-    projected = F.linear(query.transpose(0, 1), *_projection(attention, 0))
+def attend(attention: nn.MultiheadAttention, query: Tensor, memory: Memory, mask: PackedMask) -> Tensor:
+    """Masked attention of queries [Q, N, C], positions already added, to the memory of their layer."""
+    key, value, weight, bias = memory.projected(attention)
+    projected = F.linear(query.transpose(0, 1), weight, bias)
     out = masked_attention(projected.unflatten(-1, (attention.num_heads, -1)).transpose(1, 2), key, value, mask)
     merged = out.transpose(1, 2).flatten(2).transpose(0, 1)
     return F.linear(merged, attention.out_proj.weight, attention.out_proj.bias)
@@ -387,7 +403,7 @@ class MaskLosses(Mixin):
         classes = torch.zeros(1, *masks.shape[:2], 2, device=like.device)
         labels = [torch.zeros(len(x.pixels), dtype=torch.int64, device=like.device) for x in found]
         batch = Batch(classes, [Group([0], masks)], labels, _pad_to_largest(found))
-        with torch.autocast(batch.device.type, enabled=False):
+        with without_autocast(batch.device):
             criterion = PointMaskCriterion(
                 1,
                 num_points=self.num_points,
@@ -437,7 +453,7 @@ class _Criterion(PointMaskCriterion):
         batch = read_batch(predictions, targets, self.num_labels)
         indices = self.matcher.match(batch)
         batch.masks = _pad_to_largest(batch.masks)
-        with torch.autocast(batch.device.type, enabled=False):
+        with without_autocast(batch.device):
             found = self._unweighted(batch, indices)
             values = apart(*(found.sums / num_masks).unbind(), found.classes, weights=(1.0, 1.0, 1.0))
             # OneFormer's number of masks is a float32 tensor [1], and so are these losses, whatever the masks are.
@@ -467,6 +483,23 @@ def point_losses(
     ]
     num_masks = published.get_num_masks(class_labels, device=class_labels[0].device)
     return _Criterion(published, num_labels).losses(predictions, targets, num_masks)
+
+
+#: Weights of losses on a device.
+_WEIGHTS = ConstantCache(16)
+
+
+def weighted_total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
+    """The sum of the losses, each times the weights whose name is part of its own, as `get_loss_dict` and `get_loss` of
+    the published models compute it, in three kernels."""
+    own = tuple(math.prod(weight for part, weight in weights.items() if part in name) for name in losses)
+    values = torch.stack([x.reshape(()) for x in losses.values()])
+    return (values * _WEIGHTS.get(lambda: torch.tensor(own, device=values.device), own, values)).sum()
+
+
+def differentiated_at_once(*modules: nn.Module) -> bool:
+    """True if heads of these modules are to be computed again for all outputs: there are gradients, and no hooks."""
+    return torch.is_grad_enabled() and not any(watched(x) for module in modules for x in module.modules())
 
 
 def _pad_to_largest(targets: list[TargetMasks]) -> list[TargetMasks]:

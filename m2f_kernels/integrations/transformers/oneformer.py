@@ -36,6 +36,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     criterion_left,
     criterion_partly,
     dense_masks,
+    differentiated_at_once,
     drops,
     gathers,
     has_own_losses,
@@ -190,18 +191,19 @@ class CrossAttentionLayer(Mixin):
         query_pos: Tensor | None = None,
         key: Tensor | None = None,
         value: Tensor | None = None,
+        query_weight: Tensor | None = None,
+        query_bias: Tensor | None = None,
         pixels: Tensor | None = None,
         pixel_positions: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        to = Memory(key, value, pixels, pixel_positions)
+        to = Memory(key, value, query_weight, query_bias, pixels, pixel_positions)
         if to.empty:
             return super().forward(output, memory, memory_mask, memory_key_padding_mask, pos, query_pos)
         assert isinstance(memory_mask, tuple)
         query = self.norm(output) if self.normalize_before else output
         if query_pos is not None:
             query = query + query_pos
-        attention = self.multihead_attn
-        attended = attend(attention, query, *to.projected(attention), PackedMask(*memory_mask))
+        attended = attend(self.multihead_attn, query, to, PackedMask(*memory_mask))
         output = output + self.dropout(attended)
         return output if self.normalize_before else self.norm(output), None
 
@@ -225,10 +227,12 @@ class DecoderLayer(Mixin):
         output_attentions: bool | None = False,
         key: Tensor | None = None,
         value: Tensor | None = None,
+        query_weight: Tensor | None = None,
+        query_bias: Tensor | None = None,
         pixels: Tensor | None = None,
         pixel_positions: Tensor | None = None,
     ) -> tuple[Any, ...]:
-        memory = Memory(key, value, pixels, pixel_positions)
+        memory = Memory(key, value, query_weight, query_bias, pixels, pixel_positions)
         if memory.empty:
             return super().forward(
                 index,
@@ -333,17 +337,23 @@ class Decoder(Mixin):
         themselves = [gathers(layer, layer.cross_attn) for layer in layers]
         memory = project_levels(attentions, levels, level_positions, themselves)
         mask_levels = resize_mask_features(mask_features, [(int(h), int(w)) for h, w in sizes[: len(layers)]])
-        classes: list[Tensor] = []
-        embeds: list[Tensor] = []
+        states = [x]
+        found: list[tuple[Tensor, Tensor]] = []
+        # What is computed again for all outputs only makes masks here, which have no gradient.
+        again = differentiated_at_once(self.decoder_norm, self.class_embed, self.mask_embed)
 
-        def predict(x: Tensor) -> None:
-            normalised = self.decoder_norm(x).transpose(0, 1)
-            classes.append(self.class_embed(normalised))
-            embeds.append(self.mask_embed(normalised))
+        def normalise(x: Tensor) -> Tensor:
+            normalised: Tensor = self.decoder_norm(x)
+            return normalised.transpose(-3, -2)
 
-        predict(x)
         for i, layer in enumerate(layers):
-            mask = predict_attention_mask(embeds[-1], mask_levels[i % len(levels)])
+            if again:
+                embed = self.mask_embed(normalise(x.detach()))
+            else:
+                normalised = normalise(x)
+                embed = self.mask_embed(normalised)
+                found.append((self.class_embed(normalised), embed))
+            mask = predict_attention_mask(embed, mask_levels[i % len(levels)])
             if observed(layer):
                 # By name, as the original: hooks are given what is passed by position.
                 named = {"attention_mask": mask, "query_embeddings": positions, **memory[i].named()}
@@ -352,8 +362,13 @@ class Decoder(Mixin):
                 )
             else:
                 (x,) = layer(i, x, None, None, mask, positions, False, *memory[i])
-            predict(x)
-        return x, classes, embeds
+            states.append(x)
+        if again:
+            normalised = normalise(torch.stack(states))
+            return x, list(self.class_embed(normalised).unbind()), list(self.mask_embed(normalised).unbind())
+        normalised = normalise(x)
+        found.append((self.class_embed(normalised), self.mask_embed(normalised)))
+        return x, [y for y, _ in found], [y for _, y in found]
 
     @staticmethod
     def _m2f_auxiliary(classes: list[Tensor], factors: list[FactoredMasks]) -> tuple[dict[str, Any], ...]:

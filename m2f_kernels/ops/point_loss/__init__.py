@@ -201,16 +201,20 @@ def costs_of_image(
     if isinstance(masks, Tensor):
         return [cost_of_samples(sample(masks[image : image + 1], points[None], exact=True)[0], labels)]
     samples = sample(masks.mask_features[image : image + 1], points[None], exact=True)[0]
-    return cost_of_sampled_features(masks.mask_embed[image], samples, labels)
+    # The backward pass takes as much for the gradient of the features.
+    return cost_of_sampled_features(masks.mask_embed[image], samples, labels, 4 * masks.mask_features.numel())
 
 
-def cost_of_sampled_features(embed: Tensor, samples: Tensor, labels: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The same from embeddings [Q, C] and features [C, K] sampled at the points; a block of queries at a time."""
+def cost_of_sampled_features(
+    embed: Tensor, samples: Tensor, labels: Tensor, free: int = 0
+) -> list[tuple[Tensor, Tensor]]:
+    """The same from embeddings [Q, C] and features [C, K] sampled at the points; a block of queries at a time, of at
+    most `free` bytes or what a chunk of masks may take."""
     dtype = accumulation_dtype(embed.dtype)
     embed, samples = embed.to(dtype), samples.to(dtype)  # float64 points make the reference's samples float64
     k = samples.shape[1]
     # On a CPU a block stays in the cache; on other devices blocks cost launches.
-    bound = _BLOCK_BYTES if embed.device.type == "cpu" else CHUNK_BYTES
+    bound = _BLOCK_BYTES if embed.device.type == "cpu" else max(CHUNK_BYTES, free)
     parts = -(-embed.shape[0] * k * dtype.itemsize // bound)
     blocks = embed.tensor_split(max(1, parts))
     buffer = embed.new_empty(blocks[0].shape[0], k)
