@@ -22,7 +22,7 @@ void check_not_float64(const Tensor& tensor, const char* name) {
                   ": expected float32, bfloat16 or float16; float64 runs through the reference");
 }
 
-// The two inputs of each output coordinate of an axis and the weight of the second, for align_corners=False.
+// For each output coordinate of an axis: the two input indices, and the weight of the second (align_corners=False).
 struct Axis {
   std::vector<int32_t> index;
   std::vector<float> weight;
@@ -82,7 +82,7 @@ Tensor resize_mask_features(const Tensor& mask_features, IntList sizes) {
     total += level.height * level.width;
     widest = std::max(widest, level.width);
   }
-  // The finest level reads a plane in order; the others then find it in the cache.
+  // The finest level comes first: it reads the plane in order, and the other levels then find it in the cache.
   std::stable_sort(args.level, args.level + args.levels,
                    [](const ResizeLevel& a, const ResizeLevel& b) { return a.height > b.height; });
   Tensor output = empty_like_sizes(input, {args.n, args.c, total});

@@ -1,9 +1,10 @@
 // Attention masks on CPU; compiled once per instruction set.
 //
-// Prediction is a matrix product whose result is one bit per element. Tasks own groups of keys: their features are
-// packed into panels of 32 keys (one word of bits; a panel of 256 channels fills two thirds of a 48 KiB L1), and every
-// block of queries runs over a panel with all its accumulators in registers. The epilogue is a comparison per vector.
-// Features come one channel per row, thousands of keys apart: packing touches each of their lines once.
+// Prediction is a matrix product that stores one bit per element. A task owns a group of keys. It packs their features
+// into panels of 32 keys, the width of one word of bits; a panel of 256 channels fills two thirds of a 48 KiB L1 cache.
+// Every block of queries then passes over a panel and keeps all its accumulators in registers. The epilogue compares
+// each vector with zero. In memory the channels of a key lie thousands of elements apart, so packing reads each cache
+// line once.
 
 #include "attention_mask/cpu_kernel.h"
 
@@ -78,7 +79,8 @@ void resize(const ResizeArgs& args, int64_t first, int64_t last, float* scratch)
 }
 
 // ---------------------------------------------------------------- prediction
-// Queries of a block times two vectors of keys fill the registers: 24 of 32 accumulate with AVX-512, 12 of 16 else.
+// A block has as many queries as registers allow, each with two vectors of keys: 24 of 32 registers accumulate with
+// AVX-512, otherwise 12 of 16.
 constexpr int kRows = kVectorBytes == 64 ? 12 : 6;
 constexpr int kColumns = 2 * kFloatLanes;
 
@@ -86,7 +88,7 @@ int64_t query_blocks(const PredictArgs& args) { return (args.q + kRows - 1) / kR
 
 size_t packed_embed(const PredictArgs& args) { return query_blocks(args) * args.c * kRows * sizeof(float); }
 
-// [block][channel][query of the block]: what a step along the channels broadcasts lies together.
+// Layout [block][channel][query of the block]: the values that one channel broadcasts are adjacent.
 void pack_embed(const PredictArgs& args, int64_t image, float* packed) {
   for (int64_t q = 0; q < query_blocks(args) * kRows; ++q) {
     float* column = packed + q / kRows * args.c * kRows + q % kRows;
@@ -101,7 +103,7 @@ void pack_embed(const PredictArgs& args, int64_t image, float* packed) {
 
 size_t predict_scratch(const PredictArgs& args) { return args.c * kKeysPerTask * sizeof(float); }
 
-// Panels [word][channel][32 keys] of `keys` keys from `start`, zero beyond.
+// Packs `keys` keys from `start` on into panels [word][channel][32 keys], and fills the last panel with zeros.
 template <typename V>
 void pack_features(const PredictArgs& args, int64_t image, int64_t start, int64_t keys, float* panels) {
   const V* data = static_cast<const V*>(args.features.data);
@@ -119,8 +121,8 @@ void pack_features(const PredictArgs& args, int64_t image, int64_t start, int64_
   }
 }
 
-// The features of the group after this one, line by line: their rows lie thousands of keys apart, which hardware
-// prefetchers do not follow, and there are as many of them as steps along the channels in every fourth product.
+// Prefetches the features of the next group, one cache line per call. Their rows lie thousands of keys apart, and
+// hardware prefetchers do not follow such strides. Products call it at every fourth channel, which spreads the lines.
 struct Prefetch {
   const char* row;
   int64_t rows, row_bytes, run_bytes, byte;
@@ -188,7 +190,7 @@ void predict_tasks(const PredictArgs& args, int64_t first, int64_t last, float* 
         for (int r = 0; r < kRows && block * kRows + r < args.q; ++r) {
           const int64_t row = image * args.q + block * kRows + r;
           args.bits[row * words + start / kWord + word] = static_cast<int32_t>(found[r] & valid);
-          // Tasks of the same row write the same value.
+          // Several tasks may write this element, always the same value.
           if (found[r] & valid) __atomic_store_n(args.row_any + row, true, __ATOMIC_RELAXED);
         }
       }

@@ -10,9 +10,9 @@ namespace m2f {
 
 constexpr int kMaxResizeLevels = 16;
 
-// One level of a resize: output pixels [h, w] from `start` of a plane's output row. Where both sides are the input's
-// over 2, 4 or 8, `ratio` says so; otherwise each axis has, per output pixel, the two inputs and the weight of the
-// second.
+// One level of a resize. Its [h, w] pixels begin at `start` of a plane's output row. `ratio` is 2, 4 or 8 where that
+// divides both sides of the input into those of the level, else 0. Then `rows` and `columns` hold the two input indices
+// of each output pixel, and the weights are those of the second index.
 struct ResizeLevel {
   int64_t height, width, start;
   int ratio;
@@ -36,7 +36,7 @@ struct PredictArgs {
   Rows features;              // rows of S by (n, c, 0)
   const float* packed_embed;  // pack_embed's result, per image
   int32_t* bits;              // [N, Q, words]
-  bool* row_any;              // [N, Q], zero before
+  bool* row_any;              // [N, Q], false on entry
 };
 
 struct PackArgs {
@@ -52,7 +52,7 @@ struct PackArgs {
 struct AttentionMaskKernels {
   // Tasks are planes (n, c). Scratch: one input row and one output row in float.
   void (*resize)(const ResizeArgs&, int64_t first, int64_t last, float* scratch);
-  // Bytes of one image's packed embeddings, and packing them.
+  // The size in bytes of one image's packed embeddings; then the function that packs them.
   size_t (*packed_embed)(const PredictArgs&);
   void (*pack_embed)(const PredictArgs&, int64_t image, float* packed);
   // Tasks are (n, group of kKeysPerTask keys).

@@ -15,7 +15,7 @@ template <typename A>
 struct Corners {
   Quad<int> position;  // y * width + x; -1 for a corner outside the image
   A fx, fy;            // the fractions of a pixel from (y0, x0)
-  bool contributes;    // the coordinate lies in (-1, size) on both axes; false for NaN and infinities
+  bool contributes;    // true if the coordinate lies in (-1, size) on both axes; false for NaN and infinity
 };
 
 template <typename A>
@@ -32,7 +32,7 @@ __device__ __forceinline__ Corners<A> find_corners(A x, A y, int height, int wid
   for (int i = 0; i < 4; ++i) {
     const int cx = x0 + (i & 1);
     const int cy = y0 + (i >> 1);
-    // As unsigned, one comparison covers both ends.
+    // An unsigned comparison covers both ends: a negative coordinate is a large number.
     const bool inside = out.contributes && static_cast<unsigned>(cx) < static_cast<unsigned>(width) &&
                         static_cast<unsigned>(cy) < static_cast<unsigned>(height);
     out.position.at[i] = inside ? cy * width + cx : -1;
@@ -40,7 +40,7 @@ __device__ __forceinline__ Corners<A> find_corners(A x, A y, int height, int wid
   return out;
 }
 
-// Interpolation weights times `scale`, exactly 0 for absent corners, so that a scale that is not finite stays out.
+// Interpolation weights times `scale`. Absent corners get exactly 0, even if `scale` is not finite.
 template <typename A>
 __device__ __forceinline__ Quad<A> corner_weights(const Corners<A>& corners, A scale) {
   const A left = scale * (1 - corners.fx);

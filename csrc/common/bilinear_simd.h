@@ -1,8 +1,8 @@
 // Bilinear samples of one plane of pixels at a vector of points. For files compiled once per instruction set.
 //
-// A sample reads two pairs of horizontal neighbours. A neighbour outside the plane is zero; instead of reading it, the
-// pair reads the inner pixel twice, each with half of its weight: no branch, and no product of zero and an infinite
-// pixel that the sample has nothing to do with.
+// A sample reads two pairs of horizontal neighbours. Pixels outside the plane count as zero. They are not read: the
+// pair reads the inner pixel twice, and each copy gets half of its weight. That needs no branch, and no pixel is
+// multiplied by zero, which would turn an infinite pixel into NaN.
 #pragma once
 
 #include "common/pixels.h"
@@ -12,9 +12,9 @@ namespace m2f {
 namespace {
 
 struct SamplePoints {
-  IntVec<float> index, step, down;  // of the top left pixel; to its right neighbour and to the one below, or 0
+  IntVec<float> index, step, down;  // index of the top left pixel; offsets to its right and lower neighbours, or 0
   FloatVec left, right, top, bottom;
-  IntVec<float> inside;  // all ones, or zero where the sample contributes nothing (all else is then 0)
+  IntVec<float> inside;  // all ones where the sample contributes; otherwise 0, like the other members
 };
 
 struct SampleAxis {
@@ -23,7 +23,7 @@ struct SampleAxis {
   IntVec<float> inside;
 };
 
-// What rounding took from the product of a and b.
+// The rounding error of `product` = a * b.
 M2F_INLINE FloatVec lost_by_product(FloatVec a, float b, FloatVec product) {
 #if defined(__AVX2__) || defined(__AVX512F__)
   return fused(a, splat(b), -product);
@@ -73,7 +73,7 @@ M2F_INLINE SamplePoints sample_points(FloatVec x, FloatVec y, int64_t height, in
   return p;
 }
 
-// (x, y) pairs to one vector each; of the last `count` points where fewer than a vector are left, zero beyond.
+// Splits (x, y) pairs into a vector of x and one of y. If `count` is less than a vector, the other lanes are zero.
 M2F_INLINE void load_points(const float* points, int64_t count, FloatVec& x, FloatVec& y) {
   FloatVec a, b;
   if (count >= kFloatLanes) {
@@ -89,7 +89,7 @@ M2F_INLINE void load_points(const float* points, int64_t count, FloatVec& x, Flo
   y = every_second<float, 1>(a, b);
 }
 
-// Calls f with a pointer of the plane's own type.
+// Calls f with a pointer to the plane's pixels, in their type.
 template <typename F>
 M2F_INLINE void with_pixels(const Plane& plane, F&& f) {
   switch (plane.type) {
@@ -113,7 +113,7 @@ struct RunPixels {
   int32_t count, height;
 };
 
-// Calls f with MapPixels of the map's own type.
+// Calls f with the map's pixels as MapPixels of their type.
 template <typename F>
 M2F_INLINE void with_map(const Target& target, F&& f) {
   const void* data = target.plane.data;
@@ -126,7 +126,7 @@ M2F_INLINE void with_map(const Target& target, F&& f) {
   }
 }
 
-// Calls f with what a target's samples come from: a pointer to its pixels, MapPixels, or RunPixels.
+// Calls f with the source of a target's samples: a pointer to its pixels, MapPixels, or RunPixels.
 template <typename F>
 M2F_INLINE void with_target(const Target& target, F&& f) {
   if (target.kind == TargetKind::kMask) return with_pixels(target.plane, f);
@@ -135,7 +135,7 @@ M2F_INLINE void with_target(const Target& target, F&& f) {
 }
 
 // ---------------------------------------------------------------- two neighbours of each lane
-// A byte is a mask's: 1 for any value but 0, so that masks of 0 and 255 are those of 0 and 1.
+// A byte belongs to a mask: every value but 0 counts as 1, so masks of 0 and 255 equal masks of 0 and 1.
 template <typename E>
 M2F_INLINE FloatVec gather(const E* p, IntVec<float> index) {
   if constexpr (std::is_same_v<E, float>) {
@@ -163,7 +163,7 @@ M2F_INLINE FloatVec gather(const E* p, IntVec<float> index) {
 }
 
 #if defined(__AVX512F__)
-// A pixel from the low bits of each lane.
+// The pixel in the low bits of each lane, as float.
 template <typename E>
 M2F_INLINE FloatVec from_low_bits(UInt32Vec word) {
   if constexpr (std::is_same_v<E, uint8_t>) return (word & 0xffu) != 0 ? FloatVec{} + 1.0f : FloatVec{};
@@ -173,8 +173,8 @@ M2F_INLINE FloatVec from_low_bits(UInt32Vec word) {
 }
 #endif
 
-// Pixels `index` and `index + step` of a plane of `size` pixels. With AVX-512 both come from one wide element where
-// the plane has room for it, which halves the loads; the last pixels are read from further left.
+// Pixels `index` and `index + step` of a plane of `size` pixels. With AVX-512 one load of a wider element brings both,
+// which halves the loads. At the end of the plane that load begins further left, so that it stays inside.
 template <typename E>
 M2F_INLINE void gather_pair(const E* p, int64_t size, IntVec<float> index, IntVec<float> step, FloatVec& a,
                             FloatVec& b) {
@@ -216,7 +216,7 @@ M2F_INLINE void gather_pair(const E* p, int64_t size, IntVec<float> index, IntVe
 // ---------------------------------------------------------------- maps of ids
 typedef typename VecOf<int64_t, kFloatLanes>::type LongVec;
 
-// What the ids of a map are compared in.
+// The integer type in which ids of a map are compared.
 template <typename E>
 using IdVec = std::conditional_t<sizeof(E) == 8, LongVec, IntVec<float>>;
 
@@ -232,7 +232,7 @@ M2F_INLINE IntVec<float> gather_integers(const int32_t* p, IntVec<float> index) 
 #endif
 }
 
-// As gather_pair: the ids of pixels `index` and `index + step`.
+// Like gather_pair, for the ids of pixels `index` and `index + step`.
 template <typename E>
 M2F_INLINE void gather_id_pair(const E* p, int64_t size, IntVec<float> index, IntVec<float> step, IdVec<E>& a,
                                IdVec<E>& b) {
@@ -306,7 +306,7 @@ M2F_INLINE FloatVec sample_plane(Pixels plane, int64_t size, const SamplePoints&
 }
 
 // ---------------------------------------------------------------- run lengths
-// How many ends lie at or before each pixel.
+// The number of ends of runs at or before each pixel.
 M2F_INLINE IntVec<float> ends_before(const RunPixels& runs, IntVec<float> pixel) {
   IntVec<float> found{};
   int32_t step = 1;
@@ -326,14 +326,14 @@ M2F_INLINE FloatVec one_where_odd(IntVec<float> number) { return to_float<float>
 M2F_INLINE FloatVec sample_runs(const RunPixels& runs, FloatVec x, FloatVec y, int64_t height, int64_t width) {
   const SampleAxis column = sample_axis(x, width), row = sample_axis(y, height);
   const IntVec<float> below = row.base + row.step;
-  // Each column's pixels follow each other. Beyond the last one all ends lie before: an even number.
+  // Pixels are counted down each column. Beyond the last pixel all ends lie before, an even number: background.
   const IntVec<float> has_row = row.base < runs.height, has_below = below < runs.height;
   FloatVec corner[2][2];
   for (int side = 0; side < 2; ++side) {
     const IntVec<float> first = (side ? column.base + column.step : column.base) * runs.height;
     const IntVec<float> pixel = first + row.base;
     const IntVec<float> before = ends_before(runs, pixel);
-    // At most one more lies at the pixel below.
+    // The pixel below follows directly, so at most one more end lies at or before it.
     const IntVec<float> more = before < runs.count;
     const IntVec<float> next = gather_integers(runs.ends, more & before);
     const IntVec<float> before_below = before - (more & (next <= first + below));
@@ -349,7 +349,7 @@ M2F_INLINE FloatVec sample_runs(const RunPixels& runs, FloatVec x, FloatVec y, i
   return weigh_corners(p, corner[0][0], corner[0][1], corner[1][0], corner[1][1]);
 }
 
-// Adds `gradient` of each sample into the plane, lane after lane: two lanes may share a pixel.
+// Adds `gradient` of each sample to the plane. It goes lane by lane, since two lanes may share a pixel.
 M2F_INLINE void scatter_plane(float* plane, const SamplePoints& p, FloatVec gradient, int count) {
   const FloatVec g = p.inside ? gradient : FloatVec{};
   const FloatVec upper = g * p.top, lower = g * p.bottom;

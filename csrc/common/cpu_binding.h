@@ -1,4 +1,4 @@
-// What the CPU bindings share: tensors as rows, and scratch memory.
+// Shared by the CPU bindings: tensors as rows, and scratch memory.
 #pragma once
 
 #include <cstddef>
@@ -10,12 +10,12 @@
 
 namespace m2f {
 
-// The first three axes of a tensor whose rest is contiguous.
+// Rows addressed by the first three axes of a tensor; the other axes are contiguous.
 inline Rows rows_of(const Tensor& tensor, const char* name) {
   return {tensor.data_ptr(), dtype_of(tensor, name), {tensor.stride(0), tensor.stride(1), tensor.stride(2)}};
 }
 
-// 64-byte aligned, freed with its owner.
+// Memory aligned to 64 bytes, freed with its owner.
 struct FreeScratch {
   void operator()(void* p) const { std::free(p); }
 };

@@ -1,4 +1,4 @@
-// Which of the instruction sets that the CPU kernels were compiled for is in use.
+// The instruction set in use, of those that the CPU kernels were compiled for.
 #pragma once
 
 namespace m2f {
@@ -10,7 +10,7 @@ CpuCapability cpu_capability();
 
 }  // namespace m2f
 
-// Of name_baseline(), name_avx2() and name_avx512(), the one to call.
+// Calls name_baseline(), name_avx2() or name_avx512(), by the instruction set in use.
 #if defined(M2F_X86)
 #define M2F_KERNELS_IN_USE(name)                                \
   (cpu_capability() == CpuCapability::kAVX512 ? name##_avx512() \

@@ -1,4 +1,4 @@
-// What kernels need from their platform, and nothing else: the CUDA runtime, or the host shim of tests/cuda_on_host.
+// All that kernels need from their platform: the CUDA runtime, or its stand-in on the host (tests/cuda_on_host).
 #pragma once
 
 #ifdef M2F_CUDA_ON_HOST
@@ -32,7 +32,8 @@ __device__ __forceinline__ void reduce_add_vector4(float* address, float a, floa
 #endif
 }
 
-// Not atomicAdd: where the compiler cannot tell that an address is global, it also emits a loop for shared memory.
+// Used instead of atomicAdd, for which the compiler adds a loop for shared memory where it cannot tell that an address
+// is global.
 __device__ __forceinline__ void reduce_add(float* address, float x) {
   asm volatile("red.global.add.f32 [%0], %1;" ::"l"(__cvta_generic_to_global(address)), "f"(x));
 }
@@ -43,8 +44,8 @@ __device__ __forceinline__ void reduce_add(double* address, double x) {
 // A counter in shared memory, incremented atomically; returns what it was.
 __device__ __forceinline__ int shared_increment(int* counter) { return atomicAdd(counter, 1); }
 
-// base + index * row_bytes in one instruction: written in C++, the compiler splits the product and rebuilds the base
-// for every access of a loop.
+// base + index * row_bytes in one instruction. From C++ the compiler makes several, and repeats them for every access
+// of a loop.
 template <typename T>
 __device__ __forceinline__ T* advance_rows(T* base, unsigned index, unsigned row_bytes) {
   T* out;
@@ -52,7 +53,7 @@ __device__ __forceinline__ T* advance_rows(T* base, unsigned index, unsigned row
   return out;
 }
 
-// A function, since the commas of <<<...>>> break macros around a launch.
+// A function, because the commas in <<<...>>> would split the arguments of a macro around a launch.
 template <typename... Parameters, typename... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
             const Arguments&... arguments) {

@@ -1,4 +1,5 @@
-// Planes of pixels of any type that masks come in. For files compiled once per instruction set, but for PixelType.
+// Planes of pixels of every type that masks have. Only PixelType may be used outside the files that are compiled once
+// per instruction set.
 #pragma once
 
 #include <cstdint>
@@ -14,16 +15,16 @@ struct Plane {
   int64_t height, width;
 };
 
-// What a target is: a mask of its own, the pixels of a map that have its id, or where its runs end.
+// The form of a target: a mask, the pixels of a map that have its id, or the ends of its runs.
 enum class TargetKind : int { kMask, kMap8, kMap16, kMap32, kMap64, kRuns };
 
 struct Target {
   TargetKind kind;
-  Plane plane;  // of the mask or the map; of runs only height and width
+  Plane plane;  // the mask or the map; for runs only its height and width are set
   int64_t id;
   const int32_t* ends;  // ascending, `count` of them, an even number; pixels are counted column by column
   int32_t count;
-  int32_t run_height;  // of the columns. Beyond it, and beyond the last column, is background
+  int32_t run_height;  // height of the columns; pixels below it and after the last column are background
 };
 
 }  // namespace m2f

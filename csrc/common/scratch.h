@@ -6,7 +6,7 @@
 
 namespace m2f {
 
-// Hands out 64-byte aligned pieces; with a null base it only measures.
+// Hands out pieces aligned to 64 bytes. With a null base it only adds up their sizes.
 struct Scratch {
   char* base;
   size_t used = 0;

@@ -1,6 +1,6 @@
-// Vectors of the width that this translation unit is compiled for, on the compiler's vector extensions, so that
-// one source serves AVX-512, AVX2, SSE2 and NEON. Include it only from files that are compiled once per
-// instruction set: everything lives in an unnamed namespace, so that no two variants share a symbol.
+// Vectors as wide as the instruction set that this file is compiled for. They are the compiler's vector extensions, so
+// one source serves AVX-512, AVX2, SSE2 and NEON. Include this header only in files that are compiled once per
+// instruction set. Everything is in an unnamed namespace: no two variants may share a symbol.
 #pragma once
 
 #include <cstddef>
@@ -54,7 +54,7 @@ using IntVec = typename VecOf<Int<T>, kLanes<T>>::type;
 
 template <typename T>
 inline Vec<T> splat(T x) {
-  return x - Vec<T>{};  // unlike adding zero, subtracting it is no operation for any x
+  return x - Vec<T>{};  // subtracting zero leaves every x as it is; adding zero would change -0
 }
 
 template <typename T>
@@ -72,7 +72,7 @@ inline IntVec<T> truncate(Vec<T> x) {
   return __builtin_convertvector(x, IntVec<T>);
 }
 
-// a * b + c with one rounding. Where there is no such instruction (baseline) with two: callers gain accuracy only.
+// a * b + c, rounded once. Without such an instruction (baseline) it is rounded twice; callers do not rely on it.
 M2F_INLINE Vec<float> fused(Vec<float> a, Vec<float> b, Vec<float> c) {
 #if defined(__AVX512F__)
   return _mm512_fmadd_ps(a, b, c);
@@ -189,8 +189,8 @@ inline void store(Float16* p, Vec<float> x) {
 template <typename V>
 using Arithmetic = std::conditional_t<std::is_same_v<V, double>, double, float>;
 
-// The first `count` elements only, the rest zero. Masked where the instruction set can: a copy of variable size costs
-// a function call, and reading it back as one vector a store-forwarding stall.
+// Loads the first `count` elements; the other lanes are zero. It uses a masked load where there is one: otherwise a
+// copy of variable size costs a function call, and reading it back as a vector stalls on store forwarding.
 template <typename V>
 inline Vec<Arithmetic<V>> load_first(const V* p, int count) {
 #if defined(__AVX512F__)
@@ -230,8 +230,9 @@ inline void store_first(V* p, int count, Vec<Arithmetic<V>> x) {
   std::memcpy(p, padded, count * sizeof(V));
 }
 
-// kBlock vectors of consecutive channels. The order of channels over lanes is private to these two functions: pairs of
-// bfloat16 vectors are split into even and odd channels, which costs one instruction each where widening costs two.
+// Loads and stores kBlock vectors of consecutive channels. Only these two functions know which lane holds which
+// channel: a pair of bfloat16 vectors is split into even and odd channels, which takes one instruction each; widening
+// takes two.
 template <int kBlock, typename V>
 M2F_INLINE void load_block(const V* p, Vec<Arithmetic<V>>* out) {
   constexpr int kStep = kLanes<Arithmetic<V>>;
@@ -258,7 +259,8 @@ M2F_INLINE void store_block(V* p, const Vec<Arithmetic<V>>* x) {
   }
 }
 
-// Copy `count` elements of type V to or from arithmetic type. `out` and `x` may be touched up to the next full vector.
+// Copies `count` elements of type V to or from the arithmetic type. Memory of `out` and `x` is accessed up to the next
+// full vector.
 template <typename V>
 inline void load_run(const V* p, int64_t count, Arithmetic<V>* out) {
   constexpr int kStep = kLanes<Arithmetic<V>>;
@@ -275,7 +277,7 @@ inline void store_run(V* p, int64_t count, const Arithmetic<V>* x) {
   if (i < count) store_first(p + i, static_cast<int>(count - i), load(x + i));
 }
 
-// The same where the element type is known at run time only. Source and arithmetic may differ in width.
+// The same for an element type that is only known at run time. Source and arithmetic type may differ in width.
 template <typename T>
 inline void load_run(const void* p, DType dtype, int64_t offset, int64_t count, T* out) {
   if constexpr (std::is_same_v<T, float>) {
@@ -369,13 +371,13 @@ M2F_INLINE Vec<T> look_up(const T* table, [[maybe_unused]] int64_t table_size, I
 
 template <int kLanesTotal, int kGroup, int kUpper, int... kI>
 constexpr auto fold_indices(std::integer_sequence<int, kI...>) {
-  // Groups of 2*kGroup lanes: the lower (or upper) half of a's group, then that of b's.
+  // For each group of 2*kGroup lanes: the lower (or upper) half of the group in a, then the same half of the one in b.
   return std::integer_sequence<int, ((kI / (2 * kGroup)) * 2 * kGroup + kUpper * kGroup + kI % kGroup +
                                      ((kI / kGroup) % 2) * kLanesTotal)...>{};
 }
 
-// Lane i of the result is the sum over all lanes of rows[i]: a tree that merges rows pairwise, first those that
-// differ in the highest bit of their index, last those that differ in the lowest, so that lanes come out in order.
+// Lane i of the result is the sum of all lanes of rows[i]. A tree merges rows in pairs: first the rows whose indices
+// differ in the highest bit, last those that differ in the lowest. So the sums come out in order.
 template <typename T, int kGroup = 1>
 inline Vec<T> sum_each(const Vec<T>* rows) {
   if constexpr (kGroup == kLanes<T>) {

@@ -49,7 +49,7 @@ M2F_INLINE uint32_t greater_bits(FloatVec a, FloatVec b) {
 #endif
 }
 
-// Not less: also where a lane is NaN.
+// Negation of "less", so it holds for NaN as well.
 M2F_INLINE uint32_t not_less_bits(FloatVec a, FloatVec b) {
 #if defined(__AVX512F__)
   return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ);
@@ -72,14 +72,14 @@ inline float horizontal_max(FloatVec x) {
   return max;
 }
 
-// 2^x to 1e-7 of itself for x below 128; 0 for -inf and where the result would be subnormal (but with AVX-512, which
-// gives that too), NaN for NaN.
+// 2^x with a relative error of 1e-7, for x below 128. NaN gives NaN, -inf gives 0. A subnormal result is 0, except with
+// AVX-512, which computes it.
 M2F_INLINE FloatVec exp2(FloatVec x) {
 #if defined(__AVX512F__)
   const FloatVec fraction = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
 #else
   const FloatVec clamped = x < -126.0f ? splat<float>(-126.0f) : x;
-  const FloatVec shifted = clamped + 12582912.0f;  // 1.5 * 2^23: the integer nearest to x in the last bits
+  const FloatVec shifted = clamped + 12582912.0f;  // 1.5 * 2^23 leaves the integer nearest to x in the last bits
   const FloatVec nearest = shifted - 12582912.0f;
   const FloatVec floor = nearest > clamped ? nearest - 1.0f : nearest;
   const FloatVec fraction = clamped - floor;

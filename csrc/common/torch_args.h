@@ -1,5 +1,5 @@
-// What the bindings of every operator need to read their arguments through PyTorch's stable ABI.
-// Users meet Python's checks first; these guard memory against direct calls of torch.ops.m2f.
+// Reads arguments through PyTorch's stable ABI, for the bindings of every operator. The checks in Python come first and
+// have the better messages; these protect memory where torch.ops.m2f is called directly.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -37,7 +37,7 @@ inline void check_sizes(const Tensor& tensor, const char* name, std::initializer
   STD_TORCH_CHECK(same, name, ": unexpected shape");
 }
 
-// Unit stride in the last axis, at the price of a copy only where it is missing.
+// The tensor itself if the last axis has stride 1, otherwise a contiguous copy.
 inline Tensor unit_stride_last(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   return tensor.size(last) <= 1 || tensor.stride(last) == 1 ? tensor : torch::stable::contiguous(tensor);

@@ -29,7 +29,7 @@ inline int64_t pixel_bytes(PixelType type) {
   }
 }
 
-// Whole planes of contiguous rows in the last two axes, at the price of a copy only where they are not.
+// The tensor itself if its last two axes are contiguous planes, otherwise a contiguous copy.
 inline Tensor dense_planes(const Tensor& tensor, const char* name) {
   const int64_t last = tensor.dim() - 1;
   const int64_t height = tensor.size(last - 1), width = tensor.size(last);
@@ -39,7 +39,7 @@ inline Tensor dense_planes(const Tensor& tensor, const char* name) {
   return dense ? tensor : torch::stable::contiguous(tensor);
 }
 
-// [M] numbers from 0 to `bound` - 1.
+// The data of `rows` [M], checked to lie in 0 to `bound` - 1.
 inline const int64_t* checked_rows(const Tensor& rows, const char* name, int64_t bound) {
   STD_TORCH_CHECK(rows.dim() == 1 && rows.scalar_type() == ScalarType::Long && rows.is_contiguous(), name,
                   ": expected a contiguous int64 tensor [M]");
@@ -49,8 +49,8 @@ inline const int64_t* checked_rows(const Tensor& rows, const char* name, int64_t
   return p;
 }
 
-// All targets of one image, from its pixels [T, H, W] and, unless they are masks, its marks: see masks.py, `Targets`.
-// What is returned points into both; `pixels` is made dense.
+// All targets of one image, from pixels [T, H, W] and, for maps and run lengths, marks (`Targets` in masks.py). The
+// result points into both tensors. `pixels` is replaced by a dense copy where it is not dense.
 inline std::vector<Target> targets_of(Tensor& pixels, const Tensor* marks) {
   STD_TORCH_CHECK(pixels.dim() == 3, "targets: expected [T, H, W]");
   const int64_t count = pixels.size(0), height = pixels.size(1), width = pixels.size(2);
@@ -92,7 +92,7 @@ inline std::vector<Target> targets_of(Tensor& pixels, const Tensor* marks) {
     case ScalarType::Long: break;
     default: STD_TORCH_CHECK(false, "targets: expected a map of int64, int32, int16 or uint8");
   }
-  Plane plane = shape;  // the first of them: all are one map
+  Plane plane = shape;  // all targets share the first plane, the map
   plane.data = count ? pixels.data_ptr() : nullptr;
   const int64_t* ids = static_cast<const int64_t*>(marks->data_ptr());
   for (int64_t t = 0; t < count; ++t) targets[t] = {kind, plane, ids[t], nullptr, 0, 0};

@@ -1,4 +1,4 @@
-// Names of what is compiled once per instruction set: M2F_FOR_VARIANT(kernels) is kernels_avx2 in the build for AVX2.
+// Names for code that is compiled once per instruction set: M2F_FOR_VARIANT(kernels) is kernels_avx2 for AVX2.
 #pragma once
 
 #if !defined(M2F_VARIANT)

@@ -35,7 +35,7 @@ __device__ __forceinline__ __half load_element(const __half* p) {
   return __ushort_as_half(__ldg(reinterpret_cast<const unsigned short*>(p)));
 }
 
-// Nothing this package stores is read again by the same kernel: keep it out of the way of what is.
+// No kernel reads its own results again, so stores need not stay in the cache.
 __device__ __forceinline__ void store_element(double* p, double x) { __stcs(p, x); }
 __device__ __forceinline__ void store_element(float* p, float x) { __stcs(p, x); }
 __device__ __forceinline__ void store_element(__nv_bfloat16* p, float x) {
@@ -45,7 +45,7 @@ __device__ __forceinline__ void store_element(__half* p, float x) {
   __stcs(reinterpret_cast<unsigned short*>(p), __half_as_ushort(__float2half_rn(x)));
 }
 
-// kCount elements of T, moved in one access. The general case is one element; the specialisations are 16 bytes.
+// kCount elements of T that are loaded or stored in one access: one element, or 16 bytes in the specialisations.
 template <typename T, int kCount>
 struct Vector {
   static_assert(kCount == 1, "either one element or 16 bytes");
@@ -148,7 +148,7 @@ __device__ __forceinline__ void atomic_add(A* address, const A (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) reduce_add(address + i, x[i]);
 }
 
-// Scalars in a dtype that is a kernel argument: the branch is uniform over the grid, which spares a kernel per dtype.
+// Scalars whose dtype is a kernel argument. All threads take the same branch, and no kernel per dtype is needed.
 template <typename A>
 __device__ __forceinline__ A load_scalar(const void* data, DType dtype, int64_t index) {
   switch (dtype) {

@@ -19,15 +19,15 @@ using OptionalTensor = std::optional<Tensor>;
 
 const MSDeformAttnKernels& kernels() { return M2F_KERNELS_IN_USE(ms_deform_attn_kernels); }
 
-// [N, Q, H, K, 2] (or without the 2) with contiguous rows.
+// A sampling tensor [N, Q, H, K, 2] or [N, Q, H, K], copied where its rows are not contiguous.
 Tensor dense_rows(const Tensor& tensor) {
   const int64_t last = tensor.dim() - 1;
   const bool dense = tensor.stride(last) == 1 && (last == 3 || tensor.stride(3) == tensor.size(last));
   return dense ? tensor : torch::stable::contiguous(tensor);
 }
 
-// Queries that are the positions of value themselves are walked in tiles of their level: neighbours then read the
-// same rows of value while those are in the nearest caches.
+// In an encoder the queries are the positions of value. They are visited in 2-D tiles of their level, so that
+// neighbours read the same rows of value while those are in L1 or L2.
 constexpr int64_t kTile = 16;
 
 std::vector<int32_t> tiled_order(const MSDeformAttnArgs& args) {
@@ -42,7 +42,7 @@ std::vector<int32_t> tiled_order(const MSDeformAttnArgs& args) {
           for (int64_t x = x0; x < std::min(x0 + kTile, width); ++x)
             order.push_back(static_cast<int32_t>(start + y * width + x));
   }
-  // Levels that do not cover value exactly do not describe the queries either.
+  // If the levels do not cover value exactly, the queries are not its positions.
   if (static_cast<int64_t>(order.size()) != args.q) order.clear();
   return order;
 }
@@ -91,16 +91,16 @@ struct Call {
     order = tiled_order(args);
     args.order = order.empty() ? nullptr : order.data();
 
-    // Packing reads and writes each position once; it pays when at least as many rows are then gathered from it.
-    // Channels that are no whole number of vectors need the panel's padding, and so do gradients of 16-bit values,
-    // which are accumulated in float32.
+    // Packing reads and writes each position once. It pays if at least as many rows are then gathered. It is also
+    // needed where the channels do not fill whole vectors, and for gradients of 16-bit values, which are summed in
+    // float32.
     const int64_t lanes = kernels().vector_bytes / (args.value.dtype == DType::kFloat64 ? 8 : 4);
     const bool narrow = element_size(args.value.dtype) == 2;
     args.packed = 4 * args.q * k >= args.s || args.d % lanes != 0 || (backward && narrow);
     const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
     const int64_t heads = std::max<int64_t>(args.n * args.h, 1);
-    // Every thread gets the same number of tasks. Backward, a head that is shared costs one gradient panel per
-    // part, and in-place accumulation cannot be shared at all.
+    // Every thread gets the same number of tasks. In backward, tasks that share a head need one gradient panel each;
+    // without panels the gradient is accumulated in place, and a head cannot be shared.
     args.parts = threads / std::gcd(threads, heads);
     if (backward) args.parts = args.packed ? std::min<int64_t>(args.parts, 8) : 1;
     args.parts = std::clamp<int64_t>(args.q / 64, 1, args.parts);
@@ -108,7 +108,7 @@ struct Call {
 
   int64_t tasks() const { return args.n * args.h * args.parts; }
 
-  // Tasks that a thread should have at least: starting one costs about as much as 2^15 multiply-adds.
+  // The least number of tasks per thread: starting a thread costs about as much as 2^15 multiply-adds.
   int64_t grain() const {
     const int64_t work = std::max<int64_t>(args.q / args.parts * args.levels.points_total * args.d * 4, 1);
     return std::max<int64_t>((int64_t{1} << 15) / work, 1);

@@ -1,19 +1,21 @@
 // Multi-scale deformable attention on CPU, forward and backward; compiled once per instruction set.
 //
-// One task is one head of one image (or a part of its queries). Its cost is gathering: K samples per query, four
-// rows of D channels each. So the gathers are made as cheap as they can be:
-//   - The head's value is packed once into a *panel*: its pixels next to each other instead of H*D apart, each
-//     level framed by zeros. A head then fits the caches (21504 pixels x 32 channels x 4 bytes = 2.75 MB instead of
-//     lines strewn over 22 MB), neighbouring pixels share pages, and no corner needs a bounds check: the frame
-//     supplies the zeros, and a sample that contributes nothing is pointed into the frame.
-//   - All of a query's K samples are prepared at once, one per vector lane: floor, fractions, corner weights, panel
-//     index. The gather loop then holds nothing but broadcasts and multiply-adds along D.
-//   - Queries that are themselves pixels (an encoder) are walked in 2-D tiles, so that their samples meet in L1/L2.
-// Where there are too few queries to pay for packing (a decoder), corners are addressed in place, with bounds checks.
+// One task is one head of one image, or a part of its queries. Nearly all of its time goes into gathering: K samples
+// per query, each of four rows of D channels. Three things make gathers cheap:
+//   - The head's value is packed once into a *panel*: its pixels are adjacent instead of H*D elements apart, and zeros
+//     frame each level. A head then fits the caches: 21504 pixels x 32 channels x 4 bytes = 2.75 MB, instead of cache
+//     lines spread over 22 MB. Neighbouring pixels share pages. No corner needs a bounds check: the frame supplies the
+//     zeros, and the index of a sample that contributes nothing points into the frame.
+//   - All K samples of a query are prepared at once, one per vector lane: floor, fractions, corner weights, panel
+//   index.
+//     Only broadcasts and multiply-adds along D are left in the gather loop.
+//   - In an encoder the queries are pixels themselves. They are visited in 2-D tiles, whose samples share L1 and L2.
+// In a decoder there are too few queries to pay for packing. Corners are then addressed in place, with bounds checks.
 //
-// Backward walks the same way. Dot products of the output gradient with the four corners are kept as vectors and
-// reduced together by a merging tree; the value gradient is added into a panel of the same layout, which only this
-// task touches, and copied out at the end: no atomics, no serial section, the same bits in every run.
+// Backward visits the queries in the same order. The dot products of the output gradient with the four corners stay
+// vectors, which a merging tree reduces together. The value gradient is added into a panel of the same layout that
+// belongs to this task alone, and is copied out at the end. So there are no atomics and no serial section, and every
+// run gives the same bits.
 
 #include "ms_deform_attn/cpu_kernel.h"
 
@@ -25,7 +27,7 @@ namespace m2f {
 namespace {
 
 // ---------------------------------------------------------------- addressing the four corners
-// In the panel: one index, everything else follows.
+// In the panel one index gives all four corners.
 template <typename V>
 struct PackedCorners {
   V* panel;
@@ -40,7 +42,7 @@ struct PackedCorners {
   }
 };
 
-// In place: a corner outside the level is sent to `outside`, a row that reads zero and whose writes are dropped.
+// In place: the address of a corner outside the level is `outside`, a row of zeros whose writes are discarded.
 template <typename V>
 struct DirectCorners {
   V* origin;  // value of this image and head
@@ -63,7 +65,7 @@ struct DirectCorners {
   }
 };
 
-// Few queries find their rows in no cache: ask for all of a query's before the first is used.
+// With few queries the rows are in no cache. Prefetch all rows of a query before the first is used.
 template <typename T, typename V>
 M2F_INLINE void prefetch_corners(const Samples<T>& s, const DirectCorners<V>& corners, int64_t d) {
   for (int64_t k = 0; k < s.k; ++k) {
@@ -79,8 +81,8 @@ template <typename T, typename V>
 M2F_INLINE void prefetch_corners(const Samples<T>&, const PackedCorners<V>&, int64_t) {}
 
 // ---------------------------------------------------------------- gather and scatter of kBlock vectors of channels
-// Inlined so that constant channel counts turn corner addresses into immediate offsets; the samples are copied so that
-// no store can be suspected of changing their pointers.
+// Inlined, so that constant channel counts become immediate offsets of corner addresses. The samples are copied, so
+// that the compiler need not reload their pointers after a store.
 template <int kBlock, typename V, typename T, typename Corners, typename Channels>
 M2F_INLINE void gather(const Samples<T>& samples, const Corners& corners, Channels d, int64_t channel, Vec<T>* out) {
   const Samples<T> s = samples;
@@ -102,7 +104,7 @@ M2F_INLINE void gather(const Samples<T>& samples, const Corners& corners, Channe
   for (int v = 0; v < kBlock; ++v) out[v] = upper[v] + lower[v];
 }
 
-// Adds `grad` into the value gradient and leaves the products of `grad` with the corner values in s.partial.
+// Adds `grad` to the value gradient, and stores the products of `grad` with the corner values in s.partial.
 template <int kBlock, bool kScatter, typename V, typename T, typename Corners, typename GradCorners, typename Channels>
 M2F_INLINE void scatter(const Samples<T>& samples, const Corners& corners, const GradCorners& grad_corners, Channels d,
                         int64_t channel, const V* grad_row) {
@@ -152,11 +154,11 @@ inline void with_constant_channels(int64_t d, F&& f) {
   }
 }
 
-// A head's rows lie H rows apart and are visited in tiles, which no hardware prefetcher follows: without this
-// two thirds of the forward time are spent waiting for locations and weights (39 ms instead of 13 on one thread).
+// Prefetches locations and weights. A head's rows lie H rows apart and are visited in tiles, which hardware prefetchers
+// do not follow. Without this, forward waits for them two thirds of its time (39 ms instead of 13 on one thread).
 constexpr int64_t kPrefetchQueries = 8;
 
-// Must be inlined: GCC takes a function that only prefetches for one without effect, and drops calls to it.
+// Must be inlined: GCC regards a function that only prefetches as one without effect, and removes calls to it.
 M2F_INLINE void prefetch_row(const Rows& rows, int64_t n, int64_t q, int64_t h, int64_t count) {
   const int64_t size = element_size(rows.dtype);
   const char* p = static_cast<const char*>(rows.data) + rows.offset(n, q, h) * size;
@@ -278,7 +280,7 @@ inline void finish_samples(Samples<T>& s) {
   }
 }
 
-// Chain rule from pixels and weights to what was passed in, and the stores.
+// Applies the chain rule from pixels and weights to the tensors that were passed in, and stores the gradients.
 template <typename V, typename T = Arithmetic<V>>
 inline void store_gradients(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t h, BackwardMemory<V>& m) {
   Samples<T>& s = m.samples;
@@ -301,7 +303,7 @@ inline void store_gradients(const MSDeformAttnArgs& args, int64_t n, int64_t q, 
           const T unit = s.inverse_count[k] * static_cast<T>(args.offset_scale);
           sum[0] += gx;
           sum[1] += gy;
-          // A sample that does not contribute may have a non-finite offset: it must not meet the zero gradient.
+          // A sample that does not contribute may have an infinite offset, and 0 * infinity would be NaN.
           if (!s.contributes[k]) continue;
           sum[2] += gx * s.raw_xy[2 * k] * unit;
           sum[3] += gy * s.raw_xy[2 * k + 1] * unit;
@@ -332,7 +334,7 @@ inline void store_gradients(const MSDeformAttnArgs& args, int64_t n, int64_t q, 
   store_run(args.grad_weights.data, args.grad_weights.dtype, args.grad_weights.offset(n, q, h), s.k, grad_weight);
 }
 
-// Rows [first, last) of one level of one head's gradient, summed over `parts` panels, into grad_value.
+// Sums rows [first, last) of one level of one head's gradient over `parts` panels, into grad_value.
 template <typename V, typename T = Arithmetic<V>>
 void unpack_rows(const MSDeformAttnArgs& args, const Panel& shape, const T* panels, int64_t n, int64_t h, int l,
                  int64_t first, int64_t last, V* row) {
@@ -414,7 +416,7 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
       V* origin = static_cast<V*>(args.value.data) + args.value.offset(n, 0, h);
       V* grad_origin = static_cast<V*>(args.grad_value.data);
       if (args.needs_value) grad_origin += args.grad_value.offset(n, 0, h);
-      // Additions to corners outside land in m.grad_panel, which nobody reads.
+      // Additions to corners outside the level go to m.grad_panel, which is not read.
       walk_either(DirectCorners<V>{origin, m.panel, &args.levels, args.value.stride[1]},
                   DirectCorners<T>{grad_origin, m.grad_panel, &args.levels, args.grad_value.stride[1]});
     }

@@ -23,9 +23,9 @@ struct MSDeformAttnArgs {
   int reference_dim;
   double offset_scale;
 
-  const int32_t* order;  // in which order to walk the queries, or null
-  int64_t parts;         // how many tasks share the queries of one (n, h)
-  bool packed;           // gather from a packed copy of each head's value
+  const int32_t* order;  // the order in which to visit the queries, or null
+  int64_t parts;         // the number of tasks that share the queries of one (n, h)
+  bool packed;           // true: gather from a packed copy of each head's value
 
   Rows output;  // rows of D by (n, q, h)
 
@@ -44,8 +44,8 @@ struct MSDeformAttnKernels {
   void (*forward)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
   size_t (*backward_scratch)(const MSDeformAttnArgs&);
   void (*backward)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
-  // Size of one panel of the value gradient, and the sum over parts: tasks are (n, h, pixel row of any level), scratch
-  // holds one row of channels padded to whole vectors.
+  // The size of one panel of the value gradient; then the function that sums the panels over parts. Its tasks are
+  // (n, h, pixel row of any level). Scratch holds one row of channels, padded to whole vectors.
   size_t (*grad_panel)(const MSDeformAttnArgs&);
   void (*combine_parts)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
 };

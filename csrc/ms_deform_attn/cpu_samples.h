@@ -1,5 +1,5 @@
-// The parts of the CPU kernels that know geometry: the packed panel of one head's value, and the preparation of one
-// query's samples. Included by cpu_kernel.cpp only; everything is private to each instruction set's copy.
+// Geometry of the CPU kernels: the packed panel of one head's value, and the preparation of one query's samples.
+// Included by cpu_kernel.cpp only, so that each instruction set has its own copy.
 #pragma once
 
 #include "common/scratch.h"
@@ -12,8 +12,8 @@ namespace {
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }
 
 // ---------------------------------------------------------------- the panel
-// Level l holds rows -2 .. h of width + 1 pixels: column -1 is zero and also serves as column w of the row above.
-// Rows -2 and -1 are zero, so that the level's very first pixel heads a 2 x 2 block of zeros.
+// Level l has rows -2 .. h of width + 1 pixels. Column -1 is zero, and is column w of the row above as well. Rows -2
+// and -1 are zero, so that a 2 x 2 block of zeros begins at the level's first pixel.
 struct PanelLevel {
   int64_t first;  // pixel index of (row -2, column -1)
   int64_t row;    // pixels from one row to the next
@@ -144,7 +144,7 @@ void set_constants(const MSDeformAttnArgs& args, const Panel& panel, Samples<T>&
     }
   }
   for (; k < s.padded; ++k) {
-    // Size -1 leaves no coordinate inside (-1, size): these lanes never contribute.
+    // With size -1 no coordinate lies in (-1, size), so these lanes never contribute.
     s.width[k] = s.height[k] = T(-1);
     s.first[k] = s.row[k] = 0;
     s.inverse_count[k] = 0;
@@ -187,7 +187,7 @@ inline Vec<double> exp_nonpositive(Vec<double> x) {
   return x;
 }
 
-// weights of the query into s.probability; from_offsets: their softmax.
+// Writes the attention weights of the query to s.probability; for from_offsets their softmax.
 template <typename T>
 inline void load_weights(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t h, Samples<T>& s) {
   T* weights = args.from_offsets ? s.raw_weight : s.probability;
@@ -229,7 +229,7 @@ inline void load_reference(const MSDeformAttnArgs& args, int64_t n, int64_t q, S
       store(s.reference + c * s.padded + k, look_up(s.point, size, load_int<T>(s.point_index + k) + c));
 }
 
-// Everything the gather needs, for all K samples at once.
+// Computes all that the gather needs, for all K samples at once.
 template <typename T>
 inline void prepare(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t h, Samples<T>& s) {
   load_run(args.locations.data, args.locations.dtype, args.locations.offset(n, q, h), 2 * s.k, s.raw_xy);
@@ -253,7 +253,7 @@ inline void prepare(const MSDeformAttnArgs& args, int64_t n, int64_t q, int64_t 
       shift_x += raw_x * unit_x;
       shift_y += raw_y * unit_y;
     }
-    // A product of the level's size is rounded to 1e-7 of it; what that cuts off still counts for the fractions.
+    // The product with the level's size has a relative error of 1e-7. The fractions need it, so it is added to them.
     const Vec<T> product_x = anchor_x * width, product_y = anchor_y * height;
     const Vec<T> rest_x = fused(anchor_x, width, -product_x), rest_y = fused(anchor_y, height, -product_y);
     Vec<T> x = product_x + shift_x, y = product_y + shift_y;

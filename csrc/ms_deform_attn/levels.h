@@ -1,4 +1,4 @@
-// The feature levels of multi-scale deformable attention, as kernels take them (plain data, passed by value).
+// The feature levels of multi-scale deformable attention as an argument of kernels: plain data, passed by value.
 #pragma once
 
 #include <cstdint>

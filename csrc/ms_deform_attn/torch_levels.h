@@ -6,8 +6,8 @@
 
 namespace m2f {
 
-// Level sizes from `levels`, or from the tensors where `levels` is empty and `read_tensors` says that they lie
-// in host memory. With neither (sizes known on the device only) heights, widths and starts stay zero.
+// Level sizes from `levels`. If that is empty they come from the tensors, provided that `read_tensors` states that
+// these are in host memory. Otherwise only the device knows them, and heights, widths and starts stay zero.
 inline Levels read_levels(const std::vector<int64_t>& levels, const std::optional<Tensor>& spatial_shapes,
                           const std::optional<Tensor>& level_start_index, const std::vector<int64_t>& points_per_level,
                           int64_t value_length, bool read_tensors) {
@@ -52,7 +52,7 @@ inline Levels read_levels(const std::vector<int64_t>& levels, const std::optiona
                     "level_start_index: level ", l, " of ", out.height[l], " x ", out.width[l], " starting at ",
                     out.start[l], " does not lie within value's ", value_length, " positions");
     total += out.height[l] * out.width[l];
-    // Levels that cover as many positions as value has leave none out exactly if no two of them overlap.
+    // Levels with as many positions as value leave none out if and only if no two of them overlap.
     for (int64_t other = 0; other < l; ++other) {
       const bool apart = out.start[other] + out.height[other] * out.width[other] <= out.start[l] ||
                          out.start[l] + out.height[l] * out.width[l] <= out.start[other];

@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> point_mask_loss(const Tensor& mask_lo
   args.rows = checked_rows(rows, "rows", logits.size(0));
   args.points = floats(points);
 
-  // Of each image its pixels and, after them, its marks if they are not masks.
+  // The list has each image's pixels, followed by its marks unless they are masks.
   std::vector<Tensor> pixels;
   std::vector<Target> all;
   for (size_t i = 0; i < targets_.size(); ++i) {
@@ -121,7 +121,7 @@ Tensor point_mask_loss_backward(const Tensor& grad_cross_entropy_, const Tensor&
   check_sizes(probability, "probability", {m, args.k});
   check_sizes(labels, "labels", {m, args.k});
   const int64_t* plane = checked_rows(rows, "rows", planes);
-  // Masks by plane, in their own order: one plane has one writer.
+  // Groups masks by plane, in order, so that each plane has one writer.
   std::vector<int64_t> start(planes + 1), order(m);
   for (int64_t i = 0; i < m; ++i) ++start[plane[i] + 1];
   std::partial_sum(start.begin(), start.end(), start.begin());

@@ -1,12 +1,12 @@
 // Matching cost and point loss on CPU, forward and backward; compiled once per instruction set.
 //
-// Matching cost: a block of queries and a stretch of points at a time. Softplus and sigmoid of the stretch are computed
-// once and stay in the first cache, where both products with the targets find them; logits are read once, and nothing
-// but the two costs is written.
+// Matching cost: a task takes a block of queries and one stretch of points at a time. It computes softplus and sigmoid
+// of the stretch once. They stay in L1, where both products with the targets read them. Logits are read once, and only
+// the two costs are written.
 //
-// Point loss: one mask at a time. Logit and label of each point are sampled and turned into sums while they are in
-// registers; probability and label are kept, from which backward computes its gradients without exponentials and
-// scatters them into the mask's plane: one writer per plane, always in the same order.
+// Point loss: a task takes one mask at a time. Logit and label of each point are sampled and summed up in registers.
+// Probability and label are kept: backward computes the gradients from them, without exponentials, and adds them to the
+// mask's plane. Each plane has one writer and a fixed order.
 
 #include "point_loss/cpu_kernel.h"
 
@@ -16,7 +16,7 @@
 namespace m2f {
 namespace {
 
-// Sums of up to this many points are taken in float, lane by lane, and then added in double.
+// Sums over at most this many points are taken in float, lane by lane, and then added up in double.
 constexpr int64_t kStretch = 1024;
 
 constexpr float kLog2E = 1.4426950408889634f;
@@ -25,7 +25,7 @@ constexpr float kLog2E = 1.4426950408889634f;
 M2F_INLINE void sigmoid_softplus(FloatVec x, FloatVec& sigmoid, FloatVec& softplus) {
   const FloatVec magnitude = reinterpret_cast<FloatVec>(reinterpret_cast<UInt32Vec>(x) & 0x7fffffffu);
   const FloatVec e = exp2(magnitude * -kLog2E);
-  // Both quotients from one division.
+  // One division serves both quotients.
   const FloatVec one = 1.0f + e, two = 2.0f + e, quotient = 1.0f / (one * two);
   const FloatVec inverse = quotient * two;
   sigmoid = x < 0.0f ? e * inverse : inverse;
@@ -56,7 +56,7 @@ constexpr int kTile = 4;  // queries by targets whose products are summed togeth
 
 struct CostScratch {
   float *x, *sigmoid;           // [kQueriesPerTask][kStretch]
-  float* labels;                // [kTile][kStretch], for targets and points that fill up a tile: zeros
+  float* labels;                // [kTile][kStretch], padded with zeros for targets and points beyond the end
   double *x_sum, *sigmoid_sum;  // [kQueriesPerTask][T], products with the targets
 };
 
@@ -64,8 +64,8 @@ size_t cost_scratch(const MatchingCostArgs& args) {
   return (2 * kQueriesPerTask + kTile) * kStretch * sizeof(float) + 2 * kQueriesPerTask * args.t * sizeof(double);
 }
 
-// Products of kTile rows of x or sigmoid with kTile rows of labels, over `steps` vectors; the first queries x targets
-// of them are added to `sums`.
+// Multiplies kTile rows of x or sigmoid with kTile rows of labels, over `steps` vectors, and adds the first
+// queries x targets products to `sums`.
 M2F_INLINE void multiply_tile(const float* a, const float* const* labels, int64_t steps, int64_t queries,
                               int64_t targets, double* sums, int64_t t) {
   FloatVec total[kTile * kTile] = {};

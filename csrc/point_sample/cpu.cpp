@@ -13,7 +13,7 @@ namespace {
 
 const PointSampleKernels& kernels() { return M2F_KERNELS_IN_USE(point_sample_kernels); }
 
-// Points that a task should have at least: what a thread does while another one starts.
+// The least number of points in a task: with fewer, starting a thread takes longer than the task.
 constexpr int64_t kPointsPerTask = 4096;
 
 int64_t grain(int64_t points_per_task) {
@@ -43,7 +43,7 @@ Tensor point_sample(const Tensor& input_, const Tensor& points_, bool exact) {
   if (output.numel() == 0) return output;
   args.output = output.data_ptr();
   args.output_type = dtype_of(output, "output");
-  // Channels are shared between threads first; the points of one image only where there are too few channels.
+  // Threads share the channels. They share the points of one image only where there are too few channels.
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
   args.parts = args.n * args.c >= 4 * threads ? 1 : std::clamp<int64_t>(args.k / kPointsPerTask, 1, 4 * threads);
   const PointSampleKernels& kernel = kernels();

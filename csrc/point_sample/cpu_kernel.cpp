@@ -1,12 +1,12 @@
 // Point sampling and the choice of uncertain points on CPU; compiled once per instruction set.
 //
-// Sampling many channels: what a sample reads and with which weights is worked out once per image and then used for
-// channel after channel, so that all random reads fall into one plane, which the second cache holds (a stride-4 plane
-// of a 1024 x 1024 image has 256 KiB; all 256 of them have 64 MiB). The next plane is fetched meanwhile: random reads
-// are followed by no prefetcher.
+// Sampling many channels: indices and weights of the samples are computed once per image and used for one channel after
+// the other. So all random reads fall into one plane, which fits L2: a stride-4 plane of a 1024 x 1024 image has
+// 256 KiB, all 256 of them 64 MiB. The next plane is prefetched meanwhile, since hardware prefetchers do not follow
+// random reads.
 //
-// Uncertain points: a mask's candidates are drawn, sampled and ranked without leaving the cache. The rank is decided by
-// radix selection on the bits of |logit|, three passes of a histogram, instead of a sort.
+// Uncertain points: a mask's candidates are drawn, sampled and ranked within the cache. Radix selection on the bits of
+// |logit| ranks them: three passes with a histogram, instead of a sort.
 
 #include "point_sample/cpu_kernel.h"
 
@@ -92,8 +92,8 @@ void sample(const PointSampleArgs& args, int64_t first, int64_t last, void* scra
   });
 }
 
-// ---------------------------------------------------------------- targets that are no masks
-// Points [first, last) of a map: its pixels are read once, and compared with each target's id.
+// ---------------------------------------------------------------- targets that are not masks
+// Points [first, last) of a map. Its pixels are read once and compared with the id of each target.
 template <typename E>
 void sample_map(const TargetSampleArgs& args, const E* map, int64_t first, int64_t last) {
   const Plane& shape = args.targets[0].plane;
@@ -167,7 +167,7 @@ constexpr int kBins = 2048;
 
 struct Candidates {
   float *x, *y;
-  uint32_t* key;  // bits of |logit|, which have its order, plus 1; 0 for NaN
+  uint32_t* key;  // bits of |logit| as an integer, which has the same order, plus 1; 0 for NaN
   uint32_t* bins;
 };
 
@@ -206,7 +206,7 @@ struct Threshold {
 Threshold select(const uint32_t* key, int64_t count, int64_t keep, uint32_t* bins) {
   constexpr int kShift[3] = {20, 10, 0}, kWidth[3] = {11, 10, 10};
   uint32_t prefix = 0;
-  int64_t wanted = keep;  // the rank looked for among the keys that begin with `prefix`
+  int64_t wanted = keep;  // the wanted rank among the keys that begin with `prefix`
   for (int pass = 0; pass < 3; ++pass) {
     const uint32_t mask = (1u << kWidth[pass]) - 1;
     std::memset(bins, 0, sizeof(uint32_t) << kWidth[pass]);
@@ -230,7 +230,7 @@ void keep_uncertain(const Candidates& from, int64_t count, int64_t keep, float* 
   int64_t kept = 0, equal = threshold.equal;
   for (int64_t i = 0; i < count && kept < keep; ++i) {
     const bool tie = from.key[i] == threshold.key && equal > 0;
-    // Written always, kept or not: no branch to mispredict.
+    // Writes every point and only advances past those that are kept: there is no branch to mispredict.
     out[2 * kept] = from.x[i];
     out[2 * kept + 1] = from.y[i];
     kept += from.key[i] < threshold.key || tie;

@@ -15,15 +15,15 @@ struct PointSampleArgs {
   PixelType type;
   int64_t stride[2];    // of n and c, in pixels
   const float* points;  // [N, K, 2]
-  int64_t parts;        // into which the points of one image are divided
+  int64_t parts;        // number of parts into which the points of one image are divided
   void* output;         // [N, C, K]
   DType output_type;
 
-  // Backward: from gradients of samples, in `output`, to those of planes [N, C, h, w] of the same type.
+  // Backward only. `output` then holds the gradients of the samples; this gets those of planes [N, C, h, w].
   void* grad_input;
 };
 
-// Samples of targets that are no masks, all of one kind and size.
+// Samples of targets that are not masks; all have one kind and size.
 struct TargetSampleArgs {
   int64_t count, k;
   const Target* targets;
@@ -47,9 +47,9 @@ struct PointSampleKernels {
   // Tasks are (n, part, c), c fastest.
   size_t (*sample_scratch)(const PointSampleArgs&);
   void (*sample)(const PointSampleArgs&, int64_t first, int64_t last, void* scratch);
-  // Tasks are stretches of kPointsPerStretch points: a map's pixels are read once for all targets.
+  // Tasks are stretches of kPointsPerStretch points, so that a map's pixels are read once for all targets.
   void (*sample_targets)(const TargetSampleArgs&, int64_t first, int64_t last);
-  // Tasks are (n, c). Scratch is one plane of floats where planes are narrower than that.
+  // Tasks are (n, c). Scratch is one plane of floats, used if planes are of 16 bits.
   void (*sample_backward)(const PointSampleArgs&, int64_t first, int64_t last, float* scratch);
   // Tasks are masks.
   size_t (*uncertain_scratch)(const UncertainPointsArgs&);
