@@ -248,8 +248,13 @@ def _attention(
     scores = (query.to(dtype) * scale) @ key.to(dtype).transpose(-1, -2)
     if bias is not None:
         scores = scores + bias
-    if bits.shape[1] > 0:  # else no query has a mask
+    rows, queries = bits.shape[1], query.shape[2]
+    if rows > 0:  # else no query has a mask
         attend = _unpack(bits, row_any, key.shape[2])
+        if rows != queries:  # the others attend everywhere
+            attend = torch.cat(
+                [attend, attend.new_ones(1, 1, 1).expand(len(attend), queries - rows, attend.shape[2])], 1
+            )
         scores = torch.where(attend.unsqueeze(1), scores, -torch.inf)
     output = scores.softmax(-1) @ value.to(dtype)
     return output.transpose(1, 2).to(query.dtype).contiguous(), scores.logsumexp(-1)

@@ -113,13 +113,16 @@ def test_attention_masks():
         assert all(torch.equal(x, y) for x, y in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("rows", [5, 3, 0])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_masked_attention(dtype):
+def test_masked_attention(dtype, rows):
+    """A mask of the first queries; the others attend everywhere."""
     g = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(2, 3, n, 8, generator=g).to(dtype) for n in (5, 70, 70))
     attend = torch.rand(2, 5, 70, generator=g) < 0.2
     attend[1, 2] = False
-    output, logsumexp = TABLE["masked_attention"](query, key, value, *pack(attend), 0.3)
+    output, logsumexp = TABLE["masked_attention"](query, key, value, *pack(attend[:, :rows]), 0.3)
+    attend[:, rows:] = True
     ruled = attend | ~attend.any(-1, keepdim=True)
     exact = [x.double() for x in (query, key, value)]
     expected, expected_logsumexp = masked_attention.masked_attention(*exact, ruled, 0.3)

@@ -393,6 +393,30 @@ def test_bfloat16(name, pixels):
     assert errors[1] <= 1.5 * errors[0] + 0.01
 
 
+@models
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+def test_torchscript_exporter_to_onnx(name, pixels, tmp_path):
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    _, accelerated = both(name)
+
+    class Tensors(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = accelerated
+
+        def forward(self, pixel_values):
+            output = self.model(pixel_values)
+            return output.masks_queries_logits, output.class_queries_logits
+
+    path = str(tmp_path / "m.onnx")
+    with torch.no_grad():
+        expected = Tensors()(pixels)
+        torch.onnx.export(Tensors().eval(), (pixels,), path, dynamo=False, opset_version=20, input_names=["pixels"])
+    for x, y in zip(runtime.InferenceSession(path).run(None, {"pixels": pixels.numpy()}), expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(x), y, rtol=1e-4, atol=1e-4)
+
+
 # ---------------------------------------------------------------- and back
 @models
 def test_copies_pickles_and_takes_back(name, pixels):

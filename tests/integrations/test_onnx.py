@@ -10,7 +10,8 @@ from torch import nn
 import m2f_kernels
 from m2f_kernels.integrations import onnx as integration
 from m2f_model import Mask2Former, Mask2FormerConfig
-from tests.integrations.families import FAMILIES
+from tests.integrations.families import FAMILIES, quick
+from tests.integrations.test_fits import Tensors
 from tests.model.peers import photograph, their_config
 
 pytest.importorskip("onnxscript", reason="onnxscript is not installed: pip install onnx onnxscript onnxruntime")
@@ -368,6 +369,58 @@ def test_missing_packages(monkeypatch, missing):
     monkeypatch.setattr(integration.importlib.util, "find_spec", lambda name: None if name == missing else find(name))
     with pytest.raises(ImportError, match=rf"expected onnx and onnxscript to be installed; pip install {missing}$"):
         integration.export(nn.Identity().eval(), (torch.zeros(3),))
+
+
+# ---------------------------------------------------------------- PyTorch's exporters by themselves
+def plainly_exported(model, family, path, dynamo):
+    """Largest difference of a file that `torch.onnx.export` wrote from the model, relative to the largest output."""
+    wrapped, pixels = Tensors(model, family).eval(), family.inputs()["pixel_values"]
+    with torch.no_grad():
+        torch.onnx.export(wrapped, (pixels,), str(path), dynamo=dynamo, opset_version=20, verbose=False)
+        expected = wrapped(pixels)
+    pairs = [(x[y.isfinite()], y[y.isfinite()]) for x, y in zip(run(path, pixels), expected, strict=True)]
+    return max(float((x - y).abs().max() / y.abs().max()) for x, y in pairs)
+
+
+#: What fails for the untouched model, too.
+UNTOUCHED_FAILS = {
+    ("rf_detr", False): "aten::_upsample_bicubic2d_aa",
+    ("deformable_detr", True): "sigmoid_min_1",
+}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
+@pytest.mark.parametrize(
+    "family",
+    quick([f for f in FAMILIES.values() if f.installed], ("deformable_detr", "lw_detr")),
+    ids=lambda family: family.name,
+)
+def test_torchscript_exporter(family, tmp_path):
+    """`torch.onnx.export(..., dynamo=False)` of accelerated models."""
+    model = m2f_kernels.accelerate(family.make()).model
+    reason = UNTOUCHED_FAILS.get((family.name, False))
+    if reason is None:
+        assert plainly_exported(model, family, tmp_path / "m.onnx", dynamo=False) < 1e-4
+        return
+    for one in (family.make(), model):
+        with pytest.raises(Exception, match=reason):
+            plainly_exported(one, family, tmp_path / "m.onnx", dynamo=False)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.parametrize("name", ["mask2former", "d_fine", "deformable_detr"])
+def test_exporter_of_programs(name, tmp_path):
+    """`torch.onnx.export(..., dynamo=True)` of accelerated models."""
+    family = FAMILIES[name]
+    model = m2f_kernels.accelerate(family.make()).model
+    reason = UNTOUCHED_FAILS.get((name, True))
+    if reason is None:
+        assert plainly_exported(model, family, tmp_path / "m.onnx", dynamo=True) < 1e-4
+        return
+    for one in (family.make(), model):
+        with pytest.raises(Exception, match=reason):
+            plainly_exported(one, family, tmp_path / "m.onnx", dynamo=True)
 
 
 # ---------------------------------------------------------------- the exporter of transformers

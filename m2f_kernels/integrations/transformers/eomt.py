@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from m2f_kernels import dispatch
+from m2f_kernels._checks import traced_for_onnx
 from m2f_kernels._constants import plain, replayable
 from m2f_kernels.graphs import captured
 from m2f_kernels.integrations.transformers import mask2former
@@ -180,7 +181,8 @@ class ForUniversalSegmentation(Mixin):
     ) -> Any:
         given = (pixel_values, mask_labels, class_labels, patch_offsets)
         served = kernels_serve(DECODER_OPS, next(self.parameters()))
-        if pixel_values is None or not served or not self._m2f_fusable(kwargs):
+        # Here masks are made from words of bits by operations that ONNX lacks for integers.
+        if pixel_values is None or not served or traced_for_onnx() or not self._m2f_fusable(kwargs):
             return super().forward(*given, **kwargs)
         # The original's decorator, which collects hidden states and returns a tuple if asked to.
         captured = sys.modules[_MODULES[self._m2f_family]].capture_outputs(_forward)
