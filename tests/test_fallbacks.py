@@ -415,11 +415,10 @@ def test_registered_operators_on_points():
 
 def test_registered_operators_do_not_run_the_reference(monkeypatch):
     """The reference runs only where it is asked for."""
-    for module in ("point_sample", "point_loss"):
+    for module in ("point_sample", "point_loss", "masked_attention"):
         reference = importlib.import_module(f"m2f_kernels.ops.{module}.reference")
-        for name in ("point_sample", "sample_targets", "point_mask_loss", "mask_matching_cost", "uncertain_points"):
-            if hasattr(reference, name):
-                monkeypatch.setattr(reference, name, None)
+        for name in dispatch.OPERATORS:
+            monkeypatch.setattr(reference, name, None, raising=False)
     points, rows, ones = points_outside(2, 40), torch.arange(2), torch.ones(2)
     with m2f_kernels.use_backend("fallback"):
         direct("point_sample")(FEATURES, points, False)
@@ -427,5 +426,34 @@ def test_registered_operators_do_not_run_the_reference(monkeypatch):
         direct("uncertain_points")(FEATURES[0], rows, torch.tensor([5]), 0, 50, 20, 5)
         direct("mask_matching_cost")(FEATURES[0, 0], FEATURES[1, 0])
         targets = [torch.rand(3, 8, 9) < 0.5]
+        case = masked_attention_cases.make_case(s=40)
+        mask = m2f_kernels.pack_attention_mask(case.attend)
+        found = direct("masked_attention")(*case.tensors.values(), *mask[:2], 0.3)
+        direct("masked_attention_backward")(found[0], *case.tensors.values(), *mask[:2], *found, 0.3)
         found = direct("point_mask_loss")(FEATURES[0], rows, targets, rows, points)
         direct("point_mask_loss_backward")(ones, ones, rows, points, *found[2:], 3, 16, 12)
+
+
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_registered_attention(dtype, biased):
+    """A mask of the first queries only, and one of which a row is empty; gradients from what the forward returned."""
+    case = masked_attention_cases.make_case(q=9, s=150)
+    case.attend[:, 2] = False
+    heads = [x.to(dtype) for x in case.tensors.values()]
+    mask = m2f_kernels.pack_attention_mask(case.attend[:, :7])
+    n, h, q = heads[0].shape[:3]
+    sides = [torch.randn(n, h, q, side).to(dtype) for side in (10, 15)] if biased else []
+    name = "masked_attention_with_bias" if biased else "masked_attention"
+
+    def run():
+        output, logsumexp = direct(name)(*heads, *mask[:2], *sides, 0.3)
+        grad = torch.linspace(-1, 1, output.numel()).view_as(output).to(dtype)
+        gradients = direct(f"{name}_backward")(grad, *heads, *mask[:2], *sides, output, logsumexp, 0.3)
+        return output, logsumexp, gradients
+
+    tolerance = 1e-5 if dtype == torch.float32 else 0.03
+    for found, expected in zip(*(torch.utils._pytree.tree_leaves(x) for x in both(run)), strict=True):
+        assert found.shape == expected.shape
+        assert found.dtype == expected.dtype
+        assert relative_error(found.float(), expected.float()) < tolerance

@@ -18,6 +18,7 @@ from m2f_kernels._checks import (
     check_shape,
     describe,
     host_size,
+    readable,
 )
 from m2f_kernels._dtypes import accumulation_dtype, autocast
 from m2f_kernels._library import LIBRARY
@@ -243,7 +244,10 @@ def _attention(
     query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, sides: tuple[Tensor, ...], scale: float
 ) -> tuple[Tensor, Tensor]:
     attend = _attend(bits, row_any, query, key)
-    output, logsumexp = reference.masked_attention(query, key, value, attend, scale, *sides)
+    if dispatch.plain("masked_attention", query) == "reference":
+        output, logsumexp = reference.masked_attention(query, key, value, attend, scale, *sides)
+    else:
+        output, logsumexp = fallback.attention_operator(query, key, value, ~attend, scale, *sides)
     return output.transpose(1, 2).contiguous(), logsumexp
 
 
@@ -267,15 +271,27 @@ def _masked_attention_with_bias_plain(
 
 
 def _gradients(
-    grad_output: Tensor, heads: list[Tensor], bits: Tensor, row_any: Tensor, sides: list[Tensor], scale: float
+    grad_output: Tensor,
+    heads: list[Tensor],
+    bits: Tensor,
+    row_any: Tensor,
+    sides: list[Tensor],
+    logsumexp: Tensor,
+    scale: float,
 ) -> tuple[Tensor, ...]:
     attend = _attend(bits, row_any, *heads[:2])
-    gradients = reference_gradients(
-        lambda q, k, v, *b: reference.masked_attention(q, k, v, attend, scale, *b)[0].transpose(1, 2),
-        grad_output,
-        [*heads, *sides],
-        [True] * (3 + len(sides)),
-    )
+    plain = dispatch.plain("masked_attention", heads[0])
+    if plain == "reference" or (readable(heads[2]) and not heads[2].isfinite().all()):
+        gradients = reference_gradients(
+            lambda q, k, v, *b: reference.masked_attention(q, k, v, attend, scale, *b)[0].transpose(1, 2),
+            grad_output,
+            [*heads, *sides],
+            [True] * (3 + len(sides)),
+        )
+    else:
+        grad = grad_output.transpose(1, 2)
+        query, key, value = heads
+        gradients = fallback.attention_operator_backward(grad, logsumexp, query, key, value, ~attend, scale, *sides)
     return (*(g.transpose(1, 2).contiguous() for g in gradients[:3]), *(g.contiguous() for g in gradients[3:]))
 
 
@@ -290,7 +306,7 @@ def _masked_attention_backward_plain(
     logsumexp: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    return _gradients(grad_output, [query, key, value], bits, row_any, [], scale)
+    return _gradients(grad_output, [query, key, value], bits, row_any, [], logsumexp, scale)
 
 
 def _masked_attention_with_bias_backward_plain(
@@ -306,7 +322,7 @@ def _masked_attention_with_bias_backward_plain(
     logsumexp: Tensor,
     scale: float,
 ) -> tuple[Tensor, ...]:
-    return _gradients(grad_output, [query, key, value], bits, row_any, [by_row, by_column], scale)
+    return _gradients(grad_output, [query, key, value], bits, row_any, [by_row, by_column], logsumexp, scale)
 
 
 dispatch.register(
