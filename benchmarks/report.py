@@ -78,53 +78,45 @@ def _ratio(row: Row) -> str:
     return "" if row.subject_speedup is None else f"{number(row.subject_speedup)}x"
 
 
-def _share(row: Row) -> str:
-    return "-" if row.floor_share is None else f"{row.floor_share:.0%}"
+Columns = dict[str, Callable[[Row], str]]
+_WHO: Columns = {"case": lambda row: row.case, "implementation": lambda row: row.implementation}
+_ERRORS: Columns = {"error": lambda row: error(row.error_output), "error grad": lambda row: error(row.error_gradients)}
+_FLOOR: Columns = {
+    "floor ms": lambda row: "-" if row.floor_ms is None else f"{number(row.floor_ms)} ({row.floor_kind})",
+    "share": lambda row: "-" if row.floor_share is None else f"{row.floor_share:.0%}",
+}
+_MEMORY: Columns = {
+    "extra MiB": lambda row: mebibytes(row.memory_extra_mib), "total MiB": lambda row: mebibytes(row.memory_total_mib),
+}  # fmt: skip
+_WRITTEN: Columns = {
+    "MiB written": lambda row: number(row.written_mib),
+    "faults": lambda row: "-" if row.page_faults is None else f"{row.page_faults:.0f}",
+}
 
 
-def _rate(row: Row, images: Callable[[str], int]) -> str:
-    return "" if row.median_ms is None else number(images(row.case) * 1e3 / row.median_ms)
+def _times(benchmark: Benchmark) -> Columns:
+    """Time and ratio, and images per second where the benchmark tells how many a case has."""
+
+    def rate(row: Row) -> str:
+        return "" if row.median_ms is None else number(benchmark.images(row.case) * 1e3 / row.median_ms)
+
+    return {"ms (IQR)": _time} | ({"images/s": rate} if benchmark.images else {}) | {"ratio": _ratio}
 
 
-def _time_table(rows: Sequence[Row], images: Callable[[str], int] | None = None) -> tuple[list[str], list[list[str]]]:
-    """Times, and images per second where `images` tells how many a case has."""
-    rate = [] if images is None else ["images/s"]
-    header = ["case", "implementation", "ms (IQR)", *rate, "ratio", "error", "error grad", "MiB written", "faults",
-              "floor ms", "share"]  # fmt: skip
-    lines = []
-    for row in rows:
-        faults = "-" if row.page_faults is None else f"{row.page_faults:.0f}"
-        floor = "-" if row.floor_ms is None else f"{number(row.floor_ms)} ({row.floor_kind})"
-        lines.append(
-            [row.case, row.implementation, _time(row), *([] if images is None else [_rate(row, images)]), _ratio(row),
-             error(row.error_output), error(row.error_gradients), number(row.written_mib), faults, floor, _share(row)]
-        )  # fmt: skip
-    return header, lines
+def _table(
+    title: str, columns: Columns, rows: Sequence[Row], which: Callable[[Row], bool] = lambda row: True
+) -> Section:
+    return title, list(columns), [[text(row) for text in columns.values()] for row in rows if which(row)]
 
 
-def _memory_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    lines = [
-        [row.case, row.implementation, mebibytes(row.memory_extra_mib), mebibytes(row.memory_total_mib)]
-        for row in rows
-        if row.memory_extra_mib is not None
-    ]
-    return ["case", "implementation", "extra MiB", "total MiB"], lines
+def _stage_table(rows: Sequence[Row]) -> Section:
+    def stage(name: str) -> Callable[[Row], str]:
+        return lambda row: number(row.stage_ms.get(name))
 
-
-def _stage_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    stages = list(dict.fromkeys(stage for row in rows for stage in row.stage_ms))
-    lines = [
-        [row.case, row.implementation, row.setting, *(number(row.stage_ms.get(stage)) for stage in stages),
-         number(max(0.0, row.median_ms - sum(row.stage_ms.values()))), number(row.median_ms)]
-        for row in rows
-        if row.stages and row.median_ms is not None
-    ]  # fmt: skip
-    return ["case", "implementation", "setting", *stages, "the rest, backward included", "total"], lines
-
-
-def _launch_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    lines = [[row.case, row.implementation, str(row.kernels)] for row in rows if row.kernels is not None]
-    return ["case", "implementation", "kernels launched"], lines
+    columns = _WHO | {"setting": lambda row: row.setting} | {name: stage(name) for row in rows for name in row.stage_ms}
+    columns["the rest, backward included"] = lambda row: number(max(0.0, row.median_ms - sum(row.stage_ms.values())))
+    columns["total"] = lambda row: number(row.median_ms)
+    return _table("Stages, ms", columns, rows, lambda row: bool(row.stages) and row.median_ms is not None)
 
 
 def _scaling_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
@@ -149,40 +141,46 @@ def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[l
     ]
 
 
-def _peers_table(rows: Sequence[Row], images: Callable[[str], int] | None = None) -> tuple[list[str], list[list[str]]]:
+def _peers_table(benchmark: Benchmark, rows: Sequence[Row]) -> Section:
     """The headline cases: every peer, its time and ratio in each setting, error, peak memory, share of the floor."""
     shown = [row for row in rows if row.headline]
     found = figures.settings_of(shown)
     by_key = {row.key: row for row in shown}
-    rate = [] if images is None else ["images/s"]
-    header = ["case", "implementation", *(x for s in found for x in (f"ms, {s}", *rate, "ratio")), "error",
-              "error grad", "peak MiB", "share of floor"]  # fmt: skip
-    lines = []
-    for row in shown:
-        if row.setting != found[0]:
-            continue
-        cells = []
-        for setting in found:
-            here = by_key.get((row.op, row.case, row.implementation, setting))
-            own = [] if images is None else [_rate(here, images) if here is not None else ""]
-            cells += ["-", *own, ""] if here is None else [_time(here), *own, _ratio(here)]
-        last = [error(row.error_output), error(row.error_gradients), mebibytes(row.memory_extra_mib), _share(row)]
-        lines.append([row.case, row.implementation, *cells, *last])
-    return header, lines
+    columns = dict(_WHO)
+
+    def under(setting: str, text: Callable[[Row], str], absent: str) -> Callable[[Row], str]:
+        return lambda row: text(here) if (here := by_key.get((*row.key[:3], setting))) else absent
+
+    for setting in found:
+        for name, text in _times(benchmark).items():
+            at = f"ms, {setting}" if name == "ms (IQR)" else f"{name}, {setting}"
+            columns[at] = under(setting, text, "-" if text is _time else "")
+    columns |= _ERRORS | {"peak MiB": _MEMORY["extra MiB"], "share of floor": _FLOOR["share"]}
+    title, header, lines = _table("Headline cases", columns, shown, lambda row: row.setting == found[0])
+    return (
+        title,
+        [name.partition(",")[0] if name.startswith(("ratio,", "images/s,")) else name for name in header],
+        lines,
+    )
 
 
 def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
     rows = run.of(benchmark.op).rows
-    sections: list[Section] = [("Required figures", figures.HEADER, figures.lines(benchmark, run.scale, rows))]
-    for setting in figures.settings_of(rows):
-        chosen = [row for row in rows if row.setting == setting]
-        sections.append((f"Time, allocator: {setting}", *_time_table(chosen, benchmark.images)))
+    time = _WHO | _times(benchmark) | _ERRORS | _WRITTEN | _FLOOR
     note = "allocator: default" if run.scale.device == "cpu" else "caching allocator"
-    sections.append((f"Peak memory, {note}", *_memory_table(rows)))
-    sections.append(("Stages, ms", *_stage_table(rows)))
-    sections.append(("Kernel launches", *_launch_table(rows)))
-    sections.append(("Threads", *_scaling_table(rows)))
-    sections.append(("Measured rates behind the floors", *_floor_table(run.floors)))
+    sections = [
+        ("Required figures", figures.HEADER, figures.lines(benchmark, run.scale, rows)),
+        *(
+            _table(f"Time, allocator: {setting}", time, rows, lambda row, setting=setting: row.setting == setting)
+            for setting in figures.settings_of(rows)
+        ),
+        _table(f"Peak memory, {note}", _WHO | _MEMORY, rows, lambda row: row.memory_extra_mib is not None),
+        _stage_table(rows),
+        _table("Kernel launches", _WHO | {"kernels launched": lambda row: str(row.kernels)}, rows,
+               lambda row: row.kernels is not None),
+        ("Threads", *_scaling_table(rows)),
+        ("Measured rates behind the floors", *_floor_table(run.floors)),
+    ]  # fmt: skip
     return [section for section in sections if section[2]]
 
 
@@ -238,7 +236,7 @@ def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> 
     console.rule(f"[bold]{benchmark.title}")
     sections = _sections(benchmark, run)
     if not everything:
-        peers: Section = ("Headline cases", *_peers_table(run.of(benchmark.op).rows, benchmark.images))
+        peers = _peers_table(benchmark, run.of(benchmark.op).rows)
         sections = [peers, *(s for s in sections if s[0] in ("Required figures", "Stages, ms"))]
     for title, header, lines in sections:
         if lines:
@@ -353,7 +351,7 @@ def text(directory: Path, runs: dict[str, Run]) -> str:
         parts += [f"![{title}]({name})" for name in pictures if (directory / name).exists()]
     parts.append("## Every operator and every peer")
     for op, run in runs.items():
-        header, lines = _peers_table(run.rows)
+        _, header, lines = _peers_table(benchmarks.load(op), run.rows)
         picture = f"![{op}]({op}.png)" if (directory / f"{op}.png").exists() else ""
         parts += [f"### [{benchmarks.load(op).title}]({op}.md)", markdown(header, lines) if lines else "", picture]
     judged = [line for line in found if line[-1] != figures.NO_TARGET]
