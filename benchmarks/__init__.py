@@ -10,10 +10,14 @@ To add an operator: write `benchmarks/ops/<op>.py` with a module-level
 from __future__ import annotations
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from benchmarks.cases import Benchmark
+
+#: Commands that are no part of a run lie in tools/ and are called as if they lay here: `python -m benchmarks.launches`.
+__path__.append(str(Path(__file__).with_name("tools")))
 
 #: Operator -> module that defines its `BENCHMARK`.
 REGISTRY: dict[str, str] = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 
 from benchmarks.memory import RESOLUTION_MIB
 
@@ -28,7 +29,7 @@ def error(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else "0" if value == 0 else f"{value:.1e}"
 
 
-def markdown(header: list[str], lines: list[list[str]]) -> str:
+def markdown(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
     """A Markdown table."""
     out = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
-    return "\n".join(out + ["| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines])
+    return "\n".join(out + ["| " + " | ".join(str(cell).replace("|", "/") for cell in line) + " |" for line in lines])

@@ -1,4 +1,4 @@
-"""The rule by which `benchmarks/launches.py` counts kernels without a GPU, and bounds on what is launched."""
+"""The rule by which `benchmarks.launches` counts kernels without a GPU, and bounds on what is launched."""
 
 import shutil
 import subprocess
@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
+from benchmarks.launches import Launches
 
 import m2f_kernels
 from benchmarks import launches
-from benchmarks.launches import Launches
 from m2f_kernels import predict_attention_mask
 from tests.model.peers import their_model
 

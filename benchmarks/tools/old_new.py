@@ -20,6 +20,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.formats import markdown
+
 ROOT = Path(__file__).parents[2]
 #: Microseconds by operator, then by dtype.
 Times = dict[str, dict[str, float]]
@@ -61,14 +63,14 @@ def medians(runs: list[Times]) -> Times:
 
 def table(old: Times, new: Times) -> str:
     """Markdown: before, after and how many times as fast."""
-    lines = ["| operator | dtype | before, µs | after, µs | times as fast |", "|---|---|---:|---:|---:|"]
+    lines = []
     for op in [*new, *(op for op in old if op not in new)]:
         for dtype in new.get(op) or old[op]:
             before, after = old.get(op, {}).get(dtype), new.get(op, {}).get(dtype)
             cells = ["" if x is None else f"{x:.1f}" for x in (before, after)]
             ratio = "" if before is None or after is None else f"{before / after:.2f}"
-            lines.append(f"| {op} | {dtype} | {cells[0]} | {cells[1]} | {ratio} |")
-    return "\n".join(lines)
+            lines.append([op, dtype, *cells, ratio])
+    return markdown(["operator", "dtype", "before, µs", "after, µs", "times as fast"], lines)
 
 
 def main() -> int:
@@ -84,8 +86,8 @@ def main() -> int:
         parser.error(f"--rounds: expected at least 1; got {options.rounds}")
     if wrong := [x for x in options.settings if "=" not in x]:
         parser.error(f"--with: expected NAME=VALUE; got {wrong[0]}")
-    if not (options.old / "benchmarks" / "kernels.py").exists():
-        parser.error(f"--old: expected a tree with benchmarks/kernels.py; got {options.old}")
+    if not list((options.old / "benchmarks").rglob("kernels.py")):
+        parser.error(f"--old: expected a tree with benchmarks.kernels; got {options.old}")
     start, old, new = time.monotonic(), [], []
     for _ in range(options.rounds):
         begun = time.monotonic()

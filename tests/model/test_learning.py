@@ -100,7 +100,7 @@ def test_trained_masks_in_bfloat16():
 
 def test_backends_learn_alike(tmp_path):
     """The first losses on the kernels are those on the reference; then Adam, which moves a weight by as much for a
-    gradient that is rounding as for any other, makes them part. The whole curves: benchmarks/learning.py."""
+    gradient that is rounding as for any other, makes them part. The whole curves: benchmarks/tools/learning.py."""
     curves = []
     for backend in ("auto", "reference"):
         losses = []

@@ -1,4 +1,4 @@
-"""Estimates the duration of a run from the times of an earlier one: `python -m benchmarks.budget FOLDER... [--full]`.
+"""Estimates the duration of a run from the times of an earlier one: `python -m benchmarks.budget CSV... [--full]`.
 
 It adds timed calls and one call per peak of memory. Other work (inputs, float64 references, starting processes) is not
 in a CSV. The wall time of each phase is among the facts of every run.
@@ -56,6 +56,7 @@ def main() -> None:
     scale, total = Scale("cpu", False, options.full), 0.0
     for folder in options.folder:
         rows = read(folder)
+        rows = [row for row in rows if row.run == "full"] or rows
         for op in benchmarks.REGISTRY:
             if any(row.op == op for row in rows):
                 seconds = timed(benchmarks.load(op), scale, rows), remembered(benchmarks.load(op), scale, rows)

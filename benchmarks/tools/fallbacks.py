@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
+from benchmarks.formats import markdown
 from m2f_kernels import FactoredMasks, PackedMask
 from m2f_kernels.ops.ms_deform_attn import fallback as ms_deform_attn
 from m2f_kernels.ops.point_sample import fallback as point_sample
@@ -456,19 +457,15 @@ def rows() -> list[Row]:
 
 def table(of: Iterable[Row]) -> str:
     """Markdown: both counts of each row, and their ratios."""
-    lines = [
-        "| operator | case | operations | ratio | MB written | ratio | MB saved | ratio |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    lines = []
     for row in of:
         theirs, ours = row.counts()
         cells = [row.op, row.case]
-        for name, scale in (("operations", 1), ("written", 1e6), ("saved", 1e6)):
+        for name, scale, digits in (("operations", 1, 0), ("written", 1e6, 1), ("saved", 1e6, 1)):
             a, b = getattr(theirs, name) / scale, getattr(ours, name) / scale
-            digits = 0 if scale == 1 else 1
             cells += [f"{a:.{digits}f} -> {b:.{digits}f}", f"{b / a:.2f}" if a else "-"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(cells)
+    return markdown(["operator", "case", "operations", "ratio", "MB written", "ratio", "MB saved", "ratio"], lines)
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.formats import markdown
 from m2f_kernels import _transfer
 
 # ---------------------------------------------------------------- with a GPU
@@ -457,11 +458,6 @@ def _targets(masks: list[Tensor], labels: list[Tensor]) -> list[dict[str, Tensor
 # ---------------------------------------------------------------- the command
 
 
-def _table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *([str(x) for x in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.partition("\n")[0])
@@ -478,16 +474,16 @@ def main(arguments: list[str] | None = None) -> None:
         for what, found in counts.items()
     ]
     print(f"Kernels of one forward pass, {options.backbone}, {options.size}²\n")
-    print(_table(["", "all", *stages, "casts of parameters", "copies; waits"], rows), "\n")
+    print(markdown(["", "all", *stages, "casts of parameters", "copies; waits"], rows), "\n")
     losses = {f"{size}² N={n} T={t}": loss(size, n, t, options.backbone) for size, n, t in LOSSES}
     rows = [[k, x.total, x.of("forward"), x.of("backward"), _traffic(x)] for k, x in losses.items()]
     print("Kernels of matching, loss and their gradients\n")
-    print(_table(["", "all", "forward", "backward", "copies; waits"], rows), "\n")
+    print(markdown(["", "all", "forward", "backward", "copies; waits"], rows), "\n")
     steps = {what: training(what, options.size) for what in ("m2f", "accelerated")}
     parts = ("model", "loss", "backward")
     rows = [[what, x.total, *(x.of(part) for part in parts), _traffic(x)] for what, x in steps.items()]
     print(f"Kernels of a training step, r50, {options.size}², 10 targets, fp32, without the optimiser's\n")
-    print(_table(["", "all", *parts, "copies; waits"], rows))
+    print(markdown(["", "all", *parts, "copies; waits"], rows))
     for what, found in (counts | losses | steps).items():
         for stage, names in found.kernels.items() if options.top else ():
             print(f"\n{what}, {stage}: " + ", ".join(f"{n} {name}" for name, n in names.most_common(options.top)))

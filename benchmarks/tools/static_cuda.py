@@ -27,7 +27,7 @@ SOURCE = Path("ms_deform_attn/cuda.cu")
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 #: Threads of a block: the launch bound of every kernel (`kMaxThreads`).
 THREADS = 256
-_CSRC = Path(__file__).parents[1] / "csrc"
+_CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @dataclass(frozen=True)
@@ -240,7 +240,7 @@ def main() -> int:
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+, V[\d.]+)", version)
     made = [line(k, release[1] if release else "of unknown release") for k in kernels]
-    print(markdown(list(made[0]), [list(map(str, x.values())) for x in made]))
+    print(markdown(list(made[0]), [x.values() for x in made]))
     print(
         f"{len(kernels)} kernels on {len({k.architecture for k in kernels})} architectures, "
         f"{len(spilling)} of them with register spills."

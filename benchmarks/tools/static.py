@@ -4,7 +4,7 @@
 
 Needs triton, which brings the assembler, and no GPU. Each operator is called on tensors of the meta device while
 `m2f_kernels._triton.recording` collects its launches, so what is compiled is what production would launch. A new
-operator needs one line in `CASES`. `benchmarks/static_cuda.py` does the same for CUDA C++.
+operator needs one line in `CASES`. `benchmarks.static_cuda` does the same for CUDA C++.
 
 It also states the least time of a launch: its tensors, each moved once, over the data sheet's bandwidth of the GPU;
 and, if `Case.flops` counts them, the operations of its matrix products in half precision over the data sheet's rate.
@@ -652,7 +652,7 @@ def main() -> int:
     problems = [problem for result in results for problem in result.problems()]
     counted = f"{len(results)} kernels, {len(problems)} of them with spills or too much shared memory."
     made = list(lines(results))
-    shown = summary(results) if options.summary else markdown(list(made[0]), [list(map(str, x.values())) for x in made])
+    shown = summary(results) if options.summary else markdown(list(made[0]), [x.values() for x in made])
     print(f"{shown}\n{counted}")
     if options.output is not None:
         write_csv(options.output, made)

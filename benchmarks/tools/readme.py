@@ -18,7 +18,7 @@ from benchmarks.formats import markdown, number
 from benchmarks.ops import point_loss
 from benchmarks.report import RESULTS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 _CPU, _GPU = "cpu-intel-xeon", "nvidia-h200"
 
