@@ -260,15 +260,19 @@ def _no_cast_is_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _buffers_stay(seen: _Seen) -> Iterator[None]:
-    """A context that restores buffers at its end, so that warm-up calls leave running statistics unchanged."""
-    buffers = [x for x in seen.weights if not isinstance(x, nn.Parameter)]
-    before = [x.clone() for x in buffers]
+    """A context that restores changed buffers at its end, so that warm-up calls leave running statistics as they were.
+
+    The others are not written: what is computed from them stays valid. Versions do not tell: batch norm changes its
+    statistics without counting.
+    """
+    before = [(x, x.clone()) for x in seen.weights if not isinstance(x, nn.Parameter)]
     try:
         yield
     finally:
         with torch.no_grad():
-            for x, kept in zip(buffers, before, strict=True):
-                x.copy_(kept)
+            for x, kept in before:
+                if not torch.equal(x, kept):
+                    x.copy_(kept)
 
 
 class _Replay(torch.autograd.Function):

@@ -19,6 +19,8 @@ import m2f_kernels
 from m2f_kernels import CudaGraphs
 from m2f_kernels._constants import ConstantCache, Held
 from m2f_kernels.graphs import captured
+from m2f_model import Mask2Former, Mask2FormerConfig
+from m2f_model.criterion import losses_of, total_loss
 from tests.integrations import test_eomt, test_oneformer
 from tests.integrations.families import FAMILIES, modeling
 from tests.model.peers import fix_points, their_model
@@ -407,6 +409,36 @@ def test_in_training_too_changes_are_seen(change):
     step(expected, x)
     assert_same_gradients(model, expected)
     assert graphs.captures == 2
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_validation_between_steps_of_training(frozen):
+    """Gradients of two batches, an optimiser's step, a validation, and loaded weights; norms that are folded without
+    gradients, or frozen only by their mode. Training is captured once."""
+    torch.manual_seed(0)
+    model = Mask2Former(Mask2FormerConfig.tiny(5, frozen_batch_norm=frozen, num_points=64))
+    expected = copy.deepcopy(model)
+    graphs, _ = make(model, training=True)
+    pairs = [(m, call, torch.optim.AdamW(m.parameters(), 1e-3)) for m, call in ((model, graphs), (expected, expected))]
+    targets = [{"labels": torch.tensor([0, 3]), "masks": torch.rand(2, 64, 64) > 0.5}]
+    pixels = torch.randn(2, 1, 3, 64, 64)
+    for i in range(3):
+        for m, call, optimiser in pairs:
+            m.train()
+            torch.manual_seed(i)
+            for x in pixels:
+                total_loss(losses_of(m.criterion, call(x).predictions, targets)).backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            m.eval()
+        with torch.inference_mode() if i else torch.no_grad():
+            assert torch.equal(*(call(pixels[0]).masks.logits() for _, call, _ in pairs))
+        if i == 1:
+            changed = {k: v * 1.01 if v.is_floating_point() else v for k, v in model.state_dict().items()}
+            for m, _, _ in pairs:
+                m.load_state_dict(changed)
+    # Three validations; training at first, and again where the constants of frozen norms were loaded.
+    assert graphs.captures == 3 + 1 + frozen
 
 
 class Checkpointed(nn.Module):
