@@ -22,7 +22,7 @@ __path__.append(str(Path(__file__).with_name("tools")))
 #: Operator -> module that defines its `BENCHMARK`.
 REGISTRY: dict[str, str] = {
     "point_loss": "benchmarks.ops.point_loss",
-    "end_to_end": "benchmarks.bench_end_to_end",
+    "end_to_end": "benchmarks.ops.end_to_end",
     "ms_deform_attn": "benchmarks.ops.ms_deform_attn",
     "attention_mask": "benchmarks.ops.attention_mask",
     "masked_attention": "benchmarks.ops.masked_attention",

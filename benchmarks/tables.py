@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from benchmarks import bench_end_to_end, models
+from benchmarks import models
 from benchmarks.cases import OURS, Row
 from benchmarks.formats import error, markdown, mebibytes, number
 from benchmarks.ops import attention_mask, ms_deform_attn
+from benchmarks.ops import end_to_end as whole
 from benchmarks.ops import masked_attention as attention
 from benchmarks.ops import point_loss as loss
 
@@ -170,19 +171,19 @@ def end_to_end(rows: Sequence[Row]) -> str:
 
     bf16 is compared with `transformers` in float32; its difference is the share of the masks that do not overlap.
     """
-    ours, theirs = bench_end_to_end.OURS, bench_end_to_end.TRANSFORMERS
+    ours, theirs = whole.OURS, whole.TRANSFORMERS
     lines = before_and_after(rows, theirs, ours, ("transformers", "m2f"))
     extra = []
     shown = (
-        bench_end_to_end.GRAPH, bench_end_to_end.BF16, bench_end_to_end.BF16_GRAPH, bench_end_to_end.CHECKPOINTED,
+        whole.GRAPH, whole.BF16, whole.BF16_GRAPH, whole.CHECKPOINTED,
     )  # fmt: skip
     for name in shown:
         renamed = [row for row in rows if row.implementation in (theirs, name)]
         if len({row.implementation for row in renamed}) == 2:
             label, notes = name.removeprefix("m2f, "), []
-            if name in bench_end_to_end.CAPTURED:
+            if name in whole.CAPTURED:
                 notes.append("transformers: no graph")
-            if name in bench_end_to_end.LOW_PRECISION:
+            if name in whole.LOW_PRECISION:
                 notes.append("transformers: float32; difference: 1 - IoU of the masks, random weights")
             if notes:
                 label += f" ({'; '.join(notes)})"

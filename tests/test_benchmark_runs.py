@@ -387,7 +387,7 @@ def test_peak_memory_in_a_forked_process_and_its_failures(tmp_path):
 @pytest.mark.parametrize("what", ["inference 64²", "training step 64²"])
 def test_whole_models_agree_and_their_stages_are_timed_apart(what):
     pytest.importorskip("transformers", reason="the whole model is compared with transformers'")
-    from benchmarks import bench_end_to_end as whole
+    from benchmarks.ops import end_to_end as whole
 
     scale = Scale("cpu", True)
     case = next(c for c in whole.cases(scale) if what in c.name)
@@ -406,8 +406,8 @@ def test_whole_models_agree_and_their_stages_are_timed_apart(what):
 
 
 def test_images_per_second_stand_beside_the_latency():
-    from benchmarks import bench_end_to_end as whole
     from benchmarks import report
+    from benchmarks.ops import end_to_end as whole
 
     row = replace(_row("m2f", 50.0, headline=True), case="R50 training step 1024² N=2")
     run = Run(Scale("cpu", False), {}, {}, [replace(row, op="end_to_end")])
@@ -420,7 +420,7 @@ def test_images_per_second_stand_beside_the_latency():
 
 @pytest.mark.parametrize("name", ["R50 inference 1024²", "Swin-T training step 512²", "R50 training step 1024² N=2"])
 def test_names_of_whole_models_say_what_they_are(name):
-    from benchmarks import bench_end_to_end as whole
+    from benchmarks.ops import end_to_end as whole
 
     assert whole._name(*whole.parts(name)) == name
 

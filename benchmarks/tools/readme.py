@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks import bench_end_to_end, models, tables
+from benchmarks import models, tables
 from benchmarks.cases import OURS, Row
 from benchmarks.compare import read
 from benchmarks.formats import markdown, number
-from benchmarks.ops import point_loss
+from benchmarks.ops import end_to_end, point_loss
 from benchmarks.report import RESULTS
 
 ROOT = Path(__file__).parents[2]
@@ -63,7 +63,7 @@ class Headline:
 
 
 _MODELS = (models.BEFORE, models.AFTER)
-_OURS = (bench_end_to_end.TRANSFORMERS, bench_end_to_end.OURS)
+_OURS = (end_to_end.TRANSFORMERS, end_to_end.OURS)
 _LOSS = (point_loss.TRANSFORMERS, OURS)
 HEADLINES = (
     Headline(

@@ -154,21 +154,27 @@ def _truth(name: str, device: str) -> Data:
     return Data({}, {"classes": classes.detach().cpu(), "masks": logits.detach().cpu()}, [], ("classes", "masks"))
 
 
-def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
+def compared(found: Sequence[Tensor], truth: Sequence[Tensor], low_precision: bool, tolerance: float) -> Verdict:
     """float32: largest difference of class and mask logits relative to the largest value. bf16: one minus the mean
     intersection over union of the predicted masks; a training step gives none, and must be finite."""
-    if implementation.name in LOW_PRECISION:
-        if len(results) < 2:
-            return Verdict(bool(results[0].isfinite().all()), math.nan)
-        ours, theirs = (x > 0 for x in (results[1].to(data.truth["masks"].device), data.truth["masks"]))
+    if low_precision and len(found) < 2:
+        return Verdict(bool(found[0].isfinite().all()), math.nan)
+    if low_precision:
+        ours, theirs = (x[1] > 0 for x in (found, truth))
         union, shared = ((ours | theirs).flatten(2).sum(-1), (ours & theirs).flatten(2).sum(-1))
         iou = (shared[union > 0] / union[union > 0]).double().mean().item() if union.any() else 1.0
         return Verdict(iou >= LEAST_IOU, 1 - iou)
-    errors = []
-    for found, truth in zip(results, data.truth.values(), strict=False):  # training gives no mask logits here
-        errors.append(((found.to(truth.device) - truth).abs().max() / truth.abs().max()).item())
-    tolerance = bench.TOLERANCE if data.truth["masks"].device.type == "cpu" else GPU_TOLERANCE
-    return Verdict(max(errors) < tolerance, max(errors))
+    # Training gives no mask logits here.
+    error = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, truth, strict=False))
+    return Verdict(error <= tolerance, error)
+
+
+def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
+    truth = list(data.truth.values())
+    found, tolerance = [x.to(truth[0].device) for x in results], bench.TOLERANCE
+    if truth[0].device.type != "cpu":
+        tolerance = GPU_TOLERANCE
+    return compared(found, truth, implementation.name in LOW_PRECISION, tolerance)
 
 
 def cases(scale: Scale) -> list[Case]:

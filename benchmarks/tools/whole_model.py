@@ -17,7 +17,6 @@ from __future__ import annotations
 import argparse
 import gc
 import importlib.util
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,7 +27,7 @@ from torch import Tensor, nn
 
 import m2f_kernels
 from benchmarks import timing
-from benchmarks.bench_end_to_end import GPU_TOLERANCE, LEAST_IOU
+from benchmarks.ops import end_to_end
 from m2f_model import bench
 from m2f_model.criterion import losses_of
 
@@ -146,29 +145,10 @@ def cases(device: str, full: bool, backbone: str = "r50") -> list[bench.Case]:
 
 def problem(case: bench.Case, found: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> tuple[float, str | None]:
     """The error, and why the result is wrong. Of bf16 one minus the masks' mean intersection over union."""
-    if case.autocast == "none":
-        pairs = [(a.float().cpu(), b.cpu()) for a, b in zip(found, truth, strict=True) if a is not None]
-        error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-        limit = bench.TOLERANCE if case.device == "cpu" else GPU_TOLERANCE
-    elif case.training:
-        return float("nan"), None if bool(found[0].isfinite().all()) else "not finite"
-    else:
-        a, b = (x[1].float().cpu() > 0 for x in (found, truth))
-        union, shared = (a | b).flatten(2).sum(-1), (a & b).flatten(2).sum(-1)
-        error, limit = 1 - (shared[union > 0] / union[union > 0]).double().mean().item(), 1 - LEAST_IOU
-    return error, None if error <= limit else f"wrong: {error:.2g}"
-
-
-def cpu_milliseconds(runs: list[Run], seconds: float, least: int) -> list[float]:
-    """Medians of the CPU time of calls in turn, of all threads of this process: what other processes do counts less."""
-    found: list[list[float]] = [[] for _ in runs]
-    end = time.perf_counter() + seconds
-    while len(found[-1]) < least or time.perf_counter() < end:
-        for run, taken in zip(runs, found, strict=True):
-            start = time.process_time()
-            run()
-            taken.append((time.process_time() - start) * 1e3)
-    return [statistics.median(taken) for taken in found]
+    results, exact = ([x.float().cpu() for x in tensors if x is not None] for tensors in (found, truth))
+    tolerance = bench.TOLERANCE if case.device == "cpu" else end_to_end.GPU_TOLERANCE
+    verdict = end_to_end.compared(results, exact, case.autocast != "none", tolerance)
+    return verdict.output, None if verdict.right else f"wrong: {verdict.output:.2g}"
 
 
 def measure(case: bench.Case, full: bool, seconds: float, skip: str | None = None, cpu_time: bool = False) -> list[str]:
@@ -196,11 +176,9 @@ def measure(case: bench.Case, full: bool, seconds: float, skip: str | None = Non
         else:
             lines.append(f"| {title} | {name} | {wrong} | | | |")
     gc.collect()
-    if cpu_time:
-        medians = cpu_milliseconds(list(runs.values()), seconds * len(runs), 3) if runs else []
-    else:
-        timings = timing.interleaved(list(runs.values()), case.device, seconds * len(runs), 3)
-        medians = [x.median_ms for x in timings]
+    clock = time.process_time if cpu_time else time.perf_counter  # of all threads of this process
+    timings = timing.interleaved(list(runs.values()), case.device, seconds * len(runs), 3, clock=clock)
+    medians = [x.median_ms for x in timings]
     first = medians[0] if medians else float("nan")
     for name, milliseconds in zip(runs, medians, strict=True):
         cells = [f"{milliseconds:.1f}", f"{case.batch * 1e3 / milliseconds:.2f}", f"{first / milliseconds:.2f}"]
