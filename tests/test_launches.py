@@ -7,10 +7,10 @@ from collections import Counter
 
 import pytest
 import torch
-from benchmarks.launches import Launches
 
 import m2f_kernels
 from benchmarks import launches
+from benchmarks.launches import Launches
 from m2f_kernels import predict_attention_mask
 from tests.model.peers import their_model
 
