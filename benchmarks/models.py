@@ -733,6 +733,30 @@ def _biased(backward: bool) -> Calls:
     }  # fmt: skip
 
 
+def _sam3_decoder(backward: bool) -> Calls:
+    """Six layers, 32 words of text, the same random weights."""
+    from transformers.models.sam3.modeling_sam3 import Sam3DetrDecoder, Sam3DETRDecoderConfig
+
+    torch.manual_seed(0)
+    untouched = Sam3DetrDecoder(Sam3DETRDecoderConfig(dropout=0.0)).eval()
+    image, positions, text = (torch.randn(1, length, 256) for length in (BIAS_SIDE**2, BIAS_SIDE**2, 32))
+    given = {"vision_features": image, "vision_pos_encoding": positions, "text_features": text}
+
+    def call(model: Any) -> tuple[Tensor, ...]:
+        with torch.set_grad_enabled(backward):
+            out = model(**given, spatial_shapes=torch.tensor([[BIAS_SIDE, BIAS_SIDE]]))
+        found = out.intermediate_hidden_states, out.reference_boxes
+        if not backward:
+            return found
+        total = found[0].square().mean() + found[1].mean()
+        # Those that the loss reaches.
+        parts = (model.box_rpb_embed_x, model.box_rpb_embed_y, model.layers)
+        return *found, *torch.autograd.grad(total, [p for part in parts for p in part.parameters()])
+
+    accelerated = m2f_kernels.accelerate(copy.deepcopy(untouched)).model
+    return {AFTER: partial(call, accelerated), BEFORE: partial(call, untouched)}
+
+
 ROW_COLUMN_BIAS = Benchmark(
     op="row_column_bias",
     title="Cross-attention with a bias of rows and columns",
@@ -741,9 +765,13 @@ ROW_COLUMN_BIAS = Benchmark(
         "a bias of each query for the row and one for the column of a key (`transformers`' `Sam3DetrDecoder`, image "
         "1008 x 1008). *Published*: both parts are added up to [N, H, Q, S], made contiguous, padded, and go to SDPA "
         "as a float mask. *Without a bias*: the same operator with a mask that blocks nothing, to show what the bias "
-        "costs. CPU time of one thread."
+        "costs. *Decoder*: all of `Sam3DetrDecoder`, before and after `accelerate`. CPU time of one thread."
     ),
     cases=lambda scale: [
+        pair(f"decoder, {way}", partial(_sam3_decoder, way != "forward"), 1e-4, way != "forward",
+             unavailable=lambda: missing("transformers")() or missing("transformers.models.sam3")())
+        for way in ("forward", "forward + backward")
+    ] + [
         pair(way, partial(_biased, way != "forward"), 1e-4, way != "forward", names=(BIASED, WITHOUT, PUBLISHED),
              ours=(BIASED, WITHOUT))
         for way in ("forward", "forward + backward")

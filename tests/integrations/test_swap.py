@@ -371,12 +371,12 @@ def test_patch_everything():
     try:
         report = patch()
         families = {entry.name.split(".")[2] for entry in report.replaced}
-        eomt = {
+        others = {
             name
-            for name in ("eomt", "eomt_dinov3", "videomt")
+            for name in ("eomt", "eomt_dinov3", "videomt", "sam3", "sam3_lite_text")
             if importlib.util.find_spec(f"transformers.models.{name}")
         }
-        assert families == {name for name, family in FAMILIES.items() if family.installed} | eomt
+        assert families == {name for name, family in FAMILIES.items() if family.installed} | others
     finally:
         unpatch()
     assert not any(_swap.qualified_name(cls) for cls, _ in _swap.patched_classes() if _named(cls))

@@ -26,7 +26,7 @@ from m2f_kernels.integrations.transformers._copies import calls_super, methods_o
 
 #: Modules beside this one, each with a `REPLACEMENTS`. Mask2Former's before EoMT's: a copy of the one's
 #: loss in another package is a copy of the other's, too.
-FAMILIES = ("deformable", "mask2former", "oneformer", "eomt", "rf_detr")
+FAMILIES = ("deformable", "mask2former", "oneformer", "eomt", "rf_detr", "sam3")
 
 if TYPE_CHECKING:
     Mixin = nn.Module

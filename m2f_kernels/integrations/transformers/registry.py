@@ -54,6 +54,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "TransformerDecoder",
         "Attention",
     ),
+    "bias of boxes": ("DetrDecoder",),
     "mask logits": ("TransformerModule", "Model", "ForUniversalSegmentation"),
     "matching and losses": ("HungarianMatcher", "Loss", "ForInstanceSegmentation"),
 }
