@@ -147,6 +147,7 @@ class Case:
         one_setting: timed in the first allocator setting only, unless with `--full`.
         build: makes the data; cases of one name of data have the same.
         spec: the operator's own parameters.
+        images: in a call, where a rate is of interest.
     """
 
     name: str
@@ -162,6 +163,7 @@ class Case:
     one_setting: bool = False
     build: Callable[[], Data] | None = None
     spec: Any = None
+    images: int | None = None
 
     @property
     def backward(self) -> bool:
@@ -312,7 +314,6 @@ class Benchmark:
         cpu_time: times are CPU time, which other programs of the machine do not change.
         pictures: draws what bars do not show into a directory, and returns the names of the files.
         stages: milliseconds of the parts of a call, where an implementation that was just timed has any.
-        images: the images of a call of the case with that name, where a rate is of interest.
         peak: peak MiB of an implementation in a process that has just been started, where the general way of
             measuring it (`benchmarks/memory.py`) does not fit.
     """
@@ -331,12 +332,16 @@ class Benchmark:
     cpu_time: bool = False
     pictures: Callable[[Path, Sequence[Row]], list[str]] = lambda directory, rows: []
     stages: Callable[[Case, Implementation], dict[str, float]] = lambda case, implementation: {}
-    images: Callable[[str], int] | None = None
     peak: Callable[[Case, Implementation], float] | None = None
 
     def select(self, scale: Scale) -> list[Case]:
         """The cases that a run of this scale measures."""
         return [case for case in self.cases(scale) if scale.full or not case.full]
+
+    def named(self) -> dict[str, Case]:
+        """The cases of every scale by name."""
+        scales = [Scale(device, not full, full) for device in ("cpu", "cuda") for full in (False, True)]
+        return {case.name: case for scale in scales for case in self.cases(scale)}
 
     def data(self, scale: Scale) -> dict[str, Callable[[], Data]]:
         """The builders of the cases' data by name; a truth with gradients serves cases without, too."""

@@ -153,23 +153,18 @@ def _lines(
     return {name: sorted(points) for name, points in found.items()}
 
 
-def draw_points(directory: Path, rows: Sequence[Row], usual: int) -> list[str]:
+def draw_points(
+    directory: Path, curve: Sequence[Row], whole: Sequence[Row], points: Callable[[Row], int], case: str
+) -> list[str]:
     """Time and peak memory of the loss over the number of points K, and where full masks are.
 
     Args:
-        usual: the K of the case that names none.
+        curve: rows at other numbers of points.
+        whole: rows of the case at the usual number, `case`.
+        points: of a row.
     """
-    curve = [row for row in rows if " K=" in row.case and row.median_ms is not None]
-    if not curve:
-        return []
-    case = curve[0].case.split(" K=")[0]
     names = list(dict.fromkeys(row.implementation for row in curve))
-    whole = [row for row in rows if row.case == case and row.setting == curve[0].setting]
-    curve += [row for row in whole if row.implementation in names]
-
-    def points(row: Row) -> int | None:
-        return int(row.case.split("K=")[1]) if " K=" in row.case else usual
-
+    curve = [*curve, *(row for row in whole if row.implementation in names)]
     plt = _pyplot()
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     colours = _colours([*curve, *whole])

@@ -95,12 +95,14 @@ _WRITTEN: Columns = {
 
 
 def _times(benchmark: Benchmark) -> Columns:
-    """Time and ratio, and images per second where the benchmark tells how many a case has."""
+    """Time and ratio, and images per second where cases say how many they have."""
+    images = {name: case.images for name, case in benchmark.named().items() if case.images}
 
     def rate(row: Row) -> str:
-        return "" if row.median_ms is None else number(benchmark.images(row.case) * 1e3 / row.median_ms)
+        known = row.median_ms is not None and row.case in images
+        return number(images[row.case] * 1e3 / row.median_ms) if known else ""
 
-    return {"ms (IQR)": _time} | ({"images/s": rate} if benchmark.images else {}) | {"ratio": _ratio}
+    return {"ms (IQR)": _time} | ({"images/s": rate} if images else {}) | {"ratio": _ratio}
 
 
 def _table(
@@ -119,18 +121,21 @@ def _stage_table(rows: Sequence[Row]) -> Section:
     return _table("Stages, ms", columns, rows, lambda row: bool(row.stages) and row.median_ms is not None)
 
 
-def _scaling_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _scaling_table(benchmark: Benchmark, rows: Sequence[Row]) -> Section:
     """Times of cases that were also run with fewer threads, and the speedup from all threads."""
     header = ["case", "implementation", "setting", "threads", "ms", "threads", "ms", "scaling"]
-    measured = {row.key: row for row in rows if row.median_ms is not None}
+    measured, named = {row.key: row for row in rows if row.median_ms is not None}, benchmark.named()
+    usual = {(case.data, case.direction): name for name, case in named.items() if case.threads is None}
     lines = []
     for row in measured.values():
-        whole = measured.get((row.op, row.case.rsplit(f" {row.threads} thread", 1)[0], row.implementation, row.setting))
-        if whole is not None and whole is not row and row.median_ms and whole.median_ms:
-            few, all_ = [str(row.threads), number(row.median_ms)], [str(whole.threads), number(whole.median_ms)]
+        case = named.get(row.case)
+        name = usual.get((case.data, case.direction)) if case and case.threads else None
+        whole = measured.get((row.op, name, row.implementation, row.setting))
+        if whole is not None:
+            few, all_ = [row.threads, number(row.median_ms)], [whole.threads, number(whole.median_ms)]
             scaling = f"{number(row.median_ms / whole.median_ms)}x"
-            lines.append([whole.case, row.implementation, row.setting, *few, *all_, scaling])
-    return header, lines
+            lines.append([name, row.implementation, row.setting, *map(str, few + all_), scaling])
+    return "Threads", header, lines
 
 
 def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
@@ -178,7 +183,7 @@ def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
         _stage_table(rows),
         _table("Kernel launches", _WHO | {"kernels launched": lambda row: str(row.kernels)}, rows,
                lambda row: row.kernels is not None),
-        ("Threads", *_scaling_table(rows)),
+        _scaling_table(benchmark, rows),
         ("Measured rates behind the floors", *_floor_table(run.floors)),
     ]  # fmt: skip
     return [section for section in sections if section[2]]

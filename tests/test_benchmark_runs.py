@@ -401,7 +401,7 @@ def test_whole_models_agree_and_their_stages_are_timed_apart(what):
         parts = {"backbone", "pixel decoder", "transformer decoder"} | ({"loss"} if "training" in what else set())
         assert whole.stages(case, implementation).keys() == parts
         # Hooks wait for a GPU: none while a call is timed.
-        model, _ = whole._bound[case.name, implementation.name]
+        model, _ = whole._bound[case.spec, implementation.name]
         assert not any(x._forward_hooks or x._forward_pre_hooks for x in model.modules())
 
 
@@ -411,7 +411,10 @@ def test_images_per_second_stand_beside_the_latency():
 
     row = replace(_row("m2f", 50.0, headline=True), case="R50 training step 1024² N=2")
     run = Run(Scale("cpu", False), {}, {}, [replace(row, op="end_to_end")])
-    for benchmark, found in ((whole.BENCHMARK, True), (replace(whole.BENCHMARK, images=None), False)):
+    for benchmark, found in (
+        (whole.BENCHMARK, True),
+        (replace(benchmarks.load("attention_mask"), op="end_to_end"), False),
+    ):
         times = next(section for section in report._sections(benchmark, run) if section[0].startswith("Time"))
         for _, header, (line,) in (times, report._peers_table(benchmark, run.rows)):
             assert ("images/s" in header) == found
@@ -422,7 +425,9 @@ def test_images_per_second_stand_beside_the_latency():
 def test_names_of_whole_models_say_what_they_are(name):
     from benchmarks.ops import end_to_end as whole
 
-    assert whole._name(*whole.parts(name)) == name
+    case = whole.BENCHMARK.named()[name]
+    assert whole.title(case.spec) == name
+    assert case.backward == case.spec.training
 
 
 @pytest.mark.parametrize(("launch_s", "expected"), [(0.0, 0.001), (0.004, 0.008), (0.02, 0.0)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ LOW_PRECISION = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED, BF16_GRAPH)
 #: Inference only: a training step waits for the GPU when it matches.
 CAPTURED = (GRAPH, BF16_GRAPH)
 INFERENCE, TRAINING = "inference", "training step"
-TITLES = {"tiny": "tiny", "r50": "R50", "swin-t": "Swin-T"}
+TITLES = {"tiny": "tiny", "r50": "R50", "swin-tiny": "Swin-T"}
 TARGETS = 10
 #: On a GPU convolutions of the two models round differently, and a few logits next to zero change their sign: a bit of
 #: an attention mask of random weights changes predictions by some percent. Tests of the operators are stricter.
@@ -40,26 +41,15 @@ LEAST_IOU = 0.5
 STAGE_CALLS = 3
 
 
-def _name(backbone: str, what: str, size: int, batch: int = 1) -> str:
-    return f"{TITLES[backbone]} {what} {size}²" + (f" N={batch}" if batch > 1 else "")
+def title(case: bench.Case) -> str:
+    """The name of a case."""
+    what = f"{TITLES[case.backbone]} {TRAINING if case.training else INFERENCE} {case.size}²"
+    return what + (f" N={case.batch}" if case.batch > 1 else "")
 
 
-def parts(name: str) -> tuple[str, str, int, int]:
-    """Backbone, what is measured, side of the image and batch: what `_name` was made from."""
-    title, rest = name.split(" ", 1)
-    what = next(w for w in (INFERENCE, TRAINING) if rest.startswith(w))
-    size, *batch = rest.removeprefix(what).split()
-    backbone = next(b for b, t in TITLES.items() if t == title)
-    return backbone, what, int(size.rstrip("²")), int(batch[0].removeprefix("N=")) if batch else 1
-
-
-def _spec(name: str, implementation: str, device: str) -> bench.Case:
-    backbone, what, size, batch = parts(name)
-    return bench.Case(
-        backbone, size, what == TRAINING, batch, TARGETS, device,
-        autocast="bf16" if implementation in LOW_PRECISION else "none",
-        activation_checkpointing=implementation == CHECKPOINTED,
-    )  # fmt: skip
+def _spec(case: bench.Case, implementation: str) -> bench.Case:
+    autocast = "bf16" if implementation in LOW_PRECISION else "none"
+    return replace(case, autocast=autocast, activation_checkpointing=implementation == CHECKPOINTED)
 
 
 def _base(implementation: str) -> str:
@@ -78,9 +68,9 @@ def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, device
     return model
 
 
-def _model_of(name: str, implementation: str, device: str) -> nn.Module:
+def _model_of(case: bench.Case, implementation: str) -> nn.Module:
     compiled = implementation == TRANSFORMERS_COMPILED
-    return _model(parts(name)[0], _base(implementation), implementation == CHECKPOINTED, compiled, device)
+    return _model(case.backbone, _base(implementation), implementation == CHECKPOINTED, compiled, case.device)
 
 
 def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
@@ -103,14 +93,14 @@ def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tenso
 
 
 #: The model and the call of each case's implementation that was last bound.
-_bound: dict[tuple[str, str], tuple[nn.Module, Callable[[], object]]] = {}
+_bound: dict[tuple[bench.Case, str], tuple[nn.Module, Callable[[], object]]] = {}
 
 
-def _adapt(name: str, implementation: str, device: str, inputs: Tensors, levels: Levels) -> dict[str, Any]:
-    model = _model_of(name, implementation, device)
+def _adapt(case: bench.Case, implementation: str, inputs: Tensors, levels: Levels) -> dict[str, Any]:
+    model = _model_of(case, implementation)
     run: Callable[[], tuple[Tensor, ...]]
-    run = bench.call(_spec(name, implementation, device), model, free_gradients=True)
-    _bound[name, implementation] = model, run
+    run = bench.call(_spec(case, implementation), model, free_gradients=True)
+    _bound[case, implementation] = model, run
     return {"run": _captured(run) if implementation in CAPTURED else run}
 
 
@@ -123,7 +113,7 @@ def stages(case: Case, implementation: Implementation) -> dict[str, float]:
     GPU, so that the calls which are timed as a whole have none. A compiled or captured call has no parts."""
     if implementation.name in (TRANSFORMERS_COMPILED, *CAPTURED):
         return {}
-    model, run = _bound[case.name, implementation.name]
+    model, run = _bound[case.spec, implementation.name]
     device = next(model.parameters()).device.type
     samples: dict[str, list[float]] = {}
     handles = []
@@ -140,18 +130,17 @@ def stages(case: Case, implementation: Implementation) -> dict[str, float]:
 
 def peak(case: Case, implementation: Implementation) -> float:
     """Peak MiB above weights and, in training, gradients; in a process that has only just been started."""
-    return bench.measure_peak(_spec(case.name, implementation.name, "cpu"), _base(implementation.name))
+    return bench.measure_peak(_spec(case.spec, implementation.name), _base(implementation.name))
 
 
 # ---------------------------------------------------------------- cases
 
 
-def _truth(name: str, device: str) -> Data:
+def _truth(case: bench.Case) -> Data:
     """The last prediction of `transformers` in float32."""
-    backbone, _, size, batch = parts(name)
-    case = bench.Case(backbone, size, False, batch, TARGETS, device)
-    classes, logits = bench.call(case, _model_of(name, TRANSFORMERS, device))()
-    return Data({}, {"classes": classes.detach().cpu(), "masks": logits.detach().cpu()}, [], ("classes", "masks"))
+    call = bench.call(replace(case, training=False), _model_of(case, TRANSFORMERS))
+    classes, logits = (x.detach().cpu() for x in call())
+    return Data({}, {"classes": classes, "masks": logits}, [], ("classes", "masks"))
 
 
 def compared(found: Sequence[Tensor], truth: Sequence[Tensor], low_precision: bool, tolerance: float) -> Verdict:
@@ -182,22 +171,20 @@ def cases(scale: Scale) -> list[Case]:
     backbone = "tiny" if scale.quick else "r50"
     largest, small = (128, 64) if scale.quick else (1024, 512)
 
-    def one(name: str, implementation: str, **options: Any) -> Implementation:
-        adapt = partial(_adapt, name, implementation, scale.device)
-        ours = _base(implementation) == "m2f"
-        # What a replay needs was allocated when it was captured.
-        counts = implementation not in CAPTURED
-        return Implementation(
-            implementation, _call, adapt, ours=ours, counts_writes=False, counts_memory=counts, **options
-        )
-
     def case(backbone: str, what: str, size: int, *more: str, batch: int = 1, **options: Any) -> Case:
-        name = _name(backbone, what, size, batch)
-        implementations = [one(name, OURS), one(name, TRANSFORMERS)]
-        implementations += [one(name, other, one_setting=True) for other in more]
-        direction = "forward+backward" if what == TRAINING else "forward"
-        made = partial(_truth, name, scale.device)
-        return Case(name, name, direction, implementations, build=made, **options)
+        spec = bench.Case(backbone, size, what == TRAINING, batch, TARGETS, scale.device)
+
+        def one(implementation: str) -> Implementation:
+            # What a replay needs was allocated when it was captured.
+            return Implementation(
+                implementation, _call, partial(_adapt, spec, implementation), ours=_base(implementation) == "m2f",
+                counts_writes=False, counts_memory=implementation not in CAPTURED, one_setting=implementation in more,
+            )  # fmt: skip
+
+        implementations = [one(name) for name in (OURS, TRANSFORMERS, *more)]
+        direction, made = "forward+backward" if spec.training else "forward", partial(_truth, spec)
+        name = title(spec)
+        return Case(name, name, direction, implementations, build=made, spec=spec, images=batch, **options)
 
     low = LOW_PRECISION[: 3 if cuda else 2 if scale.full else 1]
     graphs = CAPTURED if cuda else ()
@@ -214,8 +201,8 @@ def cases(scale: Scale) -> list[Case]:
     ]
     found.append(case(backbone, TRAINING, 1024, memory=True, full=not cuda))
     for size in (512, 1024):
-        found.append(case("swin-t", INFERENCE, size, memory=True, full=True))
-    found.append(case("swin-t", TRAINING, 512, memory=True, full=True))
+        found.append(case("swin-tiny", INFERENCE, size, memory=True, full=True))
+    found.append(case("swin-tiny", TRAINING, 512, memory=True, full=True))
     if cuda:
         found.append(case(backbone, TRAINING, 1024, *low, batch=2, memory=True, headline=True))
     return found
@@ -225,10 +212,11 @@ def cases(scale: Scale) -> list[Case]:
 
 
 def figures(scale: Scale) -> list[Figure]:
-    if scale.quick:
-        large, small, training = (_name("tiny", *x) for x in ((INFERENCE, 128), (INFERENCE, 64), (TRAINING, 64)))
-    else:
-        large, small, training = (_name("r50", *x) for x in ((INFERENCE, 1024), (INFERENCE, 512), (TRAINING, 512)))
+    backbone, side, other = ("tiny", 128, 64) if scale.quick else ("r50", 1024, 512)
+    large, small, training, both = (
+        title(bench.Case(backbone, size, train, batch))
+        for size, train, batch in ((side, False, 1), (other, False, 1), (other, True, 1), (1024, True, 2))
+    )
     time, memory = "median_ms", "memory_extra_mib"
 
     def ratio(case: str, field_: str, ours: str, label: str, *target: float | None) -> Figure:
@@ -238,7 +226,6 @@ def figures(scale: Scale) -> list[Figure]:
         return Figure(f"{case}: {label}", (case, (TRANSFORMERS,), field_), (case, (ours,), field_), targets)
 
     if scale.device == "cuda" and not scale.quick:
-        both = _name("r50", TRAINING, 1024, 2)
         return [
             *(
                 Figure(f"{case}: {label}", (case, (peer,), time), (case, (BF16,), time), {"cuda": target})
@@ -279,17 +266,15 @@ def draw(directory: Path, rows: Sequence[Row]) -> list[str]:
     """Inference over the side of the image, for the backbone that was run at most sizes, and the stages of a call."""
     from benchmarks import plot
 
+    specs = {name: case.spec for name, case in BENCHMARK.named().items()}
     curves: dict[str, list[Row]] = {}
     for row in rows:
-        backbone, what, _, batch = parts(row.case)
-        if what == INFERENCE and batch == 1 and row.implementation in (OURS, TRANSFORMERS):
-            curves.setdefault(backbone, []).append(row)
-    curve = max(curves.values(), key=lambda one: len({row.case for row in one}), default=[])
-    title = f"{curve[0].case.split(' ')[0]} {INFERENCE}, one image" if curve else ""
-    return [
-        *plot.draw_sizes(directory, curve, lambda row: parts(row.case)[2], title),
-        *plot.draw_stages(directory, rows),
-    ]
+        spec = specs.get(row.case)
+        if spec and not spec.training and spec.batch == 1 and row.implementation in (OURS, TRANSFORMERS):
+            curves.setdefault(TITLES[spec.backbone], []).append(row)
+    name, curve = max(curves.items(), key=lambda one: len({row.case for row in one[1]}), default=("", []))
+    drawn = plot.draw_sizes(directory, curve, lambda row: specs[row.case].size, f"{name} {INFERENCE}, one image")
+    return [*drawn, *plot.draw_stages(directory, rows)]
 
 
 BENCHMARK = Benchmark(
@@ -317,6 +302,5 @@ BENCHMARK = Benchmark(
     pictures=draw,
     long_ms=60_000.0,  # the first call of a model is slower than the others
     stages=stages,
-    images=lambda name: parts(name)[3],
     peak=peak,
 )  # fmt: skip
