@@ -125,7 +125,7 @@ def test_the_first_steps_fit_into_nine_minutes():
         (["csrc/ms_deform_attn/cuda.cu"], "tests/ops/test_ms_deform_attn_cuda.py"),
         (["m2f_kernels/ops/point_loss/triton.py"], "tests/triton/test_points.py"),
         (["m2f_kernels/_triton.py"], "tests/triton"),
-        (["csrc/common/simd.h"], "tests/ops"),
+        (["csrc/cpu/simd.h"], "tests/ops"),
         (["m2f_kernels/nn/point_mask_criterion.py"], "tests/nn"),
         (["m2f_model/train.py"], "tests/model"),
         (["tests/test_readme.py"], "tests/test_readme.py"),

@@ -105,7 +105,7 @@ def tests_of(paths: Sequence[str]) -> list[str]:
         parts = Path(path).parts
         if parts[:2] == ("m2f_kernels", "ops") and len(parts) > 3:
             op = parts[2]
-        elif parts[0] == "csrc" and len(parts) > 2 and parts[1] not in ("common", "cpu", "torch"):
+        elif parts[0] == "csrc" and len(parts) > 2 and parts[1] not in ("cpu", "torch"):
             op = parts[1]
         else:
             op = ""

@@ -6,9 +6,9 @@
 #include <cmath>
 #include <tuple>
 
-#include "common/cpu_binding.h"
-#include "common/cpu_capability.h"
-#include "common/torch_args.h"
+#include "cpu/capability.h"
+#include "torch/args.h"
+#include "torch/cpu_binding.h"
 
 namespace m2f {
 namespace {

@@ -8,9 +8,9 @@
 
 #include "attention_mask/cpu_kernel.h"
 
-#include "common/simd.h"
-#include "common/simd_bits.h"
-#include "common/variant.h"
+#include "cpu/simd.h"
+#include "cpu/simd_bits.h"
+#include "cpu/variant.h"
 
 namespace m2f {
 namespace {

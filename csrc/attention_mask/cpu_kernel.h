@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/rows.h"
+#include "cpu/rows.h"
 
 namespace m2f {
 

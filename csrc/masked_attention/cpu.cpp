@@ -5,10 +5,10 @@
 #include <tuple>
 #include <utility>
 
-#include "common/cpu_binding.h"
-#include "common/cpu_capability.h"
-#include "common/torch_args.h"
+#include "cpu/capability.h"
 #include "masked_attention/cpu_kernel.h"
+#include "torch/args.h"
+#include "torch/cpu_binding.h"
 
 namespace m2f {
 namespace {

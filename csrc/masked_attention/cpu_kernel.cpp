@@ -11,7 +11,7 @@
 
 #include "masked_attention/cpu_kernel.h"
 
-#include "common/variant.h"
+#include "cpu/variant.h"
 #include "masked_attention/cpu_backward.h"
 #include "masked_attention/cpu_bias.h"
 #include "masked_attention/cpu_tiles.h"

@@ -2,9 +2,9 @@
 // three small matrix products that everything is made of. Compiled once per instruction set.
 #pragma once
 
-#include "common/scratch.h"
-#include "common/simd.h"
-#include "common/simd_bits.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
+#include "cpu/simd_bits.h"
 #include "masked_attention/cpu_kernel.h"
 
 namespace m2f {

@@ -6,10 +6,10 @@
 #include <numeric>
 #include <tuple>
 
-#include "common/cpu_binding.h"
-#include "common/cpu_capability.h"
-#include "common/torch_args.h"
+#include "cpu/capability.h"
 #include "ms_deform_attn/torch_levels.h"
+#include "torch/args.h"
+#include "torch/cpu_binding.h"
 
 namespace m2f {
 namespace {

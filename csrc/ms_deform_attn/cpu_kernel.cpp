@@ -19,8 +19,8 @@
 
 #include "ms_deform_attn/cpu_kernel.h"
 
-#include "common/simd.h"
-#include "common/variant.h"
+#include "cpu/simd.h"
+#include "cpu/variant.h"
 #include "ms_deform_attn/cpu_samples.h"
 
 namespace m2f {

@@ -5,7 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/rows.h"
+#include "cpu/rows.h"
 #include "ms_deform_attn/levels.h"
 
 namespace m2f {

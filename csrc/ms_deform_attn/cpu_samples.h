@@ -2,8 +2,8 @@
 // Included by cpu_kernel.cpp only, so that each instruction set has its own copy.
 #pragma once
 
-#include "common/scratch.h"
-#include "common/simd.h"
+#include "cpu/scratch.h"
+#include "cpu/simd.h"
 #include "ms_deform_attn/cpu_kernel.h"
 
 namespace m2f {

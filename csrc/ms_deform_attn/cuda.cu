@@ -9,9 +9,9 @@
 #include <limits>
 #include <tuple>
 
-#include "common/torch_args.h"
 #include "ms_deform_attn/cuda_kernels.cuh"
 #include "ms_deform_attn/torch_levels.h"
+#include "torch/args.h"
 
 namespace m2f {
 namespace {

@@ -5,11 +5,11 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "common/bilinear.cuh"
-#include "common/dtype.h"
-#include "common/launch.cuh"
-#include "common/vec.cuh"
+#include "dtype.h"
+#include "ms_deform_attn/bilinear.cuh"
+#include "ms_deform_attn/launch.cuh"
 #include "ms_deform_attn/levels.h"
+#include "ms_deform_attn/vec.cuh"
 
 namespace m2f {
 

@@ -1,8 +1,8 @@
 // Reading the operators' level arguments: host integers `(h, w, start)` per level, or two int64 tensors.
 #pragma once
 
-#include "common/torch_args.h"
 #include "ms_deform_attn/levels.h"
+#include "torch/args.h"
 
 namespace m2f {
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "masked_attention/cpu_kernel.h"
-#include "point_sample/cpu_kernel.h"
+#include "points/sample_cpu_kernel.h"
 
 namespace {
 

@@ -1,7 +1,7 @@
 // Bilinear interpolation at a pixel coordinate: the four corners around it, each inside the image or absent.
 #pragma once
 
-#include "common/launch.cuh"
+#include "ms_deform_attn/launch.cuh"
 
 namespace m2f {
 

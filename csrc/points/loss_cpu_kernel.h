@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/pixels.h"
+#include "points/pixels.h"
 
 namespace m2f {
 

@@ -3,8 +3,8 @@
 
 #include <vector>
 
-#include "common/pixels.h"
-#include "common/torch_args.h"
+#include "points/pixels.h"
+#include "torch/args.h"
 
 namespace m2f {
 

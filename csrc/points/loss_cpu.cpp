@@ -1,14 +1,14 @@
 // Binding of the CPU kernels of matching cost and point loss: argument checks, the division into tasks, scratch memory.
 
-#include "point_loss/cpu_kernel.h"
+#include "points/loss_cpu_kernel.h"
 
 #include <algorithm>
 #include <numeric>
 #include <tuple>
 
-#include "common/cpu_binding.h"
-#include "common/cpu_capability.h"
-#include "common/torch_pixels.h"
+#include "cpu/capability.h"
+#include "points/torch_pixels.h"
+#include "torch/cpu_binding.h"
 
 namespace m2f {
 namespace {

@@ -8,10 +8,10 @@
 // Probability and label are kept: backward computes the gradients from them, without exponentials, and adds them to the
 // mask's plane. Each plane has one writer and a fixed order.
 
-#include "point_loss/cpu_kernel.h"
+#include "points/loss_cpu_kernel.h"
 
-#include "common/bilinear_simd.h"
-#include "common/variant.h"
+#include "cpu/variant.h"
+#include "points/bilinear_simd.h"
 
 namespace m2f {
 namespace {

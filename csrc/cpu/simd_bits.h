@@ -1,7 +1,7 @@
 // Lanes of float vectors from and to bits, one bit per lane, and 2^x. For files compiled once per instruction set.
 #pragma once
 
-#include "common/simd.h"
+#include "cpu/simd.h"
 
 namespace m2f {
 namespace {

@@ -1,7 +1,7 @@
 // Philox4x32-10 (Salmon et al., 2011), a vector of counters at a time. For files compiled once per instruction set.
 #pragma once
 
-#include "common/simd_bits.h"
+#include "cpu/simd_bits.h"
 
 namespace m2f {
 namespace {

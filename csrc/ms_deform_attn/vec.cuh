@@ -4,8 +4,8 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
-#include "common/launch.cuh"
+#include "dtype.h"
+#include "ms_deform_attn/launch.cuh"
 
 namespace m2f {
 

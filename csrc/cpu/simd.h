@@ -9,7 +9,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "common/dtype.h"
+#include "dtype.h"
 
 #if defined(__AVX2__) || defined(__AVX512F__)
 #include <immintrin.h>

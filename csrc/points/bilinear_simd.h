@@ -5,8 +5,8 @@
 // multiplied by zero, which would turn an infinite pixel into NaN.
 #pragma once
 
-#include "common/pixels.h"
-#include "common/simd_bits.h"
+#include "cpu/simd_bits.h"
+#include "points/pixels.h"
 
 namespace m2f {
 namespace {

@@ -4,8 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "common/dtype.h"
-#include "common/pixels.h"
+#include "dtype.h"
+#include "points/pixels.h"
 
 namespace m2f {
 

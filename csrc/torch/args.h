@@ -13,7 +13,7 @@
 #include <optional>
 #include <vector>
 
-#include "common/dtype.h"
+#include "dtype.h"
 
 namespace m2f {
 

@@ -8,13 +8,13 @@
 // Uncertain points: a mask's candidates are drawn, sampled and ranked within the cache. Radix selection on the bits of
 // |logit| ranks them: three passes with a histogram, instead of a sort.
 
-#include "point_sample/cpu_kernel.h"
+#include "points/sample_cpu_kernel.h"
 
 #include <algorithm>
 
-#include "common/bilinear_simd.h"
-#include "common/philox_simd.h"
-#include "common/variant.h"
+#include "cpu/variant.h"
+#include "points/bilinear_simd.h"
+#include "points/philox_simd.h"
 
 namespace m2f {
 namespace {

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "common/dtype.h"
+#include "dtype.h"
 
 namespace m2f {
 

@@ -1,4 +1,4 @@
-#include "common/cpu_capability.h"
+#include "cpu/capability.h"
 
 #include <atomic>
 #include <cstdlib>

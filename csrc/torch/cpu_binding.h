@@ -5,8 +5,8 @@
 #include <cstdlib>
 #include <memory>
 
-#include "common/rows.h"
-#include "common/torch_args.h"
+#include "cpu/rows.h"
+#include "torch/args.h"
 
 namespace m2f {
 

@@ -1,12 +1,12 @@
 // Binding of the CPU kernels of point sampling: argument checks, the division into tasks, scratch memory.
 
-#include "point_sample/cpu_kernel.h"
+#include "points/sample_cpu_kernel.h"
 
 #include <algorithm>
 
-#include "common/cpu_binding.h"
-#include "common/cpu_capability.h"
-#include "common/torch_pixels.h"
+#include "cpu/capability.h"
+#include "points/torch_pixels.h"
+#include "torch/cpu_binding.h"
 
 namespace m2f {
 namespace {
