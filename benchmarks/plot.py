@@ -29,6 +29,12 @@ def _pyplot() -> Any:
     return plt
 
 
+def _saved(figure: Any, path: Path) -> list[str]:
+    figure.savefig(path, dpi=130)
+    _pyplot().close(figure)
+    return [path.name]
+
+
 def _bare(axes: Any, *sides: str) -> None:
     axes.spines[list(sides)].set_visible(False)
     axes.tick_params(labelsize=8, colors="#555555")
@@ -91,14 +97,14 @@ def _title(what: str, setting: str) -> str:
     return what if setting == "cuda" else f"{what}, allocator: {setting}"
 
 
-def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict[str, str]) -> bool:
-    """Draw the headline cases to `<op>.png`; returns whether there was anything to draw."""
+def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict[str, str]) -> list[str]:
+    """Draw the headline cases to `<op>.png`; returns its name where there was anything to draw."""
     headline = {row.case for row in rows if row.headline}
     shown = [row for row in rows if row.case in headline]
     settings = list(dict.fromkeys(row.setting for row in shown))
     memory = [row for row in shown if row.memory_extra_mib is not None]
     if not any(row.median_ms for row in shown):
-        return False
+        return []
     plt = _pyplot()
     from matplotlib.patches import Patch
 
@@ -119,9 +125,7 @@ def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict
     handles = [Patch(color=colour) for colour in colours.values()]
     figure.legend(handles, colours, loc="outside lower center", ncols=min(3, len(colours)), fontsize=9)
     figure.suptitle(f"{benchmark.title} on {facts['device']}, torch {facts['torch']}", fontsize=11, weight="bold")
-    figure.savefig(directory / f"{benchmark.op}.png", dpi=130)
-    plt.close(figure)
-    return True
+    return _saved(figure, directory / f"{benchmark.op}.png")
 
 
 # ---------------------------------------------------------------- curves
@@ -196,9 +200,7 @@ def draw_points(
     axes[1].set_title("Peak memory above inputs and outputs")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
-    figure.savefig(directory / "point_loss_curve.png", dpi=130)
-    plt.close(figure)
-    return ["point_loss_curve.png"]
+    return _saved(figure, directory / "point_loss_curve.png")
 
 
 def _milliseconds(row: Row) -> float | None:
@@ -226,9 +228,7 @@ def draw_sizes(directory: Path, rows: Sequence[Row], side: Callable[[Row], int],
     axis.set_xlabel("side of the image, pixels")
     axis.set_title(title)
     axis.legend()
-    figure.savefig(directory / "end_to_end_sizes.png", dpi=130)
-    plt.close(figure)
-    return ["end_to_end_sizes.png"]
+    return _saved(figure, directory / "end_to_end_sizes.png")
 
 
 # ---------------------------------------------------------------- stages
@@ -276,9 +276,7 @@ def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
 
     handles = [Patch(color=colour) for colour in colours.values()]
     figure.legend(handles, colours, loc="outside lower center", ncols=len(colours))
-    figure.savefig(directory / "end_to_end_stages.png", dpi=130)
-    plt.close(figure)
-    return ["end_to_end_stages.png"]
+    return _saved(figure, directory / "end_to_end_stages.png")
 
 
 # ---------------------------------------------------------------- training
@@ -307,6 +305,4 @@ def draw_learning(directory: Path, curves: dict[str, list[float]]) -> list[str]:
         _bare(axes, "top", "right")
     panels[0].set_ylabel(f"training loss, mean of {WINDOW} steps")
     panels[0].legend()
-    figure.savefig(directory / "learning.png", dpi=120)
-    plt.close(figure)
-    return ["learning.png"]
+    return _saved(figure, directory / "learning.png")

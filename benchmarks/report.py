@@ -315,8 +315,7 @@ def committed(directory: Path) -> None:
 def write_page(directory: Path, benchmark: Benchmark, run: Run) -> None:
     from benchmarks import plot
 
-    drawn = [f"{benchmark.op}.png"] if plot.draw(directory, benchmark, run.rows, run.facts) else []
-    drawn += benchmark.pictures(directory, run.rows)
+    drawn = plot.draw(directory, benchmark, run.rows, run.facts) + benchmark.pictures(directory, run.rows)
     drawn += plot.draw_learning(directory, run.curves) if run.curves else []
     (directory / f"{benchmark.op}.md").write_text(chapter(benchmark, run, drawn))
 

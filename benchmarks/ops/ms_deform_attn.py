@@ -75,14 +75,15 @@ def _deformops_inputs(inputs: Tensors, levels: Levels) -> dict[str, Any]:
     return own_dtype(inputs | {"attention_weights": inputs["attention_weights"].to(inputs["value"].dtype)}, levels)
 
 
-def _grid_sample_form(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
-    """The same computation as in `transformers`, for when it is not installed."""
+def grid_sample_form(value: Tensor, levels: Levels, locations: Tensor, weights: Tensor) -> Tensor:
+    """Deformable DETR's `ms_deform_attn_core_pytorch`, as it is in transformers, detectron2's Mask2Former and mmcv."""
     n, _, heads, channels = value.shape
     queries, count, points = locations.shape[1], locations.shape[3], locations.shape[4]
+    grids = 2 * locations - 1
     samples = []
     for i, (level, (h, w)) in enumerate(zip(value.split([h * w for h, w in levels], dim=1), levels, strict=True)):
         image = level.flatten(2).transpose(1, 2).reshape(n * heads, channels, h, w)
-        grid = (2 * locations[:, :, :, i] - 1).transpose(1, 2).flatten(0, 1)
+        grid = grids[:, :, :, i].transpose(1, 2).flatten(0, 1)
         samples.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
     weights = weights.transpose(1, 2).reshape(n * heads, 1, queries, count * points)
     output = (torch.stack(samples, dim=-2).flatten(-2) * weights).sum(-1).view(n, heads * channels, queries)
@@ -96,7 +97,7 @@ def _grid_sample() -> Callable[[Tensor, Levels, Tensor, Tensor], Tensor]:
         module = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
         return module.multi_scale_deformable_attention
     except (ImportError, AttributeError):
-        return _grid_sample_form
+        return grid_sample_form
 
 
 def grid_sample_source() -> str:

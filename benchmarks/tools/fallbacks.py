@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
 from benchmarks.formats import markdown
+from benchmarks.ops.ms_deform_attn import grid_sample_form as published_ms_deform_attn
 from m2f_kernels import FactoredMasks, PackedMask
 from m2f_kernels.ops.ms_deform_attn import fallback as ms_deform_attn
 from m2f_kernels.ops.point_sample import fallback as point_sample
@@ -99,22 +100,6 @@ def meta(*shape: int, grad: bool = True) -> Tensor:
 
 # ---------------------------------------------------------------- published forms
 # Written after what they are named for, in the same operations.
-
-
-def published_ms_deform_attn(value: Tensor, sizes: list[tuple[int, int]], locations: Tensor, weights: Tensor) -> Tensor:
-    """Deformable DETR's `ms_deform_attn_core_pytorch`, as it is in transformers, detectron2's Mask2Former and mmcv."""
-    n, _, heads, d = value.shape
-    _, q, _, levels, points, _ = locations.shape
-    grids = 2 * locations - 1
-    sampled = []
-    for level, image in enumerate(value.split([h * w for h, w in sizes], 1)):
-        h, w = sizes[level]
-        image = image.flatten(2).transpose(1, 2).reshape(n * heads, d, h, w)
-        grid = grids[:, :, :, level].transpose(1, 2).flatten(0, 1)
-        sampled.append(F.grid_sample(image, grid, mode="bilinear", padding_mode="zeros", align_corners=False))
-    weights = weights.transpose(1, 2).reshape(n * heads, 1, q, levels * points)
-    out = (torch.stack(sampled, -2).flatten(-2) * weights).sum(-1).view(n, heads * d, q)
-    return out.transpose(1, 2).contiguous()
 
 
 def published_from_offsets(

@@ -58,13 +58,13 @@ def compiler() -> str | None:
     return None if found is None else str(found.path)
 
 
-def disassembler() -> str | None:
-    """cuobjdump of the toolkit, or the one that comes with triton."""
-    found = shutil.which("cuobjdump")
+def disassembler(name: str = "cuobjdump") -> str | None:
+    """One of the toolkit, or the one that comes with triton."""
+    found = shutil.which(name)
     if found is None and importlib.util.find_spec("triton"):
         import triton
 
-        found = triton.knobs.nvidia.cuobjdump.path
+        found = getattr(triton.knobs.nvidia, name).path
     return found
 
 
@@ -95,32 +95,36 @@ def compile_verbosely(nvcc: str, architecture: str) -> tuple[str, dict[str, sass
     return done.stderr, mixes(dump.stdout)
 
 
+def _disassembled(nvcc: str, architecture: str, text: str, name: str, *options: str) -> tuple[str, str]:
+    """The compiler's report on a source and what a disassembler says of its code: nvdisasm or cuobjdump (`name`).
+
+    Raises:
+        RuntimeError: nvcc failed, with its output; or there is no such disassembler.
+    """
+    tool = disassembler(name)
+    if tool is None:
+        raise RuntimeError(f"no {name} here, neither of a CUDA toolkit nor triton's")
+    with tempfile.TemporaryDirectory() as directory:
+        source, cubin = Path(directory) / "kernels.cu", Path(directory) / "kernels.cubin"
+        source.write_text(text)
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-I", str(_CSRC)]
+        done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
+        code = subprocess.run([tool, *options, str(cubin)], capture_output=True, text=True, check=True).stdout
+    return done.stderr, code
+
+
 def labelled(nvcc: str, architecture: str, header: str, instances: Sequence[str] = ()) -> dict[str, str]:
     """The disassembly with labels of each kernel that a header under csrc holds, by its readable name.
 
     Args:
         header: such as "ms_deform_attn/cuda_lean.cuh".
         instances: instantiations that the header itself does not make, such as "f<float>(int)".
-
-    Raises:
-        RuntimeError: nvcc failed, with its output; or there is no nvdisasm.
     """
-    tool = shutil.which("nvdisasm")
-    if tool is None and importlib.util.find_spec("triton"):
-        import triton
-
-        tool = triton.knobs.nvidia.nvdisasm.path
-    if tool is None:
-        raise RuntimeError("no nvdisasm here, neither of a CUDA toolkit nor triton's")
-    with tempfile.TemporaryDirectory() as directory:
-        source, cubin = Path(directory) / "kernels.cu", Path(directory) / "kernels.cubin"
-        wanted = "".join(f"template __global__ void {instance};\n" for instance in instances)
-        source.write_text(f'#include "{header}"\nnamespace m2f {{\n{wanted}}}\n')
-        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-I", str(_CSRC)]
-        done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        code = subprocess.run([tool, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    wanted = "".join(f"template __global__ void {instance};\n" for instance in instances)
+    text = f'#include "{header}"\nnamespace m2f {{\n{wanted}}}\n'
+    _, code = _disassembled(nvcc, architecture, text, "nvdisasm", "-c")
     parts = re.split(r"^\.text\.(\w+):$", code, flags=re.MULTILINE)[1:]
     return dict(zip(demangle(parts[::2]), parts[1::2], strict=True))
 
@@ -148,18 +152,8 @@ def control_codes(dump: str) -> str:
 
 def with_control_codes(nvcc: str, architecture: str, header: str, kernels: Sequence[str]) -> dict[str, tuple[str, int]]:
     """`control_codes` and registers of kernels that a header under csrc holds, by their readable names."""
-    tool = disassembler()
-    if tool is None:
-        raise RuntimeError("no cuobjdump here, neither of a CUDA toolkit nor triton's")
-    with tempfile.TemporaryDirectory() as directory:
-        source, cubin = Path(directory) / "kernels.cu", Path(directory) / "kernels.cubin"
-        source.write_text(f'#include "{header}"\n')
-        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-I", str(_CSRC)]
-        done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        dump = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
-    registers = {kernel.name: kernel.registers for kernel in parse(done.stderr, architecture)}
+    report, dump = _disassembled(nvcc, architecture, f'#include "{header}"\n', "cuobjdump", "-sass")
+    registers = {kernel.name: kernel.registers for kernel in parse(report, architecture)}
     parts = re.split(r"^\s*Function : (\w+)$", dump, flags=re.MULTILINE)[1:]
     return {
         name.removeprefix("ms_deform_attn_"): (control_codes(body), registers[name])
