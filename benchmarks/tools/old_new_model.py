@@ -1,9 +1,11 @@
-"""The whole model before and after a change, in turn on one machine: time of a call and peak memory.
+"""Whole models before and after a change, in turn on one machine: time of a call and peak memory.
 
     python -m benchmarks.tools.old_new_model --old DIRECTORY      # a tree of the older commit, with its libraries
+    python -m benchmarks.tools.old_new_model --old DIRECTORY --integrations       # accelerated models of transformers
 
 Each tree has a process that holds its model, and the two are called alternately; what counts is the ratio of the
-medians. Peaks are each of a fresh process, by the method of `benchmarks/memory.py`: of a call above the weights (in
+medians. Behind it stand the quartiles of the ratios of two calls that follow each other: the band in which it is noise.
+Peaks are each of a fresh process, by the method of `benchmarks/memory.py`: of a call above the weights (in
 training above the gradients, too), and of matching, loss and gradients alone, for given predictions.
 """
 
@@ -29,10 +31,58 @@ CALLS = {
 #: Side of the image, batch, targets of each image.
 LOSSES = {"loss 512² T=10": (512, 1, 10), "loss 1024² T=30": (1024, 1, 30), "loss 1024² N=2 T=20": (1024, 2, 20)}
 
+#: Accelerated models of transformers; each tree has the same definitions of them in `benchmarks`.
+INTEGRATIONS = (
+    "Mask2Former Swin-T, 1024²",
+    "Mask2Former Swin-T, training step, 512², 10 targets",
+    "OneFormer Swin-T, 512²",
+    "Deformable DETR ResNet-50, 800²",
+    "Grounding DINO Swin-T, 800²",
+    "RT-DETR ResNet-50, 640²",
+)
+
 # ---------------------------------------------------------------- in the process of one tree; imports are that tree's
 
 
+def _integration(name: str, device: str) -> Any:
+    import importlib
+
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    import m2f_kernels
+
+    try:
+        module = importlib.import_module("benchmarks.models")
+    except ImportError:
+        module = importlib.import_module("benchmarks.integrations_models")
+    (case,) = (model for model in module.MODELS if model.name == name)
+    model = case.make().to(device)
+    m2f_kernels.accelerate(model)
+    training = case.targets is not None
+
+    def on_device(small: bool) -> Any:
+        return tree_map_only(torch.Tensor, lambda x: x.to(device), case.arguments(small))
+
+    def call(arguments: Any) -> Any:
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(training):
+            outputs = model(**arguments)
+            if training:
+                outputs.loss.backward()
+        return list(outputs.values())
+
+    call(on_device(True))  # loads code, starts threads
+    model.zero_grad(set_to_none=True)
+    arguments = on_device(False)
+    return lambda: call(arguments)
+
+
 def _call(name: str, device: str) -> Any:
+    if name in INTEGRATIONS:
+        return _integration(name, device)
+
     from m2f_model import bench
 
     size, training, batch = CALLS[name]
@@ -76,6 +126,10 @@ def _loss(name: str, device: str) -> Any:
 
 def _peak(name: str, device: str) -> float:
     from benchmarks import memory
+
+    if name in INTEGRATIONS:
+        return memory.peak_mib(_integration(name, device), device)[0]
+
     from m2f_model import bench
 
     if name in LOSSES:
@@ -88,7 +142,10 @@ def _peak(name: str, device: str) -> float:
 
 
 def worker(task: str, name: str, device: str) -> None:
-    """One answer in JSON for each line that is read: of "peak" the one figure, of "time" milliseconds per call."""
+    """One answer in JSON for each line that is read: of "peak" the figure, of "wall" or "cpu" milliseconds of a call.
+
+    The latter are those in which its threads work.
+    """
     import time
 
     import torch
@@ -96,16 +153,17 @@ def worker(task: str, name: str, device: str) -> None:
     if task == "peak":
         print(json.dumps(_peak(name, device)), flush=True)
         return
+    clock = time.perf_counter if task == "wall" else time.process_time
     run = _call(name, device)
     for _ in range(2):
         run()
     print(json.dumps("ready"), flush=True)
     for _ in sys.stdin:
-        start = time.perf_counter()
+        start = clock()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps((time.perf_counter() - start) * 1e3), flush=True)
+        print(json.dumps((clock() - start) * 1e3), flush=True)
 
 
 # ---------------------------------------------------------------- the command
@@ -131,19 +189,19 @@ def _answer(process: subprocess.Popen[str], tree: Path) -> Any:
     return json.loads(line)
 
 
-def peaks(trees: list[Path], name: str, device: str, runs: int) -> list[float]:
-    """Median peak of each tree in MiB, fresh processes in turn."""
+def peaks(trees: list[Path], name: str, device: str, runs: int) -> list[list[float]]:
+    """Peaks of each tree in MiB, fresh processes in turn."""
     found: list[list[float]] = [[] for _ in trees]
     for _ in range(runs):
         for tree, taken in zip(trees, found, strict=True):
             with _start(tree, "peak", name, device) as process:
                 taken.append(_answer(process, tree))
-    return [statistics.median(taken) for taken in found]
+    return found
 
 
-def times(trees: list[Path], name: str, device: str, rounds: int) -> list[float]:
-    """Median milliseconds of a call in each tree, calls in turn."""
-    processes = [_start(tree, "time", name, device) for tree in trees]
+def times(trees: list[Path], name: str, device: str, rounds: int, clock: str) -> list[list[float]]:
+    """Milliseconds of each call in each tree, calls in turn."""
+    processes = [_start(tree, clock, name, device) for tree in trees]
     found: list[list[float]] = [[] for _ in trees]
     try:
         for tree, process in zip(trees, processes, strict=True):
@@ -158,13 +216,20 @@ def times(trees: list[Path], name: str, device: str, rounds: int) -> list[float]
         for process in processes:
             process.kill()
             process.wait()
-    return [statistics.median(taken) for taken in found]
+    return found
 
 
-def row(name: str, unit: str, before: float, after: float, better: str) -> str:
+def row(name: str, unit: str, before: list[float], after: list[float], better: str) -> str:
     """A line of the table; `better` says which way round the ratio is told."""
-    ratio = before / after if better == "faster" else after / before
-    return f"| {name} | {unit} | {before:.1f} | {after:.1f} | {ratio:.3f} {better} |"
+
+    def ratio(x: float, y: float) -> float:
+        return x / y if better == "faster" else y / x
+
+    old, new = statistics.median(before), statistics.median(after)
+    # Drifts of the machine are the same for two calls that follow each other.
+    pairs = sorted(ratio(x, y) for x, y in zip(before, after, strict=True))
+    low, high = pairs[len(pairs) // 4], pairs[-1 - len(pairs) // 4]
+    return f"| {name} | {unit} | {old:.1f} | {new:.1f} | {ratio(old, new):.3f} {better} ({low:.3f} to {high:.3f}) |"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -173,22 +238,26 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--rounds", type=int, default=7, help="calls of each tree that are timed (default: 7)")
     parser.add_argument("--runs", type=int, default=3, help="peaks of each tree that are measured (default: 3)")
-    parser.add_argument("--only", action="append", help=f"repeatable: {', '.join([*CALLS, *LOSSES])}")
+    parser.add_argument("--only", action="append", help="repeatable; a row's name")
+    parser.add_argument("--integrations", action="store_true", help="accelerated models of transformers instead of R50")
+    parser.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the time of all threads' work")
     options = parser.parse_args(arguments)
     for name in ("rounds", "runs"):
         if getattr(options, name) < 0:
             parser.error(f"--{name}: expected at least 0; got {getattr(options, name)}")
-    if unknown := set(options.only or ()) - CALLS.keys() - LOSSES.keys():
-        parser.error(f"--only: expected one of {', '.join([*CALLS, *LOSSES])}; got {', '.join(sorted(unknown))}")
+    names = INTEGRATIONS if options.integrations else (*CALLS, *LOSSES)
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"--only: expected one of {'; '.join(names)}; got {'; '.join(sorted(unknown))}")
     if not (options.old / "m2f_model" / "bench.py").exists():
         parser.error(f"--old: expected a tree with m2f_model/bench.py; got {options.old}")
     trees = [options.old.resolve(), ROOT]
-    print("| R50 | | before | after | ratio |\n|---|---|---:|---:|---:|", flush=True)
-    for name in [*CALLS, *LOSSES]:
+    print("| model | | before | after | ratio (quartiles of pairs) |\n|---|---|---:|---:|---:|", flush=True)
+    for name in names:
         if options.only and name not in options.only:
             continue
-        if options.rounds and name in CALLS:
-            print(row(name, "ms", *times(trees, name, options.device, options.rounds), "faster"), flush=True)
+        if options.rounds and name not in LOSSES:
+            taken = times(trees, name, options.device, options.rounds, options.clock)
+            print(row(name, f"{options.clock} ms", *taken, "faster"), flush=True)
         if options.runs:
             print(row(name, "peak MiB", *peaks(trees, name, options.device, options.runs), "of it"), flush=True)
 
