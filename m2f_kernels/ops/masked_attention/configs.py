@@ -162,12 +162,13 @@ def biased_forward(
 def biased_backward(
     device: Architecture, version: tuple[int, int], element_size: int, num_queries: int, d: int, width: int
 ) -> Configuration:
-    """The same of the two backward kernels."""
+    """The same of the two backward kernels. Larger tiles spill in the one of queries."""
     channels = padded(d)
     if element_size == 4:
-        config = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+        config = {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
     else:
-        config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
+        queries = 64 if channels <= 32 and device.capability // 10 != 10 else 32
+        config = {"BLOCK_Q": queries, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
     return _biased(device, version, config, element_size, num_queries, channels, width)
 
 
@@ -182,6 +183,8 @@ def _biased(
 ) -> Configuration:
     config["BLOCK_Q"] = min(config["BLOCK_Q"], padded(num_queries))
     config = _fitted(device, version, config, element_size, channels)
+    if device.capability == 75:
+        config["BLOCK_Q"] = 16
     return {**config, "BLOCK_K": _columns(width, config["BLOCK_K"])}
 
 
