@@ -53,9 +53,9 @@ def _integration(name: str, device: str) -> Any:
     import m2f_kernels
 
     try:
-        module = importlib.import_module("benchmarks.models")
-    except ImportError:
         module = importlib.import_module("benchmarks.integrations_models")
+    except ImportError:  # its name since
+        module = importlib.import_module("benchmarks.models")
     (case,) = (model for model in module.MODELS if model.name == name)
     model = case.make().to(device)
     m2f_kernels.accelerate(model)

@@ -41,6 +41,12 @@ def test_the_page_has_this_table():
     assert registry.update(text) == text, "python -m m2f_kernels.integrations.transformers.registry prints the table"
 
 
+def test_tests_of_transformers_are_of_known_families():
+    assert registry.PEERS.keys() <= {family.name for family in registry.families()}
+    assert all(f"{family} {count}" in registry.peers() for family, count in registry.PEERS.items())
+    assert f"  {registry.peers()}" in registry.report()
+
+
 def test_info_lists_families(monkeypatch):
     lines = registry.report()
     assert any(line.split()[:1] == ["rt_detr"] and "1.02x" in line for line in lines)

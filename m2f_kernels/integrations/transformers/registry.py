@@ -18,6 +18,20 @@ from m2f_kernels.integrations.transformers._swap import replacements
 #: The versions with which the tests of this integration were run as a whole: at some commit, the last one at every one.
 TESTED = ("4.57.1", "4.57.6", "5.0.0", "5.12.1", "5.17.0", "5.23.0", "5.24.0")
 
+#: The snapshot of transformers whose own tests of models were run by `python -m tests.peers --peers`, and by family how
+#: many of them pass. All have the same outcome untouched and patched.
+PEERS_VERSION = "5.16.0.dev0 of 22 August 2026"
+PEERS = {
+    "grounding_dino": 71,
+    "mm_grounding_dino": 71,
+    "rt_detr_v2": 95,
+    "d_fine": 96,
+    "rf_detr": 102,
+    "eomt": 93,
+    "eomt_dinov3": 94,
+    "videomt": 91,
+}
+
 #: By family what was measured and how many times as fast it became: committed, by `benchmarks.run --op integrations`.
 GAINS: dict[str, tuple[tuple[str, float], ...]] = {
     "mask2former": (
@@ -125,6 +139,13 @@ def versions() -> str:
     return f"{supported}; tests have run with {', '.join(TESTED)}, the last one at every commit"
 
 
+def peers() -> str:
+    """One sentence on the tests of models that transformers has."""
+    passed = ", ".join(f"{family} {count}" for family, count in PEERS.items())
+    tests = f"transformers' own tests of models ({PEERS_VERSION})"
+    return f"{tests} have the same outcome untouched and patched; passed: {passed}"
+
+
 def report() -> list[str]:
     """Lines for `python -m m2f_kernels.info`."""
     here = installed()
@@ -140,6 +161,7 @@ def report() -> list[str]:
             f"  {family.name:<{width}}  {count:<10}  {family.measured}"
             + ("  (not in the installed version)" if missing else "")
         )
+    lines.append(f"  {peers()}")
     return lines
 
 
@@ -147,7 +169,7 @@ def update(page: str, marks: Iterable[str] = ("<!-- families -->", "<!-- end of 
     """The text of the page with the table between its marks replaced."""
     first, last = marks
     before, rest = page.split(first)
-    return f"{before}{first}\n\n{markdown()}\n\n{versions()}.\n\n{last}{rest.split(last)[1]}"
+    return f"{before}{first}\n\n{markdown()}\n\n{versions()}.\n\n{peers()}.\n\n{last}{rest.split(last)[1]}"
 
 
 if __name__ == "__main__":
