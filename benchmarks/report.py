@@ -6,9 +6,9 @@ device's pages into the folder of its name beside the CSV; `make docs` writes th
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -408,8 +408,10 @@ def _by_facts(runs: dict[str, Run]) -> list[tuple[dict[str, str], list[str]]]:
 
 
 def main() -> None:
-    for name in sys.argv[1:]:
-        pages(Path(name), Path(name).with_suffix(""))
+    parser = argparse.ArgumentParser(description="Write the pages of results into the folder of their name.")
+    parser.add_argument("tables", nargs="+", type=Path, metavar="CSV", help="results of a device, with their JSON")
+    for table in parser.parse_args().tables:
+        pages(table, table.with_suffix(""))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ writes the measurements so far to <device>-partial.csv. If the output is not a t
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import signal
@@ -194,7 +195,14 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--compare", type=Path, metavar="OLD.csv", help="name regressions against an earlier run's CSV or folder"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    needed = ("matplotlib", "skimage", "transformers")
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:  # now, and not after minutes of measurements
+        parser.error(
+            f"{', '.join(missing)}: not installed; pip install -r benchmarks/requirements.txt (make bench does)"
+        )
+    return arguments
 
 
 def _table(arguments: argparse.Namespace, slug: str, interrupted: bool) -> Path:

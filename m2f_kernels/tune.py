@@ -1,9 +1,8 @@
-"""`python -m m2f_kernels.tune`: measure launch configurations on this GPU and keep the fastest.
+"""`python -m m2f_kernels.tune`: measure launch configurations of the Triton kernels on this GPU and keep the fastest.
 
-Opt-in: nothing is tuned at a first call. The result is written to `m2f_kernels/tuned/sm_<capability>.json` (or to the
-directory in the environment variable M2F_TUNED), and used from the next process on. Nearly all of the time goes into
-compiling
-1250 configurations: that is done first, in as many processes as there are CPU cores, into Triton's cache on disk.
+Nothing is tuned unless this runs. It writes `m2f_kernels/tuned/sm_<capability>.json` (or into the directory in the
+environment variable M2F_TUNED), which the next process uses. Nearly all of its time goes into compiling 1250
+configurations. That comes first, in as many processes as there are CPU cores, into Triton's cache on disk.
 """
 
 from __future__ import annotations
