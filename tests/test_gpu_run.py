@@ -255,11 +255,12 @@ def test_wrong_arguments_are_named(arguments):
 def test_a_rehearsal_runs_and_packs_what_it_found(tmp_path):
     packed = tmp_path / "results.tar.gz"
     steps = ("--steps", "build,memcheck")
+    (tmp_path / "rehearsal.csv").write_text("a benchmark's\n")
     done = _command("benchmarks.tools.gpu", "--rehearse", *steps, "--output", str(tmp_path), "--archive", str(packed))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "left for the next call: nothing" in done.stdout
     with tarfile.open(packed) as file:
-        assert {"rehearsal/run/state.json", "rehearsal/run/build.log"} <= set(file.getnames())
+        assert {"rehearsal.csv", "rehearsal/run/state.json", "rehearsal/run/build.log"} <= set(file.getnames())
 
 
 @pytest.mark.slow

@@ -294,10 +294,11 @@ def run(
 
 
 def archive(folder: Path, target: Path) -> None:
-    """Pack a folder of results into one file."""
+    """Pack a device's results into one file: its folder, and the tables of its name beside it."""
     temporary = target.with_suffix(".part")
     with tarfile.open(temporary, "w:gz") as file:
-        file.add(folder, folder.name)
+        for path in folder.parent.glob(f"{folder.name}*"):
+            file.add(path, path.name)
     temporary.replace(target)
 
 
