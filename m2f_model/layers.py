@@ -9,11 +9,11 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from m2f_kernels._constants import ConstantCache
+from m2f_kernels._linear import linear_relu
 
 
 class CheckpointedLayer(nn.Module):
@@ -86,12 +86,3 @@ def pixel_centres(sizes: Sequence[tuple[int, int]], like: Tensor) -> Tensor:
         return torch.cat(grids)
 
     return _CONSTANTS.get(make, ("centres", *sizes), like)
-
-
-def linear_relu(linear: nn.Linear, x: Tensor) -> Tensor:
-    """`relu(linear(x))`, without gradients as one kernel where the device has one."""
-    fused = x.is_cuda and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda")
-    if not fused or type(linear) is not nn.Linear or linear._forward_hooks or linear._forward_pre_hooks:
-        return F.relu(linear(x), inplace=True)
-    found: Tensor = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t())
-    return found.view(*x.shape[:-1], -1)

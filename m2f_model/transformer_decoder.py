@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels import FactoredMasks, PackedMask, predict_attention_mask, resize_mask_features
+from m2f_kernels._linear import linear_relu
 from m2f_kernels.nn import MaskedCrossAttention, project_keys_values
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.layers import CheckpointedLayer, FeedForward, gathers, linear_relu, sine_positions
+from m2f_model.layers import CheckpointedLayer, FeedForward, gathers, sine_positions
 from m2f_model.pixel_decoder import NUM_LEVELS, Level
 
 
@@ -73,7 +74,7 @@ class MaskHead(nn.Sequential):
     def forward(self, x: Tensor) -> Tensor:
         """Mask embeddings [N, Q, out_channels]."""
         first, _, second, _, last = self
-        found: Tensor = last(linear_relu(second, linear_relu(first, x)))  # type: ignore[arg-type]
+        found: Tensor = last(linear_relu(second, linear_relu(first, x)))
         return found
 
 

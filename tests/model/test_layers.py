@@ -8,8 +8,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from m2f_kernels._constants import ConstantCache
+from m2f_kernels._linear import linear_relu
 from m2f_model import layers
-from m2f_model.layers import linear_relu, pixel_centres, sine_positions
+from m2f_model.layers import pixel_centres, sine_positions
 
 LIKE = torch.zeros(1)
 
@@ -111,3 +112,7 @@ def test_linear_relu():
     assert torch.equal(linear_relu(linear, x), expected)
     fused = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t()).view(2, 3, 7)
     torch.testing.assert_close(fused, expected)
+    seen = []
+    with linear.register_forward_hook(lambda *args: seen.append(args[2])):
+        assert torch.equal(linear_relu(linear, x), expected)
+    assert (seen[0] < 0).any(), "a hook sees what comes before the activation"

@@ -12,8 +12,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f_kernels._linear import linear_relu
 from m2f_kernels.graphs import captured
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name, runs, watched
 from m2f_kernels.integrations.transformers.mask_classification import (
@@ -140,6 +142,8 @@ class DecoderLayer(Mixin):
             return attend(self.cross_attn, query, memory, mask)
 
         def self_attend(x: Tensor) -> Tensor:
+            if _without_weights(self.self_attn):
+                return attend_each_other(self.self_attn, x, query_position_embeddings)
             out: Tensor = self.self_attn(
                 hidden_states=x,
                 position_embeddings=query_position_embeddings,
@@ -149,7 +153,8 @@ class DecoderLayer(Mixin):
             return out
 
         def feed_forward(x: Tensor) -> Tensor:
-            out: Tensor = self.fc2(self.activation_fn(self.fc1(x)))
+            relu = type(self.activation_fn) is nn.ReLU and not watched(self.activation_fn)
+            out: Tensor = self.fc2(linear_relu(self.fc1, x) if relu else self.activation_fn(self.fc1(x)))
             return out
 
         x = hidden_states
@@ -160,6 +165,35 @@ class DecoderLayer(Mixin):
         ):
             x = x + block(norm(x)) if self.pre_norm else norm(x + block(x))
         return (x,)
+
+
+def _without_weights(attention: Any) -> bool:
+    """True if the queries' attention among themselves can be computed without its weights."""
+    published = qualified_name(type(attention)) == f"{_MODULE}.Mask2FormerAttention"
+    drops = attention.training and attention.dropout > 0 if published else False
+    return published and not (drops or watched(attention) or "forward" in vars(attention))
+
+
+def _mask_embeds(embedder: Any, x: Tensor) -> Tensor:
+    """The mask predictor's embedder, each linear layer with its activation."""
+    published = qualified_name(type(embedder)) == f"{_MODULE}.Mask2FormerMLPPredictionHead"
+    if not published or any(watched(part) or "forward" in vars(part) for part in embedder.modules()):
+        found: Tensor = embedder(x)
+        return found
+    for block in embedder.layers:
+        linear, activation = block.layers
+        x = linear_relu(linear, x) if type(activation) is nn.ReLU else activation(linear(x))
+    return x
+
+
+def attend_each_other(attention: Any, x: Tensor, positions: Tensor | None) -> Tensor:
+    """The queries' attention among themselves, [Q, N, C], without its weights."""
+    placed = x if positions is None else x + positions
+    pairs = ((attention.q_proj, placed), (attention.k_proj, placed), (attention.v_proj, x))
+    heads = (p(y).transpose(0, 1).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p, y in pairs)
+    out = F.scaled_dot_product_attention(*heads)
+    attended: Tensor = attention.out_proj(out.transpose(1, 2).flatten(2))
+    return attended.transpose(0, 1)
 
 
 class Decoder(Mixin):
@@ -269,7 +303,7 @@ class Decoder(Mixin):
 
         def predict(x: Tensor) -> tuple[Tensor, Tensor]:
             normalised = self.layernorm(x)
-            return normalised, embedder(normalised.transpose(-3, -2))
+            return normalised, _mask_embeds(embedder, normalised.transpose(-3, -2))
 
         hidden = [x]
         found: list[tuple[Tensor, Tensor]] = []

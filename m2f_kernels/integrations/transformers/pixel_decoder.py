@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels._constants import ConstantCache, plain
+from m2f_kernels._linear import linear_relu
 from m2f_kernels.integrations.transformers._swap import Mixin, observed, watched
 
 #: Pixels whose FFN activations exist at a time without gradients: few enough that they stay in the cache.
@@ -89,6 +90,14 @@ class Encoder(Mixin):
             dtype = torch.promote_types(valid_ratios.dtype, torch.float32)
             return (torch.arange(length, device=device, dtype=dtype) + 0.5).to(valid_ratios.dtype)
 
+        if valid_ratios is _ones(valid_ratios.shape[0], valid_ratios.shape[1], valid_ratios):
+            # Without padding they depend on sizes alone.
+            key = ("reference points", *map(tuple, spatial_shapes_list), valid_ratios.shape[0])
+            return _CONSTANTS.get(
+                lambda: Encoder.get_reference_points(spatial_shapes_list, valid_ratios.clone(), device),
+                key,
+                valid_ratios,
+            )
         levels = []
         for i, (h, w) in enumerate(spatial_shapes_list):
             y, x = (_CONSTANTS.get(partial(centres, n), ("centres", n), valid_ratios) for n in (h, w))
@@ -153,7 +162,7 @@ class EncoderLayer(Mixin):
         parts = [rows] if whole else rows.split(_FFN_ROWS)
         outs = []
         for part in parts:
-            hidden = F.dropout(F.relu(self.fc1(part), inplace=True), self.activation_dropout, training)
+            hidden = F.dropout(linear_relu(self.fc1, part), self.activation_dropout, training)
             outs.append(F.dropout(self.fc2(hidden), self.dropout, training))
         return (outs[0] if len(outs) == 1 else torch.cat(outs)).view(x.shape)
 
@@ -232,7 +241,7 @@ class PixelDecoder(Mixin):
             **self._m2f_shapes(shapes),
             spatial_shapes_list=sizes,
             level_start_index=starts,
-            valid_ratios=states.new_ones(states.shape[0], len(sizes), 2),
+            valid_ratios=_ones(states.shape[0], len(sizes), states),
             **flags,
         )
 
@@ -246,6 +255,11 @@ class PixelDecoder(Mixin):
 
     def _m2f_output(self, mask_features: Tensor, maps: list[Tensor], attentions: Any) -> Any:
         raise NotImplementedError
+
+
+def _ones(images: int, levels: int, like: Tensor) -> Tensor:
+    """The valid ratios [N, L, 2] of images without padding, always the same tensor."""
+    return _CONSTANTS.get(lambda: like.new_ones(images, levels, 2), ("ones", images, levels), like)
 
 
 def _levels(sizes: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
