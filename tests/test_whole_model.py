@@ -65,6 +65,12 @@ def test_errors_are_told_from_rounding():
     assert whole_model.problem(case, truth, truth) == (0, None)
     assert whole_model.problem(case, (truth[0], truth[1] + 0.1), truth)[1].startswith("wrong")
     low = bench.Case("tiny", 64, autocast="bf16")
+    logits = torch.rand(1, 2, 10, 10, generator=torch.Generator().manual_seed(0)) - 5  # no mask is above zero
+    error, why = whole_model.problem(low, (truth[0], logits + 0.02), (truth[0], logits))
+    assert 0 < error < 0.1
+    assert why is None
+    shuffled = logits.flip(2)
+    assert whole_model.problem(low, (truth[0], shuffled), (truth[0], logits))[1].startswith("wrong")
     assert whole_model.problem(low, (truth[0], truth[1] + 0.1), truth)[1] is None
     assert whole_model.problem(low, (truth[0], -truth[1]), truth)[1].startswith("wrong")
 

@@ -149,9 +149,11 @@ def compared(found: Sequence[Tensor], truth: Sequence[Tensor], low_precision: bo
     if low_precision and len(found) < 2:
         return Verdict(bool(found[0].isfinite().all()), math.nan)
     if low_precision:
-        ours, theirs = (x[1] > 0 for x in (found, truth))
+        # Random weights may have no logit above zero; then masks are the logits above the mean.
+        threshold = 0 if (truth[1] > 0).any() else truth[1].mean()
+        ours, theirs = (x[1] > threshold for x in (found, truth))
         union, shared = ((ours | theirs).flatten(2).sum(-1), (ours & theirs).flatten(2).sum(-1))
-        iou = (shared[union > 0] / union[union > 0]).double().mean().item() if union.any() else 1.0
+        iou = (shared[union > 0] / union[union > 0]).double().mean().item()
         return Verdict(iou >= LEAST_IOU, 1 - iou)
     # Training gives no mask logits here.
     error = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, truth, strict=False))

@@ -188,9 +188,9 @@ def _mask_embeds(embedder: Any, x: Tensor) -> Tensor:
 
 def attend_each_other(attention: Any, x: Tensor, positions: Tensor | None) -> Tensor:
     """The queries' attention among themselves, [Q, N, C], without its weights."""
-    placed = x if positions is None else x + positions
-    pairs = ((attention.q_proj, placed), (attention.k_proj, placed), (attention.v_proj, x))
-    heads = (p(y).transpose(0, 1).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p, y in pairs)
+    placed = (x if positions is None else x + positions).transpose(0, 1)
+    pairs = ((attention.q_proj, placed), (attention.k_proj, placed), (attention.v_proj, x.transpose(0, 1)))
+    heads = (p(y).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2) for p, y in pairs)
     out = F.scaled_dot_product_attention(*heads)
     attended: Tensor = attention.out_proj(out.transpose(1, 2).flatten(2))
     return attended.transpose(0, 1)
