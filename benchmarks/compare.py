@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,37 +56,41 @@ def devices(path: Path) -> set[str]:
     return set().union(*(named(json.loads(file.read_text())) for file in files if file.is_file()))
 
 
-def _latest(rows: Sequence[Row]) -> dict[tuple[str, ...], Row]:
-    """Rows by key, and by run and key: a default run may be compared with a full one."""
-    return {row.key: row for row in rows} | {(row.run, *row.key): row for row in rows}
+Former = Callable[[Row], Row | None]
 
 
-def _drift(before: dict[tuple[str, ...], Row], new: Sequence[Row], row: Row) -> float:
+def _former(old: Sequence[Row], new: Sequence[Row]) -> Former:
+    """From a new row to the old one: of the same run, or of any where the new rows are of one."""
+    same = {(row.run, *row.key): row for row in old}
+    others = {row.key: row for row in old} if len({row.run for row in new}) == 1 else {}
+    return lambda row: same.get((row.run, *row.key)) or others.get(row.key)
+
+
+def _drift(former: Former, new: Sequence[Row], row: Row) -> float:
     """The factor by which the machine was slower in this case: the least growth among the peers' times, at least 1."""
     factors = [
         other.median_ms / was.median_ms
         for other in new
-        if (other.op, other.case, other.setting) == (row.op, row.case, row.setting) and not other.ours
-        if (was := before.get((other.run, *other.key)) or before.get(other.key)) is not None
-        and was.median_ms
-        and other.median_ms
+        if (other.run, other.op, other.case, other.setting) == (row.run, row.op, row.case, row.setting)
+        and not other.ours
+        if (was := former(other)) is not None and was.median_ms and other.median_ms
     ]
     return max(1.0, min(factors, default=1.0))
 
 
 def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     """This package's rows that became slower beyond noise, need more memory, or no longer work; one line each."""
-    before = _latest(old)
+    former = _former(old, new)
     found = []
     for row in new:
-        was = before.get((row.run, *row.key)) or before.get(row.key)
+        was = former(row)
         if was is None or not row.ours or was.median_ms is None:
             continue
         name = f"{row.op}: {row.case}, {row.implementation}, {row.setting}"
         if row.median_ms is None:
             found.append(f"{name}: was {number(was.median_ms)} ms, now {row.status}")
             continue
-        drift = _drift(before, new, row)
+        drift = _drift(former, new, row)
         expected = was.median_ms * drift
         grown, noise = row.median_ms - expected, (row.iqr_ms or 0) + (was.iqr_ms or 0) * drift
         if grown > max(SHARE * expected, noise):
@@ -103,8 +107,8 @@ def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
 
 def compared(old: Sequence[Row], new: Sequence[Row]) -> int:
     """The number of this package's rows that have a time in both runs."""
-    before = _latest([row for row in old if row.median_ms is not None])
-    return sum(row.ours and row.key in before for row in new)
+    former = _former([row for row in old if row.median_ms is not None], new)
+    return sum(row.ours and former(row) is not None for row in new)
 
 
 def report(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], int]:

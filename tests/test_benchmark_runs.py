@@ -369,6 +369,10 @@ def test_older_results_can_be_compared(tmp_path, compared):
     assert (read.run, read.key, read.median_ms) == ("full", _row().key, 10.0)
     assert compared([read], [_row(time=20.0)])[0] == 1
     assert compared([read, replace(read, run="default", median_ms=20.0)], [_row(time=20.0)])[0] == 0
+    # Where both runs are new, each is compared with its own.
+    both = [_row(time=10.0, run="full"), _row(time=20.0)]
+    assert compared([read], both)[0] == 0
+    assert compared([*both], [both[0], replace(both[1], median_ms=30.0)])[0] == 1
 
 
 # ---------------------------------------------------------------- measuring
