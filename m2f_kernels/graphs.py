@@ -420,15 +420,19 @@ class CudaGraphs:
         return self.attached or self._detached or vars(self.model).get("forward") is self
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        """The model itself, whose `forward` this may be."""
+        """The model itself, with this instance as the one that replays its parts."""
         before = getattr(_running, "graphs", None)
         _running.graphs = self if self.attached else None
         try:
-            if self._is_forward:
-                return type(self.model).forward(self.model, *args, **kwargs)
-            return self.model(*args, **kwargs)
+            return self._run_alone(*args, **kwargs)
         finally:
             _running.graphs = before
+
+    def _run_alone(self, *args: Any, **kwargs: Any) -> Any:
+        """The model itself, whose `forward` this may be."""
+        if self._is_forward:
+            return type(self.model).forward(self.model, *args, **kwargs)
+        return self.model(*args, **kwargs)
 
     def clear(self) -> None:
         """Drop all graphs and their memory."""
@@ -443,7 +447,7 @@ class CudaGraphs:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self._detached:
-            return self._run(*args, **kwargs)
+            return self._run_alone(*args, **kwargs)
         if self.attached and any(isinstance(x, (list, tuple, dict)) for x in (*args, *kwargs.values())):
             return self._run_in_parts(args, kwargs)
         return self._call(self._run, None, args, kwargs)

@@ -214,6 +214,9 @@ def test_torch_compile_looks_through(model):
     x = torch.randn(2, 4)
     compiled = torch.compile(lambda x: graphs(x)["y"], backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), model(x)["y"])
+    graphs.attach()  # as its forward, too
+    compiled = torch.compile(lambda x: model(x)["y"], backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), Model.forward(model, x)["y"])
     assert not device.log
 
 
