@@ -17,8 +17,8 @@ using IntList = std::vector<int64_t>;
 
 const MaskedAttentionKernels& kernels() { return M2F_KERNELS_IN_USE(masked_attention_kernels); }
 
-// Keys are divided by their number alone, so that results do not depend on the number of threads; heads, which are
-// independent of each other, as far as the threads need it.
+// How many parts the keys are divided into depends on their number alone, so that results do not depend on the number
+// of threads. Heads are independent of each other, and are divided so that every thread has a task.
 constexpr int64_t kTilesPerPart = 16, kMostParts = 8, kTasksPerThread = 2;
 
 void divide(MaskedAttentionArgs& args) {

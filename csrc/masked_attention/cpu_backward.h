@@ -1,10 +1,10 @@
 // Masked cross-attention on CPU, backward; compiled once per instruction set, as part of cpu_kernel.cpp.
 //
-// A task owns a range of keys and a group of heads, so their gradients are written once and by nobody else; what it
-// adds to the queries' gradients it keeps to itself, and parts are summed in order: no atomics, the same bits in every
-// run. Scores are computed again from the saved log-sum-exp. Per tile: weights and score gradients of up to kChunk
-// queries (24 KiB, in L1), from which the query gradients (rows of a few queries accumulate) and the key and value
-// gradients (rows of a few keys do).
+// A task owns a range of keys and a group of heads. It alone writes their gradients, once. Its part of the query
+// gradients goes into a buffer of its own, and the parts are summed in order. So there are no atomics, and every run
+// gives the same bits. Weights are computed again from the saved log-sum-exp. For each tile the task computes weights
+// and score gradients of up to kChunk queries (24 KiB, in L1). From these it computes the query gradients, a few query
+// rows at a time in registers, and the key and value gradients, a few key rows at a time.
 #pragma once
 
 #include "masked_attention/cpu_bias.h"
@@ -14,7 +14,7 @@ namespace m2f {
 namespace {
 
 constexpr int kChunk = 8 * kRows;
-// Keys whose gradients accumulate in registers together.
+// The number of keys whose gradients are accumulated in registers at once.
 constexpr int kKeyRows = kVectorBytes == 64 ? 8 : 4;
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -22,7 +22,7 @@ constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 struct BackwardHead {
   float *query, *grad_output, *delta, *logsumexp;
   HeadBias bias;
-  // What the head leaves behind.
+  // Results of the head.
   float* grad_query;  // [Q][padded(D)]
   HeadBias grad_bias;
 
@@ -78,15 +78,15 @@ size_t backward_scratch(const MaskedAttentionArgs& args) {
   return pieces.used + most_heads(args) * backward_head_bytes(args);
 }
 
-// The queries of a chunk in the order of their rows in `weights`: those concerned by both words, by the first, by the
-// second.
+// The queries of a chunk, in the order of their rows in `weights`: those with bits in both words, in the first only, in
+// the second only.
 struct Chunk {
   int32_t index[kChunk];
   int count[3] = {};
   int size() const { return count[0] + count[1] + count[2]; }
 };
 
-// Weights and score gradients of one group, and what they add to the query gradients.
+// Computes weights and score gradients of one group, and adds its part of the query gradients.
 template <int kR>
 void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head,
                     const BiasTile& bias, bool finite, int first, int words, const int32_t* index, float* weights,
@@ -154,7 +154,7 @@ void accumulate_word(const float* weights, const float* rows, int64_t stride, co
   }
 }
 
-// A finished chunk's share of the key and value gradients.
+// Adds a finished chunk's part of the key and value gradients.
 void accumulate_chunk(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head,
                       const Chunk& chunk) {
   const int64_t d = padded(args.d);

@@ -1,13 +1,13 @@
 // Masked cross-attention on CPU, forward; compiled once per instruction set (backward: cpu_backward.h).
 //
-// A task is a range of an image's keys and a group of heads. Tiles of 64 keys are walked; for each, the queries that
-// have bits in it are listed, once for all heads, and only they are touched: the mask saves work at the grain of one
-// query and 32 keys. A tile's keys are packed once, transposed, and serve all its queries: scores are products with
-// keys along the vector, so a word of bits is a vector mask; the softmax is online, in base 2, and rescales only where
-// a tile's scores exceed the running maximum by more than kHeadroom. Scores live in a few KB of L1 and nowhere else.
+// A task is a range of an image's keys and a group of heads. It visits tiles of 64 keys. For each tile it lists the
+// queries that have bits in it, once for all heads, and computes only these: the mask saves work in units of one query
+// and 32 keys. The tile's keys are packed once, transposed, and serve all queries. Keys lie along the vectors of
+// scores, so a word of bits is a vector mask. The softmax is online and in base 2. It rescales only if a tile's scores
+// exceed the running maximum by more than kHeadroom. Scores stay in a few KB of L1 and are never written elsewhere.
 //
-// How many parts the keys are divided into depends on the shape alone, and parts are combined in order: the same bits
-// come out for any number of threads.
+// The number of parts that the keys are divided into depends on the shape alone, and parts are combined in order. So
+// the result has the same bits for any number of threads.
 
 #include "masked_attention/cpu_kernel.h"
 
@@ -19,18 +19,17 @@
 namespace m2f {
 namespace {
 
-// In powers of two: weights stay below 2^kHeadroom times the largest true one, far from overflow and exact all the
-// same.
+// In powers of two. Weights stay below 2^kHeadroom times the largest true weight: far from overflow, and no less exact.
 constexpr float kHeadroom = 8;
 
-// One head's queries, and what was summed over the keys so far: unnormalised output [Q][padded(D)], running maximum
-// [Q], sum of weights [Q][lanes], added up over lanes at the end [Q].
+// One head's queries and the sums over the keys so far: unnormalised output [Q][padded(D)], running maximum [Q] and sum
+// of weights [Q][lanes], which is added up over lanes at the end [Q].
 struct Head {
   float *query, *normaliser;
   HeadBias bias;
   float *sum, *maximum, *total;
 
-  // With parts, the last three are what the head leaves behind.
+  // If the keys are divided into parts, the last three are the results of the head.
   Head(const MaskedAttentionArgs& args, Scratch& pieces, Scratch& results) : bias(args, pieces) {
     query = pieces.take<float>(args.q * padded(args.d));
     normaliser = pieces.take<float>(args.q * kFloatLanes);
@@ -79,7 +78,7 @@ size_t forward_scratch(const MaskedAttentionArgs& args) {
   return pieces.used + most_heads(args) * head_bytes(args);
 }
 
-// Scores of one query in [first, first + words) become weights; returns the factor for what was summed before.
+// Turns the scores of one query in [first, first + words) into weights. Returns the factor for the sums so far.
 M2F_INLINE float online_softmax(float* row, const uint32_t* bits, int first, int words, float& maximum_,
                                 FloatVec& sum) {
   const FloatVec minus_infinity = splat<float>(-__builtin_inff());
@@ -97,7 +96,7 @@ M2F_INLINE float online_softmax(float* row, const uint32_t* bits, int first, int
     sum = sum * factor;
     maximum_ = now;
   }
-  // While nothing but -inf was seen there is nothing to subtract: -inf - -inf would be NaN.
+  // If all scores so far are -inf, nothing is subtracted: -inf - -inf would be NaN.
   const FloatVec shift = splat<float>(maximum_ == -__builtin_inff() ? 0.0f : maximum_);
   for (int k = begin; k < end; k += kFloatLanes) {
     const FloatVec p = exp2(load(row + k) - shift);

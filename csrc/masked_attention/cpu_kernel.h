@@ -29,9 +29,9 @@ struct MaskedAttentionArgs {
   int64_t height, width;
   BiasRows by_row, by_column;
 
-  int64_t parts;        // into how many the keys are divided
-  int64_t head_groups;  // into how many the heads are; does not change a result
-  float* partial;       // where parts > 1: what each (n, h, part) leaves behind
+  int64_t parts;        // number of parts that the keys are divided into
+  int64_t head_groups;  // number of groups that the heads are divided into; does not change a result
+  float* partial;       // if parts > 1: the results of each (n, h, part)
 
   Rows output;       // rows of D by (n, h, q)
   float* logsumexp;  // [N, H, Q], natural logarithm
@@ -50,7 +50,7 @@ struct MaskedAttentionKernels {
   void (*forward)(const MaskedAttentionArgs&, int64_t first_task, int64_t last_task, void* scratch);
   size_t (*backward_scratch)(const MaskedAttentionArgs&);
   void (*backward)(const MaskedAttentionArgs&, int64_t first_task, int64_t last_task, void* scratch);
-  // Floats per (n, h, part), and the sums over parts: tasks are (n, h).
+  // The number of floats per (n, h, part); then the function that sums over parts, whose tasks are (n, h).
   int64_t (*forward_partial)(const MaskedAttentionArgs&);
   void (*combine_forward)(const MaskedAttentionArgs&, int64_t first, int64_t last, void* scratch);
   int64_t (*backward_partial)(const MaskedAttentionArgs&);

@@ -1,5 +1,5 @@
-// What forward and backward of masked attention share: packed tiles of keys, the queries that a tile concerns, and the
-// three small matrix products that everything is made of. Compiled once per instruction set.
+// Shared by forward and backward of masked attention: packed tiles of keys, the queries with bits in a tile, and three
+// small matrix products. Compiled once per instruction set.
 #pragma once
 
 #include "cpu/scratch.h"
@@ -70,9 +70,9 @@ inline void load_tile(const Rows& rows, int64_t i, int64_t j, int64_t first, int
   for (int64_t c = count * padded(d); c < kTile * padded(d); c += kFloatLanes) store(out + c, FloatVec{});
 }
 
-// The heads and the tiles of keys that a task owns. All heads of a group walk a tile before the next is touched: where
-// heads are cut out of rows of H*D elements, whole rows then stream from memory in order, which hardware follows at
-// three times the speed of one head's strided pieces.
+// The heads and the tiles of keys that a task owns. All heads of a group use a tile before the next one is read. If the
+// heads are slices of rows of H*D elements, whole rows are then read in order, which is three times as fast as reading
+// one head's strided slices.
 struct Task {
   int64_t n, part, first_head, last_head, first_tile, last_tile;
 
@@ -91,8 +91,8 @@ inline int64_t most_heads(const MaskedAttentionArgs& args) {
   return (args.h + args.head_groups - 1) / args.head_groups;
 }
 
-// One head's share of the next tile, line by line in the order in which it lies in memory. Asking for a few lines
-// between products costs nothing; asking for all at once waits for the line buffers.
+// Prefetches one head's part of the next tile, a cache line at a time, in the order of memory. A few lines between
+// products cost nothing; all at once would wait for the line fill buffers.
 struct Prefetch {
   const char* row = nullptr;
   int64_t rows = 0, row_bytes = 0, run_bytes = 0, byte = 0;
@@ -127,7 +127,7 @@ struct Prefetch {
 };
 constexpr int64_t kLinesAtOnce = 8;
 
-// The queries with bits in a tile, in three lists: those with bits in both words are worth a whole tile's width.
+// The queries with bits in a tile, in three lists: bits in both words, in the first only, in the second only.
 struct ActiveQueries {
   int32_t* index;  // [3][Q]
   int64_t count[3];
@@ -137,7 +137,7 @@ struct ActiveQueries {
     return {pieces.take<int32_t>(3 * args.q), {}, pieces.take<uint32_t>(args.q * kWords)};
   }
 
-  // Returns whether there are any.
+  // Returns true if there are any.
   bool find(const MaskedAttentionArgs& args, int64_t image, int64_t tile) {
     count[0] = count[1] = count[2] = 0;
     uint32_t valid[kWords];
@@ -161,7 +161,7 @@ struct ActiveQueries {
     return count[0] + count[1] + count[2] > 0;
   }
 
-  // Calls visit(first word, words, query indices, how many) for groups of at most kRows queries.
+  // Calls visit(first word, words, query indices, count) for groups of at most kRows queries.
   template <typename Visit>
   M2F_INLINE void for_groups(int64_t q, Visit visit) const {
     for (int list = 0; list < 3; ++list)
@@ -262,8 +262,8 @@ M2F_INLINE void accumulate_rows(const float* weights, const float* rows, int64_t
   if (c < stride) accumulate_vectors<kR, 1>(weights, rows + c, stride, first, last, index, factor, sum + c);
 }
 
-// The same where some row is not finite: only keys whose bit is set, since 0 * NaN is not 0. In the same arithmetic, so
-// that queries that attend to no such key get the same bits as without it.
+// The same if some row is not finite. Only keys whose bit is set are added, since 0 * NaN is not 0. The arithmetic is
+// the same, so that queries that do not attend to such a key get the same bits as without it.
 inline void accumulate_attended(const float* weights, const uint32_t bits[kWords], const float* rows, int64_t stride,
                                 float factor, float* sum) {
   for (int64_t c = 0; c < stride; c += kFloatLanes) {

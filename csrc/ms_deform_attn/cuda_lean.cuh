@@ -8,8 +8,9 @@
 //   - Four lanes serve a (query, head) in every dtype, 8 channels each: a fp32 lane loads two vectors of 16 bytes. A
 //     round is four samples of one level, so its size and place come from constant memory, uniformly.
 //   - The next round's points and weights are requested before this round's corners are.
-//   - An absent corner is replaced by the present one beside it, with weight 0: no corner needs a predicate. A warp of
-//     which some sample contributes nothing takes a loop that skips it; the others, nearly all, have no branch at all.
+//   - A corner outside the level is replaced by its neighbour inside, with weight 0, so no corner needs a predicate.
+//   Only
+//     a warp with a sample that contributes nothing takes a loop with a branch, which skips it; such warps are rare.
 //   - From offsets, weights are not normalised: the sum of their exponentials divides the output once.
 //   - A block serves one tile: no loop, no level table in shared memory.
 //
@@ -27,7 +28,7 @@ constexpr int kLeanChannels = 32;
 constexpr int kLeanMaxRounds = 16;
 constexpr unsigned kNothing = ~0u;  // no corner lies there: offsets are multiples of 16
 
-// The level of one round of four samples, in the order in which a kernel needs it, two words at a time.
+// The level of one round of four samples. Members are read two words at a time, in this order.
 struct alignas(8) LeanRound {
   float width, height;
   int last_x, last_y;         // width - 1, height - 1
@@ -90,8 +91,8 @@ __device__ __forceinline__ typename SamplingPair<S>::Raw load_raw_pair(const uns
   return __ldg(reinterpret_cast<const typename SamplingPair<S>::Raw*>(p));
 }
 
-// The pointer, of which the assembler cannot know how it came about (a shuffle of each lane with itself): it stays in
-// two registers instead of being put together anew in every round.
+// The same pointer, after a shuffle of each lane with itself. The assembler cannot see through the shuffle, so it keeps
+// the pointer in two registers instead of computing it again in every round.
 __device__ __forceinline__ const unsigned char* keep(const unsigned char* pointer) {
   const auto bits = reinterpret_cast<unsigned long long>(pointer);
   return reinterpret_cast<const unsigned char*>(__shfl_xor_sync(kFullWarp, bits, 0));

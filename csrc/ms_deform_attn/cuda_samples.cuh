@@ -1,5 +1,5 @@
-// The parts of the CUDA kernels that know geometry: arguments, the level table, the walk over query tiles, and the
-// preparation of samples. The design is stated at the head of cuda_kernels.cuh, which includes this.
+// Geometry of the CUDA kernels: arguments, the level table, the walk over query tiles, and the preparation of samples.
+// The head of cuda_kernels.cuh, which includes this, states the design.
 #pragma once
 
 #include <algorithm>
@@ -209,7 +209,7 @@ struct Sampler {
     weights = n * args.weights.n + query * args.weights.q + head * args.weights.h;
     if constexpr (kFromOffsets) {
       reference = n * args.reference.n + query * args.reference.q;
-      // Whole warps arrive here: groups without a query only take part in the shuffles.
+      // All lanes of a warp arrive here; groups without a query only take part in the shuffles.
       const int end = query >= 0 ? args.levels.points_total : 0;
       A largest = -INFINITY;
       for (int k = lane.member; k < end; k += 1 << args.lanes_log2) largest = fmax(largest, weight(args, k));
