@@ -9,8 +9,7 @@ from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask, RunLengths
 from m2f_kernels.ops.attention_mask import pack_attention_mask, predict_attention_mask, resize_mask_features
 from m2f_kernels.ops.masked_attention import masked_attention
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
-from m2f_kernels.ops.point_loss import mask_matching_cost, point_mask_loss
-from m2f_kernels.ops.point_sample import point_sample, uncertain_points
+from m2f_kernels.ops.points import mask_matching_cost, point_mask_loss, point_sample, uncertain_points
 
 __all__ = [
     "BackendChoice",

@@ -1,6 +1,7 @@
 """Tests of the backend that serves a call, of the fallback, and of the package without its libraries."""
 
 import ctypes
+import importlib
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import torch
 
 import m2f_kernels
 from m2f_kernels import _library, backend, dispatch
+from m2f_kernels.ops import points
 from tests.numerics import relative_error
 from tests.ops.ms_deform_attn_cases import make_case
 
@@ -259,3 +261,13 @@ def test_info_without_libraries(bare_package):
     assert "it was not built" in out
     for op in OPS:
         assert op in out
+
+
+@pytest.mark.parametrize(("old", "name"), [("point_sample", "uncertain_points"), ("point_loss", "check_targets")])
+def test_former_names_of_the_operators_on_points(old, name):
+    module = importlib.import_module(f"m2f_kernels.ops.{old}")
+    with pytest.warns(DeprecationWarning, match=rf"m2f_kernels\.ops\.{old}\.{name} has moved to .*points\.{name}"):
+        found = getattr(module, name)
+    assert found is getattr(points, name)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = module.nothing

@@ -8,7 +8,7 @@ import torch
 import m2f_kernels
 from benchmarks import fallbacks
 from m2f_kernels import FactoredMasks, InstanceMap, dispatch
-from m2f_kernels.ops.point_loss import check_targets, uncertain_point_mask_loss
+from m2f_kernels.ops.points import check_targets, uncertain_point_mask_loss
 from tests.numerics import relative_error
 from tests.ops import masked_attention_cases
 from tests.ops.ms_deform_attn_cases import MODES, make_case, truth, value_and_gradients
@@ -415,7 +415,7 @@ def test_registered_operators_on_points():
 
 def test_registered_operators_do_not_run_the_reference(monkeypatch):
     """The reference runs only where it is asked for."""
-    for module in ("point_sample", "point_loss", "masked_attention"):
+    for module in ("points", "masked_attention"):
         reference = importlib.import_module(f"m2f_kernels.ops.{module}.reference")
         for name in dispatch.OPERATORS:
             monkeypatch.setattr(reference, name, None, raising=False)

@@ -123,7 +123,7 @@ def test_the_first_steps_fit_into_nine_minutes():
     [
         (["m2f_kernels/ops/masked_attention/triton.py"], "tests/triton/test_masked_attention.py"),
         (["csrc/ms_deform_attn/cuda.cu"], "tests/ops/test_ms_deform_attn_cuda.py"),
-        (["m2f_kernels/ops/point_loss/triton.py"], "tests/triton/test_points.py"),
+        (["m2f_kernels/ops/points/triton_loss.py"], "tests/triton/test_points.py"),
         (["m2f_kernels/_triton.py"], "tests/triton"),
         (["csrc/cpu/simd.h"], "tests/ops"),
         (["m2f_kernels/nn/point_mask_criterion.py"], "tests/nn"),

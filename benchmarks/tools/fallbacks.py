@@ -24,7 +24,7 @@ from benchmarks.formats import markdown
 from benchmarks.ops.ms_deform_attn import grid_sample_form as published_ms_deform_attn
 from m2f_kernels import FactoredMasks, PackedMask
 from m2f_kernels.ops.ms_deform_attn import fallback as ms_deform_attn
-from m2f_kernels.ops.point_sample import fallback as point_sample
+from m2f_kernels.ops.points import fallback as point_sample
 
 #: Limits, as ratios to the published form.
 OPERATIONS, BYTES = 1.25, 1.1

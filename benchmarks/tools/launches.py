@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import ctypes
 import json
-import pkgutil
 import subprocess
 import tempfile
 import warnings
@@ -42,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from benchmarks.formats import markdown
-from m2f_kernels import _transfer
+from m2f_kernels import _transfer, dispatch
 
 # ---------------------------------------------------------------- with a GPU
 
@@ -247,14 +246,11 @@ def _meta_as_device() -> Iterator[None]:
 
 @cache
 def _triton_implementations() -> dict[str, Callable[..., Any]]:
-    """Every operator that Triton serves: functions of `m2f_kernels/ops/*/triton.py` named as the operator."""
-    from m2f_kernels import ops
-
+    """Every operator that Triton serves: functions of its modules named as the operator."""
     found: dict[str, Callable[..., Any]] = {}
-    for package in pkgutil.iter_modules(ops.__path__):
-        if package.ispkg and (Path(ops.__path__[0]) / package.name / "triton.py").exists():
-            module = import_module(f"m2f_kernels.ops.{package.name}.triton")
-            found |= {k: v for k, v in vars(module).items() if callable(v) and hasattr(torch.ops.m2f, k)}
+    for name in {op.triton for op in dispatch.OPERATORS.values() if op.triton is not None}:
+        module = import_module(name)
+        found |= {k: v for k, v in vars(module).items() if callable(v) and hasattr(torch.ops.m2f, k)}
     return found
 
 

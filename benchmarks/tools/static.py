@@ -83,7 +83,7 @@ def deterministically() -> Iterator[None]:
 @contextmanager
 def selecting_by_digits() -> Iterator[None]:
     """With the other kernel that selects uncertain points."""
-    from m2f_kernels.ops.point_sample import triton as op
+    from m2f_kernels.ops.points import triton_sampling as op
 
     before, op.SELECTION = op.SELECTION, "digits"
     try:
@@ -235,8 +235,8 @@ def factored_backward_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
     return grad, grad, *factored_inputs(dtype)[:3], [100], points, kept, kept
 
 
-_SAMPLE = "m2f_kernels.ops.point_sample.triton"
-_LOSS = "m2f_kernels.ops.point_loss.triton"
+_SAMPLE = "m2f_kernels.ops.points.triton_sampling"
+_LOSS = "m2f_kernels.ops.points.triton_loss"
 _POINTS = (1, 12544, 2)
 CASES += [
     Case(

@@ -488,7 +488,7 @@ def attention(dtype: torch.dtype, images: int, queries: int, change: dict[str, i
 def points_kept(masks_: int = 100, selection: str = "histogram") -> list[Kernel]:
     """Launches of `uncertain_points` for 12544 points of masks of 256 x 256, by one of the kernels that select them."""
     from benchmarks import static
-    from m2f_kernels.ops.point_sample import triton as op
+    from m2f_kernels.ops.points import triton_sampling as op
 
     rows, seed = static.meta(masks_, dtype=torch.int32), static.meta(1, dtype=torch.int64)
     arguments = (static.meta(masks_, 256, 256, dtype=torch.float32), rows, seed, 0, 37632, 9408, 3136)

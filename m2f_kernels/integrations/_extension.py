@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
-from m2f_kernels.ops import ms_deform_attn as op
+from m2f_kernels.ops.ms_deform_attn import interface as op
 from m2f_kernels.ops.ms_deform_attn.levels import resolve_levels
 
 

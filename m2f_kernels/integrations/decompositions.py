@@ -19,7 +19,7 @@ import m2f_kernels  # noqa: F401 - defines the operators
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels.masks import WORD
 from m2f_kernels.ops.attention_mask import reference as attention_mask
-from m2f_kernels.ops.point_sample.reference import sample_dtype
+from m2f_kernels.ops.points.reference import sample_dtype
 
 __all__ = ["decompositions"]
 

@@ -11,8 +11,7 @@ from m2f_kernels._checks import check_number, describe
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.nn.predictions import Batch, Predictions, Targets, read_batch
-from m2f_kernels.ops.point_loss import costs_of_image
-from m2f_kernels.ops.point_sample import point_counts, sample_targets
+from m2f_kernels.ops.points import costs_of_image, point_counts, sample_targets
 
 #: For each decoder output, for each image: queries and their targets, int64 [M_i] on the CPU.
 Indices = list[list[tuple[Tensor, Tensor]]]

@@ -15,9 +15,8 @@ from m2f_kernels._dtypes import without_autocast
 from m2f_kernels._transfer import to_device
 from m2f_kernels.nn.hungarian_matcher import HungarianMatcher, Indices
 from m2f_kernels.nn.predictions import Batch, Group, Predictions, Targets, read_batch
-from m2f_kernels.ops.point_loss import uncertain_loss
-from m2f_kernels.ops.point_sample import point_counts
-from m2f_kernels.ops.point_sample.masks import MaskRows
+from m2f_kernels.ops.points import point_counts, uncertain_loss
+from m2f_kernels.ops.points.masks import MaskRows
 
 
 class Unweighted(NamedTuple):

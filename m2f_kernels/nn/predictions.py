@@ -12,8 +12,7 @@ from torch import Tensor
 from m2f_kernels._checks import check_floating, check_same_device, check_shape, describe
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.masks import Targets as TargetMasks
-from m2f_kernels.ops.point_loss import check_targets
-from m2f_kernels.ops.point_sample import check_masks
+from m2f_kernels.ops.points import check_masks, check_targets
 
 #: For each decoder output "class_logits" [N, Q, num_labels + 1] and "masks", FactoredMasks or logits [N, Q, h, w].
 Predictions: TypeAlias = Sequence[Mapping[str, Any]]

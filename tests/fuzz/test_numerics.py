@@ -14,7 +14,7 @@ from torch.utils import _pytree
 
 import m2f_kernels
 from m2f_kernels._dtypes import accumulation_dtype
-from m2f_kernels.ops.point_sample import reference as sampling
+from m2f_kernels.ops.points import reference as sampling
 from tests.fuzz.conftest import PROFILE
 from tests.fuzz.inputs import OPERATORS, Arguments, arguments
 from tests.numerics import FORWARD, GRADIENT, tolerance

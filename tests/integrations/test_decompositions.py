@@ -8,7 +8,7 @@ from m2f_kernels.masks import pack
 from m2f_kernels.ops.attention_mask import reference as attention_mask
 from m2f_kernels.ops.masked_attention import reference as masked_attention
 from m2f_kernels.ops.ms_deform_attn import reference as ms_deform_attn
-from m2f_kernels.ops.point_sample import reference as point_sample
+from m2f_kernels.ops.points import reference as point_sample
 from tests.numerics import FORWARD, relative_error, tolerance
 from tests.ops.ms_deform_attn_cases import make_case, truth
 

@@ -11,7 +11,7 @@ import transformers
 import m2f_kernels
 from m2f_kernels import InstanceMap, RunLengths
 from m2f_kernels.integrations.transformers import rf_detr
-from m2f_kernels.ops.point_loss import check_targets
+from m2f_kernels.ops.points import check_targets
 from tests.integrations.published import as_coco, assert_same, assert_same_gradients
 from tests.watching import Largest
 

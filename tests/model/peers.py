@@ -8,7 +8,7 @@ from transformers.models.mask2former import modeling_mask2former as published
 
 import m2f_kernels
 from m2f_kernels.nn import hungarian_matcher, point_mask_criterion
-from m2f_kernels.ops import point_loss
+from m2f_kernels.ops.points import loss as point_loss
 
 STAGES = ["stage1", "stage2", "stage3", "stage4"]
 MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

@@ -13,9 +13,8 @@ from torch.utils._pytree import tree_map
 import m2f_kernels
 from m2f_kernels import FactoredMasks, InstanceMap, RunLengths, masks
 from m2f_kernels.nn import PointMaskCriterion
-from m2f_kernels.ops.point_loss import check_targets
-from m2f_kernels.ops.point_loss import reference as loss_reference
-from m2f_kernels.ops.point_sample import fallback, reference
+from m2f_kernels.ops.points import check_targets, fallback, reference
+from m2f_kernels.ops.points import reference as loss_reference
 from tests.watching import Largest
 
 try:

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 import m2f_kernels
 from m2f_kernels import FactoredMasks
-from m2f_kernels.ops.point_loss import reference, uncertain_point_mask_loss
-from m2f_kernels.ops.point_sample import masks as mask_rows
-from m2f_kernels.ops.point_sample import reference as sampling
+from m2f_kernels.ops.points import masks as mask_rows
+from m2f_kernels.ops.points import reference, uncertain_point_mask_loss
+from m2f_kernels.ops.points import reference as sampling
 from tests.numerics import FORWARD, GRADIENT, relative_error, rounding
 from tests.watching import Largest
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 
 import m2f_kernels
 from m2f_kernels import FactoredMasks, _library
-from m2f_kernels.ops.point_sample import masks as mask_rows
-from m2f_kernels.ops.point_sample import reference
+from m2f_kernels.ops.points import masks as mask_rows
+from m2f_kernels.ops.points import reference
 from tests.numerics import FORWARD, GRADIENT, relative_error, rounding, tolerance
 
 F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16

@@ -9,9 +9,9 @@ from m2f_kernels import _triton
 from m2f_kernels.ops.attention_mask import triton as attention_mask
 from m2f_kernels.ops.masked_attention import triton as masked_attention
 from m2f_kernels.ops.masked_attention import triton_bias
-from m2f_kernels.ops.point_loss import triton as point_loss
-from m2f_kernels.ops.point_sample import reference
-from m2f_kernels.ops.point_sample import triton as point_sample
+from m2f_kernels.ops.points import reference
+from m2f_kernels.ops.points import triton_loss as point_loss
+from m2f_kernels.ops.points import triton_sampling as point_sample
 
 MODULES = (_triton, attention_mask, masked_attention, triton_bias, point_loss, point_sample)
 MANY = 70_000

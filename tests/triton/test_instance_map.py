@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from m2f_kernels import InstanceMap, RunLengths, masks
-from m2f_kernels.ops.point_loss import check_targets
+from m2f_kernels.ops.points import check_targets
 
 T = 4
 
@@ -47,7 +47,7 @@ def points(generator, device, *shape):
 
 
 def test_sample_targets(device, given, generator):
-    from m2f_kernels.ops.point_sample import triton
+    from m2f_kernels.ops.points import triton_sampling as triton
 
     targets, dense = given
     at = points(generator, device, 150)
@@ -61,7 +61,7 @@ def test_sample_targets(device, given, generator):
 def test_in_a_larger_frame(device, given, generator):
     """Beyond the pixels that runs know of is background."""
     from m2f_kernels.integrations.transformers import mask_classification
-    from m2f_kernels.ops.point_sample import triton
+    from m2f_kernels.ops.points import triton_sampling as triton
 
     targets, dense = given
     at = points(generator, device, 60)
@@ -71,7 +71,7 @@ def test_in_a_larger_frame(device, given, generator):
 
 
 def test_point_mask_loss(device, given, generator):
-    from m2f_kernels.ops.point_loss import triton
+    from m2f_kernels.ops.points import triton_loss as triton
 
     targets, dense = given
     logits = torch.randn(4, 6, 7, generator=generator).to(device)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from m2f_kernels.ops.point_loss import reference
-from m2f_kernels.ops.point_sample import reference as sampling
+from m2f_kernels.ops.points import reference
+from m2f_kernels.ops.points import reference as sampling
 from tests.numerics import FORWARD, GRADIENT, relative_error, tolerance
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
@@ -15,8 +15,8 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 @pytest.fixture(scope="module")
 def kernels():
     """Every operator's function by name."""
-    from m2f_kernels.ops.point_loss import triton as loss
-    from m2f_kernels.ops.point_sample import triton as sample
+    from m2f_kernels.ops.points import triton_loss as loss
+    from m2f_kernels.ops.points import triton_sampling as sample
 
     return {name: getattr(module, name) for module, names in (
         (sample, ("point_sample", "point_sample_backward", "uncertain_points")),
@@ -81,7 +81,7 @@ def test_sample_edges(kernels, device):
 @pytest.fixture(params=["scattered", "sorted"])
 def c(request, monkeypatch):
     """Channels for either way of the backward."""
-    from m2f_kernels.ops.point_sample import triton as sample
+    from m2f_kernels.ops.points import triton_sampling as sample
 
     if request.param == "scattered":
         return 3
@@ -90,7 +90,7 @@ def c(request, monkeypatch):
 
 
 def test_many_channels_are_sorted(kernels, device, monkeypatch):
-    from m2f_kernels.ops.point_sample import triton as sample
+    from m2f_kernels.ops.points import triton_sampling as sample
 
     taken = []
     monkeypatch.setattr(sample, "_backward_sorted", lambda grad, *_: taken.append(grad.shape[1]))
@@ -151,7 +151,7 @@ def test_non_finite_gradients_stay_visible(kernels, device, generator, c):
 @pytest.fixture(params=["histogram", "digits"])
 def selection(request, monkeypatch):
     """Each of the two kernels that select points."""
-    monkeypatch.setattr("m2f_kernels.ops.point_sample.triton.SELECTION", request.param)
+    monkeypatch.setattr("m2f_kernels.ops.points.triton_sampling.SELECTION", request.param)
     return request.param
 
 
@@ -179,7 +179,7 @@ def test_selections_agree(kernels, device, generator, monkeypatch, candidates, k
     rows, seed = torch.arange(3, device=device), torch.tensor([7], device=device)
     found = []
     for name in ("histogram", "digits"):
-        monkeypatch.setattr("m2f_kernels.ops.point_sample.triton.SELECTION", name)
+        monkeypatch.setattr("m2f_kernels.ops.points.triton_sampling.SELECTION", name)
         found.append(kernels["uncertain_points"](logits.to(device), rows, seed, 0, candidates, keep, 0))
     assert torch.equal(*found)
 
@@ -251,9 +251,8 @@ def test_no_masks(kernels, device):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_factored_loss(kernels, device, generator, monkeypatch, dtype, given):
     """As the loop over chunks that serves other devices: several chunks, an image without masks, a query twice."""
-    from m2f_kernels.ops.point_loss import factored
-    from m2f_kernels.ops.point_loss import triton as loss
-    from m2f_kernels.ops.point_sample import masks
+    from m2f_kernels.ops.points import factored, masks
+    from m2f_kernels.ops.points import triton_loss as loss
 
     embed = torch.randn(3, 5, 4, generator=generator).to(device, dtype)
     features = torch.randn(3, 4, 12, 10, generator=generator).to(device, dtype)

@@ -29,7 +29,7 @@ from m2f_kernels.nn.hungarian_matcher import HungarianMatcher
 from m2f_kernels.nn.point_mask_criterion import PointMaskCriterion, apart
 from m2f_kernels.nn.predictions import Batch, Group, Targets, read_batch
 from m2f_kernels.ops.masked_attention import masked_attention
-from m2f_kernels.ops.point_loss import Given, check_targets
+from m2f_kernels.ops.points import Given, check_targets
 
 #: Masks of one decoder output: factored, or logits [N, Q, h, w] where something needed them.
 Masks = Tensor | FactoredMasks

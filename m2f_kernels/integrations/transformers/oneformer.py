@@ -63,7 +63,7 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
 )
 from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
-from m2f_kernels.ops.point_loss import Given
+from m2f_kernels.ops.points import Given
 
 _MODULE = "transformers.models.oneformer.modeling_oneformer"
 _MATCHER = f"{_MODULE}.OneFormerHungarianMatcher"

@@ -22,8 +22,7 @@ from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement
 from m2f_kernels.integrations.transformers.mask_classification import CRITERION_OPS, dense_masks, kernels_serve
 from m2f_kernels.masks import Targets
-from m2f_kernels.ops.point_loss import check_targets, cost_of_samples
-from m2f_kernels.ops.point_sample import point_sample, sample, uncertain_points
+from m2f_kernels.ops.points import check_targets, cost_of_samples, point_sample, sample, uncertain_points
 
 _LOSS = "transformers.loss.loss_rf_detr"
 

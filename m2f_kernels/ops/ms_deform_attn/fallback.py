@@ -17,7 +17,7 @@ from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype
 from m2f_kernels.ops.ms_deform_attn import reference
-from m2f_kernels.ops.point_sample.fallback import grid_of, keep_finite
+from m2f_kernels.ops.points.fallback import grid_of, keep_finite
 
 
 def _images(value: Tensor, levels: Sequence[int]) -> Sequence[Tensor]:

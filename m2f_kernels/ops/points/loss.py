@@ -14,8 +14,9 @@ from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import FactoredMasks, InstanceMap, RunLengths, Targets, listed
 from m2f_kernels.ops._autograd import call, differentiable_once, register_autograd, register_vmap
-from m2f_kernels.ops.point_loss import factored, fallback, reference
-from m2f_kernels.ops.point_sample import (
+from m2f_kernels.ops.points import factored, fallback, reference
+from m2f_kernels.ops.points.masks import CHUNK_BYTES, MaskRows, multiply, select_rows
+from m2f_kernels.ops.points.sampling import (
     check_masks,
     check_pixels,
     check_points,
@@ -25,8 +26,6 @@ from m2f_kernels.ops.point_sample import (
     sample,
     sample_targets,
 )
-from m2f_kernels.ops.point_sample import reference as point_sample_reference
-from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, MaskRows, multiply, select_rows
 
 __all__ = ["Matches", "mask_matching_cost", "point_mask_loss"]
 
@@ -267,7 +266,7 @@ def factored_loss(
             planes = FactoredMasks(embed.to(dtype), features.to(dtype)).logits().flatten(0, 1)
         if points is None:
             assert seed is not None
-            points = point_sample_reference.uncertain_points(planes.detach(), masks.rows, seed, 0, *counts)
+            points = reference.uncertain_points(planes.detach(), masks.rows, seed, 0, *counts)
         return reference.point_mask_loss(planes, masks.rows, listed(targets), target_rows, points)[:2]
     cross_entropy, dice, *_ = call(
         "factored_point_mask_loss",
@@ -401,7 +400,7 @@ def _plain(
     return function
 
 
-_TRITON = "m2f_kernels.ops.point_loss.triton"
+_TRITON = "m2f_kernels.ops.points.triton_loss"
 dispatch.register(
     dispatch.Operator("mask_matching_cost", triton=_TRITON),
     {"mask_matching_cost": _plain("mask_matching_cost", reference.mask_matching_cost, fallback.mask_matching_cost)},

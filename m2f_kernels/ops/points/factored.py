@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype
-from m2f_kernels.ops.point_sample.masks import chunk_bounds, exact, mask_bytes, product_chunks
+from m2f_kernels.ops.points.masks import chunk_bounds, exact, mask_bytes, product_chunks
 
 
 @torch.no_grad()

@@ -16,8 +16,8 @@ from torch import Tensor
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels._triton import MAX_GRID, architecture, block_id, dot, in_parts, launch, rows_and_blocks
 from m2f_kernels.masks import Targets, grouped
-from m2f_kernels.ops.point_sample.masks import CHUNK_BYTES, chunk_bounds, exact, mask_bytes, product_chunks
-from m2f_kernels.ops.point_sample.triton import (
+from m2f_kernels.ops.points.masks import CHUNK_BYTES, chunk_bounds, exact, mask_bytes, product_chunks
+from m2f_kernels.ops.points.triton_sampling import (
     FRACTION_BITS,
     bilinear,
     bilinear_runs,

@@ -19,8 +19,8 @@ from m2f_kernels.ops._autograd import (
     register_autograd,
     register_vmap,
 )
-from m2f_kernels.ops.point_sample import fallback, reference
-from m2f_kernels.ops.point_sample.masks import select_rows
+from m2f_kernels.ops.points import fallback, reference
+from m2f_kernels.ops.points.masks import select_rows
 
 __all__ = ["point_sample", "uncertain_points"]
 
@@ -259,7 +259,7 @@ def _uncertain_points_plain(mask_logits: Tensor, *rest: Any) -> Tensor:
     return found
 
 
-_TRITON = "m2f_kernels.ops.point_sample.triton"
+_TRITON = "m2f_kernels.ops.points.triton_sampling"
 dispatch.register(
     dispatch.Operator("point_sample", triton=_TRITON),
     {

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from m2f_kernels._triton import MAX_GRID, architecture, block_id, in_parts, launch, rows_and_blocks
-from m2f_kernels.ops.point_sample.reference import sample_dtype
+from m2f_kernels.ops.points.reference import sample_dtype
 
 #: Bits of a fixed-point gradient below the largest single term.
 FRACTION_BITS = 40
