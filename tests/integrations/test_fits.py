@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from torch.func import functional_call, grad, vjp
+from torch.func import functional_call, grad, vjp, vmap
+from torch.utils.checkpoint import checkpoint
 
 import m2f_kernels
 from tests.integrations.families import FAMILIES, quick
@@ -129,3 +130,56 @@ def test_torch_func(family):
     if family.name == "deformable_detr":
         with pytest.raises(NotImplementedError, match=r"forward-mode AD|forward AD"):
             torch.func.jvp(loss, (chosen,), (chosen,))
+
+
+def products(output, family):
+    """One number that depends on every output of a model."""
+    generator = torch.Generator().manual_seed(3)
+    found = [output[name].nan_to_num(posinf=0.0, neginf=0.0) for name in family.outputs]
+    return sum((x * torch.randn(x.shape, generator=generator)).mean() for x in found)
+
+
+@families
+def test_checkpoint_around_a_model(family):
+    """Non-reentrant: the same gradients, all of them."""
+    _, model = both(family)
+    inputs, found = family.inputs(), []
+    for call in (model, lambda **given: checkpoint(model, use_reentrant=False, **given)):
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(5)
+        products(call(**inputs), family).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    expected, got = found
+    assert expected.keys() == got.keys()
+    assert any("sampling_offsets" in name and gradient.any() for name, gradient in expected.items())
+    for name, gradient in expected.items():
+        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: name + text)
+
+
+@families
+def test_an_ensemble_by_vmap(family):
+    """Two sets of weights at once by `torch.func.vmap`, where the untouched model can be called so."""
+    plain, model = both(family)
+    for one in (*plain.modules(), *model.modules()):
+        if hasattr(one, "config"):
+            one.config._attn_implementation = "eager"
+    inputs = family.inputs()
+    names = [name for name, _ in model.named_parameters() if "sampling_offsets" in name][:2]
+    weights = dict(model.named_parameters())
+    stacked = {name: torch.stack([weights[name].detach() * times for times in (1.0, 1.1)]) for name in names}
+
+    def call(one, parameters):
+        output = functional_call(one, parameters, kwargs=inputs)
+        return tuple(output[name] for name in family.outputs)
+
+    with torch.no_grad():
+        try:
+            vmap(lambda parameters: call(plain, parameters), randomness="different")(stacked)
+        except RuntimeError as error:
+            pytest.skip(f"the untouched model cannot: {str(error)[:80]}")
+        both_at_once = vmap(lambda parameters: call(model, parameters), randomness="different")(stacked)
+        for i in range(2):
+            alone = call(model, {name: x[i] for name, x in stacked.items()})
+            for x, y in zip(both_at_once, alone, strict=True):
+                torch.testing.assert_close(x[i], y, rtol=1e-3, atol=1e-4)
+        assert not torch.equal(both_at_once[0][0], both_at_once[0][1]), "the weights count"

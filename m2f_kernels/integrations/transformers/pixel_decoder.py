@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from m2f_kernels._constants import ConstantCache, plain
 from m2f_kernels._linear import linear_relu
 from m2f_kernels.integrations.transformers._swap import Mixin, observed, watched
+from m2f_kernels.ops._autograd import transformed
 
 #: Pixels whose FFN activations exist at a time without gradients: few enough that they stay in the cache.
 _FFN_ROWS = 1024
@@ -209,7 +210,9 @@ class PixelDecoder(Mixin):
             # Convolutions, norms and resizing prefer different memory layouts; one layout for all saves copies.
             current = lateral(feature.contiguous())
             finer = F.interpolate(maps[-1].contiguous(), size=current.shape[-2:], mode="bilinear", align_corners=False)
-            in_place = not (torch.is_grad_enabled() or watched(lateral) or watched(lateral[-1]))
+            # Under vmap the sum may be larger than what it would be written to.
+            kept = torch.is_grad_enabled() or transformed()
+            in_place = not (kept or watched(lateral) or watched(lateral[-1]))
             current = current.add_(finer) if in_place else current + finer
             del finer
             maps.append(output(current))
