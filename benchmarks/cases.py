@@ -72,6 +72,8 @@ class Work:
         bytes_moved: every input read once and every output written once.
         gather_bytes: bytes of rows gathered from (or scattered to) the value tensor.
         gather_level: "l1" or "l2", the cache whose measured gather rate bounds `gather_bytes`.
+        l2_bytes, wavefronts, reductions: on a GPU, in place of the gather: bytes from L2 to the multiprocessors, cycles
+            of L1 over all of them, and sectors of 32 bytes that are added to in L2.
         flops: multiplications and additions of matrix products.
         flop_dtype: "float32" or "bfloat16", the dtype whose measured rate of matrix products bounds `flops`.
     """
@@ -79,6 +81,9 @@ class Work:
     bytes_moved: int
     gather_bytes: int = 0
     gather_level: str = "l2"
+    l2_bytes: int = 0
+    wavefronts: int = 0
+    reductions: int = 0
     flops: int = 0
     flop_dtype: str = "float32"
 

@@ -10,9 +10,11 @@
   operations each; float32 in IEEE precision, PyTorch's default.
 
 The least time of many runs counts, since a floor is about the hardware, not about its neighbours; a rate with more
-threads is never below the one with fewer. On a GPU the
-same operator does not saturate the caches, so there the floor of the gather is an upper bound and a share
-may exceed 1.
+threads is never below the one with fewer.
+
+On a GPU `embedding_bag` saturates no cache. There the floor of a gather is counted from the case's coordinates: bytes
+from L2, cycles of L1, reductions in L2, over the rates of the part (`benchmarks/tools/time_model.py` has them with
+their sources), which is known for the H200 only. Elsewhere the gather has no floor.
 """
 
 from __future__ import annotations
@@ -40,12 +42,17 @@ _SECONDS = 0.2
 _DEFAULT_CACHES = {"l1": 32 << 10, "l2": 512 << 10, "l3": 16 << 20}
 
 
-def cache_sizes(device: str) -> dict[str, int]:
-    """Bytes of the caches of a core (l1, l2) or the chip (l3); on a GPU, l1 of a multiprocessor and l2 of the chip."""
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        shared = getattr(properties, "shared_memory_per_multiprocessor", 96 << 10)
-        return {"l1": shared, "l2": getattr(properties, "L2_cache_size", 0) or (32 << 20)}
+def part_rates(name: str) -> Floors:
+    """Rates of a GPU by its name: bytes from L2, cycles of all L1s, sectors added to in L2; {} if it is not known."""
+    from benchmarks.tools.time_model import H200
+
+    if H200.name not in name:
+        return {}
+    return {"l2 bytes": H200.l2, "l1 cycles": H200.multiprocessors * H200.clock, "reductions": H200.reductions}
+
+
+def cache_sizes() -> dict[str, int]:
+    """Bytes of the caches of a core (l1, l2) or the chip (l3)."""
     sizes = dict(_DEFAULT_CACHES)
     for cache in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         if (cache / "type").read_text().strip() == "Instruction":
@@ -120,17 +127,20 @@ def measure_all(device: str, counts: set[int], quick: bool) -> dict[str, Floors]
 
 
 def measure(device: str, threads: int, quick: bool) -> Floors:
-    """Rates in bytes per second: "bandwidth", and of the gather "l1", "l2", "l3" (CPU) and "memory"; in operations per
-    second: "float32 matmul" and "bfloat16 matmul"."""
+    """Rates in bytes per second: "bandwidth", and on a CPU of the gather "l1", "l2", "l3" and "memory", on a GPU
+    `part_rates`; in operations per second: "float32 matmul" and "bfloat16 matmul"."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         large = 128 if quick else 256
-        lookups = 1 << 20 if device == "cpu" else 1 << 23
+        lookups = 1 << 20
         floors = {"bandwidth": bandwidth(device, large if device == "cpu" else 1024)}
-        for level, size in cache_sizes(device).items():
-            floors[level] = gather_rate(device, size // 2, lookups)
-        floors["memory"] = gather_rate(device, large << 20, lookups)
+        if device == "cuda":
+            floors |= part_rates(torch.cuda.get_device_name())
+        else:
+            for level, size in cache_sizes().items():
+                floors[level] = gather_rate(device, size // 2, lookups)
+            floors["memory"] = gather_rate(device, large << 20, lookups)
         side = _MATMUL_SIDE_CUDA if device == "cuda" else _MATMUL_SIDE_QUICK if quick else _MATMUL_SIDE
         for dtype in _MATMUL_DTYPES:
             floors[matmul_name(str(dtype).removeprefix("torch."))] = matmul_rate(device, side, dtype)
@@ -142,9 +152,13 @@ def measure(device: str, threads: int, quick: bool) -> Floors:
 def floor(work: Work, floors: Floors) -> tuple[float, str]:
     """The floor time in milliseconds, and what bounds it."""
     matmul = matmul_name(work.flop_dtype)
-    bounds = [
-        (work.bytes_moved / floors["bandwidth"] * 1e3, "bandwidth"),
-        (work.gather_bytes / floors[work.gather_level] * 1e3, f"{work.gather_level} gather"),
-        (work.flops / floors[matmul] * 1e3, matmul),
+    amounts = [
+        (work.bytes_moved, "bandwidth", "bandwidth"),
+        (work.gather_bytes, work.gather_level, f"{work.gather_level} gather"),
+        (work.l2_bytes, "l2 bytes", "l2 bytes"),
+        (work.wavefronts, "l1 cycles", "l1 cycles"),
+        (work.reductions, "reductions", "reductions"),
+        (work.flops, matmul, matmul),
     ]
+    bounds = [(amount / floors[rate] * 1e3, name) for amount, rate, name in amounts if rate in floors]
     return max(bounds, key=lambda bound: bound[0])

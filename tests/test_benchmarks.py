@@ -86,6 +86,17 @@ def test_the_floor_is_what_bounds_most():
     assert floors.floor(Work(1_000_000, flops=8_000_000, flop_dtype="bfloat16"), rates) == (2.0, "bfloat16 matmul")
 
 
+def test_the_floor_of_a_gather_on_a_gpu_is_counted():
+    """By bytes from L2, cycles of L1 and reductions; on a part whose rates are not known there is none."""
+    work = Work(4_000_000_000, l2_bytes=60_000_000_000, wavefronts=1_000_000_000, reductions=220_000_000)
+    known = {"bandwidth": 4e12, "float32 matmul": 1e12} | floors.part_rates("NVIDIA H200")
+    assert floors.floor(work, known) == (pytest.approx(8.0), "l2 bytes")
+    assert floors.floor(replace(work, reductions=1_100_000_000), known) == (pytest.approx(10.0), "reductions")
+    assert floors.floor(replace(work, wavefronts=2_613_600_000), known) == (pytest.approx(10.0), "l1 cycles")
+    assert floors.part_rates("NVIDIA A100-SXM4-80GB") == {}
+    assert floors.floor(work, {"bandwidth": 4e12, "float32 matmul": 1e12}) == (pytest.approx(1.0), "bandwidth")
+
+
 def test_readme_tables_state_each_case_measured():
     """Rows as a full run writes them, with times that are easy to tell apart."""
     rows = []

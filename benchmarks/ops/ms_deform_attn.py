@@ -39,6 +39,7 @@ from benchmarks.cases import (
     version,
 )  # fmt: skip
 from benchmarks.memory import bytes_of
+from benchmarks.tools import time_model
 
 HEADS, CHANNELS, POINTS = 8, 256, 4
 DECODER_QUERIES = 300
@@ -273,17 +274,30 @@ def work(case: Case, data: Data) -> Work:
     """Inputs read and outputs written once, of the value no more than is gathered; four rows of D per sample gathered.
 
     Forward + backward: the backward reads the inputs and the output's gradient and writes gradients, gathers
-    every row again and adds to every row of the value's gradient (counted as a load and a store).
+    every row again and adds to every row of the value's gradient (counted as a load and a store). On a GPU the rows
+    of a tile of 8 x 8 queries count once, in L2 and in the gradient, since a block can keep them.
     """
     value, samples = data.inputs["value"], data.inputs[data.differentiable[-1]]
     rows = 4 * samples.numel() * value.shape[-1] * value.element_size()
     read = bytes_of(data.inputs.values()) - max(0, bytes_of([value]) - rows)
     output = data.grad_outputs[0].numel() * value.element_size()
     level = "l1" if case.distribution == "local" else "l2"
-    if not case.backward:
-        return Work(read + output, rows, level)
-    gradients = bytes_of(data.inputs[name] for name in data.differentiable)
-    return Work(2 * read + 2 * output + gradients, 4 * rows, level)
+    gradients = bytes_of(data.inputs[name] for name in data.differentiable) if case.backward else 0
+    passes = 2 if case.backward else 1
+    moved = passes * (read + output) + gradients
+    if value.device.type == "cpu":
+        return Work(moved, passes**2 * rows, level)
+    if "sampling_locations" not in data.inputs or samples.shape[1] != value.shape[1]:
+        return Work(moved)  # not counted
+    found = time_model.touched(data.inputs["sampling_locations"][0].cpu(), data.levels, value.shape[0])
+    row = value.shape[-1] * value.element_size()
+    return Work(
+        moved,
+        l2_bytes=passes * (found.tile_rows * row + read + output - bytes_of([value])),
+        # A quarter of a warp reads 128 bytes: a row of float32, two rows of 16 bits.
+        wavefronts=passes * (found.corners if value.element_size() == 4 else found.pair_rows),
+        reductions=found.tile_rows * value.shape[-1] * 4 // 32 if case.backward else 0,
+    )
 
 
 def figures(scale: Scale) -> list[Figure]:

@@ -337,13 +337,18 @@ def gather(where: str, heads: int = 8, points: int = 4, size: int = 1024, images
     from benchmarks import inputs
 
     sizes = [(size // s, size // s) for s in (32, 16, 8)]
-    starts = [0, *torch.tensor([h * w for h, w in sizes]).cumsum(0).tolist()]
-    queries = int(starts[-1])
     locations = (
         inputs.local_locations(sizes, 1, heads, points)
         if where == "local"
-        else inputs.random_locations(sizes, 1, queries, heads, points)
-    )[0]  # [Q, H, L, P, 2]
+        else inputs.random_locations(sizes, 1, sum(h * w for h, w in sizes), heads, points)
+    )
+    return touched(locations[0], sizes, images)
+
+
+def touched(locations: torch.Tensor, sizes: Sequence[tuple[int, int]], images: int = 1) -> Gather:
+    """Counted from an encoder's sampling locations [Q, H, L, P, 2] of one image, times `images`; Q is even."""
+    queries, heads, _, points, _ = locations.shape
+    starts = [0, *torch.tensor([h * w for h, w in sizes]).cumsum(0).tolist()]
     order, tiles = [], []
     for level, (h, w) in enumerate(sizes):
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
