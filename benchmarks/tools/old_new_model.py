@@ -4,10 +4,10 @@
     python -m benchmarks.tools.old_new_model --old DIRECTORY --integrations       # accelerated models of transformers
 
 Each tree has a process that holds its model, and the two are called alternately; what counts is the ratio of the
-medians. Behind it stand the quartiles of the ratios of two calls that follow each other. Processes of one tree differ, too:
-`--old` with this tree shows by how much.
-Peaks are each of a fresh process, by the method of `benchmarks/memory.py`: of a call above the weights (in
-training above the gradients, too), and of matching, loss and gradients alone, for given predictions.
+medians. Behind it stand the quartiles of the ratios of two calls that follow each other. Processes of one tree differ,
+too: `--old` with this tree shows by how much. Peaks are each of a fresh process, by the method of
+`benchmarks/memory.py`: of a call above the weights (in training above the gradients, too), and of matching, loss and
+gradients alone, for given predictions.
 """
 
 from __future__ import annotations
