@@ -138,7 +138,10 @@ def open_backward(device: Architecture, version: tuple[int, int], element_size: 
         config = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
     else:
         config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
-    return _fitted(device, version, config, element_size, channels)
+    config = _fitted(device, version, config, element_size, channels)
+    if device.gfx.startswith("gfx11") and element_size == 4:  # larger pieces spill
+        config = {**config, "BLOCK_Q": 16, "num_warps": 16}
+    return config
 
 
 def _columns(width: int, most: int) -> int:
@@ -162,7 +165,7 @@ def biased_forward(
 def biased_backward(
     device: Architecture, version: tuple[int, int], element_size: int, num_queries: int, d: int, width: int
 ) -> Configuration:
-    """The same of the two backward kernels. Larger tiles spill in the one of queries."""
+    """The same of the two backward kernels. Larger tiles spill in the one of queries, on AMD in both."""
     channels = padded(d)
     if element_size == 4:
         # Each spills with the other number of warps.
@@ -170,8 +173,11 @@ def biased_backward(
         config = {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": warps, "num_stages": 1}
     else:
         queries = 64 if channels <= 32 and device.capability // 10 != 10 else 32
-        config = {"BLOCK_Q": queries, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
-    return _biased(device, version, config, element_size, num_queries, channels, width)
+        config = {"BLOCK_Q": 16 if device.gfx else queries, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
+    config = _biased(device, version, config, element_size, num_queries, channels, width)
+    if device.gfx.startswith("gfx11"):
+        config = {**config, "BLOCK_Q": 16, "num_warps": 16}
+    return config
 
 
 def _biased(
