@@ -16,6 +16,7 @@ import m2f_kernels
 from m2f_kernels.integrations.transformers import oneformer
 from m2f_kernels.integrations.transformers.oneformer import AuxiliaryPrediction
 from tests.integrations.published import (
+    BEFORE_LISTS_OF_SIZES,
     OPERATORS,
     Sizes,
     assert_compact_targets_serve,
@@ -65,8 +66,7 @@ def both(name="default", **changes):
     """The same model, as it is and accelerated."""
     model = make(name, **changes)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    # The pixel decoder of transformers 4 is left alone.
-    assert {entry.text for entry in report.left} <= {"its encoder takes the sizes of the levels as a tensor alone"}
+    assert {entry.text for entry in report.left} <= BEFORE_LISTS_OF_SIZES
     return model, accelerated
 
 
@@ -332,7 +332,7 @@ def test_wrapped_attention(inputs):
     layer = model.model.transformer_module.decoder.layers[1].cross_attn
     layer.multihead_attn = Wrapped(layer.multihead_attn)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert {entry.cls for entry in report.left} - {"OneFormerPixelDecoder"} == {
+    assert {entry.cls for entry in report.left} - {"OneFormerPixelDecoder", "OneFormerPixelDecoderEncoderOnly"} == {
         "OneFormerTransformerDecoderCrossAttentionLayer",
         "OneFormerTransformerDecoderLayer",
         "OneFormerTransformerDecoder",

@@ -169,6 +169,8 @@ def test_backbone_with_attention_of_pytorch(tmp_path):
 
     sizes = {"embed_dim": 16, "depths": [1], "num_heads": [2], "window_size": 7, "image_size": 56}
     backbone = transformers.SwinBackbone(transformers.SwinConfig(**sizes, out_features=["stage1"]))
+    if transformers.__version__.startswith("4."):
+        pytest.skip("Swin in transformers 4 has no attention of PyTorch")
     assert backbone.config._attn_implementation == "sdpa"
     model = Call(lambda pixels: backbone(pixels).feature_maps)
     model.module = backbone
@@ -275,6 +277,9 @@ def test_mask2former_of_any_size(tmp_path):
 def test_accelerated_model_of_transformers(tmp_path):
     """Deformable DETR with the modules that `accelerate` puts in."""
     import transformers
+
+    if transformers.__version__.startswith("4."):
+        pytest.skip("transformers 4 configures this backbone otherwise")
 
     class Detector(nn.Module):
         def __init__(self):

@@ -1,7 +1,7 @@
 """Accelerating leaves identity, names and state as they were, survives copies and pickles, and is taken back."""
 
 import copy
-import importlib.util
+import importlib
 import inspect
 import io
 import json
@@ -374,12 +374,40 @@ def test_patch_everything():
         others = {
             name
             for name in ("eomt", "eomt_dinov3", "videomt", "sam3", "sam3_lite_text")
-            if importlib.util.find_spec(f"transformers.models.{name}")
+            if _imports(f"transformers.models.{name}.modeling_{name}")
         }
         assert families == {name for name, family in FAMILIES.items() if family.installed} | others
     finally:
         unpatch()
     assert not any(_swap.qualified_name(cls) for cls, _ in _swap.patched_classes() if _named(cls))
+
+
+def _imports(name):
+    """False also where the module needs a package that is not there, as SAM-3 in transformers 5.0 torchvision."""
+    try:
+        return importlib.import_module(name) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def test_a_family_that_needs_a_missing_package(monkeypatch):
+    """It stops nobody who did not ask for it."""
+    original = _swap.import_module
+
+    def without_torchvision(name, *args):
+        if name.startswith("transformers.models.deformable_detr"):
+            raise ModuleNotFoundError("No module named 'torchvision'", name="torchvision")
+        return original(name, *args)
+
+    monkeypatch.setattr(_swap, "import_module", without_torchvision)
+    try:
+        families = {entry.name.split(".")[2] for entry in patch().replaced}
+    finally:
+        unpatch()
+    assert "mask2former" in families
+    assert "deformable_detr" not in families
+    with pytest.raises(ModuleNotFoundError, match="torchvision"):
+        patch("deformable_detr")
 
 
 def _named(cls):

@@ -421,9 +421,10 @@ def known_classes(families: Iterable[str] = ()) -> Iterator[tuple[str, type, Rep
         try:
             module = import_module(module_name)
         except ModuleNotFoundError as error:
-            if not module_name.startswith(f"{error.name}.") and error.name != module_name:
+            missing = module_name.startswith(f"{error.name}.") or error.name == module_name
+            if family in wanted and not missing:
                 raise
-            continue  # a family of another version
+            continue  # a family of another version, or one that needs a package that is not there: nobody can use it
         cls = getattr(module, class_name, None)
         if cls is not None:
             yield name, _original(cls), replacement

@@ -113,9 +113,10 @@ class _Attention(Mixin):
         recording = sys.modules.get("transformers.utils.output_capturing")
         # By name, since the hooks are made in a function.
         own = [hook for hook in self._forward_hooks.values() if getattr(hook, "__name__", "") != _RECORDING_HOOK]
-        if own or recording is None or torch.compiler.is_compiling():
+        if own or torch.compiler.is_compiling():
             return bool(own)
-        return _ASKED.get() or any("attentions" in key for key in recording._active_collector.get() or ())
+        recorded = () if recording is None else recording._active_collector.get() or ()
+        return _ASKED.get() or any("attentions" in key for key in recorded)
 
     def _m2f_fusable(self, kwargs: dict[str, Any]) -> bool:
         """True if the operator takes these arguments. The original deals with all others, errors included."""
@@ -334,6 +335,7 @@ _DROPPING = {
     "grounding_dino": ("GroundingDinoEncoder", "GroundingDinoDecoder"),
     "mm_grounding_dino": ("MMGroundingDinoEncoder", "MMGroundingDinoDecoder"),
     "omdet_turbo": ("OmDetTurboDecoder",),
+    "d_fine": ("DFineDecoder",),  # in transformers 4
 }
 _WITHOUT_CORE = ("rt_detr_v2", "d_fine", "deimv2")
 

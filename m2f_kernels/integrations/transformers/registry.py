@@ -30,6 +30,10 @@ PEERS = {
     "eomt": 93,
     "eomt_dinov3": 94,
     "videomt": 91,
+    "lw_detr": 198,
+    "omdet_turbo": 68,
+    "deimv2": 251,
+    "pp_doclayout_v2": 88,
 }
 
 #: By family what was measured and how many times as fast it became: committed, by `benchmarks.run --op integrations`.
