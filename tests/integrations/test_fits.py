@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import transformers
 from torch.func import functional_call, grad, vjp, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -43,6 +44,8 @@ def tensors_of(output, name=""):
 @families
 def test_attention_weights_have_gradients(family):
     """As have all the states that a model returns when it is asked for them."""
+    if family.name == "d_fine" and tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 12):
+        pytest.skip("the layers of d_fine before transformers 5.12 drop the flag for the weights: no gradient")
     found = []
     for model in both(family):
         out = model(**family.inputs(), output_attentions=True, output_hidden_states=True)

@@ -335,7 +335,6 @@ _DROPPING = {
     "grounding_dino": ("GroundingDinoEncoder", "GroundingDinoDecoder"),
     "mm_grounding_dino": ("MMGroundingDinoEncoder", "MMGroundingDinoDecoder"),
     "omdet_turbo": ("OmDetTurboDecoder",),
-    "d_fine": ("DFineDecoder",),  # in transformers 4
 }
 _WITHOUT_CORE = ("rt_detr_v2", "d_fine", "deimv2")
 
