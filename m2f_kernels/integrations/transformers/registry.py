@@ -34,6 +34,7 @@ PEERS = {
     "omdet_turbo": 68,
     "deimv2": 251,
     "pp_doclayout_v2": 88,
+    "pp_doclayout_v3": 88,
 }
 
 #: By family what was measured and how many times as fast it became: committed, by `benchmarks.run --op integrations`.
