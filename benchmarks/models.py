@@ -726,7 +726,9 @@ def _biased(backward: bool) -> Calls:
         out = function(*inputs)
         return (out, *torch.autograd.grad(out, used, torch.ones_like(out))) if backward else (out,)
 
-    plain = lambda query, key, value, *_: m2f_kernels.masked_attention(query, key, value, mask)  # noqa: E731
+    def plain(query: Tensor, key: Tensor, value: Tensor, *_: Tensor) -> Tensor:
+        return m2f_kernels.masked_attention(query, key, value, mask)
+
     return {
         BIASED: partial(call, fused, inputs), WITHOUT: partial(call, plain, inputs[:3]),
         PUBLISHED: partial(call, published, inputs),

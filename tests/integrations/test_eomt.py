@@ -396,8 +396,8 @@ def test_bfloat16(name, pixels):
 @models
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning", "ignore::UserWarning")
 def test_torchscript_exporter_to_onnx(name, pixels, tmp_path):
-    pytest.importorskip("onnx")
-    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnx", reason="onnx is not installed: pip install onnx")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed: pip install onnxruntime")
     _, accelerated = both(name)
 
     class Tensors(torch.nn.Module):

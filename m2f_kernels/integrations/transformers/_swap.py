@@ -183,6 +183,7 @@ def accelerated_class(mixin: type, original: type) -> type:
     # What a class overrides goes before what is replaced, and its super() is that.
     bases = (mixin, _Accelerated, original) if base is original else (original, accelerated_class(mixin, base))
     if base is original and (forward := getattr(mixin, "forward", None)) is not None:
+        # Not original.forward: a type has no such attribute for mypy.
         names["forward"] = _described(forward, getattr(original, "forward"))  # noqa: B009
     made: type = _metaclass(type(original))(original.__name__, bases, names)
     _PAIRS[made] = _Pair(mixin, original)

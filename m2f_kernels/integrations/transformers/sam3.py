@@ -64,6 +64,7 @@ class Decoder(Mixin):
         # While tracing, a tensor: a graph holds nothing else.
         traced = torch.compiler.is_compiling() or tracing()
         if traced or not kernels_serve(_OPS, reference_boxes) or not self._m2f_fusable():
+            # The original class has it, which mypy does not see.
             return super()._get_rpb_matrix(reference_boxes, spatial_shape)  # type: ignore[misc]
         rows, columns = self._get_coords(*spatial_shape, dtype=reference_boxes.dtype, device=reference_boxes.device)
         centre, half = reference_boxes[..., :2], reference_boxes[..., 2:] * 0.5
