@@ -31,6 +31,7 @@ REGISTRY: dict[str, str] = {
 
 #: Measured only where `--op` names them.
 OTHERS: dict[str, str] = {
+    "whole_model": "benchmarks.ops.end_to_end:WHOLE_MODEL",
     "integrations": "benchmarks.models:INTEGRATIONS",
     "eomt": "benchmarks.models:EOMT",
     "mmcv": "benchmarks.models:MMCV",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,7 @@ class Implementation:
             counted; compiled code's do not.
         counts_memory: whether the memory of a call is what its caller needs for it.
         one_setting: timed in the first allocator setting only.
+        spec: the operator's own parameters.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Implementation:
     counts_writes: bool = True
     counts_memory: bool = True
     one_setting: bool = False
+    spec: Any = None
 
 
 def _tensors(result: Any) -> tuple[Tensor, ...]:
@@ -209,14 +211,14 @@ class Figure:
 
     Each side is (case, implementations, field of `Row`); of several implementations the least value counts,
     so that a peer is represented by its best backend; with `of_fastest`, the value of the one that takes the least
-    time. Without a denominator the figure is the numerator itself. `target` maps an allocator setting to the bound;
-    None shows the ratio without judging it, and a setting that is not in it is not shown.
+    time. Without a denominator the figure is the numerator itself. `target` has a bound for each allocator setting, in
+    the order of `facts.settings`; None shows the ratio without judging it, and a setting that it lacks is not shown.
     """
 
     label: str
     numerator: tuple[str, tuple[str, ...], str]
     denominator: tuple[str, tuple[str, ...], str] | None
-    target: dict[str, float | None]
+    target: Sequence[float | None]
     of_fastest: bool = False
     at_most: bool = False
 
@@ -226,13 +228,7 @@ class Figure:
 
 
 def ratio(
-    case: str,
-    field: str,
-    above: str | Sequence[str],
-    below: str,
-    target: dict[str, float | None],
-    label: str,
-    **options: bool,
+    case: str, field: str, above: str | Sequence[str], below: str, label: str, *target: float | None, **options: bool
 ) -> Figure:
     """A field of one implementation (of several, the least) over that of another."""
     names = (above,) if isinstance(above, str) else tuple(above)
@@ -309,14 +305,14 @@ class Benchmark:
         op: name on the command line and of the files written.
         work: what the floor is computed from.
         shrink: a smaller version of the data, to start threads and load code before peak memory is measured.
-        figures: the figures with targets.
+        figures: the figures with targets, by device; of the usual shapes, not those of `--quick`.
         check: compares results, decoded, with the truth.
         operators: the package's operators that it measures, whose backends the report states; empty for `op` itself.
         budget_s: seconds of interleaved timing per case in a full run.
         long_ms: milliseconds from which on the call whose result was checked is itself a sample, and with `--full` one
             more is: full masks take half a minute where points take a third of a second, and it does not matter whether
                 that is 90 or 92 times as long.
-        cpu_time: times are CPU time, which other programs of the machine do not change.
+        cpu_time: times of one thread are CPU time, which other programs of the machine do not change.
         pictures: draws what bars do not show into a directory, and returns the names of the files.
         stages: milliseconds of the parts of a call, where an implementation that was just timed has any.
         peak: peak MiB of an implementation in a process that has just been started, where the general way of
@@ -329,7 +325,7 @@ class Benchmark:
     cases: Callable[[Scale], list[Case]] = lambda scale: []
     work: Callable[[Case, Data], Work | None] = lambda case, data: None
     shrink: Callable[[Data], Data] = lambda data: data
-    figures: Callable[[Scale], list[Figure]] = lambda scale: []
+    figures: Mapping[str, Sequence[Figure]] = field(default_factory=dict)
     check: Check = check_relative_l2
     operators: tuple[str, ...] = ()
     budget_s: float = 3.0

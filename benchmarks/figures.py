@@ -10,7 +10,6 @@ from benchmarks.formats import error, number
 
 HEADER = ["required figure", "setting", "target", "measured", ""]
 MET, MISSED, NO_TARGET, NOT_MEASURED = "met", "MISSED", "no target", "not measured"
-NOT_JUDGED = "quick shapes: not judged"
 
 Side = tuple[str, tuple[str, ...], str]
 
@@ -47,29 +46,25 @@ def evaluate(figure: Figure, rows: Sequence[Row], setting: str) -> tuple[float, 
 
 def lines(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> list[list[str]]:
     """A line for each figure and allocator setting, as `HEADER` names them; figures of cases that a run of this scale
-    leaves out are not among them. An occasional measurement has none."""
-    if rows and rows[0].run not in ("default", "full"):
+    leaves out are not among them. A quick run and an occasional measurement have none."""
+    if scale.quick or (rows and rows[0].run not in ("default", "full")):
         return []
     left_out = {case.name for case in benchmark.cases(scale)} - {case.name for case in benchmark.select(scale)}
-    asked = [f for f in benchmark.figures(scale) if not {case for case, _, _ in f.sides} & left_out]
-    return judge(asked, scale, rows)
-
-
-def judge(asked: Iterable[Figure], scale: Scale, rows: Sequence[Row]) -> list[list[str]]:
-    """A line for each figure and allocator setting, as `HEADER` names them."""
     found = []
-    for figure in asked:
-        for setting in settings_of(rows):
-            target, result = figure.target.get(setting), evaluate(figure, rows, setting)
-            if setting not in figure.target and (
-                result is None or figure.at_most or figure.numerator[2].startswith("memory")
-            ):
-                continue
-            found.append([figure.label, setting, *_judged(figure, target, result, scale)])
+    for figure in benchmark.figures.get(scale.device, ()):
+        if {case for case, _, _ in figure.sides} & left_out:
+            continue
+        settings = settings_of(rows)
+        judged = dict(zip(settings, figure.target, strict=False))
+        for setting in settings:
+            result = evaluate(figure, rows, setting)
+            of_one = figure.at_most or figure.numerator[2].startswith("memory")
+            if setting in judged or not (result is None or of_one):
+                found.append([figure.label, setting, *_judged(figure, judged.get(setting), result)])
     return found
 
 
-def _judged(figure: Figure, target: float | None, result: tuple[float, bool] | None, scale: Scale) -> list[str]:
+def _judged(figure: Figure, target: float | None, result: tuple[float, bool] | None) -> list[str]:
     """Target, measured value and verdict."""
     is_error = figure.numerator[2].startswith("error")
 
@@ -82,17 +77,13 @@ def _judged(figure: Figure, target: float | None, result: tuple[float, bool] | N
     measured = f"{'> ' if result[1] else ''}{text(result[0])}"
     if target is None:
         return [aim, measured, NO_TARGET]
-    if scale.quick:
-        return [aim, measured, NOT_JUDGED]
-    enough = result[0] <= target if figure.at_most else result[0] >= target
-    return [aim, measured, MET if enough else MISSED]
+    return [aim, measured, MET if (result[0] <= target if figure.at_most else result[0] >= target) else MISSED]
 
 
 def summary(found: Sequence[Sequence[str]]) -> str:
     """One line with the numbers of targets met and missed."""
     verdicts = [line[-1] for line in found if line[-1] != NO_TARGET]
-    order = (MET, MISSED, NOT_MEASURED, NOT_JUDGED)
-    counts = {verdict: verdicts.count(verdict) for verdict in order if verdict in verdicts}
+    counts = {verdict: verdicts.count(verdict) for verdict in (MET, MISSED, NOT_MEASURED) if verdict in verdicts}
     if not verdicts:
         return "No targets here."
     return f"{len(verdicts)} targets: " + ", ".join(f"{count} {verdict}" for verdict, count in counts.items()) + "."

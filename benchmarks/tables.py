@@ -173,23 +173,14 @@ def end_to_end(rows: Sequence[Row]) -> str:
     """
     ours, theirs = whole.OURS, whole.TRANSFORMERS
     lines = before_and_after(rows, theirs, ours, ("transformers", "m2f"))
-    extra = []
-    shown = (
-        whole.GRAPH, whole.BF16, whole.BF16_GRAPH, whole.CHECKPOINTED,
-    )  # fmt: skip
-    for name in shown:
-        renamed = [row for row in rows if row.implementation in (theirs, name)]
-        if len({row.implementation for row in renamed}) == 2:
-            label, notes = name.removeprefix("m2f, "), []
-            if name in whole.CAPTURED:
-                notes.append("transformers: no graph")
-            if name in whole.LOW_PRECISION:
-                notes.append("transformers: float32; difference: 1 - IoU of the masks, random weights")
-            if notes:
-                label += f" ({'; '.join(notes)})"
-            here = before_and_after(renamed, theirs, name, ("transformers", "m2f"))[2:]
-            extra += [line.replace(" |", f", {label} |", 1) for line in here]
-    return "\n".join([*lines, *extra])
+    for way in (whole.CAPTURED, whole.BF16, whole.BF16_CAPTURED, whole.CHECKPOINTED):
+        notes = ["transformers: no graph"] if way.how == whole.GRAPH else []
+        if way.precision:
+            notes.append("transformers: float32; difference: 1 - IoU of the masks, random weights")
+        label = str(way).removeprefix("m2f, ") + (f" ({'; '.join(notes)})" if notes else "")
+        here = before_and_after(rows, theirs, str(way), ("transformers", "m2f"))[2:]
+        lines += [line.replace(" |", f", {label} |", 1) for line in here]
+    return "\n".join(lines)
 
 
 def integrations(rows: Sequence[Row]) -> str:

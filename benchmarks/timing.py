@@ -97,27 +97,11 @@ def _time_cuda(run: Callable[[], Any], flush: torch.Tensor, start_s: float) -> t
     return start.elapsed_time(end), 0.0
 
 
-def calls(milliseconds: float, round_ms: float, plan: Plan) -> int:
-    """The number of calls of a run after the one that was checked.
-
-    Args:
-        milliseconds: of the run.
-        round_ms: of all runs that are timed in turn with it, one call each.
-    """
-    if milliseconds > plan.long_ms:
-        return plan.long_calls
-    rounds = min(MAX_ROUNDS, max(plan.min_rounds, math.ceil(plan.budget_s * 1e3 / max(round_ms, 1e-3))))
-    return rounds + (milliseconds < WARM_MS)
-
-
 def interleaved(
     runs: Sequence[Callable[[], Any]],
     device: str,
-    budget_s: float,
-    min_rounds: int,
+    plan: Plan,
     checked_ms: Sequence[float] = (),
-    long_calls: int = 0,
-    long_ms: float = LONG_MS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[Timing]:
     """Time several runs in turn.
@@ -125,14 +109,13 @@ def interleaved(
     Args:
         runs: each is called once per round, in order.
         device: "cpu" or "cuda".
-        budget_s, min_rounds, long_calls, long_ms: see `Plan`.
+        plan: how often.
         checked_ms: what each run took when its result was checked; without it, every run is warmed up.
         clock: of the CPU's timing.
     """
     if not runs:
         return []
     flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device) if device == "cuda" else None
-
     starts = [0.0] * len(runs)
 
     def once(i: int) -> tuple[float, float]:
@@ -141,7 +124,7 @@ def interleaved(
     known = checked_ms or [0.0] * len(runs)
     samples: list[list[tuple[float, float]]] = [[] for _ in runs]
     for i, (before, taken) in enumerate(zip(known, samples, strict=True)):
-        if before > long_ms:
+        if before > plan.long_ms:
             taken.append((before, math.nan))
         elif before < WARM_MS:
             once(i)
@@ -151,9 +134,9 @@ def interleaved(
     gc.disable()
     try:
         start, rounds = time.perf_counter(), 0
-        while rounds < min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < budget_s):
+        while rounds < plan.min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < plan.budget_s):
             for i, (before, taken) in enumerate(zip(known, samples, strict=True)):
-                if before <= long_ms or len(taken) <= long_calls:
+                if before <= plan.long_ms or len(taken) <= plan.long_calls:
                     taken.append(once(i))
             rounds += 1
     finally:

@@ -103,10 +103,9 @@ def _measure_case(
     work = benchmark.work(case, data)
     floor_ms, kind = (None, "") if work is None else floors.floor(work, rates)
     by_name = {implementation.name: implementation for implementation in case.implementations}
-    results = timing.interleaved(
-        runs, scale.device, plan.budget_s, plan.min_rounds, checked_ms, plan.long_calls, plan.long_ms,
-        time.process_time if benchmark.cpu_time else time.perf_counter,
-    )  # fmt: skip
+    alone = benchmark.cpu_time and torch.get_num_threads() == 1
+    clock = time.process_time if alone else time.perf_counter
+    results = timing.interleaved(runs, scale.device, plan, checked_ms, clock)
     for row, result in zip(timed, results, strict=True):
         row.median_ms, row.iqr_ms, row.rounds, row.page_faults = (
             result.median_ms, result.iqr_ms, result.rounds, result.page_faults,

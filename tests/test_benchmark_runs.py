@@ -14,8 +14,8 @@ import torch
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
 import benchmarks
-from benchmarks import budget, compare, figures, launches, plot, report, run, sass, static_cuda, timing
-from benchmarks.cases import Figure, Row, Scale, write_csv
+from benchmarks import compare, figures, launches, plot, report, run, sass, static_cuda, timing
+from benchmarks.cases import Benchmark, Figure, Row, Scale, write_csv
 from benchmarks.report import Run
 
 ROOT = Path(__file__).parents[1]
@@ -98,13 +98,13 @@ def _counting(times):
 
 def test_runs_are_called_as_planned():
     calls, runs = _counting(("cold", "warm", "long"))
-    found = timing.interleaved(runs, "cpu", 0.0, 3, [1.0, SHORT, LONG])
+    found = timing.interleaved(runs, "cpu", timing.Plan(0.0, 3), [1.0, SHORT, LONG])
     assert calls == {"cold": 4, "warm": 3, "long": 0}, "a warm-up, none, and nothing but the checked call"
     assert [result.rounds for result in found] == [3, 3, 1]
     assert found[2].median_ms == LONG
     assert found[2].page_faults is None
     calls, runs = _counting(("long",))
-    (result,) = timing.interleaved(runs, "cpu", 0.0, 3, [LONG], long_calls=1)
+    (result,) = timing.interleaved(runs, "cpu", timing.Plan(0.0, 3, long_calls=1), [LONG])
     assert calls == {"long": 1}
     assert result.rounds == 2
 
@@ -112,24 +112,16 @@ def test_runs_are_called_as_planned():
 def test_rounds_go_on_until_the_budget_is_spent():
     plan = timing.Plan(budget_s=0.2, min_rounds=3, long_calls=0)
     calls, runs = _counting(("fast",))
-    timing.interleaved(runs, "cpu", plan.budget_s, plan.min_rounds)
+    timing.interleaved(runs, "cpu", plan)
     assert calls["fast"] == 1 + timing.MAX_ROUNDS, "faster than the budget: as many as are allowed"
-    assert timing.calls(SHORT, 2 * SHORT, plan) == 3
-    assert timing.calls(1.0, 10.0, plan) == 20 + 1
-    assert timing.calls(LONG, 10.0, plan) == 0
 
 
 def test_a_default_run_is_short():
-    """By the times of the committed full runs; half of ten minutes is left for the whole model, inputs and starts."""
-    seconds = 0.0
-    for device in ("cpu-intel-xeon", "cpu-amd-epyc"):
-        rows = [row for row in compare.read(report.RESULTS / f"{device}.csv") if row.run == "full"]
-        for op in {row.op for row in rows}:
-            benchmark = benchmarks.load(op)
-            default, full = (budget.timed(benchmark, Scale("cpu", False, full), rows) for full in (False, True))
-            assert 0 < default < full
-            seconds += default + budget.remembered(benchmark, Scale("cpu", False), rows)
-    assert seconds < 300
+    """By what the committed ones say."""
+    for table in report.RESULTS.glob("*.json"):
+        for op, one in report.load(table.with_suffix(".csv")).get("default", {}).items():
+            if op in benchmarks.REGISTRY:
+                assert int(one.facts["wall time of the run"].split()[0]) < 600
 
 
 # ---------------------------------------------------------------- comparison
@@ -242,19 +234,18 @@ def test_figures_of_both_directions_and_of_one_value():
     rows = [_row(error_output=2e-6), _row("slow", 30.0), _row("broken", 3.0, status="wrong result")]
     case = rows[0].case
     time, error = ((case, ("m2f_kernels",), field) for field in ("median_ms", "error_output"))
-    scale = Scale("cpu", False)
-
-    def verdict(figure, scale=scale):
-        return figures._judged(figure, figure.target["default"], figures.evaluate(figure, rows, "default"), scale)
-
-    peer = (case, ("slow", "broken"), "median_ms")
-    assert verdict(Figure("", peer, time, {"default": 3.0})) == ["≥ 3.00x", "3.00x", "met"]
-    assert verdict(Figure("", peer, time, {"default": 3.1})) == ["≥ 3.10x", "3.00x", "MISSED"]
-    assert verdict(Figure("", peer, time, {"default": 2.0}, at_most=True))[-1] == "MISSED"
-    assert verdict(Figure("", error, None, {"default": 1e-6}, at_most=True)) == ["≤ 1.0e-06", "2.0e-06", "MISSED"]
-    assert verdict(Figure("", error, None, {"default": 1e-5}, at_most=True))[-1] == "met"
-    assert verdict(Figure("", (case, ("broken",), "median_ms"), time, {"default": 1.0}))[-1] == "not measured"
-    assert verdict(Figure("", peer, time, {"default": 3.1}), Scale("cpu", True))[-1] == "quick shapes: not judged"
+    peer, broken = ((case, names, "median_ms") for names in (("slow", "broken"), ("broken",)))
+    asked = [
+        Figure("", peer, time, (3.0,)), Figure("", peer, time, (3.1,)), Figure("", peer, time, (2.0,), at_most=True),
+        Figure("", error, None, (1e-6,), at_most=True), Figure("", error, None, (1e-5,), at_most=True),
+        Figure("", broken, time, (1.0,)),
+    ]  # fmt: skip
+    benchmark = Benchmark("op", "title", figures={"cpu": asked})
+    assert [line[2:] for line in figures.lines(benchmark, Scale("cpu", False), rows)] == [
+        ["≥ 3.00x", "3.00x", "met"], ["≥ 3.10x", "3.00x", "MISSED"], ["≤ 2.00x", "3.00x", "MISSED"],
+        ["≤ 1.0e-06", "2.0e-06", "MISSED"], ["≤ 1.0e-05", "2.0e-06", "met"], ["≥ 1.00x", "-", "not measured"],
+    ]  # fmt: skip
+    assert figures.lines(benchmark, Scale("cpu", quick=True), rows) == []
 
 
 # ---------------------------------------------------------------- reports
@@ -405,7 +396,7 @@ def test_whole_models_agree_and_their_stages_are_timed_apart(what):
         parts = {"backbone", "pixel decoder", "transformer decoder"} | ({"loss"} if "training" in what else set())
         assert whole.stages(case, implementation).keys() == parts
         # Hooks wait for a GPU: none while a call is timed.
-        model, _ = whole._bound[case.spec, implementation.name]
+        model = whole._model_of(case.spec, implementation.spec)
         assert not any(x._forward_hooks or x._forward_pre_hooks for x in model.modules())
 
 

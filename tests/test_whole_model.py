@@ -1,89 +1,78 @@
 """The benchmark of whole models: what is run where, and that a wrong result has no time."""
 
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
-from benchmarks import timing, whole_model
-from benchmarks.whole_model import ACCELERATED, CAPTURED, COMPILED, COMPILED_HELD, EAGER, HELD, OURS, TRANSFORMERS
+from benchmarks import timing
+from benchmarks.cases import Data, Scale
+from benchmarks.ops import end_to_end
+from benchmarks.ops.end_to_end import ACCELERATED, AUTOCAST, COMPILED, GRAPH, HELD, OURS, TRANSFORMERS, Way
 from m2f_model import bench
+
+TINY = bench.Case("tiny", 64)
 
 
 def test_cells_on_a_gpu():
-    cases = whole_model.cases("cuda", full=False)
-    assert [(x.size, x.training, x.batch, x.autocast) for x in cases] == [
-        (1024, False, 1, "bf16"), (1024, True, 2, "bf16"),
-    ]  # fmt: skip
-    inference, training = (whole_model.ways(case, full=False) for case in cases)
-    assert training == [(TRANSFORMERS, EAGER), (TRANSFORMERS, COMPILED), (OURS, CAPTURED)]
+    cases = end_to_end.whole_cases(Scale("cuda", False))
+    assert [case.name for case in cases] == ["R50 inference 1024² bf16", "R50 training step 1024² N=2 bf16"]
+    inference, training = ([one.spec for one in case.implementations] for case in cases)
+    peers = [Way(TRANSFORMERS, AUTOCAST), Way(TRANSFORMERS, AUTOCAST, COMPILED)]
+    assert training == [Way(OURS, AUTOCAST, GRAPH), *peers]
     # The peer holds its weights in bfloat16 as well.
-    assert inference == [*training[:2], (TRANSFORMERS, COMPILED_HELD), training[2]]
-    assert len(whole_model.cases("cuda", full=True)) > 2
-    assert (TRANSFORMERS, CAPTURED) in whole_model.ways(cases[0], full=True)
+    assert inference == [Way(OURS, HELD, GRAPH), *peers, Way(TRANSFORMERS, HELD, COMPILED)]
+    everything = end_to_end.whole_cases(Scale("cuda", False, True))
+    assert len(everything) > 2
+    assert Way(TRANSFORMERS, AUTOCAST, GRAPH) in [one.spec for one in everything[0].implementations]
 
 
 @pytest.mark.parametrize(("training", "autocast"), [(False, "none"), (False, "bf16"), (True, "none")])
-def test_lines(training, autocast, monkeypatch):
-    ways = [(TRANSFORMERS, EAGER), (OURS, EAGER), (ACCELERATED, EAGER)]
-    monkeypatch.setattr(whole_model, "ways", lambda case, full: ways)
-    lines = whole_model.measure(bench.Case("tiny", 64, training, autocast=autocast), False, 0.01)
-    cells = [[x.strip() for x in line.strip("|").split("|")] for line in lines]
-    assert [x[1] for x in cells] == ["transformers, eager", "m2f, eager", "transformers, accelerated, eager"]
-    assert all(float(x[2]) > 0 for x in cells)
-    assert float(cells[0][4]) == 1
-    # Both are printed rounded, and a tiny model takes few milliseconds.
-    assert float(cells[1][3]) == pytest.approx(1e3 / float(cells[1][2]), rel=0.1)
+def test_eager_models_are_right(training, autocast):
+    spec = replace(TINY, training=training, autocast=autocast)
+    data = end_to_end._truth(replace(spec, autocast="none"))
+    case = replace(end_to_end.whole_cases(Scale("cpu", True))[0], spec=spec)
+    found = [way for way in end_to_end.ways(spec, False) if way.how in ("", ACCELERATED) and way.whose != "OpenVINO"]
+    assert [way.whose for way in found] == [OURS, TRANSFORMERS, TRANSFORMERS]
+    for way in found:
+        one = end_to_end.implementation(spec, way)
+        assert end_to_end.check(case, one, data, case.bind(one, data)()).right
 
 
-def test_cpu_time_leaves_out_waiting(monkeypatch):
+def test_cpu_time_leaves_out_waiting():
     runs = [lambda: time.sleep(0.05), lambda: sum(range(10**6))]
-    sleeping, working = timing.interleaved(runs, "cpu", 0.01, 3, clock=time.process_time)
+    sleeping, working = timing.interleaved(runs, "cpu", timing.Plan(0.01, 3), clock=time.process_time)
     assert sleeping.median_ms < 5 < working.median_ms
-    monkeypatch.setattr(whole_model, "ways", lambda case, full: [(OURS, EAGER)])
-    (line,) = whole_model.measure(bench.Case("tiny", 64), False, 0.01, cpu_time=True)
-    assert float(line.split("|")[3]) > 0
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    with pytest.raises(SystemExit):
-        whole_model.main(["--device", "cpu", "--cpu-time"])
-
-
-def test_a_wrong_result_has_no_time(monkeypatch):
-    monkeypatch.setattr(whole_model, "ways", lambda case, full: [(OURS, EAGER)])
-    monkeypatch.setattr(whole_model, "run_of", lambda *_: lambda: (torch.ones(1, 100, 6), torch.ones(1, 100, 16, 16)))
-    monkeypatch.setattr(whole_model, "problem", lambda *_: (1.0, "wrong: 1"))
-    (line,) = whole_model.measure(bench.Case("tiny", 64), False, 0.01)
-    assert line.split("|")[3].strip() == "wrong: 1"
-    monkeypatch.setattr(whole_model, "run_of", lambda *_: 1 / 0)
-    assert "ZeroDivisionError" in whole_model.measure(bench.Case("tiny", 64), False, 0.01)[0]
 
 
 def test_errors_are_told_from_rounding():
-    case = bench.Case("tiny", 64)
+    def verdict(way, found, truth):
+        data = Data({}, dict(zip(("classes", "masks"), truth, strict=True)))
+        return end_to_end.check(None, end_to_end.implementation(TINY, way), data, found)
+
     truth = (torch.ones(1, 2, 3), torch.tensor([[[[1.0, -1.0]]]]))
-    assert whole_model.problem(case, truth, truth) == (0, None)
-    assert whole_model.problem(case, (truth[0], truth[1] + 0.1), truth)[1].startswith("wrong")
-    low = bench.Case("tiny", 64, autocast="bf16")
+    assert verdict(Way(), truth, truth).output == 0
+    assert not verdict(Way(), (truth[0], truth[1] + 0.1), truth).right
+    low = Way(OURS, AUTOCAST)
     logits = torch.rand(1, 2, 10, 10, generator=torch.Generator().manual_seed(0)) - 5  # no mask is above zero
-    error, why = whole_model.problem(low, (truth[0], logits + 0.02), (truth[0], logits))
-    assert 0 < error < 0.1
-    assert why is None
-    shuffled = logits.flip(2)
-    assert whole_model.problem(low, (truth[0], shuffled), (truth[0], logits))[1].startswith("wrong")
-    assert whole_model.problem(low, (truth[0], truth[1] + 0.1), truth)[1] is None
-    assert whole_model.problem(low, (truth[0], -truth[1]), truth)[1].startswith("wrong")
+    close = verdict(low, (truth[0], logits + 0.02), (truth[0], logits))
+    assert close.right
+    assert 0 < close.output < 0.1
+    assert not verdict(low, (truth[0], logits.flip(2)), (truth[0], logits)).right
+    assert verdict(low, (truth[0], truth[1] + 0.1), truth).right
+    assert not verdict(low, (truth[0], -truth[1]), truth).right
 
 
-def test_weights_held_in_bfloat16():
+@pytest.mark.parametrize("whose", [OURS, TRANSFORMERS])
+def test_weights_held_in_bfloat16(whose):
     """Of both packages, without autocast; the pixels are cast, too."""
-    case = bench.Case("tiny", 64, autocast="bf16")
-    for whose, how in ((OURS, EAGER), (TRANSFORMERS, f"{EAGER}, {HELD}")):
-        called, model, dtype = whole_model.build(case, whose, how)
-        assert (called.autocast, dtype) == ("none", torch.bfloat16)
-        assert dtype in {p.dtype for p in model.parameters()}
-        classes, masks = whole_model.run_of(case, whose, how)()
-        assert (classes.dtype, masks.dtype) == (dtype, dtype)
-    called, model, dtype = whole_model.build(case, TRANSFORMERS, EAGER)
-    assert (called.autocast, dtype) == ("bf16", torch.float32)
+    for way, dtype in ((Way(whose, HELD), torch.bfloat16), (Way(whose, AUTOCAST), torch.float32)):
+        assert (
+            torch.bfloat16 in {p.dtype for p in end_to_end._model_of(TINY, way).parameters()} or dtype == torch.float32
+        )
+        assert end_to_end._spec(TINY, way).autocast == ("none" if way.precision == HELD else "bf16")
+        classes, masks = end_to_end._call(end_to_end._adapt(TINY, way, {}, []))
+        assert classes.dtype == masks.dtype == torch.bfloat16

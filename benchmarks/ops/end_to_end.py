@@ -1,6 +1,7 @@
 """The whole of Mask2Former, `transformers`' and this package's, with the same weights: inference and training step.
 
 Models, inputs and the parts whose forward passes are timed are those of `m2f bench` (`m2f_model/bench.py`).
+Two benchmarks: `end_to_end` compares like with like, `whole_model` every model at its best.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,51 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases import Benchmark, Case, Data, Figure, Implementation, Levels, Row, Scale, Tensors, Verdict
+import m2f_kernels
+from benchmarks.cases import (
+    Benchmark,
+    Case,
+    Data,
+    Figure,
+    Implementation,
+    Levels,
+    Row,
+    Scale,
+    Tensors,
+    Verdict,
+    missing,
+    ratio,
+)  # fmt: skip
 from m2f_model import bench
+from m2f_model.criterion import losses_of
 
-OURS, TRANSFORMERS = "m2f", "transformers"
-CHECKPOINTED, BF16 = "m2f, activation checkpointing", "m2f, bf16 autocast"
-TRANSFORMERS_BF16 = "transformers, bf16 autocast"
+OURS, TRANSFORMERS, OPENVINO = "m2f", "transformers", "OpenVINO"
+AUTOCAST, HELD = "bf16 autocast", "bf16 weights"
+CHECKPOINTING, COMPILED, GRAPH, ACCELERATED = "activation checkpointing", "compiled", "CUDA graph", "accelerated"
+
+
+@dataclass(frozen=True)
+class Way:
+    """Whose model, its precision (float32, or one of `AUTOCAST` and `HELD`), and how it is run."""
+
+    whose: str = OURS
+    precision: str = ""
+    how: str = ""
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.whose, self.precision, self.how)))
+
+    @property
+    def base(self) -> str:
+        """Whose of the models of `m2f bench` it is."""
+        return OURS if self.whose == OURS else TRANSFORMERS
+
+
+CHECKPOINTED, BF16 = Way(how=CHECKPOINTING), Way(OURS, AUTOCAST)
+TRANSFORMERS_BF16 = Way(TRANSFORMERS, AUTOCAST)
 #: On a GPU only.
-TRANSFORMERS_COMPILED = "transformers, bf16 autocast, compiled"
-GRAPH, BF16_GRAPH = "m2f, CUDA graph", "m2f, bf16 autocast, CUDA graph"
-LOW_PRECISION = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED, BF16_GRAPH)
-#: Inference only: a training step waits for the GPU when it matches.
-CAPTURED = (GRAPH, BF16_GRAPH)
+TRANSFORMERS_COMPILED = Way(TRANSFORMERS, AUTOCAST, COMPILED)
+CAPTURED, BF16_CAPTURED = Way(how=GRAPH), Way(OURS, AUTOCAST, GRAPH)
 INFERENCE, TRAINING = "inference", "training step"
 TITLES = {"tiny": "tiny", "r50": "R50", "swin-tiny": "Swin-T"}
 TARGETS = 10
@@ -37,8 +71,8 @@ GPU_TOLERANCE = 0.1
 #: Of the masks of the last prediction, least mean intersection over union of bf16 with float32 for a row to have a
 #: time. Random weights put many logits next to zero, where any rounding decides: it only tells masks from noise.
 LEAST_IOU = 0.5
-#: Calls in which the parts are timed.
-STAGE_CALLS = 3
+#: Calls in which the parts are timed, and calls before the first that counts of what is compiled or captured.
+STAGE_CALLS, WARM_UPS = 3, 3
 
 
 def title(case: bench.Case) -> str:
@@ -47,78 +81,117 @@ def title(case: bench.Case) -> str:
     return what + (f" N={case.batch}" if case.batch > 1 else "")
 
 
-def _spec(case: bench.Case, implementation: str) -> bench.Case:
-    autocast = "bf16" if implementation in LOW_PRECISION else "none"
-    return replace(case, autocast=autocast, activation_checkpointing=implementation == CHECKPOINTED)
-
-
-def _base(implementation: str) -> str:
-    return "transformers" if implementation.startswith("transformers") else "m2f"
-
-
 # ---------------------------------------------------------------- one call
 
 
+class WithLosses(nn.Module):
+    """This package's model by its graphs: in training matching and loss run between them."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model, self.graphs = model, m2f_kernels.CudaGraphs(model, training=True, clone=False)
+
+    def forward(self, pixels: Tensor, targets: Any = None) -> Any:
+        out = self.graphs(pixels)
+        return (
+            out if targets is None else out._replace(losses=losses_of(self.model.criterion, out.predictions, targets))
+        )
+
+
 @cache
-def _model(backbone: str, base: str, checkpointing: bool, compiled: bool, device: str) -> nn.Module:
-    """Built once per process: the weights do not depend on the image's size."""
-    model = bench.build(bench.Case(backbone, device=device, activation_checkpointing=checkpointing), base)
-    if compiled:
-        model.compile()
+def _model(backbone: str, way: Way, device: str) -> nn.Module:
+    """Built once per process: the weights do not depend on the image's size, nor on autocast."""
+    checkpointing = way.how == CHECKPOINTING
+    model: Any = bench.build(bench.Case(backbone, device=device, activation_checkpointing=checkpointing), way.base)
+    if way.how == ACCELERATED:
+        m2f_kernels.accelerate(model)
+    if way.precision == HELD:
+        model = model.hold_in(torch.bfloat16) if way.base == OURS else model.to(torch.bfloat16)
+    if way.how == COMPILED:
+        model.compile(mode="reduce-overhead" if device == "cuda" else None)
+    elif way.how == GRAPH and way.base == OURS:
+        model = WithLosses(model)
+    elif way.how == GRAPH:
+        model.forward = m2f_kernels.CudaGraphs(model)
     return model
 
 
-def _model_of(case: bench.Case, implementation: str) -> nn.Module:
-    compiled = implementation == TRANSFORMERS_COMPILED
-    return _model(case.backbone, _base(implementation), implementation == CHECKPOINTED, compiled, case.device)
+def _model_of(case: bench.Case, way: Way) -> nn.Module:
+    return _model(case.backbone, way if way.precision == HELD else replace(way, precision=""), case.device)
 
 
-def _captured(run: Callable[[], tuple[Tensor, ...]]) -> Callable[[], tuple[Tensor, ...]]:
-    """`run` as a CUDA graph: a replay launches all its kernels at once."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # compiles and warms up, which a graph cannot hold
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = run()
-
-    def replay() -> tuple[Tensor, ...]:
-        graph.replay()
-        return outputs
-
-    return replay
+def _spec(case: bench.Case, way: Way) -> bench.Case:
+    autocast = "bf16" if way.precision == AUTOCAST else "none"
+    return replace(case, autocast=autocast, activation_checkpointing=way.how == CHECKPOINTING)
 
 
-#: The model and the call of each case's implementation that was last bound.
-_bound: dict[tuple[bench.Case, str], tuple[nn.Module, Callable[[], object]]] = {}
+class _Logits(nn.Module):
+    """`transformers`' model with its class and mask logits as a pair."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.model(pixels)
+        return out.class_queries_logits, out.masks_queries_logits
 
 
-def _adapt(case: bench.Case, implementation: str, inputs: Tensors, levels: Levels) -> dict[str, Any]:
-    model = _model_of(case, implementation)
-    run: Callable[[], tuple[Tensor, ...]]
-    run = bench.call(_spec(case, implementation), model, free_gradients=True)
-    _bound[case, implementation] = model, run
-    return {"run": _captured(run) if implementation in CAPTURED else run}
+def openvino(case: bench.Case) -> Callable[[], tuple[Tensor, ...]]:
+    """`transformers`' model converted, on as many threads as PyTorch has."""
+    import openvino as ov
+
+    pixels = bench.pixels_of(case)
+    with torch.no_grad():
+        converted = ov.convert_model(_Logits(_model_of(case, Way(TRANSFORMERS))), example_input=pixels)
+    converted.reshape(list(pixels.shape))
+    precision = {"none": "f32", "bf16": "bf16"}[case.autocast]
+    options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    request = ov.Core().compile_model(converted, "CPU", options).create_infer_request()
+
+    def run() -> tuple[Tensor, ...]:
+        found = request.infer([pixels.numpy()])
+        return tuple(torch.from_numpy(found[i]) for i in range(2))
+
+    return run
+
+
+def _adapt(case: bench.Case, way: Way, inputs: Tensors, levels: Levels) -> dict[str, Any]:
+    if way.whose == OPENVINO:
+        return {"run": openvino(_spec(case, way))}
+    dtype = torch.bfloat16 if way.precision == HELD else torch.float32
+    run = bench.call(_spec(case, way), _model_of(case, way), free_gradients=True, pixel_dtype=dtype)
+    for _ in range(WARM_UPS if way.how in (COMPILED, GRAPH) else 0):
+        run()
+    return {"run": run}
 
 
 def _call(arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     return tuple(t.detach() for t in arguments["run"]() if t is not None)
 
 
+def implementation(case: bench.Case, way: Way, one_setting: bool = False) -> Implementation:
+    # What a replay needs was allocated when it was captured.
+    return Implementation(
+        str(way), _call, partial(_adapt, case, way), ours=way.whose == OURS or way.how == ACCELERATED,
+        unavailable=missing("openvino") if way.whose == OPENVINO else lambda: None, counts_writes=False,
+        counts_memory=way.how != GRAPH, one_setting=one_setting, spec=way,
+    )  # fmt: skip
+
+
 def stages(case: Case, implementation: Implementation) -> dict[str, float]:
     """Median milliseconds of the parts' forward passes, in calls of their own: the hooks that time them wait for the
     GPU, so that the calls which are timed as a whole have none. A compiled or captured call has no parts."""
-    if implementation.name in (TRANSFORMERS_COMPILED, *CAPTURED):
+    way = implementation.spec
+    if way.how in (COMPILED, GRAPH):
         return {}
-    model, run = _bound[case.spec, implementation.name]
-    device = next(model.parameters()).device.type
-    samples: dict[str, list[float]] = {}
-    handles = []
-    for part, path in bench.STAGES[_base(implementation.name)].items():
-        handles += bench.watch(model.get_submodule(path), samples.setdefault(part, []), device)
+    model, run = _model_of(case.spec, way), _adapt(case.spec, way, {}, [])["run"]
+    samples: dict[str, list[float]] = {part: [] for part in bench.STAGES[way.base]}
+    handles = [
+        handle
+        for part, path in bench.STAGES[way.base].items()
+        for handle in bench.watch(model.get_submodule(path), samples[part], case.spec.device)
+    ]
     try:
         for _ in range(STAGE_CALLS):
             run()
@@ -130,22 +203,25 @@ def stages(case: Case, implementation: Implementation) -> dict[str, float]:
 
 def peak(case: Case, implementation: Implementation) -> float:
     """Peak MiB above weights and, in training, gradients; in a process that has only just been started."""
-    return bench.measure_peak(_spec(case.spec, implementation.name), _base(implementation.name))
+    return bench.measure_peak(_spec(case.spec, implementation.spec), implementation.spec.base)
 
 
-# ---------------------------------------------------------------- cases
+# ---------------------------------------------------------------- the truth
 
 
 def _truth(case: bench.Case) -> Data:
     """The last prediction of `transformers` in float32."""
-    call = bench.call(replace(case, training=False), _model_of(case, TRANSFORMERS))
+    call = bench.call(replace(case, training=False), _model_of(case, Way(TRANSFORMERS)))
     classes, logits = (x.detach().cpu() for x in call())
     return Data({}, {"classes": classes, "masks": logits}, [], ("classes", "masks"))
 
 
-def compared(found: Sequence[Tensor], truth: Sequence[Tensor], low_precision: bool, tolerance: float) -> Verdict:
+def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
     """float32: largest difference of class and mask logits relative to the largest value. bf16: one minus the mean
     intersection over union of the predicted masks; a training step gives none, and must be finite."""
+    truth = list(data.truth.values())
+    found = [x.to(truth[0].device).float() for x in results]
+    low_precision = bool(implementation.spec.precision)
     if low_precision and len(found) < 2:
         return Verdict(bool(found[0].isfinite().all()), math.nan)
     if low_precision:
@@ -157,111 +233,126 @@ def compared(found: Sequence[Tensor], truth: Sequence[Tensor], low_precision: bo
         return Verdict(iou >= LEAST_IOU, 1 - iou)
     # Training gives no mask logits here.
     error = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, truth, strict=False))
-    return Verdict(error <= tolerance, error)
+    return Verdict(error <= (bench.TOLERANCE if truth[0].device.type == "cpu" else GPU_TOLERANCE), error)
 
 
-def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
-    truth = list(data.truth.values())
-    found, tolerance = [x.to(truth[0].device) for x in results], bench.TOLERANCE
-    if truth[0].device.type != "cpu":
-        tolerance = GPU_TOLERANCE
-    return compared(found, truth, implementation.name in LOW_PRECISION, tolerance)
+# ---------------------------------------------------------------- cases
+
+
+def _case(spec: bench.Case, *more: Way, **options: Any) -> Case:
+    """Like with like: `more` beside both models in float32."""
+    implementations = [implementation(spec, way, way in more) for way in (Way(), Way(TRANSFORMERS), *more)]
+    direction, made, name = "forward+backward" if spec.training else "forward", partial(_truth, spec), title(spec)
+    return Case(name, name, direction, implementations, build=made, spec=spec, images=spec.batch, **options)
 
 
 def cases(scale: Scale) -> list[Case]:
-    cuda = scale.device == "cuda"
-    backbone = "tiny" if scale.quick else "r50"
+    cuda, one = (
+        scale.device == "cuda",
+        bench.Case("tiny" if scale.quick else "r50", targets=TARGETS, device=scale.device),
+    )
     largest, small = (128, 64) if scale.quick else (1024, 512)
-
-    def case(backbone: str, what: str, size: int, *more: str, batch: int = 1, **options: Any) -> Case:
-        spec = bench.Case(backbone, size, what == TRAINING, batch, TARGETS, scale.device)
-
-        def one(implementation: str) -> Implementation:
-            # What a replay needs was allocated when it was captured.
-            return Implementation(
-                implementation, _call, partial(_adapt, spec, implementation), ours=_base(implementation) == "m2f",
-                counts_writes=False, counts_memory=implementation not in CAPTURED, one_setting=implementation in more,
-            )  # fmt: skip
-
-        implementations = [one(name) for name in (OURS, TRANSFORMERS, *more)]
-        direction, made = "forward+backward" if spec.training else "forward", partial(_truth, spec)
-        name = title(spec)
-        return Case(name, name, direction, implementations, build=made, spec=spec, images=batch, **options)
-
-    low = LOW_PRECISION[: 3 if cuda else 2 if scale.full else 1]
-    graphs = CAPTURED if cuda else ()
+    low = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED)[: 3 if cuda else 2 if scale.full else 1]
+    graphs = (CAPTURED, BF16_CAPTURED) if cuda else ()
+    shown: dict[str, Any] = {"memory": True, "headline": True}
     found = [
-        case(backbone, INFERENCE, largest, *graphs, *low, memory=True, headline=True),
-        case(backbone, INFERENCE, small, *graphs[:1], memory=True, headline=True),
-        case(backbone, TRAINING, small, CHECKPOINTED, memory=True, headline=True),
+        _case(replace(one, size=largest), *graphs, *low, **shown),
+        _case(replace(one, size=small), *graphs[:1], **shown),
+        _case(replace(one, size=small, training=True), CHECKPOINTED, **shown),
     ]
     if scale.quick:
         return found
+    swin = replace(one, backbone="swin-tiny")
     found += [
-        case(backbone, INFERENCE, size, *graphs[:1], one_setting=True, full=size == 768 and not cuda)
-        for size in (256, 768)
+        *(_case(replace(one, size=x), *graphs[:1], one_setting=True, full=x == 768 and not cuda) for x in (256, 768)),
+        _case(replace(one, size=1024, training=True), memory=True, full=not cuda),
+        *(
+            _case(replace(swin, size=size, training=training), memory=True, full=True)
+            for size, training in ((512, False), (1024, False), (512, True))
+        ),
     ]
-    found.append(case(backbone, TRAINING, 1024, memory=True, full=not cuda))
-    for size in (512, 1024):
-        found.append(case("swin-tiny", INFERENCE, size, memory=True, full=True))
-    found.append(case("swin-tiny", TRAINING, 512, memory=True, full=True))
+    return [*found, _case(replace(one, size=1024, training=True, batch=2), *low, **shown)] if cuda else found
+
+
+def ways(case: bench.Case, full: bool) -> list[Way]:
+    """Every model at its best in a case's precision, this package's first."""
+    cuda, theirs = case.device == "cuda", AUTOCAST if case.autocast == "bf16" else ""
+    weights = [HELD] if theirs and not case.training else []
+    best = weights[0] if weights else theirs
+    compiled = [Way(TRANSFORMERS, theirs), *(Way(TRANSFORMERS, x, COMPILED) for x in (theirs, *weights))]
+    if cuda and not full:
+        return [Way(OURS, best, GRAPH), *compiled]
+    found = [
+        Way(OURS, best),
+        *(Way(OURS, best, how) for how, known in ((GRAPH, cuda), (COMPILED, not case.training)) if known),
+    ]
+    found += [*compiled, Way(TRANSFORMERS, theirs, ACCELERATED)]
     if cuda:
-        found.append(case(backbone, TRAINING, 1024, *low, batch=2, memory=True, headline=True))
+        return [*found, *(Way(TRANSFORMERS, x, GRAPH) for x in (theirs, *weights) if not case.training)]
+    return found if case.training else [*found, Way(OPENVINO, theirs)]
+
+
+def whole_cases(scale: Scale) -> list[Case]:
+    cuda, full = scale.device == "cuda", scale.full
+    one = bench.Case("tiny" if scale.quick else "r50", 128 if scale.quick else 1024, device=scale.device)
+    if cuda:
+        specs = [replace(one, autocast="bf16"), replace(one, training=True, batch=2, autocast="bf16")]
+        specs += [replace(one, size=512, autocast=x) for x in ("bf16", "none") if full]
+    else:
+        sizes = (128,) if scale.quick else (1024, 512) if full else (512,)
+        specs = [replace(one, size=size, autocast=x) for size in sizes for x in ("none", "bf16")]
+        specs += [replace(one, size=512, training=True)] if full else []
+    found = []
+    for spec in specs:
+        name = f"{title(spec)} {'fp32' if spec.autocast == 'none' else 'bf16'}"
+        implementations = [implementation(spec, way) for way in ways(spec, full)]
+        made = partial(_truth, replace(spec, autocast="none"))
+        direction = "forward+backward" if spec.training else "forward"
+        found.append(
+            Case(name, name, direction, implementations, build=made, spec=spec, images=spec.batch, headline=True,
+                 one_setting=True)
+        )  # fmt: skip
     return found
 
 
 # ---------------------------------------------------------------- required figures
 
-
-def figures(scale: Scale) -> list[Figure]:
-    backbone, side, other = ("tiny", 128, 64) if scale.quick else ("r50", 1024, 512)
-    large, small, training, both = (
-        title(bench.Case(backbone, size, train, batch))
-        for size, train, batch in ((side, False, 1), (other, False, 1), (other, True, 1), (1024, True, 2))
-    )
-    time, memory = "median_ms", "memory_extra_mib"
-
-    def ratio(case: str, field_: str, ours: str, label: str, *target: float | None) -> Figure:
-        targets = dict(zip(("default", "heap retained"), target, strict=False))
-        if scale.device == "cuda":
-            targets = {"cuda": None}
-        return Figure(f"{case}: {label}", (case, (TRANSFORMERS,), field_), (case, (ours,), field_), targets)
-
-    if scale.device == "cuda" and not scale.quick:
-        return [
-            *(
-                Figure(f"{case}: {label}", (case, (peer,), time), (case, (BF16,), time), {"cuda": target})
-                for case, aim in ((large, 2.0), (both, 1.5))
-                for peer, label, target in (
-                    (TRANSFORMERS_COMPILED, "bf16, faster than transformers compiled", aim),
-                    (TRANSFORMERS_BF16, "bf16, faster than transformers", None),
-                )
-            ),
-            Figure(
-                f"{both}: bf16, less peak memory than transformers",
-                (both, (TRANSFORMERS_BF16,), memory), (both, (BF16,), memory), {"cuda": 1.4},
-            ),
-        ]  # fmt: skip
-    first = {"default": 1.2} if scale.device == "cpu" else {"cuda": 1.2}
-    iou: dict[str, float | None] = dict.fromkeys(first)
-    return [
-        ratio(large, time, OURS, "faster than transformers", 1.8, 1.6),
-        ratio(large, memory, OURS, "less peak memory above weights", 2.0),
-        ratio(small, time, OURS, "faster than transformers", 1.6, 1.5),
-        ratio(small, memory, OURS, "less peak memory above weights", None),
-        ratio(training, time, OURS, "faster than transformers", 1.6, None),
-        ratio(training, memory, OURS, "less peak memory above weights and gradients", 1.6),
-        ratio(training, memory, CHECKPOINTED, "less peak memory, with activation checkpointing", 2.5),
-        Figure(
-            f"{training}: time with activation checkpointing over time without",
-            (training, (CHECKPOINTED,), time), (training, (OURS,), time), first, at_most=True,
+_LARGE, _SMALL = f"R50 {INFERENCE} 1024²", f"R50 {INFERENCE} 512²"
+_STEP, _BOTH = f"R50 {TRAINING} 512²", f"R50 {TRAINING} 1024² N=2"
+_TIME, _MEMORY = "median_ms", "memory_extra_mib"
+FIGURES = {
+    "cpu": [
+        ratio(_LARGE, _TIME, TRANSFORMERS, OURS, "faster than transformers", 1.8, 1.6),
+        ratio(_LARGE, _MEMORY, TRANSFORMERS, OURS, "less peak memory above weights", 2.0),
+        ratio(_SMALL, _TIME, TRANSFORMERS, OURS, "faster than transformers", 1.6, 1.5),
+        ratio(_SMALL, _MEMORY, TRANSFORMERS, OURS, "less peak memory above weights", None),
+        ratio(_STEP, _TIME, TRANSFORMERS, OURS, "faster than transformers", 1.6, None),
+        ratio(_STEP, _MEMORY, TRANSFORMERS, OURS, "less peak memory above weights and gradients", 1.6),
+        ratio(
+            _STEP, _MEMORY, TRANSFORMERS, str(CHECKPOINTED), "less peak memory, with activation checkpointing", 2.5
         ),
-        ratio(large, time, BF16, "bf16 autocast, faster than transformers in float32", 2.5),
-        Figure(
-            f"{large}: bf16 autocast, 1 - IoU of the masks with float32, random weights",
-            (large, (BF16,), "error_output"), None, iou, at_most=True,
+        ratio(
+            _STEP, _TIME, str(CHECKPOINTED), OURS, "time with activation checkpointing over time without", 1.2,
+            at_most=True,
         ),
-    ]  # fmt: skip
+        ratio(_LARGE, _TIME, TRANSFORMERS, str(BF16), "bf16 autocast, faster than transformers in float32", 2.5),
+        Figure(
+            f"{_LARGE}: bf16 autocast, 1 - IoU of the masks with float32, random weights",
+            (_LARGE, (str(BF16),), "error_output"), None, (None,), at_most=True,
+        ),
+    ],
+    "cuda": [
+        *(
+            ratio(case, _TIME, str(peer), str(BF16), label, target)
+            for case, aim in ((_LARGE, 2.0), (_BOTH, 1.5))
+            for peer, label, target in (
+                (TRANSFORMERS_COMPILED, "bf16, faster than transformers compiled", aim),
+                (TRANSFORMERS_BF16, "bf16, faster than transformers", None),
+            )
+        ),
+        ratio(_BOTH, _MEMORY, str(TRANSFORMERS_BF16), str(BF16), "bf16, less peak memory than transformers", 1.4),
+    ],
+}  # fmt: skip
 
 
 def draw(directory: Path, rows: Sequence[Row]) -> list[str]:
@@ -295,7 +386,7 @@ BENCHMARK = Benchmark(
         "*CUDA graph* is this package's inference captured once and replayed, whose times are the GPU's alone."
     ),
     cases=cases,
-    figures=figures,
+    figures=FIGURES,
     check=check,
     operators=(
         "ms_deform_attn_from_offsets", "resize_mask_features", "predict_attention_mask", "masked_attention",
@@ -306,3 +397,22 @@ BENCHMARK = Benchmark(
     stages=stages,
     peak=peak,
 )  # fmt: skip
+
+WHOLE_MODEL = Benchmark(
+    op="whole_model",
+    title="Whole models at their best",
+    description=(
+        "Each model as its own documentation says: `transformers` eager, compiled by `torch.compile` (on a GPU with "
+        '`mode="reduce-overhead"`) and in CUDA graphs, in bf16 under autocast and, for inference, with its weights in '
+        "it; its model accelerated; this package's model eager, compiled and in CUDA graphs; on a CPU OpenVINO, "
+        "converted from `transformers`' model, where it is installed (`pip install openvino`). The same random weights "
+        "and input. Error: as of the whole model end to end. With `OMP_NUM_THREADS=1` times on a CPU are CPU time, "
+        "which other programs of the machine disturb less."
+    ),
+    cases=whole_cases,
+    check=check,
+    operators=BENCHMARK.operators,
+    budget_s=20.0,
+    long_ms=60_000.0,
+    cpu_time=True,
+)

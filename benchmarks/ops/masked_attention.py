@@ -45,6 +45,8 @@ CHANNELS, HEADS = 256, 8
 DIFFERENTIABLE = ("query", "key", "value")
 #: Kinds of masks. Learned ones, which a trained model predicts, are as dense as they are, whatever the name's density.
 OPEN, BLOBS, RANDOM, LEARNED = "open", "blobs", "random", "learned"
+#: Keys of the level at stride 8, and in a quick run.
+LARGE, SMALL = 16384, 4096
 #: The data of the one case that has the projections too.
 MODULE = "module"
 SDPA, SDPA_ADDITIVE = "SDPA, boolean mask", "SDPA, additive mask made before"
@@ -271,13 +273,8 @@ def shrink(data: Data) -> Data:
 # ---------------------------------------------------------------- cases
 
 
-def _large(scale: Scale) -> int:
-    """Keys of the level at stride 8."""
-    return 4096 if scale.quick else 16384
-
-
 def cases(scale: Scale) -> list[Case]:
-    cuda, large = scale.device == "cuda", _large(scale)
+    cuda, large = scale.device == "cuda", SMALL if scale.quick else LARGE
     everybody = [Implementation(OURS, _attention, _inputs, ours=True), *peers(scale.device)]
     here = [one for one in everybody if one.name not in (FLEX, FLEX_REBUILT)]
     main, other = ("bf16", "fp32") if cuda else ("fp32", "bf16")
@@ -336,29 +333,47 @@ def work(case: Case, data: Data) -> Work:
     return made(2 * read + 3 * output + tensors, flops=6 * product)
 
 
-def figures(scale: Scale) -> list[Figure]:
-    large, time, memory, found = _large(scale), "median_ms", "memory_extra_mib", []
-    if scale.device == "cuda":
-        for kind, density in ((OPEN, 1.0), (BLOBS, 0.3), (BLOBS, 0.05)):
-            case, judged = f"{Shape(large, 100, kind, density, 'bf16')} forward", (kind, density) == (BLOBS, 0.3)
-            for peer, target in ((MULTIHEAD, 8.0), (SDPA, 2.5), (FLEX, 2.0), (FLEX_REBUILT, 10.0)):
-                aim = {"cuda": target if judged else None}
-                found.append(ratio(case, time, peer, OURS, aim, f"faster than {peer}"))
-            sides = ((case, (OURS,), field) for field in ("floor_ms", time))
-            found.append(Figure(f"{case}: share of the floor", *sides, {"cuda": 0.5}))
-        ways = [f"{Shape(large, 100, kind, 0.3, 'bf16', 2)} forward+backward" for kind in (BLOBS, RANDOM)]
-        return found + [ratio(case, time, SDPA, OURS, {"cuda": 2.0}, f"faster than {SDPA}") for case in ways]
-    for kind, density, peer, target in (
-        (OPEN, 1.0, SDPA, 2.0), (BLOBS, 0.05, SDPA, 4.0), (BLOBS, 0.3, SDPA, None), (BLOBS, 0.3, MULTIHEAD, None),
-    ):  # fmt: skip
-        case, both = f"{Shape(large, 100, kind, density)} forward", dict.fromkeys(("default", "heap retained"), target)
-        found.append(ratio(case, time, peer, OURS, both, f"faster than {peer}"))
-    fastest, label = (SDPA, MULTIHEAD, EAGER), "the faster of SDPA (boolean mask) and the eager forms"
-    for kind in (BLOBS, RANDOM):
-        case, both = f"{Shape(large, kind=kind)} forward+backward", dict.fromkeys(("default", "heap retained"), 2.0)
-        found.append(ratio(case, time, fastest, OURS, both, f"faster than {label}"))
-    case, less = f"{Shape(large)} forward+backward", f"less peak extra memory than {label}"
-    return [*found, ratio(case, memory, fastest, OURS, {"default": 3.0}, less, of_fastest=True)]
+def _cpu(kind: str, density: float, peer: str, target: float | None) -> Figure:
+    case = f"{Shape(LARGE, 100, kind, density)} forward"
+    return ratio(case, "median_ms", peer, OURS, f"faster than {peer}", target, target)
+
+
+def _cuda(case: str, judged: bool) -> list[Figure]:
+    aims = {MULTIHEAD: 8.0, SDPA: 2.5, FLEX: 2.0, FLEX_REBUILT: 10.0}
+    faster = (
+        ratio(case, "median_ms", peer, OURS, f"faster than {peer}", aim if judged else None)
+        for peer, aim in aims.items()
+    )
+    share = Figure(f"{case}: share of the floor", (case, (OURS,), "floor_ms"), (case, (OURS,), "median_ms"), (0.5,))
+    return [*faster, share]
+
+
+_FASTEST, _FASTER = (SDPA, MULTIHEAD, EAGER), "the faster of SDPA (boolean mask) and the eager forms"
+FIGURES = {
+    "cpu": [
+        _cpu(OPEN, 1.0, SDPA, 2.0), _cpu(BLOBS, 0.05, SDPA, 4.0), _cpu(BLOBS, 0.3, SDPA, None),
+        _cpu(BLOBS, 0.3, MULTIHEAD, None),
+        *(
+            ratio(f"{Shape(LARGE, kind=kind)} forward+backward", "median_ms", _FASTEST, OURS, f"faster than {_FASTER}",
+                  2.0, 2.0)
+            for kind in (BLOBS, RANDOM)
+        ),
+        ratio(f"{Shape(LARGE)} forward+backward", "memory_extra_mib", _FASTEST, OURS,
+              f"less peak extra memory than {_FASTER}", 3.0, of_fastest=True),
+    ],
+    "cuda": [
+        *(
+            figure
+            for kind, density in ((OPEN, 1.0), (BLOBS, 0.3), (BLOBS, 0.05))
+            for figure in _cuda(f"{Shape(LARGE, 100, kind, density, 'bf16')} forward", (kind, density) == (BLOBS, 0.3))
+        ),
+        *(
+            ratio(f"{Shape(LARGE, 100, kind, 0.3, 'bf16', 2)} forward+backward", "median_ms", SDPA, OURS,
+                  f"faster than {SDPA}", 2.0)
+            for kind in (BLOBS, RANDOM)
+        ),
+    ],
+}  # fmt: skip
 
 
 BENCHMARK = Benchmark(
@@ -377,6 +392,6 @@ BENCHMARK = Benchmark(
     cases=cases,
     work=work,
     shrink=shrink,
-    figures=figures,
+    figures=FIGURES,
     budget_s=1.5,
 )

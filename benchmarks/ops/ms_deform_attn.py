@@ -300,34 +300,51 @@ def work(case: Case, data: Data) -> Work:
     )
 
 
-def figures(scale: Scale) -> list[Figure]:
-    time, memory, cuda = "median_ms", "memory_extra_mib", scale.device == "cuda"
-    deformops, both = (DEFORMOPS_TRITON, DEFORMOPS_CUDA), ("default", "heap retained")
-    found = []
-    required = {
-        ("local", "forward"): (20.0, 10.0), ("random", "forward"): (14.0, 7.0),
-        ("local", "forward+backward"): (12.0, 8.0), ("random", "forward+backward"): (10.0, 7.0),
-    }  # fmt: skip
-    for (where, way), targets in {} if cuda else required.items():
-        case, retained = f"encoder {where} fp32 {way}", dict(zip(both, targets, strict=True))
-        found.append(ratio(case, time, GRID_SAMPLE, OURS, retained, f"faster than {GRID_SAMPLE}"))
-        label = f"faster than {TORCH_MS_DEFORM_ATTN}"
-        found.append(ratio(case, time, TORCH_MS_DEFORM_ATTN, OURS, {"default": 3.0}, label))
-    for where, share in (("local", 1 / 2), ("random", 1 / 1.3)) if cuda else ():
-        for way, old, best in (("forward", 4.0, 1.5), ("forward+backward", 3.0, 1.3)):
-            case, label = f"encoder {where} bf16 {way}", "faster than torch-ms-deform-attn in float32"
-            found.append(ratio(case, time, TORCH_MS_DEFORM_ATTN, OURS, {"cuda": old}, label))
-            found.append(ratio(case, time, deformops, OURS, {"cuda": best}, "faster than deformops' best backend"))
-        case = f"encoder {where} bf16 forward"
-        ours = (case, (OURS,))
-        found.append(Figure(f"{case}: share of the floor", (*ours, "floor_ms"), (*ours, time), {"cuda": share}))
-    settings, eager = ("cuda",) if cuda else both, "than ms_deform_attn after its eager prologue"
-    for way in WAYS:
-        case = f"from offsets {way}"
-        found.append(ratio(case, time, OURS_EAGER, OURS, dict.fromkeys(settings, 1.3), f"faster {eager}"))
-        found.append(ratio(case, memory, OURS_EAGER, OURS, {settings[0]: 2.0}, f"less peak extra memory {eager}"))
-    case, one = "encoder local bf16 forward", dict.fromkeys(settings, 1.0)
-    return [*found, ratio(case, time, OURS_FLOAT32, OURS, one, "faster than in float32")]
+_TIME, _PROLOGUE = "median_ms", "than ms_deform_attn after its eager prologue"
+_OLD, _BEST = "faster than torch-ms-deform-attn in float32", "faster than deformops' best backend"
+
+
+def _on_both(settings: int) -> list[Figure]:
+    """Figures of both devices, with targets for so many allocator settings."""
+    return [
+        *(
+            figure
+            for case in ("from offsets forward", "from offsets forward+backward")
+            for figure in (
+                ratio(case, _TIME, OURS_EAGER, OURS, f"faster {_PROLOGUE}", *[1.3] * settings),
+                ratio(case, "memory_extra_mib", OURS_EAGER, OURS, f"less peak extra memory {_PROLOGUE}", 2.0),
+            )
+        ),
+        ratio("encoder local bf16 forward", _TIME, OURS_FLOAT32, OURS, "faster than in float32", *[1.0] * settings),
+    ]
+
+
+def _on_gpu(where: str, share: float) -> list[Figure]:
+    forward, both, deformops = f"encoder {where} bf16 forward", WAYS[1], (DEFORMOPS_TRITON, DEFORMOPS_CUDA)
+    return [
+        ratio(forward, _TIME, TORCH_MS_DEFORM_ATTN, OURS, _OLD, 4.0),
+        ratio(forward, _TIME, deformops, OURS, _BEST, 1.5),
+        ratio(f"encoder {where} bf16 {both}", _TIME, TORCH_MS_DEFORM_ATTN, OURS, _OLD, 3.0),
+        ratio(f"encoder {where} bf16 {both}", _TIME, deformops, OURS, _BEST, 1.3),
+        Figure(f"{forward}: share of the floor", (forward, (OURS,), "floor_ms"), (forward, (OURS,), _TIME), (share,)),
+    ]
+
+
+def _on_cpu(case: str, *targets: float) -> list[Figure]:
+    compiled = ratio(case, _TIME, TORCH_MS_DEFORM_ATTN, OURS, f"faster than {TORCH_MS_DEFORM_ATTN}", 3.0)
+    return [ratio(case, _TIME, GRID_SAMPLE, OURS, f"faster than {GRID_SAMPLE}", *targets), compiled]
+
+
+FIGURES = {
+    "cpu": [
+        *_on_cpu("encoder local fp32 forward", 20.0, 10.0),
+        *_on_cpu("encoder random fp32 forward", 14.0, 7.0),
+        *_on_cpu("encoder local fp32 forward+backward", 12.0, 8.0),
+        *_on_cpu("encoder random fp32 forward+backward", 10.0, 7.0),
+        *_on_both(2),
+    ],
+    "cuda": [*_on_gpu("local", 1 / 2), *_on_gpu("random", 1 / 1.3), *_on_both(1)],
+}
 
 
 BENCHMARK = Benchmark(
@@ -342,5 +359,5 @@ BENCHMARK = Benchmark(
     cases=cases,
     work=work,
     shrink=shrink,
-    figures=figures,
+    figures=FIGURES,
 )

@@ -25,7 +25,6 @@ from benchmarks.cases import (
     Benchmark,
     Case,
     Data,
-    Figure,
     Implementation,
     Row,
     Scale,
@@ -363,40 +362,30 @@ def work(case: Case, data: Data) -> Work:
     return Work(read, flops=flops)
 
 
-def figures(scale: Scale) -> list[Figure]:
-    small, large = _sizes(scale)
-    few, some = (3, 10) if scale.quick else (10, 30)
-    cuda = scale.device == "cuda"
-    settings = ("cuda",) if cuda else ("default", "heap retained")
-
-    def one(
-        case: object, field: str, above: str, below: str, cpu: float | None, label: str, gpu: float | None = None
-    ) -> Figure:
-        where = settings[:1] if field.startswith("memory") else settings
-        return ratio(str(case), field, above, below, dict.fromkeys(where, gpu if cuda else cpu), label)
-
-    at_large, at_small = Shape(LOSS, large, some), Shape(LOSS, small, few)
-    memory, time = "memory_extra_mib", "median_ms"
-    matching, sample = Shape(MATCHING, large, some), Shape(SAMPLE, large)
-    found = [
-        one(at_large, memory, FULL, TRANSFORMERS, None, "peak memory of full masks over points, both published"),
-        one(at_large, memory, STRIDE_4, TRANSFORMERS, None, "peak memory of masks at stride 4 over points"),
-        one(at_large, memory, TRANSFORMERS, OURS, 7.0, "less peak memory than transformers' points"),
-        one(at_large, memory, FULL, OURS, None, "less peak memory than full masks"),
-        one(at_large, time, TRANSFORMERS, OURS, 4.0, "faster than transformers' points"),
-        one(at_small, time, TRANSFORMERS, OURS, 3.0, "faster than transformers' points"),
-        one(at_large, time, FULL, OURS, None, "faster than full masks"),
-        one(matching, time, "transformers", OURS, 5.0, "faster than transformers, both from the factors"),
-        one(matching, time, "transformers, from logits", FROM_LOGITS, None, "faster, both from given logits"),
-        one(f"{sample} forward", time, "grid_sample", OURS, 3.0, "faster than grid_sample"),
-        one(f"{sample} forward+backward", time, "grid_sample", OURS, None, "faster than grid_sample"),
-    ]
-    batch = Shape(LOSS, large, some * 2 // 3, images=2)
-    more = (
-        one(batch, time, TRANSFORMERS, OURS, None, "faster than transformers' points", 8.0),
-        one(batch, memory, TRANSFORMERS, OURS, None, "less peak memory than transformers' points", 8.0),
-    )
-    return [*found, *(more if cuda else ())]
+_LARGE, _SMALL, _BATCH = Shape(LOSS, 1024, 30), Shape(LOSS, 512, 10), Shape(LOSS, 1024, 20, images=2)
+_ROWS = (
+    (_LARGE, "memory_extra_mib", FULL, TRANSFORMERS, "peak memory of full masks over points, both published", None),
+    (_LARGE, "memory_extra_mib", STRIDE_4, TRANSFORMERS, "peak memory of masks at stride 4 over points", None),
+    (_LARGE, "memory_extra_mib", TRANSFORMERS, OURS, "less peak memory than transformers' points", 7.0),
+    (_LARGE, "memory_extra_mib", FULL, OURS, "less peak memory than full masks", None),
+    (_LARGE, "median_ms", TRANSFORMERS, OURS, "faster than transformers' points", 4.0),
+    (_SMALL, "median_ms", TRANSFORMERS, OURS, "faster than transformers' points", 3.0),
+    (_LARGE, "median_ms", FULL, OURS, "faster than full masks", None),
+    (f"{MATCHING} 1024² T=30", "median_ms", "transformers", OURS, "faster than transformers, both from the factors",
+     5.0),
+    (f"{MATCHING} 1024² T=30", "median_ms", "transformers, from logits", FROM_LOGITS, "faster, both from given logits",
+     None),
+    (f"{SAMPLE} 1024² C=256 forward", "median_ms", "grid_sample", OURS, "faster than grid_sample", 3.0),
+    (f"{SAMPLE} 1024² C=256 forward+backward", "median_ms", "grid_sample", OURS, "faster than grid_sample", None),
+)  # fmt: skip
+FIGURES = {
+    "cpu": [ratio(str(case), *row, *[target] * (1 + (row[0] == "median_ms"))) for case, *row, target in _ROWS],
+    "cuda": [
+        *(ratio(str(case), *row, None) for case, *row, _ in _ROWS),
+        ratio(str(_BATCH), "median_ms", TRANSFORMERS, OURS, "faster than transformers' points", 8.0),
+        ratio(str(_BATCH), "memory_extra_mib", TRANSFORMERS, OURS, "less peak memory than transformers' points", 8.0),
+    ],
+}
 
 
 def draw_curve(directory: Path, rows: Sequence[Row]) -> list[str]:
@@ -431,7 +420,7 @@ BENCHMARK = Benchmark(
     cases=cases,
     work=work,
     shrink=shrink,
-    figures=figures,
+    figures=FIGURES,
     check=check,
     operators=("point_sample", "uncertain_points", "mask_matching_cost", "point_mask_loss"),
     budget_s=1.0,

@@ -137,7 +137,7 @@ PARTS = {"deformable": _deformable, "masks": _masks, "attention": _attention, "p
 
 def microseconds(run: Callable[[], object], device: str) -> float:
     """Median of interleaved rounds."""
-    return timing.interleaved([run], device, 0.0, _ROUNDS if device == "cuda" else 3)[0].median_ms * 1e3
+    return timing.interleaved([run], device, timing.Plan(0.0, _ROUNDS if device == "cuda" else 3))[0].median_ms * 1e3
 
 
 def main() -> None:
