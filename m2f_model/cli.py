@@ -721,7 +721,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--autocast", default="none", help=_AUTOCAST)
     p.add_argument("--parallel", default="ddp", help="with several processes: ddp, or fsdp (shards the model)")
     p.add_argument("--activation-checkpointing", action="store_true", help="less memory, more time")
-    p.add_argument("--cuda-graphs", action="store_true", help="on one GPU, replay the model's passes as CUDA graphs")
+    p.add_argument("--cuda-graphs", action="store_true", help="on a GPU, replay the model's passes as CUDA graphs")
     p.add_argument("--seed", type=int, default=0, help="seed of weights, data order and augmentation")
     p.add_argument(
         "--backend", default="auto", help="kernels: auto, cuda, triton, fallback or reference (plain PyTorch)"

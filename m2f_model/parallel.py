@@ -13,6 +13,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from m2f_kernels import CudaGraphs
+from m2f_model.criterion import Targets, losses_of
+
 if TYPE_CHECKING:
     from m2f_model.model import Mask2Former
 
@@ -29,12 +32,36 @@ def synchronise_batch_norm(model: Mask2Former, device: torch.device) -> None:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 
-def parallelise(model: Mask2Former, kind: str, device: torch.device) -> nn.Module:
-    """The module to call in training, on all processes with the first one's weights. "fsdp" changes `model` itself."""
+class Losses(nn.Module):
+    """The weighted losses of `model` by name; with `graphs` its passes are replayed, and matching and loss run between.
+
+    It returns nothing else: DistributedDataParallel copies all results of its module, and mask features are large.
+    """
+
+    def __init__(self, model: Mask2Former, graphs: CudaGraphs | None = None) -> None:
+        super().__init__()
+        self.model, self.graphs = model, graphs
+
+    def forward(self, pixels: Tensor, targets: Targets) -> dict[str, Tensor]:
+        if self.graphs is not None:
+            return losses_of(self.model.criterion, self.graphs(pixels).predictions, targets)
+        losses: dict[str, Tensor] = self.model(pixels, targets).losses
+        return losses
+
+
+def parallelise(losses: Losses, kind: str, device: torch.device) -> nn.Module:
+    """The module to call in training, on all processes with the first one's weights. "fsdp" changes the model itself.
+
+    With "ddp" it returns the losses, with "fsdp" it is the model.
+    """
+    model = losses.model
     synchronise_batch_norm(model, device)
     if kind == "ddp":
-        # A batch without targets leaves the mask head without gradients.
-        return DistributedDataParallel(model, find_unused_parameters=True)
+        # A batch without targets leaves the mask head without gradients. Gradients are exchanged outside of graphs.
+        # Frozen statistics are the same everywhere; writing them would make what is computed from them invalid.
+        return DistributedDataParallel(
+            losses, find_unused_parameters=True, broadcast_buffers=not model.config.frozen_batch_norm
+        )
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

@@ -29,7 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from m2f_kernels import CudaGraphs
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.criterion import losses_of, total_loss
+from m2f_model.criterion import total_loss
 from m2f_model.data import Batch, Batches, Dataset, Guarded, Relabelled, Steps, identity
 from m2f_model.evaluate import evaluate, evaluate_semantic
 from m2f_model.files import remove_leftovers, write_atomically
@@ -38,6 +38,7 @@ from m2f_model.labels import same_labels
 from m2f_model.model import Mask2Former
 from m2f_model.parallel import (
     PARALLEL,
+    Losses,
     any_process,
     gather_state,
     largest_of_processes,
@@ -78,8 +79,7 @@ class Recipe:
         autocast: "none", "bf16" or "fp16".
         parallel: what several processes do with the model: "ddp", all have it, or "fsdp", each has a share (FSDP2).
         activation_checkpointing: keep only the inputs of the decoders' layers.
-        cuda_graphs: on a GPU, replay forward and backward pass of the model as graphs (one process alone); for inputs
-            of one size or a few.
+        cuda_graphs: on a GPU, replay forward and backward pass of the model as graphs; for inputs of one size or a few.
         seed: of everything random.
         log_every, save_every, evaluate_every: steps between; evaluation takes `evaluate_count` images.
         workers: processes that load data; by default four, or fewer where there are fewer CPUs.
@@ -126,6 +126,8 @@ class Recipe:
             raise ValueError("autocast: expected none or bf16 with parallel='fsdp', whose gradients are not scaled")
         if self.cuda_graphs and self.activation_checkpointing:
             raise ValueError("cuda_graphs: expected False with activation_checkpointing, which runs layers twice")
+        if self.cuda_graphs and self.parallel == "fsdp":
+            raise ValueError("cuda_graphs: expected False with parallel='fsdp', which moves weights in every pass")
         if self.size is not None and (self.size < 32 or self.size % 32):
             raise ValueError(f"size: expected a multiple of 32; got {self.size}")
         if self.crop is not None and (self.size is not None or min(self.crop) < 32 or any(x % 32 for x in self.crop)):
@@ -304,8 +306,6 @@ class Trainer:
         if len(data) == 0:
             raise ValueError("data: expected at least one sample; got none")
         _check_labels(data, model.config)
-        if recipe.cuda_graphs and process is not None and process.world_size > 1:
-            raise ValueError(f"cuda_graphs: expected one process, which exchanges nothing; got {process.world_size}")
         self.model, self.data, self.recipe = model, data, recipe
         self.validation = None if validation is None else Relabelled(validation, data)
         self.process = process or Process()
@@ -316,13 +316,12 @@ class Trainer:
         model.config = of_data(model.config, data, recipe)
         model.to(self.process.device).train()
         model.set_activation_checkpointing(recipe.activation_checkpointing)
-        self.parallel: nn.Module = model
+        self.graphs = CudaGraphs(model, training=True, clone=False) if recipe.cuda_graphs else None
+        losses = Losses(model, self.graphs)
+        self.parallel: nn.Module = losses
         if self.process.world_size > 1:
-            self.parallel = parallelise(model, recipe.parallel, self.process.device)
+            self.parallel = parallelise(losses, recipe.parallel, self.process.device)
         self.sharded = self.process.world_size > 1 and recipe.parallel == "fsdp"
-        self.graphs: CudaGraphs | None = None
-        if recipe.cuda_graphs:
-            self.graphs = CudaGraphs(model, training=True, clone=False)
         self.optimizer = build_optimizer(model, recipe)
         self.dtype = AUTOCAST[recipe.autocast]
         self.scaler = torch.amp.GradScaler(self.process.device.type, enabled=recipe.autocast == "fp16")
@@ -435,12 +434,8 @@ class Trainer:
         targets = [{k: v.to(device, non_blocking=True) for k, v in target.items()} for target in targets]
         statistics = self._statistics()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
-            if self.graphs is None:
-                out = self.parallel(pixels, targets)
-                losses = out.losses
-            else:  # the model's passes are graphs; matching and loss run between them
-                out = self.graphs(pixels)
-                losses = losses_of(self.model.criterion, out.predictions, targets)
+            out = self.parallel(pixels, targets)
+        losses = out.losses if self.sharded else out
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.recipe.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)

@@ -209,7 +209,7 @@ class PointMaskCriterion(nn.Module):
         count = sum(batch.counts)
         if not (dist.is_available() and dist.is_initialized()):
             return max(count, 1)
-        total = torch.tensor([float(count)], device=batch.device)
+        total = torch.full((1,), float(count), device=batch.device)  # filled there: no copy
         dist.all_reduce(total)
         return (total[0] / dist.get_world_size()).clamp(min=1)
 

@@ -10,12 +10,16 @@ import pytest
 import torch
 import torch.multiprocessing
 
+import m2f_kernels.graphs
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.data import Shapes
 from m2f_model.parallel import PARALLEL, whole
 from m2f_model.train import Process, Recipe, Trainer
 from tests.model.peers import fix_points, photograph
+from tests.recorded import Device
 
+#: Ways to train on two processes.
+WAYS = (*PARALLEL, "ddp, graphs")
 LABELS = [torch.tensor([0, 3, 4]), torch.tensor([2, 1, 0])]
 RECIPE = Recipe.shapes(steps=4, batch_size=2, save_every=2, evaluate_every=4, evaluate_count=2)
 
@@ -68,6 +72,15 @@ def one_step(rank, directory, parallel):
         pixels, targets = batch()
         part = slice(rank, rank + 1)
         torch.save(gradients_of(trainer, pixels[part], targets[part]), directory / f"step{rank}.pt")
+        if trainer.graphs is not None:  # captured once, and replayed
+            trainer.update(pixels[part], targets[part])
+            assert (trainer.graphs.captures, trainer.graphs.reason) == (1, None)
+        if not trainer.sharded:  # DistributedDataParallel copies what its module returns, and may write buffers
+            buffers = list(trainer.model.buffers())
+            versions = [x._version for x in buffers]
+            losses = trainer.parallel(pixels[part], targets[part])
+            assert all(x.numel() == 1 for x in losses.values())
+            assert [x._version for x in buffers] == versions
 
 
 def whole_and_parts(rank, directory, parallel):
@@ -87,7 +100,8 @@ def whole_and_parts(rank, directory, parallel):
 
 
 def recipe_of(parallel):
-    return dataclasses.replace(RECIPE, parallel=parallel)
+    kind, _, graphs = parallel.partition(", ")
+    return dataclasses.replace(RECIPE, parallel=kind, cuda_graphs=bool(graphs))
 
 
 def _start(rank, function, port, directory, root, parallel):
@@ -95,6 +109,7 @@ def _start(rank, function, port, directory, root, parallel):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+    m2f_kernels.graphs.CudaDevice = Device  # stands for CUDA
     function(rank, directory, parallel)
 
 
@@ -123,7 +138,7 @@ def in_two_processes(function, directory, parallel):
     torch.multiprocessing.spawn(_start, (function, port, directory, os.getcwd(), parallel), nprocs=2)
 
 
-@pytest.mark.parametrize("parallel", PARALLEL)
+@pytest.mark.parametrize("parallel", WAYS)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_loss_and_gradients_are_those_of_one_process(tmp_path, monkeypatch, parallel):
     in_two_processes(one_step, tmp_path, parallel)

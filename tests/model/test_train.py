@@ -4,6 +4,7 @@ import dataclasses
 import multiprocessing
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch import nn
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model import train as training
 from m2f_model.data import Batches, Shapes
-from m2f_model.train import Process, Recipe, Trainer, build_optimizer, of_data
+from m2f_model.train import Recipe, Trainer, build_optimizer, of_data
 from tests.model.command import m2f
 from tests.recorded import Device
 from tests.watching import Largest
@@ -180,13 +181,25 @@ def test_graphs_change_nothing(autocast, tmp_path, monkeypatch):
 def test_graphs_are_refused(tmp_path):
     with pytest.raises(ValueError, match="cuda_graphs: expected False with activation_checkpointing"):
         dataclasses.replace(RECIPE, cuda_graphs=True, activation_checkpointing=True)
-    with pytest.raises(ValueError, match="cuda_graphs: expected one process"):
-        Trainer(
-            Mask2Former(small()), DATA, dataclasses.replace(RECIPE, cuda_graphs=True), tmp_path, process=Process(0, 2)
-        )
+    with pytest.raises(ValueError, match="cuda_graphs: expected False with parallel='fsdp'"):
+        dataclasses.replace(RECIPE, cuda_graphs=True, parallel="fsdp")
     run = trainer(tmp_path, dataclasses.replace(RECIPE, cuda_graphs=True))
     with pytest.warns(UserWarning, match="Mask2Former runs without a graph: a tensor is on 'cpu'"):
         run.run(stop=1)
+
+
+def test_the_optimizer_is_fused_on_a_gpu(monkeypatch):
+    given = []
+    monkeypatch.setattr(torch.optim, "AdamW", lambda groups, **options: given.append(options))
+    for device in ("cuda", "cpu"):
+        model = torch.nn.Module()
+        monkeypatch.setattr(
+            model,
+            "named_parameters",
+            lambda d=device: [("x", SimpleNamespace(requires_grad=True, device=torch.device(d)))],
+        )
+        build_optimizer(model, RECIPE)
+    assert given == [{"fused": True}, {"fused": None}]
 
 
 def test_optimizer_groups():
