@@ -19,10 +19,8 @@ from benchmarks import (
     memory,
     tables,
 )
-from benchmarks import models as models_of_others
 from benchmarks.cases import Case, Data, Figure, Implementation, Row, Scale, Work, check_relative_l2
 from benchmarks.ops import attention_mask, masked_attention
-from benchmarks.tools import old_new_model
 from m2f_kernels.masks import PackedMask
 
 NEEDS_BENCH = "the benchmark's inputs need scikit-image and transformers: `make bench` installs them"
@@ -338,13 +336,3 @@ def test_every_form_of_the_module_is_right(monkeypatch):
         verdict = check_relative_l2(case, implementation, data, implementation.decode(run(), data))
         assert verdict.right, implementation.name
         case.bind(implementation, masked_attention.shrink(data))()
-
-
-def test_ratios_of_an_older_tree_and_this_one():
-    """Of medians, behind it the quartiles of pairs, in which a drift of the machine cancels."""
-    before, after = [10.0, 20.0, 30.0, 40.0, 50.0], [5.0, 10.0, 20.0, 20.0, 25.0]
-    line = old_new_model.row("m", "ms", before, after, "faster")
-    assert line == "| m | ms | 30.0 | 20.0 | 1.500 faster (2.000 to 2.000) |"
-    line = old_new_model.row("m", "MiB", [8.0], [4.0], "of it")
-    assert line == "| m | MiB | 8.0 | 4.0 | 0.500 of it (0.500 to 0.500) |"
-    assert tuple(model.name for model in models_of_others.MODELS) == old_new_model.INTEGRATIONS

@@ -181,17 +181,28 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
 
 
 def test_old_against_new_states_both_and_their_ratio():
+    """Of medians, behind it the quartiles of pairs, in which a drift of the machine cancels."""
     text = "| operator | bfloat16, µs | float32, µs |\n|---|---:|---:|\n| points | 20.0 | 40.0 |\n"
-    old = old_new.parse(text)
-    assert old == {"points": {"bfloat16": 20.0, "float32": 40.0}}
-    new = old_new.medians(
-        [{"points": {"bfloat16": x, "float32": 40.0}, "masks": {"bfloat16": 1.0}} for x in (8, 10, 99)]
-    )
-    assert old_new.table(old, new).splitlines()[2:] == [
-        "| points | bfloat16 | 20.0 | 10.0 | 2.00 |",
-        "| points | float32 | 40.0 | 40.0 | 1.00 |",
-        "| masks | bfloat16 |  | 1.0 |  |",
-    ]
+    assert old_new.parse(text) == {"points, bfloat16": 20.0, "points, float32": 40.0}
+    times = {"points": [10.0, 20.0, 30.0, 40.0, 50.0]}, {"points": [5.0, 10.0, 20.0, 20.0, 25.0], "masks": [1.0]}
+    assert old_new.lines("µs", *times) == [
+        "| points | µs | 30.0 | 20.0 | 1.500 faster (2.000 to 2.000) |", "| masks | µs |  | 1.0 |  |",
+    ]  # fmt: skip
+    peaks = {"m": [8.0]}, {"m": [4.0]}
+    assert old_new.lines("peak MiB", *peaks) == ["| m | peak MiB | 8.0 | 4.0 | 0.500 of it (0.500 to 0.500) |"]
+
+
+def test_trees_are_measured_in_turn():
+    called = []
+
+    def measure(tree):
+        called.append(tree)
+        return {"x": float(len(called))}
+
+    measures = [lambda: measure("old"), lambda: measure("new")]
+    assert old_new.in_turn(measures, 2) == [{"x": [1.0, 3.0]}, {"x": [2.0, 4.0]}]
+    assert called == ["old", "new"] * 2
+    assert len(old_new.in_turn(measures, 9, seconds=0.0)[0]["x"]) == 1, "another round would not end in time"
 
 
 def test_kernels_that_a_variable_chooses_have_rows_of_their_own(tmp_path):
@@ -203,8 +214,8 @@ def test_kernels_that_a_variable_chooses_have_rows_of_their_own(tmp_path):
         "table = f'| operator | float32, µs |\\n|---|---:|\\n| masks | {time} |\\n'\n"
         "pathlib.Path(sys.argv[sys.argv.index('--output') + 1]).write_text(table)\n"
     )
-    assert old_new.measure(tmp_path, []) == {"masks": {"float32": 4.0}}
-    assert old_new.measure(tmp_path, [], "M2F_TF32X3=1") == {"masks, M2F_TF32X3=1": {"float32": 2.0}}
+    assert old_new.kernels(tmp_path) == {"masks, float32": 4.0}
+    assert old_new.kernels(tmp_path, [], "M2F_TF32X3=1") == {"masks, M2F_TF32X3=1, float32": 2.0}
 
 
 def test_predictions_stand_beside_measurements(tmp_path):
@@ -212,7 +223,7 @@ def test_predictions_stand_beside_measurements(tmp_path):
     predictions.write_text(
         json.dumps({"points": {"bfloat16": {"us": 10.0, "why": "L2"}, "float32": {"us": 1, "why": "x"}}})
     )
-    measured.write_text(json.dumps({"points": {"bfloat16": 12.5}}))
+    measured.write_text(json.dumps({"points, bfloat16": 12.5}))
     lines = gpu.predicted_and_measured(predictions, measured).splitlines()
     assert lines[2] == "| points | bfloat16 | 10.0 | 12.5 | 1.25 | L2 |"
     assert lines[3] == "| points | float32 | 1.0 |  |  | x |"

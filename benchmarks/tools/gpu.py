@@ -314,7 +314,7 @@ def predicted_and_measured(predictions: Path, measured: Path) -> str:
     ]
     for op, by_dtype in expected.items():
         for dtype, prediction in by_dtype.items():
-            value = found.get(op, {}).get(dtype)
+            value = found.get(f"{op}, {dtype}")
             shown = ("", "") if value is None else (f"{value:.1f}", f"{value / prediction['us']:.2f}")
             lines.append(f"| {op} | {dtype} | {prediction['us']:.1f} | {shown[0]} | {shown[1]} | {prediction['why']} |")
     return "\n".join(lines)

@@ -1,16 +1,23 @@
-"""Each operator's kernels before and after a change, in turn on one machine.
+"""Each operator's kernels, or whole models, before and after a change, in turn on one machine.
 
-    python -m benchmarks.tools.old_new --old DIRECTORY      # a tree of the older commit, with its libraries
+    python -m benchmarks.old_new --old DIRECTORY                        # a tree of the older commit, with its libraries
+    python -m benchmarks.old_new --old DIRECTORY --what model           # R50: time of a call, peak memory
+    python -m benchmarks.old_new --old DIRECTORY --what integrations    # accelerated models of transformers
 
-Runs `python -m benchmarks.kernels` in the older tree and in this one alternately, each in a process of its own (two
-versions of the operators cannot be in one), and prints the medians and their ratio. What only one of them has is shown
-without a ratio. `--with NAME=VALUE` adds a run of this tree with an environment variable set, which chooses other
-kernels than the default's; its rows end with that.
+What counts is the ratio of the medians. Behind it stand the quartiles of the ratios of two measurements that follow
+each other. Processes of one tree differ, too: `--old` with this tree shows by how much.
+
+Kernels: `python -m benchmarks.kernels` runs in each tree alternately, in a process of its own (two versions of the
+operators cannot be in one). `--with NAME=VALUE` adds a run of this tree with an environment variable set, which chooses
+other kernels than the default's; its rows end with that. Models: each tree has a process that holds its model, and the
+two are called alternately. Peaks are each of a fresh process, by the method of `benchmarks/memory.py`: of a call above
+the weights (in training above the gradients, too), and of matching, loss and gradients alone, for given predictions.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import statistics
@@ -18,24 +25,137 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-
-from benchmarks.formats import markdown
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
-#: Microseconds by operator, then by dtype.
-Times = dict[str, dict[str, float]]
+#: Side of the image, whether it is a training step, batch.
+CALLS = {
+    "inference 1024²": (1024, False, 1),
+    "inference 512²": (512, False, 1),
+    "training step 512²": (512, True, 1),
+    "training step 512² N=2": (512, True, 2),
+}
+#: Side of the image, batch, targets of each image.
+LOSSES = {"loss 512² T=10": (512, 1, 10), "loss 1024² T=30": (1024, 1, 30), "loss 1024² N=2 T=20": (1024, 2, 20)}
+#: What was measured by name: of each tree a list, one value for each round.
+Samples = dict[str, list[float]]
+
+# ---------------------------------------------------------------- in the process of one tree; imports are that tree's
 
 
-def parse(table: str) -> Times:
-    """The times of a table that `benchmarks.kernels` wrote."""
+def _integration(name: str, device: str) -> Callable[[], Any]:
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    import m2f_kernels
+
+    try:
+        module = importlib.import_module("benchmarks.integrations_models")
+    except ImportError:  # its name since
+        module = importlib.import_module("benchmarks.models")
+    (case,) = (model for model in module.MODELS if model.name == name)
+    model, training = case.make().to(device), case.targets is not None
+    m2f_kernels.accelerate(model)
+    small, usual = (tree_map_only(torch.Tensor, lambda x: x.to(device), case.arguments(x)) for x in (True, False))
+
+    def call(arguments: Any) -> Any:
+        torch.manual_seed(0)
+        model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(training):
+            outputs = model(**arguments)
+            if training:
+                outputs.loss.backward()
+        return list(outputs.values())
+
+    call(small)  # loads code, starts threads
+    model.zero_grad(set_to_none=True)
+    return partial(call, usual)
+
+
+def _loss(name: str, device: str) -> Callable[[], Any]:
+    import torch
+
+    from m2f_kernels import FactoredMasks
+    from m2f_model import bench
+    from m2f_model.criterion import build_criterion
+
+    size, batch, count = LOSSES[name]
+    config, generator = bench.Case().config, torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    channels, q = config.mask_feature_size, config.num_queries
+    features = random(batch, channels, size // 4, size // 4).requires_grad_()
+    heads = [
+        (random(batch, q, config.num_labels + 1).requires_grad_(), random(batch, q, channels).requires_grad_())
+        for _ in range(config.decoder_layers + 1)
+    ]
+    masks = random(count, size, size) > 1
+    targets = [{"labels": torch.arange(count, device=device), "masks": masks}] * batch
+    criterion = build_criterion(config).to(device)
+
+    def run() -> None:
+        predictions = [{"class_logits": logits, "masks": FactoredMasks(embed, features)} for logits, embed in heads]
+        for leaf in (features, *(x for pair in heads for x in pair)):
+            leaf.grad = None
+        sum(criterion(predictions, targets).values()).backward()
+
+    return run
+
+
+def worker(task: str, name: str, device: str) -> None:
+    """One answer in JSON for each line that is read: of "peak" the figure, of "wall" or "cpu" milliseconds of a call.
+
+    The latter are those in which its threads work.
+    """
+    import torch
+
+    from benchmarks import memory
+    from m2f_model import bench
+
+    case = bench.Case("r50", *CALLS[name], device=device) if name in CALLS else None
+    if task == "peak":
+        if name in LOSSES:
+            _loss(next(iter(LOSSES)), device)()  # loads code, starts threads
+        run = None if case else _loss(name, device) if name in LOSSES else _integration(name, device)
+        print(json.dumps(bench.measure_peak(case, "m2f") if case else memory.peak_mib(run, device)[0]), flush=True)
+        return
+    clock = time.perf_counter if task == "wall" else time.process_time
+    run = bench.call(case, bench.build(case, "m2f")) if case else _integration(name, device)
+    for _ in range(2):
+        run()
+    for _ in sys.stdin:
+        start = clock()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        print(json.dumps((clock() - start) * 1e3), flush=True)
+
+
+# ---------------------------------------------------------------- one measurement of a tree
+
+
+def _environment(tree: Path, **more: str) -> dict[str, str]:
+    return (
+        os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(tree), os.environ.get("M2F_SITE", "")]))} | more
+    )
+
+
+def parse(table: str, setting: str = "") -> dict[str, float]:
+    """The times of a table that `benchmarks.kernels` wrote, by operator, the setting if there is one, and dtype."""
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line[:1] == "|"]
-    (_, *dtypes), *rows = (row for row in rows if not set("".join(row)) <= set("-: "))
-    return {name: dict(zip((d.split(",")[0] for d in dtypes), map(float, cells), strict=True)) for name, *cells in rows}
+    (_, *heads), *rows = (row for row in rows if not set("".join(row)) <= set("-: "))
+    dtypes = [head.split(",")[0] for head in heads]
+    more = f", {setting}" if setting else ""
+    return {f"{op}{more}, {d}": float(x) for op, *cells in rows for d, x in zip(dtypes, cells, strict=True)}
 
 
-def measure(tree: Path, parts: list[str], setting: str = "") -> Times:
-    """One run of the kernels of a tree; with a setting "NAME=VALUE" of the environment, which the operators' names get.
+def kernels(tree: Path, parts: Sequence[str] = (), setting: str = "") -> dict[str, float]:
+    """Microseconds of a tree's kernels; with a setting "NAME=VALUE" of the environment, which the names get.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
@@ -44,66 +164,170 @@ def measure(tree: Path, parts: list[str], setting: str = "") -> Times:
         output = Path(directory) / "kernels.md"
         command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--output", str(output)]
         command += [word for part in parts for word in ("--part", part)]
-        search = os.pathsep.join(filter(None, [str(tree), os.environ.get("M2F_SITE", "")]))
-        environment = os.environ | {"PYTHONPATH": search}
-        if setting:
-            name, value = setting.split("=", 1)
-            environment[name] = value
+        environment = _environment(tree, **dict([setting.split("=", 1)] if setting else []))
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{tree}: benchmarks.kernels ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        times = parse(output.read_text())
-    return {f"{op}, {setting}": x for op, x in times.items()} if setting else times
+        return parse(output.read_text(), setting)
 
 
-def medians(runs: list[Times]) -> Times:
-    """Of several runs, by operator and dtype."""
-    return {op: {d: statistics.median(run[op][d] for run in runs) for d in runs[0][op]} for op in runs[0]}
+class Process:
+    """A process that runs `worker` in a tree."""
+
+    def __init__(self, tree: Path, task: str, name: str, device: str) -> None:
+        # By its path, since the older tree need not have it; imports are found in that tree.
+        self.tree, self.name, path, quiet = (
+            tree,
+            name,
+            str(Path(__file__)),
+            "transformers.logging.set_verbosity_error()",
+        )
+        code = f"import runpy, transformers; {quiet}; runpy.run_path({path!r})['worker'](*{[task, name, device]!r})"
+        fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if task == "peak" else {}
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", code], cwd=tree, env=_environment(tree, **fixed), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+
+    def ask(self) -> dict[str, float]:
+        """What it measured next, under its name."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.tree}: the process that measures it ended with {self.process.wait()}")
+        return {self.name: float(line)}
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
 
 
-def table(old: Times, new: Times) -> str:
-    """Markdown: before, after and how many times as fast."""
-    lines = []
-    for op in [*new, *(op for op in old if op not in new)]:
-        for dtype in new.get(op) or old[op]:
-            before, after = old.get(op, {}).get(dtype), new.get(op, {}).get(dtype)
-            cells = ["" if x is None else f"{x:.1f}" for x in (before, after)]
-            ratio = "" if before is None or after is None else f"{before / after:.2f}"
-            lines.append([op, dtype, *cells, ratio])
-    return markdown(["operator", "dtype", "before, µs", "after, µs", "times as fast"], lines)
+def fresh(tree: Path, name: str, device: str) -> dict[str, float]:
+    """The peak of a call in a process of its own, in MiB."""
+    process = Process(tree, "peak", name, device)
+    try:
+        return process.ask()
+    finally:
+        process.end()
+
+
+# ---------------------------------------------------------------- old against new
+
+
+def in_turn(
+    measures: Sequence[Callable[[], dict[str, float]]],
+    rounds: int,
+    seconds: float = float("inf"),
+    after: Callable[[list[Samples]], None] = lambda found: None,
+) -> list[Samples]:
+    """What each of `measures` gives, called in turn; `after` each round it is handed over.
+
+    Args:
+        seconds: no round begins that would not end within these, but for the first.
+    """
+    start, found = time.monotonic(), [Samples() for _ in measures]
+    for done in range(rounds):
+        begun = time.monotonic()
+        if done and begun + (begun - start) / done > start + seconds:
+            break
+        for measure, taken in zip(measures, found, strict=True):
+            for name, value in measure().items():
+                taken.setdefault(name, []).append(value)
+        after(found)
+    return found
+
+
+HEADER = "| | | before | after | ratio (quartiles of pairs) |\n|---|---|---:|---:|---:|"
+
+
+def lines(unit: str, old: Samples, new: Samples) -> list[str]:
+    """Lines of the table. What only one tree has is shown without a ratio."""
+    found = []
+    for name in [*new, *(name for name in old if name not in new)]:
+        before, after = old.get(name, []), new.get(name, [])
+        cells = [f"{statistics.median(x):.1f}" if x else "" for x in (before, after)]
+        ratio = ""
+        if before and after:
+            sides, better = ((after, before), "of it") if unit == "peak MiB" else ((before, after), "faster")
+            # Drifts of the machine are the same for two measurements that follow each other.
+            pairs = sorted(x / y for x, y in zip(*sides, strict=True))
+            low, high = pairs[len(pairs) // 4], pairs[-1 - len(pairs) // 4]
+            above, below = map(statistics.median, sides)
+            ratio = f"{above / below:.3f} {better} ({low:.3f} to {high:.3f})"
+        found.append(f"| {name} | {unit} | {' | '.join(cells)} | {ratio} |")
+    return found
+
+
+def compare_kernels(options: argparse.Namespace, trees: Sequence[Path]) -> None:
+    """Print the table; write it and this tree's medians as they come: a run that is cut off keeps its first round."""
+
+    def new() -> dict[str, float]:
+        runs = [kernels(trees[1], options.part, setting) for setting in ("", *options.settings)]
+        return {name: x for run in runs for name, x in run.items()}
+
+    def write(found: list[Samples]) -> None:
+        if options.output is not None:
+            options.output.mkdir(parents=True, exist_ok=True)
+            shown = "\n".join(["# Kernels before and after\n", HEADER, *lines("µs", *found)])
+            (options.output / "old_new.md").write_text(shown + "\n")
+            medians = {name: statistics.median(x) for name, x in found[1].items()}
+            (options.output / "measured.json").write_text(json.dumps(medians, indent=1) + "\n")
+
+    old = partial(kernels, trees[0], options.part)
+    print("\n".join(lines("µs", *in_turn((old, new), options.rounds, options.seconds, write))))
+
+
+def compare_models(options: argparse.Namespace, trees: Sequence[Path], names: Sequence[str]) -> None:
+    for name in names:
+        if name not in LOSSES:
+            processes = [Process(tree, options.clock, name, options.device) for tree in trees]
+            try:
+                found = in_turn([process.ask for process in processes], options.rounds)
+            finally:
+                for process in processes:
+                    process.end()
+            print("\n".join(lines(f"{options.clock} ms", *found)), flush=True)
+        found = in_turn([partial(fresh, tree, name, options.device) for tree in trees], options.runs)
+        print("\n".join(lines("peak MiB", *found)), flush=True)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", type=Path, required=True, help="tree of the older commit, with m2f_kernels/lib")
-    parser.add_argument("--part", action="append", default=[], help="as of benchmarks.kernels; repeatable")
-    parser.add_argument("--with", dest="settings", action="append", default=[], metavar="NAME=VALUE", help="repeatable")
-    parser.add_argument("--rounds", type=int, default=2, help="runs of each tree")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="no round begins after these")
-    parser.add_argument("--output", type=Path, help="folder for old_new.md and measured.json")
+    parser.add_argument("--what", default="kernels", choices=("kernels", "model", "integrations"))
+    parser.add_argument("--rounds", type=int, help="of each tree that are timed (default: 2, of models 7)")
+    kernels_only = parser.add_argument_group("kernels")
+    kernels_only.add_argument("--part", action="append", default=[], help="as of benchmarks.kernels; repeatable")
+    kernels_only.add_argument("--with", dest="settings", action="append", default=[], metavar="NAME=VALUE")
+    kernels_only.add_argument("--seconds", type=float, default=float("inf"), help="no round begins after these")
+    kernels_only.add_argument("--output", type=Path, help="folder for old_new.md and measured.json")
+    models_only = parser.add_argument_group("models")
+    models_only.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    models_only.add_argument("--runs", type=int, default=3, help="peaks of each tree that are measured (default: 3)")
+    models_only.add_argument("--only", action="append", help="repeatable; a row's name")
+    models_only.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the time of all threads")
     options = parser.parse_args()
+    if options.rounds is None:
+        options.rounds = 2 if options.what == "kernels" else 7
     if options.rounds < 1:
         parser.error(f"--rounds: expected at least 1; got {options.rounds}")
     if wrong := [x for x in options.settings if "=" not in x]:
         parser.error(f"--with: expected NAME=VALUE; got {wrong[0]}")
     if not list((options.old / "benchmarks").rglob("kernels.py")):
         parser.error(f"--old: expected a tree with benchmarks.kernels; got {options.old}")
-    start, old, new = time.monotonic(), [], []
-    for _ in range(options.rounds):
-        begun = time.monotonic()
-        if old and begun + (begun - start) / len(old) > start + options.seconds:
-            break  # another round would not end in time
-        old.append(measure(options.old.resolve(), options.part))
-        runs = [measure(ROOT, options.part, setting) for setting in ("", *options.settings)]
-        new.append({op: times for run in runs for op, times in run.items()})
-        # Written as they come: a run that is cut off keeps its first round.
-        shown = table(medians(old), medians(new))
-        if options.output is not None:
-            options.output.mkdir(parents=True, exist_ok=True)
-            heading = f"# Kernels before and after\n\nMedians of {len(old)} interleaved runs.\n\n"
-            (options.output / "old_new.md").write_text(heading + shown + "\n")
-            (options.output / "measured.json").write_text(json.dumps(medians(new), indent=1) + "\n")
-    print(shown)
+    trees, names = (options.old.resolve(), ROOT), (*CALLS, *LOSSES)
+    if options.what == "integrations":
+        from benchmarks import models
+
+        names = tuple(model.name for model in models.MODELS)
+    if unknown := set(options.only or ()) - set(names):
+        parser.error(f"--only: expected one of {'; '.join(names)}; got {'; '.join(sorted(unknown))}")
+    print(HEADER, flush=True)
+    if options.what == "kernels":
+        compare_kernels(options, trees)
+    else:
+        compare_models(options, trees, options.only or names)
     return 0
 
 
