@@ -297,6 +297,8 @@ def _backward_sample(
     upper, lower = weight - weight * fy, weight * fy
     if FIXED:
         upper, lower = upper * weight_scale, lower * weight_scale
+    # Here, since a constexpr in the unrolled loop would be assigned twice.
+    row: tl.constexpr = HEADS * CHANNELS
     for first in tl.static_range(0, CHANNELS, BLOCK_D):
         channel = first + tl.arange(0, BLOCK_D)[None, :]
         exists = channel < CHANNELS
@@ -314,7 +316,6 @@ def _backward_sample(
             dot_d += tl.sum(corner * grad, axis=1)
         if NEEDS_VALUE:
             to = grad_value + channel
-            row: tl.constexpr = HEADS * CHANNELS
             left, right = 1 - fx, fx
             terms = grad * value_scale if FIXED else grad
             bad = _add_gradient(to + (a * row)[:, None], upper * left, terms, has_a & exists, bad, FIXED)
@@ -673,6 +674,8 @@ def _backward(
             else torch.full_like(of_value, 2.0**_WEIGHT_BITS)
         )  # fmt: skip
         scales = (of_value, of_weights, torch.zeros(n, heads, dtype=torch.int32, device=device))
+    # Levels and channels are not both unrolled: registers would spill.
+    constants = {**call.constants, "UNROLL": call.constants["UNROLL"] and call.chunks == 1}
     # Gradients with respect to softmaxed weights, in float32; in place where they are wanted in float32.
     softmax = reference is not None and needs_sampling
     of_weights = grad_weights
@@ -684,7 +687,7 @@ def _backward(
     )  # fmt: skip
     launch(
         _backward_kernel, (call.blocks,), *call.arguments, call.grad_output, sums, grad_points, of_weights, parts,
-        *scales, call.sizes, call.bounds, *call.numbers, *call.grad_strides, **call.constants, NEEDS_VALUE=needs_value,
+        *scales, call.sizes, call.bounds, *call.numbers, *call.grad_strides, **constants, NEEDS_VALUE=needs_value,
         NEEDS_SAMPLING=needs_sampling, NEEDS_REFERENCE=needs_reference, FIXED=fixed, num_warps=call.num_warps,
     )  # fmt: skip
     if softmax:
