@@ -98,11 +98,12 @@ def _loss(name: str, device: str) -> Callable[[], Any]:
     targets = [{"labels": torch.arange(count, device=device), "masks": masks}] * batch
     criterion = build_criterion(config).to(device)
 
-    def run() -> None:
+    def run() -> tuple[()]:
         predictions = [{"class_logits": logits, "masks": FactoredMasks(embed, features)} for logits, embed in heads]
         for leaf in (features, *(x for pair in heads for x in pair)):
             leaf.grad = None
         sum(criterion(predictions, targets).values()).backward()
+        return ()
 
     return run
 
@@ -176,12 +177,8 @@ class Process:
 
     def __init__(self, tree: Path, task: str, name: str, device: str) -> None:
         # By its path, since the older tree need not have it; imports are found in that tree.
-        self.tree, self.name, path, quiet = (
-            tree,
-            name,
-            str(Path(__file__)),
-            "transformers.logging.set_verbosity_error()",
-        )
+        self.tree, self.name, path = tree, name, str(Path(__file__))
+        quiet = "transformers.logging.set_verbosity_error()"
         code = f"import runpy, transformers; {quiet}; runpy.run_path({path!r})['worker'](*{[task, name, device]!r})"
         fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if task == "peak" else {}
         self.process = subprocess.Popen(
@@ -190,7 +187,7 @@ class Process:
         )  # fmt: skip
 
     def ask(self) -> dict[str, float]:
-        """What it measured next, under its name."""
+        """The next measurement, under its name."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
@@ -221,7 +218,7 @@ def in_turn(
     seconds: float = float("inf"),
     after: Callable[[list[Samples]], None] = lambda found: None,
 ) -> list[Samples]:
-    """What each of `measures` gives, called in turn; `after` each round it is handed over.
+    """The results of `measures`, called in turn; `after` each round it is handed over.
 
     Args:
         seconds: no round begins that would not end within these, but for the first.
