@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -15,6 +16,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from m2f_kernels._constants import capturing, hand_out, plain
 from m2f_kernels._dtypes import without_autocast
 from m2f_model.config import Mask2FormerConfig
+
+#: How a folded convolution runs on CUDA: "separate", as three or four kernels with its bias, the residual sum and ReLU,
+#: or "fused", as one of cuDNN. No GPU has timed it, so it has to be asked for before the import.
+CONVOLUTION = os.environ.get("M2F_CONVOLUTION", "separate")
+if CONVOLUTION not in ("separate", "fused"):
+    raise ValueError(f"M2F_CONVOLUTION: expected 'separate' or 'fused'; got {CONVOLUTION!r}")
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -72,10 +79,61 @@ class ConvolutionLayer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         folded = _folded(self.convolution, self.normalization)
         convolve: Any = self.convolution
-        x = self.normalization(convolve(x)) if folded is None else convolve._conv_forward(x, *folded)
         activation = getattr(self, "activation", None)
+        if folded is not None and _fuses(x, convolve, activation):
+            return torch.cudnn_convolution_relu(x.to(folded[0].dtype), *folded, *_geometry(convolve))
+        x = self.normalization(convolve(x)) if folded is None else convolve._conv_forward(x, *folded)
         out: Tensor = x if activation is None else activation(x)
         return out
+
+
+class ResidualLayer(nn.Module):
+    """A ResNet's residual layer (`transformers`' ResNetBasicLayer and ResNetBottleNeckLayer)."""
+
+    layer: nn.Sequential
+    shortcut: nn.Module
+    activation: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        last: Any = self.layer[-1]
+        if (
+            type(last) is ConvolutionLayer
+            and not _hooked(self.layer, last)
+            and isinstance(last.activation, nn.Identity)
+        ):
+            folded = _folded(last.convolution, last.normalization)
+            if folded is not None and _fuses(x, last.convolution, self.activation):
+                residual, dtype = self.shortcut(x), folded[0].dtype
+                for part in self.layer[:-1]:
+                    x = part(x)
+                geometry = _geometry(last.convolution)
+                weight, bias = folded
+                return torch.cudnn_convolution_add_relu(x.to(dtype), weight, residual.to(dtype), 1, bias, *geometry)
+        out: Tensor = self.layer(x)
+        out += self.shortcut(x)
+        out = self.activation(out)
+        return out
+
+
+def _hooked(*modules: nn.Module) -> bool:
+    return any(x._forward_hooks or x._forward_pre_hooks or "forward" in vars(x) for x in modules)
+
+
+def _geometry(convolution: nn.Conv2d) -> tuple[Any, ...]:
+    return convolution.stride, convolution.padding, convolution.dilation, convolution.groups
+
+
+def _fuses(x: Tensor, convolution: nn.Conv2d, activation: nn.Module | None) -> bool:
+    """True if cuDNN is to add a convolution's bias and apply the activation."""
+    relu = type(activation) is nn.ReLU and not _hooked(activation)
+    padded = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
+    return CONVOLUTION == "fused" and relu and padded and _on_cudnn(x)
+
+
+def _on_cudnn(x: Tensor) -> bool:
+    cudnn = torch.backends.cudnn
+    deterministic = cudnn.deterministic or torch.are_deterministic_algorithms_enabled()  # these operators never are
+    return x.is_cuda and torch.version.hip is None and cudnn.enabled and not deterministic
 
 
 #: For each module the tensors derived from its parameters, with a stamp. Not in the module, so that it is not saved.
@@ -112,8 +170,7 @@ def _folded(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor] | 
     if torch.is_grad_enabled() or type(convolution) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
         return None
     weight, bias = convolution.weight, convolution.bias
-    hooked = any(x._forward_hooks or x._forward_pre_hooks for x in (convolution, norm))
-    if hooked or "forward" in vars(convolution) or not plain(weight) or weight.is_inference():
+    if _hooked(convolution, norm) or not plain(weight) or weight.is_inference():
         return None
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else weight.dtype
@@ -190,6 +247,8 @@ def _prepare_resnet(module: nn.Module) -> None:
     """Makes a ResNet's layers fold frozen norms and apply activations in place: nothing else reads their input."""
     if type(module).__name__ in ("ResNetConvLayer", "ResNetShortCut"):
         module.__class__ = ConvolutionLayer
+    elif type(module).__name__ in ("ResNetBasicLayer", "ResNetBottleNeckLayer"):
+        module.__class__ = ResidualLayer
     activation = getattr(module, "activation", None)
     if type(activation) is nn.ReLU:
         activation.inplace = True

@@ -261,6 +261,17 @@ static c10::impl::DeviceGuardImplRegistrar registrar(
 """
 
 
+@torch.library.register_fake("aten::cudnn_convolution_relu")
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, *geometry: Any) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    return torch.ops.aten.convolution(x, weight, None, stride, padding, dilation, False, [0, 0], groups)
+
+
+@torch.library.register_fake("aten::cudnn_convolution_add_relu")
+def _(x: Tensor, weight: Tensor, z: Tensor, alpha: float | None, bias: Tensor | None, *geometry: Any) -> Tensor:
+    return torch.empty_like(z)
+
+
 @cache
 def fake_cuda() -> None:
     """Register a device guard for CUDA that does nothing, for this process: fake CUDA tensors then need no CUDA.

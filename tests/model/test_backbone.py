@@ -5,12 +5,13 @@ import io
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from m2f_model import Mask2FormerConfig
-from m2f_model.backbone import _KEPT, Backbone, ConvolutionLayer, FrozenBatchNorm2d
+from m2f_model.backbone import _KEPT, Backbone, ConvolutionLayer, FrozenBatchNorm2d, ResidualLayer
 from m2f_model.pixel_decoder import _pointwise
-from tests.model.peers import photograph
+from tests.model.peers import photograph, their_config
 
 
 class OneNorm(nn.Module):
@@ -228,3 +229,58 @@ def test_autocast_keeps_folded_weights_in_its_dtype():
             assert float((a - b).norm() / b.norm()) < 0.03
     kept = [v for x in model.modules() for v in _KEPT.get(x, {})]
     assert kept.count("torch.bfloat16") == kept.count("torch.float32") > 5
+
+
+# ---------------------------------------------------------------- cuDNN's fused convolutions
+
+
+class Fused:
+    """Stands for cuDNN's operators on CPU, and counts them."""
+
+    def __init__(self):
+        self.calls = []
+
+    def relu(self, x, weight, bias, *geometry):
+        self.calls.append("relu")
+        return torch.conv2d(x, weight, bias, *geometry).relu()
+
+    def add_relu(self, x, weight, z, alpha, bias, *geometry):
+        self.calls.append("add_relu")
+        return (torch.conv2d(x, weight, bias, *geometry) + alpha * z).relu()
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    found = Fused()
+    monkeypatch.setattr(torch, "cudnn_convolution_relu", found.relu)
+    monkeypatch.setattr(torch, "cudnn_convolution_add_relu", found.add_relu)
+    monkeypatch.setattr("m2f_model.backbone.CONVOLUTION", "fused")
+    monkeypatch.setattr("m2f_model.backbone._on_cudnn", lambda x: True)
+    return found
+
+
+def resnet50():
+    config = their_config("bottleneck").backbone_config
+    return Backbone(transformers.AutoBackbone.from_config(config), frozen_batch_norm=True).eval()
+
+
+@pytest.mark.parametrize("make", [backbone, resnet50])
+def test_fused_convolutions_are_separate_ones(make, fused):
+    model, pixels = make(), torch.randn(1, 3, 64, 64)
+    residual = [x for x in model.modules() if isinstance(x, ResidualLayer)]
+    convolutions = [x for x in model.modules() if isinstance(x, ConvolutionLayer)]
+    shortcuts = sum(not isinstance(x.shortcut, nn.Identity) for x in residual)
+    equals_unfolded(model, pixels)
+    assert fused.calls.count("add_relu") == len(residual) > 1
+    assert fused.calls.count("relu") == len(convolutions) - len(residual) - shortcuts
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert model(pixels)[-1].dtype == torch.bfloat16
+
+
+def test_hooks_see_what_is_not_fused(fused):
+    model, pixels, seen = backbone(), torch.randn(1, 3, 64, 64), []
+    layer = next(x for x in model.modules() if isinstance(x, ResidualLayer))
+    for module in (layer.activation, layer.layer, layer.layer[0].activation, layer.layer[-1]):
+        with module.register_forward_hook(lambda *args: seen.append(args[0])):
+            equals_unfolded(model, pixels)
+        assert seen.count(module) == 2, "with gradients and without"

@@ -31,6 +31,21 @@ def test_as_on_cpu():
 
 
 @torch.inference_mode()
+def test_fused_convolutions(monkeypatch):
+    """cuDNN's convolutions with bias, residual and ReLU are the separate kernels, with their features in both dtypes."""
+    model, pixels = model_and_pixels()
+    for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
+        model = model.cuda().hold_in(dtype)
+        given, found = pixels.cuda().to(dtype), []
+        for how in ("separate", "fused"):
+            monkeypatch.setattr("m2f_model.backbone.CONVOLUTION", how)
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                found.append(model.backbone(given))
+        for a, b in zip(*found, strict=True):
+            assert float((a - b).float().norm() / a.float().norm()) < tolerance
+
+
+@torch.inference_mode()
 def test_captured_in_a_graph():
     """No operator waits for the GPU or allocates by what is on it: a replay with other pixels gives their result."""
     model, pixels = model_and_pixels()
