@@ -4,14 +4,14 @@
 `pytest benchmarks` runs the same cases under pytest-benchmark.
 
 To add an operator: write `benchmarks/ops/<op>.py` with a module-level
-`BENCHMARK = Benchmark(...)` (see `benchmarks/cases.py`) and add a line to `REGISTRY`.
+`BENCHMARK = Benchmark(...)` (see `benchmarks/cases.py`), which is found there.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from benchmarks.cases import Benchmark
@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 #: Commands that are no part of a run lie in tools/ and are called as if they lay here: `python -m benchmarks.launches`.
 __path__.append(str(Path(__file__).with_name("tools")))
 
+#: In this order; others follow.
+_FIRST = ("point_loss", "end_to_end", "ms_deform_attn", "attention_mask", "masked_attention")
+_FOUND = sorted(path.stem for path in Path(__file__).with_name("ops").glob("[!_]*.py"))
 #: Operator -> module that defines its `BENCHMARK`.
-REGISTRY: dict[str, str] = {
-    "point_loss": "benchmarks.ops.point_loss",
-    "end_to_end": "benchmarks.ops.end_to_end",
-    "ms_deform_attn": "benchmarks.ops.ms_deform_attn",
-    "attention_mask": "benchmarks.ops.attention_mask",
-    "masked_attention": "benchmarks.ops.masked_attention",
-}
-
+REGISTRY: dict[str, str] = {op: f"benchmarks.ops.{op}" for op in dict.fromkeys((*_FIRST, *_FOUND))}
 
 #: Measured only where `--op` names them.
 OTHERS: dict[str, str] = {
@@ -47,3 +43,9 @@ def load(op: str) -> Benchmark:
     module, _, name = (REGISTRY | OTHERS).get(op, "").partition(":")
     found: Benchmark = getattr(import_module(module), name or "BENCHMARK") if module else Benchmark(op, op)
     return found
+
+
+def of_operators(name: str) -> list[Any]:
+    """The results of the function `name` of every operator's module that has one, in one list."""
+    functions = (getattr(import_module(module), name, list) for module in REGISTRY.values())
+    return [found for function in functions for found in function()]

@@ -12,8 +12,9 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # for the benchmarks, which are not installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # for this package and the benchmarks, which need not be installed
 
+import m2f_kernels
 from benchmarks import readme, report
 
 ROOT = Path(__file__).parents[1]
@@ -58,18 +59,25 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Tables of results are put in. Links out of docs/ stay inside the site; those of the root's pages into docs/ too.
+    """Puts tables and operators in. Links out of docs/ stay inside the site, those of the root's pages into docs/ too.
 
     A link to a device's results, such as `../benchmarks/results/DEVICE.csv#point_loss`, leads to the page made of them.
     """
     if page.file.src_uri in PAGES:
         markdown = re.sub(r"\]\(docs/", "](", markdown)
     elif not page.file.src_uri.startswith(RESULTS):
-        markdown = readme.fill(markdown, "../")
+        markdown = readme.fill(markdown, "../").replace("<!-- operators -->", operators())
     markdown = re.sub(rf"({RESULTS}[\w-]+)\.csv(?:#([\w/]+):?([\w-]*))?\)", _page_of_results, markdown)
     return re.sub(
         r"\]\((?:\.\./)+(benchmarks/|CONTRIBUTING\.md|CHANGELOG\.md)", lambda m: f"]({_up(page)}{m[1]}", markdown
     )
+
+
+def operators() -> str:
+    """The directives for the docstrings of all public functions of `m2f_kernels.ops`."""
+    public = {name: getattr(m2f_kernels, name) for name in m2f_kernels.__all__}
+    found = (name for name, x in public.items() if getattr(x, "__module__", "").startswith("m2f_kernels.ops."))
+    return "\n".join(f"::: m2f_kernels.{name}" for name in found)
 
 
 def _page_of_results(link: re.Match[str]) -> str:

@@ -122,16 +122,16 @@ def architecture(device: torch.device) -> Architecture:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **constants: Any
+    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **named: Any
 ) -> None:
-    """`kernel[grid](*args, **constants)` on the device of the first argument, a tensor, and its current stream.
+    """`kernel[grid](*args, **named)` on the device of the first tensor among them, and its current stream.
 
     Args:
         kernel: what `triton.jit` returned.
         grid: numbers of programs, all positive; axis 0 may be as large as 2^31 - 1, the others `MAX_GRID`.
-        args: the kernel's leading parameters: tensors and numbers.
+        args: leading parameters of the kernel, by position: strides.
         num_warps, num_stages: Triton's options.
-        constants: its remaining parameters, by name.
+        named: its other parameters, by name: tensors, numbers and constants.
 
     Raises:
         ValueError: the grid is larger.
@@ -139,19 +139,20 @@ def launch(
     if any(count > (MAX_GRID if axis else 2**31 - 1) for axis, count in enumerate(grid)):
         raise ValueError(f"{kernel.__name__}: expected at most 2^31 - 1 x {MAX_GRID} x {MAX_GRID} programs; got {grid}")
     if _recording is not None:
-        arguments = {**dict(zip(kernel.arg_names, args, strict=False)), **constants}
+        given = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
+        arguments = {name: given[name] for name in kernel.arg_names if name in given}
         _recording[1].append(Launch(kernel, arguments, grid, num_warps, num_stages))
         return
-    device: torch.device = args[0].device
+    device: torch.device = next(x for x in (*args, *named.values()) if isinstance(x, Tensor)).device
     if INTERPRETED:
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, **named)
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **constants, **options)
+            kernel[grid](*args, **named, **options)
     else:
-        kernel[grid](*args, **constants, **options)
+        kernel[grid](*args, **named, **options)
 
 
 def rows_and_blocks(rows: int, blocks: int) -> tuple[int, int, int]:

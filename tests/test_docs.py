@@ -7,15 +7,23 @@ from pathlib import Path
 
 import pytest
 
+import m2f_kernels
+from m2f_kernels import dispatch
+
 ROOT = Path(__file__).parents[1]
+
+
+def loaded(name):
+    """A module of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def test_figures_are_made_from_the_operators(tmp_path):
     pytest.importorskip("matplotlib", reason="the figures need matplotlib: `make docs-figures` installs it")
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "docs" / "figures.py")
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
-    figures.main(tmp_path)
+    loaded("figures").main(tmp_path)
     made = {p.name for p in tmp_path.glob("*.png")}
     assert made == {p.name for p in (ROOT / "docs" / "figures").glob("*.png")}
     assert all(2_000 < p.stat().st_size < 100_000 for p in tmp_path.glob("*.png"))
@@ -37,6 +45,16 @@ def test_every_page_is_in_the_navigation():
     text = (ROOT / "mkdocs.yml").read_text()
     for page in (ROOT / "docs").glob("*.md"):
         assert f" {page.name}\n" in text, page.name
+
+
+def test_the_api_reference_lists_every_public_name():
+    pytest.importorskip("mkdocs", reason="the site's hooks need mkdocs: `make docs` installs it")
+    hooks = loaded("hooks")
+    page = (ROOT / "docs" / "api.md").read_text().replace("<!-- operators -->", hooks.operators())
+    listed = re.findall(r"^::: m2f_kernels\.(\w+)$", page, flags=re.MULTILINE)
+    assert len(listed) == len(set(listed))
+    assert set(dispatch.OPERATORS) <= set(listed)
+    assert set(m2f_kernels.__all__) - set(listed) == {"__version__", "nn"}
 
 
 def test_no_leftovers_of_a_run_are_committed():

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
+from benchmarks import of_operators
 from benchmarks.formats import markdown
 from benchmarks.ops.ms_deform_attn import grid_sample_form as published_ms_deform_attn
 from m2f_kernels import FactoredMasks, PackedMask
@@ -436,8 +437,9 @@ def _loss_rows() -> Iterator[Row]:
 
 
 def rows() -> list[Row]:
-    """Every operator."""
-    return [*_attention_rows(), *_mask_rows(), *_masked_attention_rows(), *_point_rows(), *_loss_rows()]
+    """Every operator; those of a new one are `fallback_rows()` of `benchmarks/ops/<op>.py`."""
+    here = (*_attention_rows(), *_mask_rows(), *_masked_attention_rows(), *_point_rows(), *_loss_rows())
+    return [*here, *of_operators("fallback_rows")]
 
 
 def table(of: Iterable[Row]) -> str:

@@ -4,7 +4,7 @@
 
 Needs triton, which brings the assembler, and no GPU. Each operator is called on tensors of the meta device while
 `m2f_kernels._triton.recording` collects its launches, so what is compiled is what production would launch. A new
-operator needs one line in `CASES`. `benchmarks.static_cuda` does the same for CUDA C++.
+operator needs a `static_cases()` in `benchmarks/ops/<op>.py`. `benchmarks.static_cuda` does the same for CUDA C++.
 
 It also states the least time of a launch: its tensors, each moved once, over the data sheet's bandwidth of the GPU;
 and, if `Case.flops` counts them, the operations of its matrix products in half precision over the data sheet's rate.
@@ -25,13 +25,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import sass
+from benchmarks import of_operators, sass
 from benchmarks.cases import write_csv
 from benchmarks.formats import markdown
 
@@ -366,6 +367,12 @@ CASES += [
 ]  # fmt: skip
 
 
+@cache
+def cases() -> list[Case]:
+    """Those of this file and of operators' own files."""
+    return [*CASES, *of_operators("static_cases")]
+
+
 @dataclass(frozen=True)
 class Resources:
     """One compiled kernel: registers and stack bytes per thread, shared memory bytes per program.
@@ -504,14 +511,14 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> list[Resources]:
-    """Compile every kernel that `CASES[index]` launches."""
+    """Compile every kernel that `cases()[index]` launches."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
 
-    case, architecture = CASES[index], ARCHITECTURES[target]
+    case, architecture = cases()[index], ARCHITECTURES[target]
     function = getattr(importlib.import_module(case.module), case.function)
     with case.chosen(), recording(architecture) as launches:
         function(*case.arguments(DTYPES[dtype], head_dim))
@@ -561,7 +568,7 @@ def jobs(representative: bool, targets: Iterable[int | str], select: str = "") -
     """Arguments of `compile_case`: all, or those that CI compiles on every change (fp32, bf16, one D)."""
     return [
         (index, dtype, head_dim, target)
-        for index, case in enumerate(CASES)
+        for index, case in enumerate(cases())
         if select in case.function and (case.representative or not representative)
         for dtype in (("fp32", "bf16") if representative else DTYPES)
         for head_dim in (case.head_dims[:1] if representative else case.head_dims)

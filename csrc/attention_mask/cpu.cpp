@@ -6,7 +6,6 @@
 #include <cmath>
 #include <tuple>
 
-#include "cpu/capability.h"
 #include "torch/args.h"
 #include "torch/cpu_binding.h"
 
@@ -15,7 +14,7 @@ namespace {
 
 using IntList = std::vector<int64_t>;
 
-const AttentionMaskKernels& kernels() { return M2F_KERNELS_IN_USE(attention_mask_kernels); }
+const AttentionMaskKernels& kernels() { return M2F_IN_USE(attention_mask_kernels)(); }
 
 void check_not_float64(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(dtype_of(tensor, name) != DType::kFloat64, name,

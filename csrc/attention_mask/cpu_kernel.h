@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/capability.h"
 #include "cpu/rows.h"
 
 namespace m2f {
@@ -64,10 +65,6 @@ struct AttentionMaskKernels {
 
 constexpr int64_t kKeysPerTask = 128;
 
-const AttentionMaskKernels& attention_mask_kernels_baseline();
-#if defined(M2F_X86)
-const AttentionMaskKernels& attention_mask_kernels_avx2();
-const AttentionMaskKernels& attention_mask_kernels_avx512();
-#endif
+M2F_DECLARE_VARIANTS(const AttentionMaskKernels&, attention_mask_kernels, ());
 
 }  // namespace m2f

@@ -10,14 +10,20 @@ CpuCapability cpu_capability();
 
 }  // namespace m2f
 
-// Calls name_baseline(), name_avx2() or name_avx512(), by the instruction set in use.
+// M2F_DECLARE_VARIANTS(void, name, (int x)) declares a function for each instruction set: name_baseline, name_avx2 and
+// name_avx512. M2F_IN_USE(name) is the one of them for the instruction set in use.
 #if defined(M2F_X86)
-#define M2F_KERNELS_IN_USE(name)                                \
-  (cpu_capability() == CpuCapability::kAVX512 ? name##_avx512() \
-   : cpu_capability() == CpuCapability::kAVX2 ? name##_avx2()   \
-                                              : name##_baseline())
+#define M2F_DECLARE_VARIANTS(result, name, parameters) \
+  result name##_baseline parameters;                   \
+  result name##_avx2 parameters;                       \
+  result name##_avx512 parameters
+#define M2F_IN_USE(name)                                      \
+  (cpu_capability() == CpuCapability::kAVX512 ? name##_avx512 \
+   : cpu_capability() == CpuCapability::kAVX2 ? name##_avx2   \
+                                              : name##_baseline)
 #else
-#define M2F_KERNELS_IN_USE(name) name##_baseline()
+#define M2F_DECLARE_VARIANTS(result, name, parameters) result name##_baseline parameters
+#define M2F_IN_USE(name) name##_baseline
 #endif
 
 extern "C" {

@@ -5,7 +5,6 @@
 #include <tuple>
 #include <utility>
 
-#include "cpu/capability.h"
 #include "masked_attention/cpu_kernel.h"
 #include "torch/args.h"
 #include "torch/cpu_binding.h"
@@ -15,7 +14,7 @@ namespace {
 
 using IntList = std::vector<int64_t>;
 
-const MaskedAttentionKernels& kernels() { return M2F_KERNELS_IN_USE(masked_attention_kernels); }
+const MaskedAttentionKernels& kernels() { return M2F_IN_USE(masked_attention_kernels)(); }
 
 // How many parts the keys are divided into depends on their number alone, so that results do not depend on the number
 // of threads. Heads are independent of each other, and are divided so that every thread has a task.

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/capability.h"
 #include "cpu/rows.h"
 
 namespace m2f {
@@ -57,10 +58,6 @@ struct MaskedAttentionKernels {
   void (*combine_backward)(const MaskedAttentionArgs&, int64_t first, int64_t last, void* scratch);
 };
 
-const MaskedAttentionKernels& masked_attention_kernels_baseline();
-#if defined(M2F_X86)
-const MaskedAttentionKernels& masked_attention_kernels_avx2();
-const MaskedAttentionKernels& masked_attention_kernels_avx512();
-#endif
+M2F_DECLARE_VARIANTS(const MaskedAttentionKernels&, masked_attention_kernels, ());
 
 }  // namespace m2f

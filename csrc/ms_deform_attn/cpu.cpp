@@ -6,7 +6,6 @@
 #include <numeric>
 #include <tuple>
 
-#include "cpu/capability.h"
 #include "ms_deform_attn/torch_levels.h"
 #include "torch/args.h"
 #include "torch/cpu_binding.h"
@@ -17,7 +16,7 @@ namespace {
 using IntList = std::vector<int64_t>;
 using OptionalTensor = std::optional<Tensor>;
 
-const MSDeformAttnKernels& kernels() { return M2F_KERNELS_IN_USE(ms_deform_attn_kernels); }
+const MSDeformAttnKernels& kernels() { return M2F_IN_USE(ms_deform_attn_kernels)(); }
 
 // A sampling tensor [N, Q, H, K, 2] or [N, Q, H, K], copied where its rows are not contiguous.
 Tensor dense_rows(const Tensor& tensor) {

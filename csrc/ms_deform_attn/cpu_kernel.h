@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/capability.h"
 #include "cpu/rows.h"
 #include "ms_deform_attn/levels.h"
 
@@ -50,10 +51,6 @@ struct MSDeformAttnKernels {
   void (*combine_parts)(const MSDeformAttnArgs&, int64_t first_task, int64_t last_task, void* scratch);
 };
 
-const MSDeformAttnKernels& ms_deform_attn_kernels_baseline();
-#if defined(M2F_X86)
-const MSDeformAttnKernels& ms_deform_attn_kernels_avx2();
-const MSDeformAttnKernels& ms_deform_attn_kernels_avx512();
-#endif
+M2F_DECLARE_VARIANTS(const MSDeformAttnKernels&, ms_deform_attn_kernels, ());
 
 }  // namespace m2f

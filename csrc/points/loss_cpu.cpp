@@ -6,14 +6,13 @@
 #include <numeric>
 #include <tuple>
 
-#include "cpu/capability.h"
 #include "points/torch_pixels.h"
 #include "torch/cpu_binding.h"
 
 namespace m2f {
 namespace {
 
-const PointLossKernels& kernels() { return M2F_KERNELS_IN_USE(point_loss_kernels); }
+const PointLossKernels& kernels() { return M2F_IN_USE(point_loss_kernels)(); }
 
 Tensor contiguous_floats(const Tensor& tensor, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected float32");

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/capability.h"
 #include "points/pixels.h"
 
 namespace m2f {
@@ -49,10 +50,6 @@ struct PointLossKernels {
 
 constexpr int64_t kQueriesPerTask = 8;
 
-const PointLossKernels& point_loss_kernels_baseline();
-#if defined(M2F_X86)
-const PointLossKernels& point_loss_kernels_avx2();
-const PointLossKernels& point_loss_kernels_avx512();
-#endif
+M2F_DECLARE_VARIANTS(const PointLossKernels&, point_loss_kernels, ());
 
 }  // namespace m2f

@@ -4,14 +4,13 @@
 
 #include <algorithm>
 
-#include "cpu/capability.h"
 #include "points/torch_pixels.h"
 #include "torch/cpu_binding.h"
 
 namespace m2f {
 namespace {
 
-const PointSampleKernels& kernels() { return M2F_KERNELS_IN_USE(point_sample_kernels); }
+const PointSampleKernels& kernels() { return M2F_IN_USE(point_sample_kernels)(); }
 
 // The least number of points in a task: with fewer, starting a thread takes longer than the task.
 constexpr int64_t kPointsPerTask = 4096;

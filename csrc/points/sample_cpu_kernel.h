@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cpu/capability.h"
 #include "dtype.h"
 #include "points/pixels.h"
 
@@ -58,10 +59,6 @@ struct PointSampleKernels {
 
 constexpr int64_t kPointsPerStretch = 512;
 
-const PointSampleKernels& point_sample_kernels_baseline();
-#if defined(M2F_X86)
-const PointSampleKernels& point_sample_kernels_avx2();
-const PointSampleKernels& point_sample_kernels_avx512();
-#endif
+M2F_DECLARE_VARIANTS(const PointSampleKernels&, point_sample_kernels, ());
 
 }  // namespace m2f

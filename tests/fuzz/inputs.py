@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import m2f_kernels
-from m2f_kernels import FactoredMasks
+from m2f_kernels import FactoredMasks, dispatch
 from tests.ops import ms_deform_attn_cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -224,21 +225,9 @@ def point_mask_loss(s: Source) -> Arguments:
     }
 
 
-#: By public name.
+#: By public name: the functions of this file, and `random_arguments` of `tests/ops/test_<op>.py`.
 OPERATORS = {
-    f.__name__: f
-    for f in (
-        resize_mask_features,
-        predict_attention_mask,
-        pack_attention_mask,
-        masked_attention,
-        ms_deform_attn,
-        ms_deform_attn_from_offsets,
-        point_sample,
-        uncertain_points,
-        mask_matching_cost,
-        point_mask_loss,
-    )
+    op: globals().get(op) or import_module(f"tests.ops.test_{op}").random_arguments for op in sorted(dispatch.OPERATORS)
 }
 
 
