@@ -95,20 +95,20 @@ class ResidualLayer(nn.Module):
     activation: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        last: Any = self.layer[-1]
+        *first, last = self.layer
         if (
             type(last) is ConvolutionLayer
             and not _hooked(self.layer, last)
             and isinstance(last.activation, nn.Identity)
         ):
-            folded = _folded(last.convolution, last.normalization)
-            if folded is not None and _fuses(x, last.convolution, self.activation):
-                residual, dtype = self.shortcut(x), folded[0].dtype
-                for part in self.layer[:-1]:
+            convolve: Any = last.convolution
+            folded = _folded(convolve, last.normalization)
+            if folded is not None and _fuses(x, convolve, self.activation):
+                residual, (weight, bias) = self.shortcut(x), folded
+                for part in first:
                     x = part(x)
-                geometry = _geometry(last.convolution)
-                weight, bias = folded
-                return torch.cudnn_convolution_add_relu(x.to(dtype), weight, residual.to(dtype), 1, bias, *geometry)
+                x, residual = x.to(weight.dtype), residual.to(weight.dtype)
+                return torch.cudnn_convolution_add_relu(x, weight, residual, 1, bias, *_geometry(convolve))
         out: Tensor = self.layer(x)
         out += self.shortcut(x)
         out = self.activation(out)

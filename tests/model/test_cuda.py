@@ -32,7 +32,7 @@ def test_as_on_cpu():
 
 @torch.inference_mode()
 def test_fused_convolutions(monkeypatch):
-    """cuDNN's convolutions with bias, residual and ReLU are the separate kernels, with their features in both dtypes."""
+    """cuDNN's convolutions with bias, residual and ReLU give the features of separate kernels, in both dtypes."""
     model, pixels = model_and_pixels()
     for dtype, tolerance in ((torch.float32, 1e-4), (torch.bfloat16, 0.05)):
         model = model.cuda().hold_in(dtype)
