@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory, models
+from benchmarks import memory
 from benchmarks.cases import Row, read_csv
 from benchmarks.formats import number
 
@@ -27,18 +27,14 @@ def read(path: Path) -> list[Row]:
     Raises:
         ValueError: there is none, or it is not a benchmark's.
     """
-    files = sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []
     rows = []
-    for file in files:
+    for file in sorted(path.glob("*.csv")) if path.is_dir() else [path] if path.is_file() else []:
         records = read_csv(file)
-        columns = set(records[0] if records else ())
-        missing = {"op", "case", "implementation", "setting", "median_ms"} - columns
-        if columns >= models.COLUMNS:
-            rows += models.rows(records)
-        elif not missing:
+        missing = {"op", "case", "implementation", "setting", "median_ms"} - set(records[0] if records else ())
+        if not missing:
             # Older versions had a folder for each device, and "full" in it.
-            older = {} if "run" in columns or file.parent.name != "full" else {"run": "full"}
-            rows += [Row.from_strings(record | older) for record in records]
+            older = {"run": "full"} if file.parent.name == "full" else {}
+            rows += [Row.from_strings(older | record) for record in records]
         elif not path.is_dir():
             raise ValueError(f"{file}: expected the columns of a benchmark's CSV; {', '.join(sorted(missing))} missing")
     if not rows:
@@ -105,21 +101,14 @@ def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     return found
 
 
-def compared(old: Sequence[Row], new: Sequence[Row]) -> int:
-    """The number of this package's rows that have a time in both runs."""
-    former = _former([row for row in old if row.median_ms is not None], new)
-    return sum(row.ours and former(row) is not None for row in new)
-
-
 def report(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], int]:
     """Lines to print, and the exit status: 1 for regressions, 2 where there is nothing to compare."""
-    count = compared(old, new)
+    former = _former([row for row in old if row.median_ms is not None], new)
+    count = sum(row.ours and former(row) is not None for row in new)
     if not count:
         return ["Nothing to compare: the runs have no row of this package in common"], 2
     found = regressions(old, new)
-    if found:
-        return [f"Regression: {line}" for line in found], 1
-    return [f"No regression beyond noise in {count} rows"], 0
+    return [f"Regression: {line}" for line in found] or [f"No regression beyond noise in {count} rows"], bool(found)
 
 
 def main() -> int:

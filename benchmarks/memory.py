@@ -21,6 +21,7 @@ from __future__ import annotations
 import ctypes
 import gc
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -79,32 +80,34 @@ def measure(run: Callable[[], Any], inputs: Iterable[Any], device: str) -> tuple
     return extra, bytes_of(inputs) / MIB + outputs + extra
 
 
-class _Writes(TorchDispatchMode):
-    """Adds up the bytes that operators write: results that are neither views nor left uninitialised."""
+class Operations(TorchDispatchMode):
+    """Counts, under `with`, operations that neither make a view nor leave memory uninitialised, and bytes they write.
+
+    Attributes:
+        names: of the operations, in order.
+        written: bytes of their results.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.names: list[str] = []
+        self.written = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        if "empty" in func.overloadpacket.__name__:
-            return result
-        mutates = func._schema.is_mutable
-        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and (mutates or tensor.untyped_storage().data_ptr() not in given):
-                self.bytes += bytes_of([tensor])
+        schema, name = func._schema, func.overloadpacket.__name__
+        view = not schema.is_mutable and any(a.alias_info is not None for a in schema.arguments)
+        if not (view or "empty" in name or name in ("detach", "_unsafe_view")):
+            self.names.append(schema.name)
+            self.written += bytes_of(tree_leaves(result))
         return result
 
 
 def written(run: Callable[[], tuple[Tensor, ...]], count: bool = True) -> tuple[tuple[Tensor, ...], float | None]:
     """The result of `run()` and the MiB that it wrote; None in place of these if `count` is False."""
-    if not count:
-        return run(), None
-    with _Writes() as writes:
+    with Operations() if count else nullcontext() as operations:
         result = run()
-    return result, writes.bytes / MIB
+    return result, operations and operations.written / MIB
 
 
 def calibration() -> float:

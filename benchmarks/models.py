@@ -13,7 +13,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,7 +32,6 @@ from benchmarks.cases import (
     Case,
     Data,
     Implementation,
-    Row,
     Scale,
     Tensors,
     Verdict,
@@ -372,32 +371,6 @@ INTEGRATIONS = Benchmark(
     stages=_stages,
     peak=_peak,
 )
-
-#: Columns by which an older version's CSV, one line for each model and setting, is recognised.
-COLUMNS = {"model", "setting", "aim", "before_ms", "after_ms"}
-
-
-def rows(records: Iterable[dict[str, str]]) -> list[Row]:
-    """Two rows for each line of an older CSV."""
-    found = []
-    for record in records:
-        numbers = {name: text for name, text in record.items() if name not in ("model", "setting")}
-        known = {name: float(text) for name, text in numbers.items() if text not in ("", "nan")}
-        for name in (BEFORE, AFTER):
-            direction = "forward+backward" if "training" in record["model"] else "forward"
-            row = Row("integrations", record["model"], name, record["setting"], direction, "", "float32", 0)
-            row.ours, row.headline = name == AFTER, True
-            row.median_ms, row.iqr_ms = known.get(f"{name}_ms"), known.get(f"{name}_iqr_ms")
-            row.rounds, row.memory_extra_mib = int(known["rounds"]), known.get(f"{name}_mib")
-            if row.median_ms is None:
-                row.status = "not measured"
-            elif name == BEFORE and "share" in known:
-                row.stages = f"{ATTENTION}={known['share'] * row.median_ms:.6g}"
-            elif name == AFTER and known.get("largest"):
-                row.error_output = known["difference"] / known["largest"]
-            found.append(row)
-    return found
-
 
 # ---------------------------------------------------------------- parts of models
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from benchmarks import models
 from benchmarks.cases import OURS, Row
@@ -13,214 +14,211 @@ from benchmarks.ops import masked_attention as attention
 from benchmarks.ops import point_loss as loss
 
 CPU_SETTINGS = ("default", "heap retained")
-Measured = dict[tuple[str, str, str], Row]
 
 
-def measured(rows: Sequence[Row]) -> Measured:
-    return {(r.case, r.implementation, r.setting): r for r in rows}
+class Measured:
+    """Rows by case, implementation and allocator setting."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self.by_key = {(r.case, r.implementation, r.setting): r for r in rows}
+        self.settings = list(dict.fromkeys(row.setting for row in rows))
+        self.cases = list(dict.fromkeys(row.case for row in rows))
+
+    @property
+    def units(self) -> str:
+        several = tuple(self.settings) == CPU_SETTINGS
+        return "ms, default allocator (heap retained)" if several else f"ms, {' / '.join(self.settings)}"
+
+    def first(self, case: str, implementation: str) -> Row | None:
+        """The row in the first setting."""
+        return self.by_key.get((case, implementation, self.settings[0]))
+
+    def times(self, case: str, ours: str, one: str) -> str:
+        """A cell: the time in each setting, ours bold, of others with the ratio to ours."""
+        texts = []
+        for setting in self.settings:
+            row, mine = (self.by_key.get((case, name, setting)) for name in (one, ours))
+            time, own = row and row.median_ms, mine and mine.median_ms
+            if time is None or own is None:
+                texts.append("-")
+            elif one == ours:
+                texts.append(number(time) if texts else f"**{number(time)}**")
+            else:
+                texts.append(f"{number(time)}, {number(time / own)}x")
+        return f"{texts[0]} ({texts[1]})" if len(texts) == 2 and texts[1] != "-" else texts[0]
 
 
-def settings(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(row.setting for row in rows))
+@dataclass(frozen=True)
+class Table:
+    """Times by case and implementation, in every allocator setting and with the peers' ratios to ours; below them MiB.
 
-
-def _units(found: Sequence[str]) -> str:
-    return "ms, default allocator (heap retained)" if tuple(found) == CPU_SETTINGS else f"ms, {' / '.join(found)}"
-
-
-def _times(by_key: Measured, case: str, ours: str, one: str, found: Sequence[str]) -> str:
-    """A cell: the time in each setting, ours bold, of others with the ratio to ours."""
-    texts = []
-    for setting in found:
-        row, mine = by_key.get((case, one, setting)), by_key.get((case, ours, setting))
-        time, own = row and row.median_ms, mine and mine.median_ms
-        if time is None or own is None:
-            texts.append("-")
-        elif one == ours:
-            texts.append(f"**{number(time)}**" if setting == found[0] else number(time))
-        else:
-            texts.append(f"{number(time)}, {number(time / own)}x")
-    return f"{texts[0]} ({texts[1]})" if len(texts) == 2 and texts[1] != "-" else texts[0]
-
-
-def times(rows: Sequence[Row], cases: dict[str, str], columns: dict[str, str]) -> list[str]:
-    """Lines of Markdown: each case's time in every allocator setting, with the peers' ratios to ours.
-
-    Args:
-        cases: case and what it is called; those that were not run are left out.
+    Attributes:
         columns: implementation and what it is called, ours first.
+        cases: case and what it is called; those that were not run are left out.
+        amounts: case, what the line is called, and field of `Row`; left out where nothing was measured.
+        optional: implementations whose columns are left out where nothing was measured.
     """
-    by_key, found = measured(rows), settings(rows)
-    ours = next(iter(columns))
-    lines = [f"| {_units(found)} | {' | '.join(columns.values())} |", "|" + "---|" * (1 + len(columns))]
-    run = {row.case for row in rows}
-    for case, name in cases.items():
-        if case in run:
-            cells = [_times(by_key, case, ours, one, found) for one in columns]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-    return lines
+
+    columns: Mapping[str, str]
+    cases: Mapping[str, str]
+    amounts: Sequence[tuple[str, str, str]]
+    optional: Sequence[str] = ()
+
+    def __call__(self, rows: Sequence[Row]) -> str:
+        found, ours = Measured(rows), next(iter(self.columns))
+        timed = {row.implementation for row in rows if row.median_ms}
+        columns = [one for one in self.columns if one in timed or one not in self.optional]
+        lines = [
+            [name, *(found.times(case, ours, one) for one in columns)]
+            for case, name in self.cases.items()
+            if case in found.cases
+        ]
+        for case, name, field in self.amounts:
+            text = mebibytes if field == "memory_extra_mib" else number
+            values = [getattr(row, field) if (row := found.first(case, one)) else None for one in columns]
+            if any(value is not None for value in values):
+                lines.append([name, *map(text, values)])
+        return markdown([found.units, *(self.columns[one] for one in columns)], lines)
 
 
-def _extra(row: Row) -> str:
-    return mebibytes(row.memory_extra_mib)
+def _amounts(cases: Iterable[str], name: str) -> list[tuple[str, str, str]]:
+    return [(case, f"{name}, {case.rsplit(' ', 1)[-1]}", "memory_extra_mib") for case in cases]
 
 
-def amounts(
-    rows: Sequence[Row], case: str, columns: dict[str, str], name: str, text: Callable[[Row], str] = _extra
-) -> list[str]:
-    """A line of Markdown, an amount of memory of each implementation; none where nothing was measured."""
-    by_key, first = measured(rows), settings(rows)[0]
-    cells = [text(row) if (row := by_key.get((case, one, first))) else "-" for one in columns]
-    return [f"| {name} | {' | '.join(cells)} |"] if set(cells) != {"-"} else []
-
-
-# ---------------------------------------------------------------- operators
-
-
-def point_loss(rows: Sequence[Row]) -> str:
-    """The headline: the loss part with full masks, with points as published, and with this package."""
-    columns = {
+_LOSS = {
+    f"loss part {size}² T={targets}": f"{size}², {targets} targets" for size in (1024, 512) for targets in (10, 30, 100)
+}
+#: The headline: the loss part with full masks, with points as published, and with this package.
+point_loss = Table(
+    {
         OURS: "m2f",
         loss.TRANSFORMERS: "K = 12544 points as published",
         loss.STRIDE_4: "full masks at stride 4",
         loss.FULL: "full masks",
-    }
-    shown = [(size, targets) for size in (1024, 512) for targets in (10, 30, 100)]
-    cases = {f"loss part {size}² T={targets}": f"time, {size}², {targets} targets" for size, targets in shown}
-    lines = times(rows, cases, columns)
-    for case, name in cases.items():
-        lines += amounts(rows, case, columns, name.replace("time", "peak MiB", 1))
-    return "\n".join(lines)
-
-
-def deformable_attention(rows: Sequence[Row]) -> str:
-    columns = {
-        OURS: "m2f",
-        "PyTorch grid_sample": "PyTorch grid_sample",
-        "torch-ms-deform-attn": "torch-ms-deform-attn",
-    }
-    if any(row.implementation == ms_deform_attn.DEFORMOPS_TRITON and row.median_ms for row in rows):  # GPU only
-        columns[ms_deform_attn.DEFORMOPS_TRITON] = ms_deform_attn.DEFORMOPS_TRITON
-    cases = {
+    },
+    {case: f"time, {name}" for case, name in _LOSS.items()},
+    [(case, f"peak MiB, {name}", "memory_extra_mib") for case, name in _LOSS.items()],
+)
+_PEERS = (ms_deform_attn.GRID_SAMPLE, ms_deform_attn.TORCH_MS_DEFORM_ATTN, ms_deform_attn.DEFORMOPS_TRITON)
+deformable_attention = Table(
+    {OURS: "m2f", **{name: name for name in _PEERS}},
+    {
         "encoder local fp32 forward": "forward, samples near the query",
         "encoder random fp32 forward": "forward, samples anywhere",
         "encoder local fp32 forward+backward": "forward + backward, near",
         "encoder random fp32 forward+backward": "forward + backward, anywhere",
-    }
-    lines = times(rows, cases, columns)
-    for case in ("encoder local fp32 forward", "encoder local fp32 forward+backward"):
-        name = f"peak MiB above inputs and outputs, {case.rsplit(' ', 1)[-1]}"
-        lines += amounts(rows, case, columns, name)
-    return "\n".join(lines)
+    },
+    _amounts((f"encoder local fp32 {way}" for way in ms_deform_attn.WAYS), "peak MiB above inputs and outputs"),
+    optional=_PEERS[2:],  # on a GPU only
+)
+_MASKS = Table(
+    {
+        OURS: "m2f",
+        **{x: x for x in (attention_mask.TRANSFORMERS, attention_mask.TRANSFORMERS_DROPPED, attention_mask.STRIDED)},
+    },
+    {f"9 layers {size}² fp32": f"masks of 9 layers, {size}²" for size in (1024, 512)},
+    [
+        ("9 layers 1024² fp32", "peak MiB above inputs, 1024²", "memory_extra_mib"),
+        ("9 layers 1024² fp32", "MiB written, 1024²", "written_mib"),
+    ],
+)
+_ATTENTION = Table(
+    {OURS: "m2f", **{x: x for x in (attention.SDPA, attention.SDPA_ADDITIVE, attention.MULTIHEAD)}},
+    {
+        f"S=16384 Q=100 {what}": name
+        for what, name in (
+            ("open 1.0 fp32 forward", "forward, every key attended"),
+            ("blobs 0.3 fp32 forward", "forward, regions of 0.3 of the image"),
+            ("blobs 0.05 fp32 forward", "forward, regions of 0.05"),
+            ("random 0.05 fp32 forward", "forward, random keys, 0.05"),
+            ("learned 1.0 fp32 forward", "forward, masks of a trained model"),
+            ("blobs 0.3 fp32 forward+backward", "forward + backward, regions of 0.3"),
+        )
+    },
+    _amounts(
+        (f"S=16384 Q=100 blobs 0.3 fp32 {way}" for way in ms_deform_attn.WAYS), "peak MiB above inputs and outputs"
+    ),
+)
 
 
 def masked_attention(rows: Sequence[Row]) -> str:
     """Two tables: the nine layers' attention masks, and attention with them."""
-    names = (attention_mask.TRANSFORMERS, attention_mask.TRANSFORMERS_DROPPED, attention_mask.STRIDED)
-    columns = {OURS: "m2f"} | {name: name for name in names}
-    large = "9 layers 1024² fp32"
-    lines = times(rows, {large: "masks of 9 layers, 1024²", "9 layers 512² fp32": "masks of 9 layers, 512²"}, columns)
-    lines += amounts(rows, large, columns, "peak MiB above inputs, 1024²")
-    lines += [*amounts(rows, large, columns, "MiB written, 1024²", lambda row: number(row.written_mib)), ""]
-
-    names = (attention.SDPA, attention.SDPA_ADDITIVE, attention.MULTIHEAD)
-    columns = {OURS: "m2f"} | {name: name for name in names}
-    where = "S=16384 Q=100"
-    cases = {
-        f"{where} open 1.0 fp32 forward": "forward, every key attended",
-        f"{where} blobs 0.3 fp32 forward": "forward, regions of 0.3 of the image",
-        f"{where} blobs 0.05 fp32 forward": "forward, regions of 0.05",
-        f"{where} random 0.05 fp32 forward": "forward, random keys, 0.05",
-        f"{where} learned 1.0 fp32 forward": "forward, masks of a trained model",
-        f"{where} blobs 0.3 fp32 forward+backward": "forward + backward, regions of 0.3",
-    }
-    lines += times(rows, cases, columns)
-    for case in (f"{where} blobs 0.3 fp32 forward", f"{where} blobs 0.3 fp32 forward+backward"):
-        name = f"peak MiB above inputs and outputs, {case.rsplit(' ', 1)[-1]}"
-        lines += amounts(rows, case, columns, name)
-    return "\n".join(lines)
+    return f"{_MASKS(rows)}\n\n{_ATTENTION(rows)}"
 
 
 # ---------------------------------------------------------------- whole models
 
 
-def before_and_after(rows: Sequence[Row], before: str, ours: str, heads: tuple[str, str]) -> list[str]:
-    """Lines of Markdown: each case's time and peak memory before and after, and the largest difference."""
-    by_key, found = measured(rows), settings(rows)
-    units = _units(found)
-    lines = [f"| {units} | {heads[0]} | {heads[1]} | peak MiB: {heads[0]} | {heads[1]} | largest difference |",
-             "|---|---|---|---|---|---|"]  # fmt: skip
-    for case in dict.fromkeys(row.case for row in rows):
-        old, new = by_key.get((case, before, found[0])), by_key.get((case, ours, found[0]))
-        if old is None or new is None:
-            continue
-        cells = [_times(by_key, case, ours, one, found) for one in (before, ours)]
-        if new.median_ms is None:
-            cells[1] = new.status
-        ratio = ""
-        if old.memory_extra_mib and new.memory_extra_mib:
-            ratio = f", {number(old.memory_extra_mib / new.memory_extra_mib)}x"
-        memory = [f"{mebibytes(old.memory_extra_mib)}{ratio}", mebibytes(new.memory_extra_mib)]
-        kernels = f", {old.kernels} -> {new.kernels} kernels" if old.kernels and new.kernels else ""
-        lines.append(f"| {case}{kernels} | {' | '.join([*cells, *memory])} | {error(new.error_output)} |")
-    return lines
+def _smaller(before: Row, after: Row) -> str:
+    """How many times less memory, where both were measured."""
+    both = before.memory_extra_mib and after.memory_extra_mib
+    return f", {number(before.memory_extra_mib / after.memory_extra_mib)}x" if both else ""
+
+
+def before_and_after(rows: Sequence[Row], before: str, ways: Mapping[str, str], heads: tuple[str, str]) -> str:
+    """Each case's time and peak memory before and after, and the largest difference.
+
+    Args:
+        before: the implementation that is compared with.
+        ways: implementation and what its lines add to the name of the case.
+        heads: what both are called.
+    """
+    found, lines = Measured(rows), []
+    for ours, label in ways.items():
+        for case in found.cases:
+            old, new = found.first(case, before), found.first(case, ours)
+            if old is None or new is None:
+                continue
+            times = [found.times(case, ours, before), found.times(case, ours, ours) if new.median_ms else new.status]
+            memory = [mebibytes(old.memory_extra_mib) + _smaller(old, new), mebibytes(new.memory_extra_mib)]
+            kernels = f", {old.kernels} -> {new.kernels} kernels" if old.kernels and new.kernels else ""
+            lines.append([f"{case}{kernels}{label}", *times, *memory, error(new.error_output)])
+    return markdown([found.units, *heads, f"peak MiB: {heads[0]}", heads[1], "largest difference"], lines)
+
+
+def _label(way: whole.Way) -> str:
+    """bf16 is compared with `transformers` in float32; its difference is the share of the masks that do not overlap."""
+    notes = ["transformers: no graph"] if way.how == whole.GRAPH else []
+    if way.precision:
+        notes.append("transformers: float32; difference: 1 - IoU of the masks, random weights")
+    return str(way).removeprefix("m2f") + (f" ({'; '.join(notes)})" if notes else "")
+
+
+_WAYS = (whole.Way(), whole.CAPTURED, whole.BF16, whole.BF16_CAPTURED, whole.CHECKPOINTED)
 
 
 def end_to_end(rows: Sequence[Row]) -> str:
-    """The whole model; rows of CUDA graphs, bf16 and activation checkpointing below those of their cases.
-
-    bf16 is compared with `transformers` in float32; its difference is the share of the masks that do not overlap.
-    """
-    ours, theirs = whole.OURS, whole.TRANSFORMERS
-    lines = before_and_after(rows, theirs, ours, ("transformers", "m2f"))
-    for way in (whole.CAPTURED, whole.BF16, whole.BF16_CAPTURED, whole.CHECKPOINTED):
-        notes = ["transformers: no graph"] if way.how == whole.GRAPH else []
-        if way.precision:
-            notes.append("transformers: float32; difference: 1 - IoU of the masks, random weights")
-        label = str(way).removeprefix("m2f, ") + (f" ({'; '.join(notes)})" if notes else "")
-        here = before_and_after(rows, theirs, str(way), ("transformers", "m2f"))[2:]
-        lines += [line.replace(" |", f", {label} |", 1) for line in here]
-    return "\n".join(lines)
+    """The whole model; rows of CUDA graphs, bf16 and activation checkpointing below those of their cases."""
+    return before_and_after(rows, whole.TRANSFORMERS, {str(x): _label(x) for x in _WAYS}, (whole.TRANSFORMERS, "m2f"))
 
 
 def integrations(rows: Sequence[Row]) -> str:
     """The table of models of `transformers` before and after `accelerate`."""
-    return "\n".join(before_and_after(rows, models.BEFORE, models.AFTER, ("before", "after")))
+    return before_and_after(rows, models.BEFORE, {models.AFTER: ""}, ("before", "after"))
 
 
 def integrations_in_detail(rows: Sequence[Row]) -> str:
     """Markdown: a table of each model's times in every setting, and one of memory and difference."""
-    by_key, found = measured(rows), settings(rows)
-    aims = {model.name: f"{model.aim}x" for model in models.MODELS}
-    times = [f"{text}, ms ({found[0]} allocator)" for text in (models.BEFORE, models.AFTER)]
-    header = ["model", *times, "ratio", *(f"ratio ({name})" for name in found[1:]), "target"]
-    others = [
-        "model",
-        "peak MiB above the weights",
-        "deformable attention's share before",
-        "largest relative difference",
-    ]
-    lines, other_lines = [], []
-    for model in dict.fromkeys(row.case for row in rows):
-        pairs = [
-            (by_key[model, models.BEFORE, s], by_key[model, models.AFTER, s])
-            for s in found
-            if (model, models.AFTER, s) in by_key
-        ]
-        before, after = pairs[0]
-        ratios = [f"{number(old.median_ms / new.median_ms)}x" for old, new in pairs]
-        memories = "-"  # not measured: no resettable peak on this system, or the process failed
-        if before.memory_extra_mib and after.memory_extra_mib:
-            ratio = number(before.memory_extra_mib / after.memory_extra_mib)
-            memories = f"{mebibytes(before.memory_extra_mib)} → {mebibytes(after.memory_extra_mib)}, {ratio}x"
+    found, aims = Measured(rows), {model.name: f"{model.aim}x" for model in models.MODELS}
+    first, *others = found.settings
+    times, rest = [], []
+    for model in found.cases:
+        both = [[found.by_key.get((model, name, s)) for name in (models.BEFORE, models.AFTER)] for s in found.settings]
+        ratios = [f"{number(old.median_ms / new.median_ms)}x" for old, new in both if new]
+        before, after = both[0]
+        memory = [mebibytes(x.memory_extra_mib) for x in (before, after)]
+        # Not measured: no resettable peak on this system, or the process failed.
+        shown = " → ".join(memory) + smaller if (smaller := _smaller(before, after)) else "-"
         share = f"{before.stage_ms[models.ATTENTION] / before.median_ms:.0%}"
-        cells = [
-            number(before.median_ms),
-            number(after.median_ms),
-            f"**{ratios[0]}**",
-            *ratios[1:],
-            aims.get(model, "-"),
+        cells = [number(before.median_ms), number(after.median_ms), f"**{ratios[0]}**", *ratios[1:]]
+        times.append([model, *cells, aims.get(model, "-")])
+        rest.append([model, shown, share, error(after.error_output)])
+    heads = [f"{text}, ms ({first} allocator)" for text in (models.BEFORE, models.AFTER)]
+    header = ["model", *heads, "ratio", *(f"ratio ({name})" for name in others), "target"]
+    share = "deformable attention's share before"
+    return "\n\n".join(
+        [
+            markdown(header, times),
+            markdown(["model", "peak MiB above the weights", share, "largest relative difference"], rest),
         ]
-        lines.append([model, *cells])
-        other_lines.append([model, memories, share, error(after.error_output)])
-    return f"{markdown(header, lines)}\n\n{markdown(others, other_lines)}"
+    )

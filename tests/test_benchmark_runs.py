@@ -307,20 +307,21 @@ def test_the_first_page_answers_what_is_saved(tmp_path):
     assert (tmp_path / "end_to_end_sizes.png").exists()
 
 
-#: As older versions wrote them.
-INTEGRATIONS = """\
-model,setting,aim,before_ms,after_ms,before_iqr_ms,after_iqr_ms,rounds,difference,largest,replaced,before_mib,after_mib
-"Mask2Former Swin-T, 1024²",default,1.7,4000,2000,40,20,3,1e-05,10,12,900,600
-"Mask2Former Swin-T, 1024²",heap retained,1.7,3000,2000,40,20,3,1e-05,10,12,nan,nan
-"RT-DETR ResNet-50, 640²",default,1.3,300,250,4,2,9,1e-06,1,6,90,60
-"""
-
-
 def test_other_peoples_models_stand_in_the_report(tmp_path):
-    older = tmp_path / "older.csv"
-    older.write_text(INTEGRATIONS)
+    rows = [
+        Row("integrations", case, name, setting, "forward", "", "float32", 2, median_ms=time, memory_extra_mib=memory,
+            error_output=1e-6, ours=name == "after")
+        for case, name, setting, time, memory in (
+            ("Mask2Former Swin-T, 1024²", "before", "default", 4000, 900),
+            ("Mask2Former Swin-T, 1024²", "after", "default", 2000, 600),
+            ("Mask2Former Swin-T, 1024²", "before", "heap retained", 3000, None),
+            ("Mask2Former Swin-T, 1024²", "after", "heap retained", 2000, None),
+            ("RT-DETR ResNet-50, 640²", "before", "default", 300, 90),
+            ("RT-DETR ResNet-50, 640²", "after", "default", 250, 60),
+        )
+    ]  # fmt: skip
     run = _run("attention_mask", "Monday", 100.0)
-    text = _report(tmp_path / "new", run, replace(run, rows=compare.read(older)))
+    text = _report(tmp_path / "new", run, replace(run, rows=rows))
     first = "| Mask2Former Swin-T, 1024² | 4000, 2.00x (3000, 1.50x) | **2000** (2000) | 900, 1.50x | 600 | 1.0e-06 |"
     assert first in text
     assert "| RT-DETR ResNet-50, 640² | 300, 1.20x | **250** | 90.0, 1.50x | 60.0 | 1.0e-06 |" in text

@@ -16,11 +16,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
-from benchmarks import of_operators
+from benchmarks import memory, of_operators
 from benchmarks.formats import markdown
 from benchmarks.ops.ms_deform_attn import grid_sample_form as published_ms_deform_attn
 from m2f_kernels import FactoredMasks, PackedMask
@@ -31,67 +30,38 @@ from m2f_kernels.ops.points import fallback as point_sample
 OPERATIONS, BYTES = 1.25, 1.1
 
 
-@dataclass
+@dataclass(frozen=True)
 class Count:
     """Counts of one call: operations that are not views, bytes they wrote, bytes saved for backward."""
 
-    operations: int = 0
-    written: int = 0
-    saved: int = 0
-    names: list[str] = field(default_factory=list, repr=False)
+    names: list[str] = field(repr=False)
+    written: int
+    saved: int
 
-
-#: Memory that nothing is written to, and what is a view under another name.
-_FREE = (
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.new_empty.default,
-    torch.ops.aten.detach.default,
-    torch.ops.aten._unsafe_view.default,
-)
-
-
-class _Counter(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = Count()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        schema = func._schema
-        changed = schema.is_mutable
-        view = not changed and any(a.alias_info is not None for a in schema.arguments)
-        if not view and func not in _FREE:
-            self.count.operations += 1
-            self.count.names.append(schema.name)
-            self.count.written += sum(
-                x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor)
-            )
-        return result
+    @property
+    def operations(self) -> int:
+        return len(self.names)
 
 
 def count(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Count:
     """The counts of `function(*inputs)` and its backward pass; inputs that require a gradient get one."""
-    saved: dict[Any, int] = {}
     given = {x.untyped_storage()._cdata for x in tree_leaves(inputs) if isinstance(x, Tensor)}
+    saved: dict[int, Any] = {}  # holds storages, so that no other gets the same address
 
     def pack(x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage._cdata not in given:
-            # Held, so that no other storage gets the same address.
-            saved[storage._cdata] = storage.nbytes()
-            held.append(storage)
+            saved[storage._cdata] = storage
         return x
 
-    held: list[Any] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), _Counter() as counter:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), memory.Operations() as found:
         outputs = [x for x in tree_leaves(function(*inputs)) if isinstance(x, Tensor) and x.requires_grad]
     if outputs:
         wanted = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
         grads = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in outputs]
-        with counter:
+        with found:
             torch.autograd.grad(outputs, wanted, grads)
-    counter.count.saved = sum(saved.values())
-    return counter.count
+    return Count(found.names, found.written, sum(storage.nbytes() for storage in saved.values()))
 
 
 def meta(*shape: int, grad: bool = True) -> Tensor:

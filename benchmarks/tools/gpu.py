@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -97,34 +98,28 @@ class State:
 # ---------------------------------------------------------------- which tests a change asks for
 
 
+#: What a path looks like, and the tests that cover it; the first that fits counts.
+COVERED = (
+    (r"(?:m2f_kernels/ops|csrc)/(?!cpu/|torch/)(point|\w+)\w*/", r"tests/triton/test_\1*.py", r"tests/ops/test_\1*.py"),
+    (r"m2f_kernels/(nn|integrations)/", r"tests/\1"),
+    (r"m2f_kernels/|csrc/", "tests/triton", "tests/ops"),
+    (r"m2f_model/", "tests/model"),
+    (r"tests/(?:\w+/)*test_\w+\.py", r"\g<0>"),
+)
+_RANK = ("tests/triton", "tests/ops", "tests/nn", "tests/integrations", "tests/model", "")
+
+
 def tests_of(paths: Sequence[str]) -> list[str]:
     """The test files and folders that cover changed paths, the kernels' first; all of tests/ops and tests/triton where
     what they share has changed."""
-    patterns: list[str] = []
+    patterns = set()
     for path in paths:
-        parts = Path(path).parts
-        if parts[:2] == ("m2f_kernels", "ops") and len(parts) > 3:
-            op = parts[2]
-        elif parts[0] == "csrc" and len(parts) > 2 and parts[1] not in ("cpu", "torch"):
-            op = parts[1]
-        else:
-            op = ""
-        if op:
-            stem = "point" if op.startswith("point") else op
-            patterns += [f"tests/triton/test_{stem}*.py", f"tests/ops/test_{stem}*.py"]
-        elif parts[0] in ("m2f_kernels", "csrc") and parts[1:2] not in (("nn",), ("integrations",)):
-            patterns += ["tests/triton", "tests/ops"]
-        elif parts[:2] in (("m2f_kernels", "nn"), ("m2f_kernels", "integrations")):
-            patterns.append(f"tests/{parts[1]}")
-        elif parts[0] == "m2f_model":
-            patterns.append("tests/model")
-        elif parts[0] == "tests" and parts[-1].startswith("test_"):
-            patterns.append(path)
+        fits = ((re.match(pattern, path), tests) for pattern, *tests in COVERED)
+        match, tests = next((fit for fit in fits if fit[0]), (None, ()))
+        patterns |= {match.expand(test) for test in tests if match}
     found = {str(match.relative_to(ROOT)) for pattern in patterns for match in ROOT.glob(pattern)}
-    folders = {path for path in found if (ROOT / path).is_dir()}
-    kept = [path for path in found if path in folders or not any(path.startswith(f"{f}/") for f in folders)]
-    rank = ("tests/triton", "tests/ops", "tests/nn", "tests/integrations", "tests/model")
-    return sorted(kept, key=lambda p: (next((i for i, r in enumerate(rank) if p.startswith(r)), len(rank)), p))
+    kept = [path for path in found if not any(str(folder) in found for folder in Path(path).parents)]
+    return sorted(kept, key=lambda p: (next(i for i, r in enumerate(_RANK) if p.startswith(r)), p))
 
 
 # ---------------------------------------------------------------- steps
@@ -219,39 +214,22 @@ STEPS = (
 def run_step(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> tuple[str, float, str]:
     """Run a command in a process group of its own; what it prints goes to the log as it comes.
 
+    It is ended politely first: a benchmark then writes what it has.
+
     Returns:
         ("passed" | "failed" | "cut off", seconds, last line of the log).
     """
     begun = time.monotonic()
+    limited = ["timeout", f"--kill-after={_GRACE_SECONDS}", str(seconds), *command]
     with log.open("w") as file:
+        process = subprocess.Popen(limited, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         try:
-            process = subprocess.Popen(
-                command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment, start_new_session=True
-            )
-        except OSError as error:
-            file.write(f"{command[0]}: {error.strerror}\n")
-            return "failed", 0.0, f"{command[0]}: {error.strerror}"
-        try:
-            state = "passed" if process.wait(seconds) == 0 else "failed"
-        except subprocess.TimeoutExpired:
-            state = "cut off"
+            state = {0: "passed", 124: "cut off", 137: "cut off"}.get(process.wait(), "failed")
         finally:
-            _end(process)
+            process.terminate()
+            process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return state, time.monotonic() - begun, lines[-1].strip()[:200] if lines else ""
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of a process group, politely first: a benchmark then writes what it has."""
-    for sign, wait in ((signal.SIGTERM, _GRACE_SECONDS), (signal.SIGKILL, None)):
-        if process.poll() is None:
-            try:
-                os.killpg(process.pid, sign)
-                process.wait(wait)
-            except ProcessLookupError:
-                return
-            except subprocess.TimeoutExpired:
-                continue
 
 
 def run(
