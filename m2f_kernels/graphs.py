@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from m2f_kernels import _constants, dispatch
+from m2f_kernels import constants, dispatch
 from m2f_kernels._checks import describe
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.ops._autograd import transformed
@@ -66,7 +66,7 @@ class CudaDevice:
 
     def capturing(self, device: torch.device) -> bool:
         """True while other code captures a graph."""
-        return _constants.capturing(device)
+        return constants.capturing(device)
 
     def warm_up(self, run: Callable[[], Any], times: int) -> None:
         """Calls `run` before a capture, so that kernels are compiled and caches filled. Restores the random state."""
@@ -141,7 +141,7 @@ class Graph:
                 self._leaves.append((None, found[id(x)]))
             else:
                 self._leaves.append((x, None))
-        self.held: list[_constants.Held] = []
+        self.held: list[constants.Held] = []
         self.stamp: Any = None
         self.versions: Any = None
         self.backward: Backward | None = None
@@ -614,7 +614,7 @@ class CudaGraphs:
         def run_both() -> None:
             Backward(Graph(inputs, run()), wanted).run()
 
-        with _no_cast_is_kept(), _constants.holding() as held, contextlib.ExitStack() as stack:
+        with _no_cast_is_kept(), constants.holding() as held, contextlib.ExitStack() as stack:
             stack.enter_context(self._capturing_one())
             if differentiates:
                 stack.enter_context(_buffers_stay(seen))

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from m2f_kernels._constants import capturing, hand_out, plain
-from m2f_kernels._dtypes import without_autocast
+from m2f_kernels.constants import cacheable, derived, forget
 from m2f_model.config import Mask2FormerConfig
 
 #: How a folded convolution runs on CUDA: "separate", as three or four kernels with its bias, the residual sum and ReLU,
@@ -52,7 +49,7 @@ class FrozenBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
-        scale = _kept(self, "scale", self.tensors(), self.scale)
+        scale = derived(self, "scale", self.tensors(), self.scale)
         out: Tensor = _FrozenBatchNorm.apply(
             x, scale, self.running_mean, self.running_var, self.weight, self.bias, self.eps
         )
@@ -136,41 +133,12 @@ def _on_cudnn(x: Tensor) -> bool:
     return x.is_cuda and torch.version.hip is None and cudnn.enabled and not deterministic
 
 
-#: For each module the tensors derived from its parameters, with a stamp. Not in the module, so that it is not saved.
-_KEPT: WeakKeyDictionary[nn.Module, dict[str, tuple[Any, Any]]] = WeakKeyDictionary()
-
-
-def _stamp(sources: Sequence[Tensor]) -> list[Any]:
-    return [(id(x), x._version, None if isinstance(x, FakeTensor) else x.data_ptr(), x.dtype) for x in sources]
-
-
-def _kept(module: nn.Module, name: str, sources: list[Tensor], make: Callable[[], Any]) -> Any:
-    """The cached result of `make()`, a tensor or a tuple; made anew once one of `sources` is changed or exchanged."""
-    device = sources[0].device
-    if not plain(sources[0]) or any(x.is_inference() for x in sources):
-        return make()
-    stamp = _stamp(sources)
-    found = _KEPT.get(module, {}).get(name)
-    if found is None or found[0] != stamp:
-        with torch.inference_mode(False), torch.no_grad(), without_autocast(device):
-            made = make()
-        if capturing(device):
-            return made
-        if device.type == "cuda" and torch.cuda.is_available():  # other streams may read it from now on
-            torch.cuda.current_stream(device).synchronize()
-        found = stamp, made
-        _KEPT.setdefault(module, {})[name] = found
-    for x in found[1] if isinstance(found[1], tuple) else (found[1],):
-        hand_out(x, lambda: _stamp(sources) == stamp)
-    return found[1]
-
-
 def _folded(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor] | None:
     """Weight and bias of convolution and norm folded; None where gradients, compilation, hooks or classes forbid it."""
     if torch.is_grad_enabled() or type(convolution) is not nn.Conv2d or type(norm) is not FrozenBatchNorm2d:
         return None
     weight, bias = convolution.weight, convolution.bias
-    if _hooked(convolution, norm) or not plain(weight) or weight.is_inference():
+    if _hooked(convolution, norm) or not cacheable(weight) or weight.is_inference():
         return None
     kind = weight.device.type
     dtype = torch.get_autocast_dtype(kind) if kind != "meta" and torch.is_autocast_enabled(kind) else weight.dtype
@@ -187,7 +155,7 @@ def _folded(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor] | 
         return folded, shift.to(dtype)
 
     sources = [weight, *norm.tensors(), *([] if bias is None else [bias])]
-    found: tuple[Tensor, Tensor] = _kept(convolution, str(dtype), sources, make)
+    found: tuple[Tensor, Tensor] = derived(convolution, str(dtype), sources, make)
     return found
 
 
@@ -222,7 +190,7 @@ class Backbone(nn.Module):
     def train(self, mode: bool = True) -> Backbone:
         """As `nn.Module.train`; training mode frees the memory of folded weights."""
         for module in self.modules() if mode else ():
-            _KEPT.pop(module, None)
+            forget(module)
         return super().train(mode)
 
     @classmethod

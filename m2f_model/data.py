@@ -18,13 +18,12 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from m2f_kernels import RunLengths
-from m2f_kernels._checks import describe
 
 # The names that this module had before coco.py and samples.py existed.
 from m2f_model.coco import CocoInstances as CocoInstances
 from m2f_model.coco import CocoPanoptic as CocoPanoptic
 from m2f_model.config import PIXEL_MEAN, PIXEL_STD
-from m2f_model.samples import AnnotationError, DenseMasks, Masks, Sample, without_empty
+from m2f_model.samples import AnnotationError, DenseMasks, Masks, Sample, describe, without_empty
 from m2f_model.samples import Progress as Progress
 from m2f_model.segment import STRIDE, normalise, resized_size
 

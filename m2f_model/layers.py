@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from m2f_kernels._constants import ConstantCache
-from m2f_kernels._linear import linear_relu
+from m2f_kernels.constants import ConstantCache
+from m2f_kernels.nn import linear_relu
 
 
 class CheckpointedLayer(nn.Module):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from m2f_kernels import FactoredMasks
-from m2f_kernels._checks import describe
 from m2f_model.backbone import Backbone, FrozenBatchNorm2d
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.criterion import Targets, build_criterion, losses_of
@@ -19,6 +18,7 @@ from m2f_model.files import give_mode_of_umask
 from m2f_model.finetune import Relabelling, new_head
 from m2f_model.layers import CheckpointedLayer
 from m2f_model.pixel_decoder import PixelDecoder
+from m2f_model.samples import describe
 from m2f_model.transformer_decoder import Prediction, TransformerDecoder
 from m2f_model.weights import (
     WeightsError,

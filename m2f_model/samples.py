@@ -1,4 +1,4 @@
-"""Samples of a data set, with masks that are made when they are read, and the error for wrong annotations."""
+"""Samples of a data set, with masks that are made when they are read, and what errors say of wrong ones."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ Progress = Callable[[list[Any]], Iterable[Any]]
 
 class AnnotationError(ValueError):
     """Annotations that cannot be used: the message names the file, the entry's id, and what is wrong with it."""
+
+
+def describe(value: object) -> str:
+    """Text of a value for error messages: of a tensor its dtype, shape and device."""
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {list(value.shape)} on {value.device}"
+    return f"{value!r} ({type(value).__name__})"
 
 
 class Masks:

@@ -13,8 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels import FactoredMasks, PackedMask, predict_attention_mask, resize_mask_features
-from m2f_kernels._linear import linear_relu
-from m2f_kernels.nn import MaskedCrossAttention, project_keys_values
+from m2f_kernels.nn import MaskedCrossAttention, linear_relu, project_keys_values
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.layers import CheckpointedLayer, FeedForward, gathers, sine_positions
 from m2f_model.pixel_decoder import NUM_LEVELS, Level

@@ -17,7 +17,7 @@ from torch.utils._pytree import register_pytree_node, tree_leaves
 
 import m2f_kernels
 from m2f_kernels import CudaGraphs
-from m2f_kernels._constants import ConstantCache, Held
+from m2f_kernels.constants import ConstantCache, Held
 from m2f_kernels.graphs import captured
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.criterion import losses_of, total_loss

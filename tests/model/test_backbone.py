@@ -8,8 +8,9 @@ import torch
 import transformers
 from torch import nn
 
+from m2f_kernels.constants import _DERIVED
 from m2f_model import Mask2FormerConfig
-from m2f_model.backbone import _KEPT, Backbone, ConvolutionLayer, FrozenBatchNorm2d, ResidualLayer
+from m2f_model.backbone import Backbone, ConvolutionLayer, FrozenBatchNorm2d, ResidualLayer
 from m2f_model.pixel_decoder import _pointwise
 from tests.model.peers import photograph, their_config
 
@@ -136,9 +137,9 @@ def test_folded_weights_follow_training():
     optimiser = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):
         equals_unfolded(model, pixels)
-        assert sum(bool(_KEPT.get(x)) for x in model.modules() if isinstance(x, nn.Conv2d)) == pairs
+        assert sum(bool(_DERIVED.get(x)) for x in model.modules() if isinstance(x, nn.Conv2d)) == pairs
         model.train()
-        assert not any(x in _KEPT for x in model.modules()), "training needs the memory"
+        assert not any(x in _DERIVED for x in model.modules()), "training needs the memory"
         sum(x.mean() for x in model(pixels)).backward()
         optimiser.step()
         optimiser.zero_grad()
@@ -227,7 +228,7 @@ def test_autocast_keeps_folded_weights_in_its_dtype():
     with torch.no_grad():
         for a, b in zip(found, model(pixels), strict=True):
             assert float((a - b).norm() / b.norm()) < 0.03
-    kept = [v for x in model.modules() for v in _KEPT.get(x, {})]
+    kept = [v for x in model.modules() for v in _DERIVED.get(x, {})]
     assert kept.count("torch.bfloat16") == kept.count("torch.float32") > 5
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from m2f_kernels._constants import ConstantCache
-from m2f_kernels._linear import linear_relu
+from m2f_kernels.constants import ConstantCache
+from m2f_kernels.nn.linear import linear_relu
 from m2f_model import layers
 from m2f_model.layers import pixel_centres, sine_positions
 
@@ -83,7 +83,7 @@ def test_tracing_and_transforms_keep_nothing():
 
 
 def test_nothing_is_kept_while_a_graph_is_captured(monkeypatch):
-    monkeypatch.setattr("m2f_kernels._constants.capturing", lambda device: True)
+    monkeypatch.setattr("m2f_kernels.constants.capturing", lambda device: True)
     sine_positions((4, 4), 8, LIKE)
     assert len(layers._CONSTANTS) == 0
 

@@ -20,7 +20,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from m2f_kernels import dispatch
 from m2f_kernels._checks import traced_for_onnx
-from m2f_kernels._constants import plain, replayable
+from m2f_kernels.constants import cacheable, replayable
 from m2f_kernels.graphs import captured
 from m2f_kernels.integrations.transformers import mask2former
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
@@ -229,7 +229,7 @@ class ForUniversalSegmentation(Mixin):
     def _m2f_probabilities(self) -> Any:
         """The probabilities of masks, on the host: copied once, and again after a change of the buffer."""
         given = self.attn_mask_probs
-        if not plain(given) or given.is_inference() or isinstance(given, FakeTensor) or given.is_meta:
+        if not cacheable(given) or given.is_inference() or isinstance(given, FakeTensor) or given.is_meta:
             return given
         stamp = (id(given), given._version, given.data_ptr())
         found = _PROBABILITIES.get(given)

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_kernels._linear import linear_relu
 from m2f_kernels.graphs import captured
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name, runs, watched
 from m2f_kernels.integrations.transformers.mask_classification import (
@@ -65,6 +64,7 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
     check_pixel_decoder,
 )
 from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.nn.linear import linear_relu
 from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
 from m2f_kernels.ops.points import Given
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels import dispatch
-from m2f_kernels._constants import ConstantCache
 from m2f_kernels._dtypes import without_autocast
+from m2f_kernels.constants import ConstantCache
 from m2f_kernels.integrations.transformers._swap import (
     Mixin,
     changed_methods,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from m2f_kernels._constants import replayable
+from m2f_kernels.constants import replayable
 from m2f_kernels.graphs import captured
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
 from m2f_kernels.integrations.transformers.mask_classification import (

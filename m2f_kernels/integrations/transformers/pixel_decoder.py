@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_kernels._constants import ConstantCache, plain
-from m2f_kernels._linear import linear_relu
+from m2f_kernels.constants import ConstantCache, cacheable
 from m2f_kernels.integrations.transformers._swap import Mixin, observed, watched
+from m2f_kernels.nn.linear import linear_relu
 from m2f_kernels.ops._autograd import transformed
 
 #: Pixels whose FFN activations exist at a time without gradients: few enough that they stay in the cache.
@@ -73,7 +73,7 @@ def clamp_overflow(x: Tensor, in_place: bool) -> Tensor:
     """`x`, all of it clamped if any of it is infinite or NaN, as in the original; without a synchronisation."""
     largest = torch.finfo(x.dtype).max
     limit = largest - 1000
-    if in_place and limit == largest and plain(x) and x.grad_fn is not None:
+    if in_place and limit == largest and cacheable(x) and x.grad_fn is not None:
         # Finite numbers are unchanged.
         clamped: Tensor = _Clamp.apply(x, limit)
         return clamped

@@ -8,7 +8,12 @@ from torch import Tensor, nn
 
 
 def linear_relu(linear: nn.Module, x: Tensor) -> Tensor:
-    """`relu(linear(x))`, without gradients as one kernel where the device has one."""
+    """`relu(linear(x))`, without gradients as one kernel where the device has one.
+
+    Args:
+        linear: an `nn.Linear`, or any module in its place; its hooks run.
+        x: [..., in_features].
+    """
     hooked = bool(linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear))
     own = type(linear) is nn.Linear and linear.bias is not None and not hooked
     if not own or not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
