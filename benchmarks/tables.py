@@ -150,7 +150,7 @@ def masked_attention(rows: Sequence[Row]) -> str:
 
 
 def _smaller(before: Row, after: Row) -> str:
-    """How many times less memory, where both were measured."""
+    """The factor by which memory shrank, where both were measured."""
     both = before.memory_extra_mib and after.memory_extra_mib
     return f", {number(before.memory_extra_mib / after.memory_extra_mib)}x" if both else ""
 
