@@ -21,7 +21,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -564,13 +564,15 @@ def _bytes(arguments: Iterable[Any]) -> int:
     return sum(x.numel() * x.element_size() for x in arguments if isinstance(x, torch.Tensor))
 
 
-def jobs(representative: bool, targets: Iterable[int | str], select: str = "") -> list[tuple[int, str, int, int | str]]:
-    """Arguments of `compile_case`: all, or those that CI compiles on every change (fp32, bf16, one D)."""
+def jobs(
+    representative: bool, targets: Iterable[int | str], select: str = "", dtypes: Sequence[str] = ()
+) -> list[tuple[int, str, int, int | str]]:
+    """Arguments of `compile_case`: all, or representative ones (fp32, bf16, one D)."""
     return [
         (index, dtype, head_dim, target)
         for index, case in enumerate(cases())
         if select in case.function and (case.representative or not representative)
-        for dtype in (("fp32", "bf16") if representative else DTYPES)
+        for dtype in dtypes or (("fp32", "bf16") if representative else DTYPES)
         for head_dim in (case.head_dims[:1] if representative else case.head_dims)
         for target in targets
         if target in case.targets
@@ -633,7 +635,8 @@ def main() -> int:
         help="fail if a kernel spills or wants too much shared memory; backward kernels may spill on other parts than "
         "sm_80, sm_90 and sm_100",
     )
-    parser.add_argument("--representative", action="store_true", help="what CI compiles: fp32 and bf16, one D")
+    parser.add_argument("--representative", action="store_true", help="one D, in fp32 and bf16")
+    parser.add_argument("--dtypes", nargs="+", default=[], choices=DTYPES, help="default: those of the set")
     parser.add_argument("--select", default="", help="only operators whose name contains this")
     parser.add_argument(
         "--archs", default=",".join(map(str, SHARED_LIMITS)),
@@ -653,7 +656,7 @@ def main() -> int:
         known = ", ".join(map(str, SHARED_LIMITS))
         print(f"benchmarks.static: --archs: expected some of {known}; got {unknown[0]}", file=sys.stderr)
         return 2
-    work = jobs(options.representative, targets, options.select)
+    work = jobs(options.representative, targets, options.select, options.dtypes)
     if not work:
         print(f"benchmarks.static: no operator's name contains {options.select!r}", file=sys.stderr)
         return 2
