@@ -6,7 +6,12 @@ from m2f_kernels.dispatch import BackendChoice, explain, use_backend
 from m2f_kernels.graphs import CudaGraphs
 from m2f_kernels.integrations.transformers import accelerate, restore
 from m2f_kernels.masks import FactoredMasks, InstanceMap, PackedMask, RunLengths
-from m2f_kernels.ops.attention_mask import pack_attention_mask, predict_attention_mask, resize_mask_features
+from m2f_kernels.ops.attention_mask import (
+    attention_mask_levels,
+    pack_attention_mask,
+    predict_attention_mask,
+    resize_mask_features,
+)
 from m2f_kernels.ops.masked_attention import masked_attention
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
 from m2f_kernels.ops.points import mask_matching_cost, point_mask_loss, point_sample, uncertain_points
@@ -20,6 +25,7 @@ __all__ = [
     "RunLengths",
     "__version__",
     "accelerate",
+    "attention_mask_levels",
     "explain",
     "mask_matching_cost",
     "masked_attention",

@@ -15,6 +15,14 @@ from m2f_kernels import run_lengths
 WORD = 32
 
 
+def empty_flags(like: Tensor, num_masks: int, n: int, q: int) -> Tensor:
+    """Uninitialised bool [num_masks, n, q], each mask's flags contiguous and at a multiple of 16 bytes.
+
+    For other addresses a Triton kernel is compiled once more.
+    """
+    return like.new_empty_strided((num_masks, n, q), (-(-n * q // 16) * 16, q, 1), dtype=torch.bool)
+
+
 def pack(attend: Tensor) -> tuple[Tensor, Tensor]:
     """Bits of a bool tensor [N, Q, S] (True = attend).
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from m2f_kernels import FactoredMasks, PackedMask, predict_attention_mask, resize_mask_features
+from m2f_kernels import FactoredMasks, PackedMask, attention_mask_levels, predict_attention_mask
 from m2f_kernels.nn import MaskedCrossAttention, linear_relu, project_keys_values
 from m2f_model.config import Mask2FormerConfig
 from m2f_model.layers import CheckpointedLayer, FeedForward, gathers, sine_positions
@@ -136,7 +136,9 @@ class TransformerDecoder(nn.Module):
         """
         n = mask_features.shape[0]
         # Resizing commutes with the product of embeddings and features: once per level, not per layer.
-        mask_levels = resize_mask_features(mask_features, [level.size for level in levels])
+        sizes = [level.size for level in levels]
+        queries = self.query_positions.num_embeddings
+        mask_levels, flags = attention_mask_levels(mask_features, sizes, len(self.layers), queries)
         memory = self._project_levels(levels)
         positions = self.query_positions.weight.expand(n, -1, -1)
         states = [self.query_features.weight.expand(n, -1, -1)]
@@ -148,7 +150,7 @@ class TransformerDecoder(nn.Module):
             normed, embed = self._predict(states[-1].detach() if again else states[-1])
             if not again:
                 found.append((normed, embed))
-            mask = predict_attention_mask(embed, mask_levels[i % NUM_LEVELS])
+            mask = predict_attention_mask(embed, mask_levels[i % NUM_LEVELS], flags[i])
             states.append(layer(states[-1], positions, *memory[i], mask))
         if again:
             normed, stacked = self._predict(torch.stack(states))

@@ -14,7 +14,7 @@ import torch
 import m2f_kernels
 from benchmarks import launches
 from benchmarks.launches import Launches
-from m2f_kernels import predict_attention_mask
+from m2f_kernels import attention_mask_levels, predict_attention_mask
 from tests.model.peers import their_model
 
 
@@ -56,6 +56,18 @@ def test_operators_of_this_package_are_opened():
     )
     assert found["_predict_kernel"] == 1
     assert set(found) <= {"_predict_kernel", "zeros"}
+
+
+def test_nine_masks():
+    """One launch for each mask and one that resizes: none fills flags."""
+    features, sizes = torch.empty(1, 256, 256, 256, device="meta"), [(32, 32), (64, 64), (128, 128)]
+
+    def masks():
+        levels, flags = attention_mask_levels(features, sizes, 9, 100)
+        for i in range(9):
+            predict_attention_mask(torch.empty(1, 100, 256, device="meta"), levels[i % 3], flags[i])
+
+    assert counted(masks) == {"_shrink_kernel": 1, "_predict_kernel": 9}
 
 
 def test_copies_and_waits():

@@ -63,9 +63,10 @@ def layers(inputs: Tensors, levels: Levels) -> Iterator[tuple[Tensor, int]]:
 
 
 def _masks(a: dict[str, Any]) -> Iterator[PackedMask]:
-    resized = m2f_kernels.resize_mask_features(a["mask_features"], a["levels"])
-    for embed, level in layers(a, a["levels"]):
-        yield m2f_kernels.predict_attention_mask(embed, resized[level])
+    count, _, queries, _ = a["mask_embed"].shape
+    resized, flags = m2f_kernels.attention_mask_levels(a["mask_features"], a["levels"], count, queries)
+    for (embed, level), row_any in zip(layers(a, a["levels"]), flags, strict=True):
+        yield m2f_kernels.predict_attention_mask(embed, resized[level], row_any)
 
 
 def _decode(results: Sequence[Tensor], data: Data) -> list[Tensor]:

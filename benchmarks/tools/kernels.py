@@ -95,6 +95,17 @@ def _masks(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     finest = m2f_kernels.resize_mask_features(features, levels)[-1]
     yield "predict_attention_mask, stride 8", lambda: m2f_kernels.predict_attention_mask(embed, finest)
 
+    def nine(at_once: bool) -> None:
+        if at_once:
+            resized, flags = m2f_kernels.attention_mask_levels(features, levels, 9, QUERIES)
+        else:
+            resized = m2f_kernels.resize_mask_features(features, levels)
+        for i in range(9):
+            m2f_kernels.predict_attention_mask(embed, resized[i % 3], flags[i] if at_once else None)
+
+    yield "masks of 9 layers", lambda: nine(False)
+    yield "masks of 9 layers, flags at once", lambda: nine(True)
+
 
 def _attention(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     side, generator = size // 8, inputs.generator(8)

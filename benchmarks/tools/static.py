@@ -153,6 +153,11 @@ CASES = [
         lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128, 100, 100]),
     ),
     Case(
+        _MASK,
+        "resize_mask_features_with_flags",
+        lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128], 9, 100),
+    ),
+    Case(
         _ATTENTION,
         "masked_attention",
         lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5),

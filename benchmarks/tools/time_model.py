@@ -446,15 +446,18 @@ class Row:
         return slowest.binding
 
 
-def masks(dtype: torch.dtype, side: int, layers: int) -> tuple[list[Kernel], int]:
-    """Launches of the masks of `layers` per level, of an image of side * 4 pixels, and how many fills go with them."""
+def masks(dtype: torch.dtype, side: int, layers: int, fills: bool = True) -> tuple[list[Kernel], int]:
+    """Launches of the masks of `layers` per level, of an image of side * 4 pixels, and how many fills go with them: one
+    for each mask, or none where the kernel that resizes fills the flags of all."""
     from benchmarks import static
     from m2f_kernels.ops.attention_mask import triton as op
 
     total = sum((side // r) ** 2 for r in (8, 4, 2))
     sizes = [side // r for r in (8, 4, 2) for _ in range(2)]
+    features = static.meta(1, 256, side, side, dtype=dtype)
     kernels = triton_kernels(
-        op.resize_mask_features, (static.meta(1, 256, side, side, dtype=dtype), sizes), _trips,
+        op.resize_mask_features if fills else op.resize_mask_features_with_flags,
+        (features, sizes, *(() if fills else (3 * layers, 100))), _trips,
         {"_shrink_kernel": Traffic(float(256 * (side**2 + total) * dtype.itemsize))},
     )  # fmt: skip
     resized = static.meta(1, 256, total, dtype=dtype)
@@ -468,7 +471,7 @@ def masks(dtype: torch.dtype, side: int, layers: int) -> tuple[list[Kernel], int
         )
         kernels += one * layers
         start += s
-    return kernels, 3 * layers
+    return kernels, 3 * layers if fills else 0
 
 
 def attention(dtype: torch.dtype, images: int, queries: int, change: dict[str, int] | None = None) -> list[Kernel]:
@@ -545,6 +548,8 @@ def rows(nvcc: str | None, select: str = "") -> Iterator[Row]:
     ):
         if wanted(name):
             yield Row(name, *masks(dtype, side, 3), time if dtype == low or not _tuning.TF32X3 else None)
+        if wanted(name := f"{name}, flags at once"):
+            yield Row(name, *masks(dtype, side, 3, fills=False), None)
     if wanted("masked_attention fp32"):
         yield Row("masked_attention fp32", attention(single, 1, 100), 0, None if _tuning.TF32X3 else 218.4)
     if wanted("uncertain_points, 100 masks"):

@@ -99,12 +99,14 @@ def test_output_contract(flags, pixels):
 def test_this_test_can_fail(pixels, monkeypatch):
     """A wrong result of an operator reaches the outputs."""
     model, accelerated = both()
-    for name in ("resize_mask_features", "predict_attention_mask"):
+    for name in ("attention_mask_levels", "predict_attention_mask"):
         operator = getattr(mask2former, name)
 
         def wrong(*args, operator=operator):
             found = operator(*args)
-            return [x.flip(-1) for x in found] if isinstance(found, list) else found._replace(bits=found.bits ^ 5)
+            if isinstance(found, m2f_kernels.PackedMask):
+                return found._replace(bits=found.bits ^ 5)
+            return [x.flip(-1) for x in found[0]], found[1]
 
         with monkeypatch.context() as patcher, torch.no_grad():
             patcher.setattr(mask2former, name, wrong)
@@ -177,7 +179,7 @@ def test_no_logits_of_intermediate_layers(pixels, generator):
 
 def test_projections_and_resizing_happen_once_per_level(pixels, monkeypatch):
     _, accelerated = both()
-    calls = {"resize_mask_features": 0, "project_keys_values": 0}
+    calls = {"attention_mask_levels": 0, "project_keys_values": 0}
 
     def counted(name, function):
         def call(*args):
@@ -188,11 +190,11 @@ def test_projections_and_resizing_happen_once_per_level(pixels, monkeypatch):
 
     from m2f_kernels.integrations.transformers import mask_classification
 
-    for module, name in ((mask2former, "resize_mask_features"), (mask_classification, "project_keys_values")):
+    for module, name in ((mask2former, "attention_mask_levels"), (mask_classification, "project_keys_values")):
         monkeypatch.setattr(module, name, counted(name, getattr(module, name)))
     with torch.no_grad():
         accelerated(pixels)
-    assert calls == {"resize_mask_features": 1, "project_keys_values": 3}
+    assert calls == {"attention_mask_levels": 1, "project_keys_values": 3}
 
 
 # ---------------------------------------------------------------- loss and gradients

@@ -264,6 +264,28 @@ def test_row_rule(implementation):
     assert packed.to_bool().all()
 
 
+def test_flags_for_all_masks_at_once(implementation):
+    """Levels, bits and flags are those of the functions that take no flags."""
+    g = torch.Generator().manual_seed(0)
+    embeds, features = torch.randn(4, 2, 9, 16, generator=g), torch.randn(2, 16, 16, 24, generator=g)
+    embeds, features = embeds.to(implementation), features.to(implementation)
+    embeds[:, :, 3] = 0  # attends everywhere, but in one mask nowhere
+    embeds[1, :, 3, 0] = -1
+    features[:, 0] = features[:, 0].abs() + 1
+    sizes = [(4, 6), (8, 12)]
+    levels, flags = m2f_kernels.attention_mask_levels(features, sizes, 4, 9)
+    assert flags.shape == (4, 2, 9)
+    assert not flags.any()
+    for i, embed in enumerate(embeds):
+        level = m2f_kernels.resize_mask_features(features, sizes)[i % 2]
+        assert torch.equal(levels[i % 2], level)
+        expected = m2f_kernels.predict_attention_mask(embed, level)
+        packed = m2f_kernels.predict_attention_mask(embed, levels[i % 2], flags[i])
+        assert torch.equal(packed.bits, expected.bits)
+        assert torch.equal(packed.row_any, expected.row_any)
+        assert packed.row_any[:, 3].all() == (i != 1)
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_empty(implementation, shape):
     n, q = shape

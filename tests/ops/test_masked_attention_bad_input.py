@@ -176,6 +176,36 @@ BAD_MASKS = {
         ValueError,
         "level_features: expected at least one key (pixel); got",
     ),
+    "a negative number of masks": (
+        lambda: m2f_kernels.attention_mask_levels(FEATURES, [(4, 4)], -1, 3),
+        ValueError,
+        "num_masks: expected at least 0; got -1",
+    ),
+    "queries that are no number": (
+        lambda: m2f_kernels.attention_mask_levels(FEATURES, [(4, 4)], 9, 3.0),
+        TypeError,
+        "num_queries: expected an integer; got 3.0",
+    ),
+    "no features to resize": (
+        lambda: m2f_kernels.attention_mask_levels(None, [(4, 4)], 9, 3),
+        TypeError,
+        "mask_features: expected a tensor [N, C, H, W]; got None",
+    ),
+    "flags of integers": (
+        lambda: m2f_kernels.predict_attention_mask(EMBED, FEATURES, torch.zeros(2, 3)),
+        TypeError,
+        "row_any: expected bool [N, Q] or None; got a float32 tensor",
+    ),
+    "flags of other queries": (
+        lambda: m2f_kernels.predict_attention_mask(EMBED, FEATURES, torch.zeros(2, 4, dtype=torch.bool)),
+        ValueError,
+        "row_any: expected [N, Q] = [2, 3]; got",
+    ),
+    "flags with gaps": (
+        lambda: m2f_kernels.predict_attention_mask(EMBED, FEATURES, torch.zeros(2, 3, 2, dtype=torch.bool)[..., 0]),
+        ValueError,
+        "row_any: expected a contiguous tensor; got strides (6, 2)",
+    ),
     "a mask of integers": (
         lambda: m2f_kernels.pack_attention_mask(torch.zeros(2, 3, 4, dtype=torch.uint8)),
         TypeError,

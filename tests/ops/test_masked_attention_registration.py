@@ -41,6 +41,10 @@ def test_opcheck_masks(device, dtype):
     torch.library.opcheck(torch.ops.m2f.resize_mask_features.default, (features, [8, 8, 5, 3]))
     embed = torch.randn(2, 5, 8, device=device, dtype=dtype)
     torch.library.opcheck(torch.ops.m2f.predict_attention_mask.default, (embed, features.flatten(2)))
+    torch.library.opcheck(torch.ops.m2f.resize_mask_features_with_flags.default, (features, [8, 8, 5, 3], 2, 5))
+    flags = torch.zeros(2, 5, dtype=torch.bool, device=device)
+    given = (embed, features.flatten(2), flags)
+    torch.library.opcheck(torch.ops.m2f.predict_attention_mask_with_flags.default, given)
     for mask in (torch.rand(2, 3, 50, device=device) < 0.5, torch.randn(2, 3, 50, device=device, dtype=dtype)):
         torch.library.opcheck(torch.ops.m2f.pack_attention_mask.default, (mask,))
 
@@ -50,6 +54,11 @@ def test_meta_tensors():
     levels = m2f_kernels.resize_mask_features(torch.empty(1, 8, 64, 64, device="meta"), [(8, 8), (16, 16)])
     mask = m2f_kernels.predict_attention_mask(torch.empty(1, 5, 8, device="meta"), levels[1])
     assert mask.bits.shape == (1, 5, 8)
+    levels, flags = m2f_kernels.attention_mask_levels(torch.empty(1, 8, 64, 64, device="meta"), [(8, 8)], 3, 5)
+    assert levels[0].shape == (1, 8, 8, 8)
+    assert flags.shape == (3, 1, 5)
+    with_flags = m2f_kernels.predict_attention_mask(torch.empty(1, 5, 8, device="meta"), levels[0], flags[1])
+    assert with_flags.bits.shape == (1, 5, 2)
     q, kv = torch.empty(1, 2, 5, 16, device="meta"), torch.empty(1, 2, 256, 16, device="meta")
     assert m2f_kernels.masked_attention(q, kv, kv, mask).shape == (1, 2, 5, 16)
 

@@ -143,6 +143,21 @@ def test_predict_no_channels(kernels, device):
     check_bits(kernels, torch.zeros(1, 2, 0, device=device), torch.zeros(1, 0, 40, device=device))
 
 
+@pytest.mark.parametrize("dtype", LOW_AND_SINGLE)
+def test_predict_with_flags(kernels, device, generator, dtype):
+    """The same bits and flags, in the flags that are given; those beside them stay as they are."""
+    embed = integers(generator, 2, 5, 8).to(device, dtype)
+    features = integers(generator, 2, 8, 100).to(device, dtype).abs()
+    embed[:, 1] = -1 - embed[:, 1].abs()
+    features[:, :, :] += 1
+    expected_bits, expected = check_bits(kernels, embed, features)
+    assert not expected.all()
+    flags = torch.zeros(3, 2, 5, dtype=torch.bool, device=device)
+    assert torch.equal(kernels.predict_attention_mask_with_flags(embed, features, flags[1]), expected_bits)
+    assert torch.equal(flags[1], expected)
+    assert not flags[::2].any()
+
+
 # ---------------------------------------------------------------- resize_mask_features
 
 
@@ -171,6 +186,34 @@ def check_resize(kernels, features, sizes):
 )
 def test_resize(kernels, device, generator, dtype, shape, sizes):
     check_resize(kernels, torch.randn(shape, generator=generator).to(device, dtype), sizes)
+
+
+@pytest.mark.parametrize("flags", [(0, 4), (9, 100), (3, 7000)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "sizes"),
+    [((2, 3, 16, 24), [2, 3, 8, 12]), ((1, 1, 8, 2000), [1, 250]), ((2, 3, 16, 24), [5, 5]), ((1, 0, 8, 8), [4, 4])],
+    ids=["ratios", "two programs a row", "another size", "no channels"],
+)
+def test_resize_with_flags(kernels, device, generator, monkeypatch, shape, sizes, flags):
+    """Whatever the memory held, all flags are False; the levels are the same."""
+    made, around = kernels.empty_flags, torch.ones(50_000, dtype=torch.bool, device=device)
+
+    def poisoned(*given):
+        size, stride = (x := made(*given)).shape, x.stride()
+        return around[16:].as_strided(size, stride)
+
+    monkeypatch.setattr(kernels, "empty_flags", poisoned)
+    features = torch.randn(shape, generator=generator).to(device)
+    levels, found = kernels.resize_mask_features_with_flags(features, sizes, *flags)
+    assert torch.equal(levels, kernels.resize_mask_features(features, sizes))
+    assert found.shape == (flags[0], shape[0], flags[1])
+    assert all(x.is_contiguous() and x.storage_offset() % 16 == 0 for x in found)
+    assert not found.any()
+    assert around[:16].all()
+    last = (
+        16 + sum((n - 1) * step for n, step in zip(found.shape, found.stride(), strict=True)) if found.numel() else 15
+    )
+    assert around[last + 1 :].all()
 
 
 @pytest.mark.parametrize("sizes", [[(4, 4), (2, 2), (1, 1)], [(3, 5)]])

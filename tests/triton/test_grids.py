@@ -170,6 +170,10 @@ def test_masks_of_large_batches_and_many_pixels(device, generator, low_limit):
         return (
             *attention_mask.pack_attention_mask(mask),
             *attention_mask.predict_attention_mask(embed, features),
+            attention_mask.predict_attention_mask_with_flags(
+                embed, features, flags := torch.zeros_like(embed[..., 0]).bool()
+            ),
+            flags,
             attention_mask.resize_mask_features(maps, [30, 60, 8, 12]),
         )
 

@@ -65,7 +65,7 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
 )
 from m2f_kernels.masks import FactoredMasks, PackedMask
 from m2f_kernels.nn.linear import linear_relu
-from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
+from m2f_kernels.ops.attention_mask import attention_mask_levels, predict_attention_mask
 from m2f_kernels.ops.points import Given
 
 _MODULE = "transformers.models.mask2former.modeling_mask2former"
@@ -298,7 +298,8 @@ class Decoder(Mixin):
         themselves = [gathers(layer) for layer in layers]
         memory = project_levels([layer.cross_attn for layer in layers], levels, level_positions, themselves)
         used = [(int(h), int(w)) for h, w in sizes[: len(layers)]]
-        mask_levels = resize_mask_features(mask_features, used) if used else []
+        if used:
+            mask_levels, flags = attention_mask_levels(mask_features, used, len(layers), x.shape[0])
         embedder = self.mask_predictor.mask_embedder
 
         def predict(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -314,7 +315,7 @@ class Decoder(Mixin):
             predicted = predict(hidden[-1].detach() if again else hidden[-1])
             if not again:
                 found.append(predicted)
-            mask = predict_attention_mask(predicted[1], mask_levels[level])
+            mask = predict_attention_mask(predicted[1], mask_levels[level], flags[i])
             # By position, so that a checkpointed layer sees which of them have gradients.
             (x,) = layer(hidden[-1], level, None, None, positions, None, mask, False, *memory[i])
             hidden.append(x)

@@ -62,7 +62,7 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
     check_pixel_decoder,
 )
 from m2f_kernels.masks import FactoredMasks, PackedMask
-from m2f_kernels.ops.attention_mask import predict_attention_mask, resize_mask_features
+from m2f_kernels.ops.attention_mask import attention_mask_levels, predict_attention_mask
 from m2f_kernels.ops.points import Given
 
 _MODULE = "transformers.models.oneformer.modeling_oneformer"
@@ -336,7 +336,8 @@ class Decoder(Mixin):
         attentions = [layer.cross_attn.multihead_attn for layer in layers]
         themselves = [gathers(layer, layer.cross_attn) for layer in layers]
         memory = project_levels(attentions, levels, level_positions, themselves)
-        mask_levels = resize_mask_features(mask_features, [(int(h), int(w)) for h, w in sizes[: len(layers)]])
+        used = [(int(h), int(w)) for h, w in sizes[: len(layers)]]
+        mask_levels, flags = attention_mask_levels(mask_features, used, len(layers), x.shape[0])
         states = [x]
         found: list[tuple[Tensor, Tensor]] = []
         # What is computed again for all outputs only makes masks here, which have no gradient.
@@ -353,7 +354,7 @@ class Decoder(Mixin):
                 normalised = normalise(x)
                 embed = self.mask_embed(normalised)
                 found.append((self.class_embed(normalised), embed))
-            mask = predict_attention_mask(embed, mask_levels[i % len(levels)])
+            mask = predict_attention_mask(embed, mask_levels[i % len(levels)], flags[i])
             if observed(layer):
                 # By name, as the original: hooks are given what is passed by position.
                 named = {"attention_mask": mask, "query_embeddings": positions, **memory[i].named()}

@@ -17,16 +17,10 @@ from m2f_kernels._triton import (
     launch,
     rows_and_blocks,
 )
-from m2f_kernels.masks import WORD
+from m2f_kernels.masks import WORD, empty_flags
 from m2f_kernels.ops.attention_mask import configs
 
 _WORD = tl.constexpr(WORD)
-
-
-def _empty_mask(like: Tensor, n: int, q: int, s: int) -> tuple[Tensor, Tensor]:
-    """Space for the bits, and row flags that are False until a kernel stores True."""
-    bits = torch.empty(n, q, (s + WORD - 1) // WORD, dtype=torch.int32, device=like.device)
-    return bits, torch.zeros(n, q, dtype=torch.bool, device=like.device)
 
 
 # ---------------------------------------------------------------- pack_attention_mask
@@ -58,7 +52,8 @@ def _pack_kernel(
 def pack_attention_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     """`m2f::pack_attention_mask`: mask [N, Q, S], bool or logits, of any strides."""
     n, q, s = mask.shape
-    bits, row_any = _empty_mask(mask, n, q, s)
+    bits = torch.empty(n, q, (s + WORD - 1) // WORD, dtype=torch.int32, device=mask.device)
+    row_any = torch.zeros(n, q, dtype=torch.bool, device=mask.device)  # False until a program stores True
     if bits.numel() == 0:
         return bits, row_any
     words = bits.shape[2]
@@ -115,36 +110,43 @@ def _predict_kernel(
 
 def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> tuple[Tensor, Tensor]:
     """`m2f::predict_attention_mask`: mask_embed [N, Q, C], level_features [N, C, S], both of any strides."""
+    row_any = torch.zeros(mask_embed.shape[:2], dtype=torch.bool, device=mask_embed.device)
+    return predict_attention_mask_with_flags(mask_embed, level_features, row_any), row_any
+
+
+def predict_attention_mask_with_flags(mask_embed: Tensor, level_features: Tensor, row_any: Tensor) -> Tensor:
+    """`m2f::predict_attention_mask_with_flags`: the bits. row_any [N, Q], contiguous and False, becomes the flags."""
     n, q, c = mask_embed.shape
     s = level_features.shape[2]
-    if n > MAX_GRID:
-        bits, row_any = in_parts(predict_attention_mask, MAX_GRID, (0, 0), mask_embed, level_features)
-        return bits, row_any
-    bits, row_any = _empty_mask(mask_embed, n, q, s)
+    bits = torch.empty(n, q, (s + WORD - 1) // WORD, dtype=torch.int32, device=mask_embed.device)
     if bits.numel() == 0:
-        return bits, row_any
+        return bits
     config = configs.predict(architecture(mask_embed.device), mask_embed.element_size(), q)
     limit = MAX_GRID * config["BLOCK_Q"]
-    if q > limit:
-        bits, row_any = in_parts(predict_attention_mask, limit, (1, -1), mask_embed, level_features, joined=1)
-        return bits, row_any
+    if n > MAX_GRID or q > limit:
+        most, axes = (MAX_GRID, (0, 0)) if n > MAX_GRID else (limit, (1, -1))
+        bits, found = in_parts(predict_attention_mask, most, axes, mask_embed, level_features, joined=axes[0])
+        row_any.copy_(found)
+        return bits
     launch(
         _predict_kernel, (triton.cdiv(s, config["BLOCK_S"]), triton.cdiv(q, config["BLOCK_Q"]), n),
         mask_embed, level_features, bits, row_any, *mask_embed.stride(), *level_features.stride(),
         q, s, bits.shape[2], C=c, **config,
     )  # fmt: skip
-    return bits, row_any
+    return bits
 
 
 # ---------------------------------------------------------------- resize_mask_features
 
 
-@triton.jit(do_not_specialize=["start_2", "start_4", "start_8"])
+@triton.jit(do_not_specialize=["num_flags", "start_2", "start_4", "start_8"])
 def _shrink_kernel(
-    features, out, stride_n, stride_c, stride_h, num_channels, groups, width, total, start_2, start_4, start_8,
-    GROUP: tl.constexpr, BLOCK_W: tl.constexpr,
+    features, out, flags, stride_n, stride_c, stride_h, num_channels, groups, width, total, num_flags,
+    start_2, start_4, start_8, GROUP: tl.constexpr, BLOCK_W: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """One program reads GROUP rows of one channel and writes the rows of every level that depend on them.
+
+    With FLAGS, the programs also set `num_flags` flags to False, FLAGS at a time.
 
     GROUP is the largest ratio. A level that is absent starts at -1. At an even integer ratio both bilinear weights are
     1/2: the mean of the four centre pixels.
@@ -154,6 +156,12 @@ def _shrink_kernel(
     start = features + (plane // num_channels) * stride_n + (plane % num_channels) * stride_c
     start += (group * GROUP).to(tl.int64) * stride_h
     columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
+    if FLAGS:
+        if tl.program_id(1) == 0:
+            step = tl.num_programs(0).to(tl.int64) * FLAGS
+            for first in range(tl.program_id(0).to(tl.int64) * FLAGS, num_flags, step):
+                at = first + tl.arange(0, FLAGS)
+                tl.store(flags + at, tl.zeros((FLAGS,), tl.int1), mask=at < num_flags)
     out += plane * total
     if start_2 >= 0:
         _shrink(start, out + start_2, stride_h, columns, group, width, 2, GROUP, BLOCK_W)
@@ -224,6 +232,19 @@ def _coordinate(i, size, new_size, WIDE: tl.constexpr):
 
 def resize_mask_features(mask_features: Tensor, sizes: list[int]) -> Tensor:
     """`m2f::resize_mask_features`: [N, C, H, W] of any strides; the levels at ratios 2, 4, 8 in one pass."""
+    return _resize(mask_features, sizes, None)
+
+
+def resize_mask_features_with_flags(
+    mask_features: Tensor, sizes: list[int], num_masks: int, num_queries: int
+) -> tuple[Tensor, Tensor]:
+    """`m2f::resize_mask_features_with_flags`: the same, and [num_masks, N, num_queries] flags that are False."""
+    flags = empty_flags(mask_features, num_masks, mask_features.shape[0], num_queries)
+    return _resize(mask_features, sizes, flags), flags
+
+
+def _resize(mask_features: Tensor, sizes: list[int], flags: Tensor | None) -> Tensor:
+    """The resized levels. `flags` are set to False."""
     n, c, height, width = mask_features.shape
     levels, total = [], 0
     for h, w in zip(sizes[::2], sizes[1::2], strict=True):
@@ -231,6 +252,8 @@ def resize_mask_features(mask_features: Tensor, sizes: list[int]) -> Tensor:
         total += h * w
     out = mask_features.new_empty(n, c, total)
     if out.numel() == 0:
+        if flags is not None:
+            flags.zero_()
         return out
     # Rows are read whole: a copy of another layout costs less than reading it column by column at every level.
     features = contiguous_last(mask_features)
@@ -248,14 +271,21 @@ def resize_mask_features(mask_features: Tensor, sizes: list[int]) -> Tensor:
                 c, height, width, h, w, start, total,
                 WIDE=2 * max(h * height, w * width) >= 2**31, BLOCK=block, num_warps=4,
             )  # fmt: skip
+    if flags is not None and not shrunk:
+        flags.zero_()
     if shrunk:
+        # The last mask's flags end where the memory does.
+        num_flags = 0
+        if flags is not None and flags.numel():
+            num_flags = (flags.shape[0] - 1) * flags.stride(0) + flags[0].numel()
         group = max(shrunk)
         block = min(max(triton.next_power_of_2(width), group), 1024)
         # 16 bytes per thread and row.
         warps = min(max(block * features.element_size() // 512, 1), 4)
         launch(
             _shrink_kernel, (n * c * (height // group), triton.cdiv(width, block)), features, out,
-            *features.stride()[:3], c, height // group, width, total, *(shrunk.get(r, -1) for r in (2, 4, 8)),
-            GROUP=group, BLOCK_W=block, num_warps=warps,
+            out if flags is None else flags, *features.stride()[:3], c, height // group, width, total,
+            num_flags, *(shrunk.get(r, -1) for r in (2, 4, 8)),
+            GROUP=group, BLOCK_W=block, FLAGS=0 if flags is None else 256, num_warps=warps,
         )  # fmt: skip
     return out
