@@ -1,7 +1,6 @@
 """Tests of the backend that serves a call, of the fallback, and of the package without its libraries."""
 
 import ctypes
-import importlib
 import json
 import os
 import shutil
@@ -13,8 +12,7 @@ import pytest
 import torch
 
 import m2f_kernels
-from m2f_kernels import _library, backend, dispatch
-from m2f_kernels.ops import points
+from m2f_kernels import _library
 from tests.numerics import relative_error
 from tests.ops.ms_deform_attn_cases import make_case
 
@@ -50,13 +48,6 @@ def test_use_backend_forces_the_reference(monkeypatch):
 def test_unknown_backend(name):
     with pytest.raises(ValueError, match=r"^name: expected"), m2f_kernels.use_backend(name):
         pass
-
-
-def test_former_names_work_and_say_where_they_are_now():
-    with pytest.warns(DeprecationWarning, match=r"has moved to m2f_kernels\.dispatch\.choose"):
-        assert backend.choose is dispatch.choose
-    with pytest.raises(AttributeError, match="nothing"):
-        _ = backend.nothing
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -261,13 +252,3 @@ def test_info_without_libraries(bare_package):
     assert "it was not built" in out
     for op in OPS:
         assert op in out
-
-
-@pytest.mark.parametrize(("old", "name"), [("point_sample", "uncertain_points"), ("point_loss", "check_targets")])
-def test_former_names_of_the_operators_on_points(old, name):
-    module = importlib.import_module(f"m2f_kernels.ops.{old}")
-    with pytest.warns(DeprecationWarning, match=rf"m2f_kernels\.ops\.{old}\.{name} has moved to .*points\.{name}"):
-        found = getattr(module, name)
-    assert found is getattr(points, name)
-    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
-        _ = module.nothing

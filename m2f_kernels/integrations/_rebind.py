@@ -6,18 +6,22 @@ import sys
 from typing import Any
 
 
-def replace_everywhere(old: Any, new: Any) -> list[str]:
+def replace_everywhere(old: Any, new: Any, package: str | None = None) -> list[str]:
     """Binds every name in an imported module that is bound to `old` to `new`, and returns the names.
 
     This package's own modules are left out. Calling it again with the arguments exchanged undoes it, also in modules
     that were imported in between.
+
+    Args:
+        package: the only one whose modules are looked at; None for all.
 
     Returns:
         the names, as "module.name".
     """
     replaced = []
     for module_name, module in list(sys.modules.items()):
-        if module_name.partition(".")[0] == "m2f_kernels":
+        root = module_name.partition(".")[0]
+        if root == "m2f_kernels" or package not in (None, root):
             continue
         # vars(), not getattr: a lazy module must not be made to import something.
         namespace = getattr(module, "__dict__", None)

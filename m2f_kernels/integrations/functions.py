@@ -1,7 +1,7 @@
 """Replaces deformable attention in any package that has it as a function in plain PyTorch.
 
-from m2f_kernels.integrations.functions import patch_function
-patch_function("ultralytics.nn.modules.utils", "multi_scale_deformable_attn_pytorch")
+from m2f_kernels.integrations import functions
+functions.patch("ultralytics.nn.modules.utils", "multi_scale_deformable_attn_pytorch")
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 import m2f_kernels
 from m2f_kernels import dispatch
 from m2f_kernels._checks import describe
+from m2f_kernels._moved import forwarder
 from m2f_kernels.integrations._rebind import replace_everywhere
 from m2f_kernels.ops.ms_deform_attn.levels import SpatialShapes
 
-__all__ = ["patch_function", "unpatch_function"]
+__all__ = ["patch", "unpatch"]
 
 #: The ends of the parameters' names in all copies of the function.
 _PARAMETERS = ("value", "shapes", "locations", "weights")
@@ -30,10 +31,13 @@ _EXPECTED = "(value, value_spatial_shapes, sampling_locations, attention_weights
 #: The original of each replacement.
 _originals: dict[Any, Any] = {}
 
+#: For one more release.
+__getattr__ = forwarder(__name__, {"patch_function": f"{__name__}.patch", "unpatch_function": f"{__name__}.unpatch"})
+
 Holder = ModuleType | str | MutableMapping[str, Any]
 
 
-def patch_function(holder: Holder, name: str) -> list[str]:
+def patch(holder: Holder, name: str) -> list[str]:
     """Replace a function of deformable attention in plain PyTorch by the operator, in all modules that hold it.
 
     The function takes `(value, value_spatial_shapes, sampling_locations, attention_weights)`, as in Deformable-DETR and
@@ -61,15 +65,15 @@ def patch_function(holder: Holder, name: str) -> list[str]:
     return _rebind(holder, name, where, original, replacement)
 
 
-def unpatch_function(holder: Holder, name: str) -> None:
-    """Undo :func:`patch_function`, also in modules imported since.
+def unpatch(holder: Holder, name: str) -> None:
+    """Undo :func:`patch`, also in modules imported since.
 
     Raises:
         ValueError: the holder has no such name, or what it names was not patched.
     """
     where, replacement = _find(holder, name)
     if replacement not in _originals:
-        raise ValueError(f"name: expected a function that patch_function replaced; {where} is {describe(replacement)}")
+        raise ValueError(f"name: expected a function that patch replaced; {where} is {describe(replacement)}")
     _rebind(holder, name, where, replacement, _originals.pop(replacement))
 
 

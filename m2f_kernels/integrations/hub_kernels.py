@@ -1,7 +1,7 @@
 """Registers this package's deformable attention with Hugging Face kernels (`use_kernels=True`), without a download.
 
 `transformers` marks its layers with names ("MultiScaleDeformableAttention") and asks the `kernels` package for a
-repository that implements the name on a model's device. :func:`register` names this package for it, on CPU and CUDA.
+repository that implements the name on a model's device. :func:`patch` names this package for it, on CPU and CUDA.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from m2f_kernels._moved import forwarder
 from m2f_kernels.ops.ms_deform_attn import ms_deform_attn
 
-__all__ = ["register", "unregister"]
+__all__ = ["patch", "unpatch"]
 
 LAYER = "MultiScaleDeformableAttention"
 DEVICES = ("cpu", "cuda")
+
+#: For one more release.
+__getattr__ = forwarder(__name__, {"register": f"{__name__}.patch", "unregister": f"{__name__}.unpatch"})
 
 
 class MultiScaleDeformableAttention(nn.Module):
@@ -59,7 +63,7 @@ class _Repository:
         return f"m2f_kernels, layer `{self.layer_name}`"
 
 
-#: transformers' own entries by device, put aside by register(). None: not registered.
+#: transformers' own entries by device, put aside by patch(). None: not patched.
 _before: dict[str, Any] | None = None
 
 
@@ -90,7 +94,7 @@ def _found(package: str) -> str:
         return f"no {package}"
 
 
-def register() -> None:
+def patch() -> None:
     """Let `use_kernels=True`, `model.set_use_kernels(True)` and `kernels.kernelize(model)` use this package.
 
     It serves every model of `transformers` whose deformable attention is marked as replaceable, on CPU and CUDA, in
@@ -110,15 +114,15 @@ def register() -> None:
     _tell_kernels(table)
 
 
-def unregister() -> None:
+def unpatch() -> None:
     """Put `transformers`' own entry back. Models that are kernelized already keep what they have.
 
     Raises:
-        RuntimeError: nothing is registered.
+        RuntimeError: nothing is patched.
     """
     global _before
     if _before is None:
-        raise RuntimeError("nothing to take back: register() has not been called")
+        raise RuntimeError("nothing to undo: patch() has not been called")
     table = _mapping()[LAYER]
     table.clear()
     table.update(_before)

@@ -130,11 +130,11 @@ def check(build):
         assert all(is_ours(layer) for layer in layers)
 
 
-hub_kernels.register()
-hub_kernels.register()
+hub_kernels.patch()
+hub_kernels.patch()
 for build in (deformable_detr, rt_detr):
     check(build)
-hub_kernels.unregister()
+hub_kernels.unpatch()
 
 model = deformable_detr().eval()
 model.set_use_kernels(True)

@@ -10,7 +10,7 @@ import torch
 import m2f_kernels
 from m2f_kernels import dispatch
 from m2f_kernels._library import NativeLibrary
-from m2f_kernels.integrations import detectron2, functions, mmcv
+from m2f_kernels.integrations import extension, functions, mmcv
 from tests.integrations.families import FAMILIES
 from tests.integrations.mmcv_cases import make_inputs, results
 from tests.integrations.test_mmcv import build, standins  # noqa: F401, a fixture
@@ -158,17 +158,17 @@ def test_functions_of_mmcv(standins, without_library):  # noqa: F811
 
 @NO_KERNEL
 def test_the_extension_of_detectron2(without_library):
-    """The module that install(replace=True) replaced runs where no kernel serves."""
+    """The module that patch(replace=True) replaced runs where no kernel serves."""
     case, calls = make_case(points=(2, 2)), []
     samples, weights = (case.tensors[name].unflatten(3, (2, -1)) for name in ("samples", "weights"))
     given = case.value, torch.tensor(case.sizes), torch.tensor(case.levels[2::3]), samples, weights, 64
-    compiled = ModuleType(detectron2.NAME)
+    compiled = ModuleType(extension.NAME)
     compiled.ms_deform_attn_forward = lambda *args: calls.append(args)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, detectron2.NAME, compiled)
-        detectron2.install(replace=True)
+        patch.setitem(sys.modules, extension.NAME, compiled)
+        extension.patch(replace=True)
         try:
-            module = sys.modules[detectron2.NAME]
+            module = sys.modules[extension.NAME]
             assert module.ms_deform_attn_forward(*given) is None
             assert len(calls) == 1
             with m2f_kernels.use_backend("reference"):
@@ -177,7 +177,7 @@ def test_the_extension_of_detectron2(without_library):
             assert module.ms_deform_attn_forward(*given).shape == case.grad_output.shape
             assert len(calls) == 1
         finally:
-            detectron2.uninstall()
+            extension.unpatch()
 
 
 @NO_KERNEL
@@ -193,10 +193,10 @@ def test_any_function(without_library):
     samples, weights = (case.tensors[name].unflatten(3, (2, -1)) for name in ("samples", "weights"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, module.__name__, module)
-        functions.patch_function(module, "core")
+        functions.patch(module, "core")
         module.core(case.value, case.sizes, samples, weights)
         assert calls == [1]
         without_library()
         module.core(case.value, case.sizes, samples, weights)
         assert calls == [1]
-        functions.unpatch_function(module, "core")
+        functions.unpatch(module, "core")

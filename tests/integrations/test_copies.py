@@ -212,7 +212,7 @@ def test_a_matcher_of_its_own(given):
     with pytest.warns(RuntimeWarning, match="its matcher is"):
         report = compare(criterion, given, {MASKS})
     assert "losses of masks at sampled points alone: its matcher is" in report.replaced[0].text
-    assert "OwnMatcher has its own forward" in report.left[0].text
+    assert "OwnMatcher has its own forward" in report.skipped[0].text
 
 
 @pytest.mark.usefixtures("fixed_points")
@@ -229,7 +229,7 @@ def test_reports():
     texts = {}
     for build in (TaskLoss, lambda: make(OwnClasses), lambda: make(OwnPoints), make):
         report = m2f_kernels.accelerate(build()).report
-        texts |= {entry.cls: entry.text for entry in (*report.left, *report.replaced)}
+        texts |= {entry.cls: entry.text for entry in (*report.skipped, *report.replaced)}
     assert texts["TaskLoss"].startswith("losses of masks at sampled points alone: ")
     assert texts["TaskLoss"].endswith("TaskLoss has its own forward, loss_masks")
     assert texts["OwnClasses"].endswith("OwnClasses has its own loss_labels")
@@ -274,7 +274,7 @@ def test_there_and_back(given):
     m2f_kernels.accelerate(criterion)
     assert isinstance(criterion, cls)
     assert type(criterion) is not cls
-    assert len(m2f_kernels.accelerate(criterion).report.already) == 2
+    assert len(m2f_kernels.accelerate(criterion).report.already_accelerated) == 2
     for other in (copy.deepcopy(criterion), pickle.loads(pickle.dumps(criterion))):
         assert type(other) is type(criterion)
         with Losses() as seen:

@@ -243,9 +243,9 @@ def test_discrete_sampling_is_left_alone(name):
             report = m2f_kernels.accelerate(model).report
         after = model(**family.inputs())
     assert torch.equal(before.logits, after.logits)
-    assert len(report.left) == 2
+    assert len(report.skipped) == 2
     assert not report.replaced
-    assert all("discrete" in entry.text for entry in report.left)
+    assert all("discrete" in entry.text for entry in report.skipped)
     assert "left alone: 2 x" in str(report)
 
 

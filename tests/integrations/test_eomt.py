@@ -68,7 +68,7 @@ def make(name, probabilities=None, **changes):
 def both(name, **changes):
     model = make(name, **changes)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert not report.left
+    assert not report.skipped
     return model, accelerated
 
 
@@ -310,7 +310,7 @@ def test_losses_and_matchers_of_ones_own(name, part, change, pixels, fixed_point
         assert_same_gradients(gradients, found)
         assert seen.lost == (change is not _OwnPoints)
         assert seen.matched == (change is not _OwnMatcher)
-    assert len(report.left) == (change in (_OwnMatcher, _OwnPoints))
+    assert len(report.skipped) == (change in (_OwnMatcher, _OwnPoints))
 
 
 @models

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import m2f_kernels
-from m2f_kernels.integrations.functions import patch_function, unpatch_function
+from m2f_kernels.integrations.functions import patch, unpatch
 from m2f_kernels.ops.ms_deform_attn import reference
 
 SIZES = [(6, 5), (3, 4)]
@@ -51,7 +51,7 @@ def package():
     yield first, second
     for name in ("core", "core_of_heads"):
         if getattr(first, name) is not ORIGINALS[name]:
-            unpatch_function(first, name)
+            unpatch(first, name)
     del sys.modules[first.__name__], sys.modules[second.__name__]
 
 
@@ -61,7 +61,7 @@ def test_two_lines(package, shapes):
     value, locations, weights = inputs()
     expected = ORIGINALS["core"](value, shapes, locations, weights)
     calls.clear()
-    names = patch_function("standin_functions", "core")
+    names = patch("standin_functions", "core")
     assert {"standin_functions.core", "standin_functions.user.imported"} <= set(names)
     for function in (first.core, second.imported):
         torch.testing.assert_close(function(value, shapes, locations, weights), expected)
@@ -70,8 +70,8 @@ def test_two_lines(package, shapes):
             expected,
         )
     assert not calls
-    assert patch_function(first, "core") == []
-    unpatch_function(first, "core")
+    assert patch(first, "core") == []
+    unpatch(first, "core")
     assert (first.core, second.imported) == (ORIGINALS["core"],) * 2
 
 
@@ -81,7 +81,7 @@ def test_value_with_positions_last(package, channels):
     value, locations, weights = inputs(channels=channels)
     expected = ORIGINALS["core"](value, SIZES, locations, weights)
     calls.clear()
-    patch_function(first, "core_of_heads")
+    patch(first, "core_of_heads")
     last = value.permute(0, 2, 3, 1).contiguous().requires_grad_()
     out = first.core_of_heads(last, torch.tensor(SIZES), locations, weights)
     torch.testing.assert_close(out, expected)
@@ -93,19 +93,19 @@ def test_value_with_positions_last(package, channels):
 def test_registry(package):
     registry = {"pytorch": ORIGINALS["core"]}
     value, locations, weights = inputs()
-    patch_function(registry, "pytorch")
+    patch(registry, "pytorch")
     assert registry["pytorch"] is not ORIGINALS["core"]
     torch.testing.assert_close(
         registry["pytorch"](value, SIZES, locations, weights),
         m2f_kernels.ms_deform_attn(value, SIZES, None, locations, weights),
     )
-    unpatch_function(registry, "pytorch")
+    unpatch(registry, "pytorch")
     assert registry["pytorch"] is ORIGINALS["core"]
 
 
 def test_wrong_arguments_are_the_callers(package):
     first, _ = package
-    patch_function(first, "core")
+    patch(first, "core")
     with pytest.raises(TypeError, match="missing 3 required"):
         first.core(torch.zeros(1))
     with pytest.raises(TypeError, match="value: expected a tensor"):
@@ -125,12 +125,12 @@ def test_errors(package):
     expected = r"expected a function \(value, value_spatial_shapes, sampling_locations, attention_weights\); standin"
     for name, got in (("other", r"takes \(value, shapes\)"), ("with_method", "num_points_list"), ("number", "3 ")):
         with pytest.raises(TypeError, match=f"{expected}.*{got}"):
-            patch_function(first, name)
+            patch(first, name)
     with pytest.raises(ValueError, match="standin_functions; it has no 'absent'"):
-        patch_function(first, "absent")
+        patch(first, "absent")
     with pytest.raises(ValueError, match="expected a key of the registry"):
-        patch_function({}, "absent")
+        patch({}, "absent")
     with pytest.raises(TypeError, match="holder: expected a module"):
-        patch_function(3, "core")
-    with pytest.raises(ValueError, match="expected a function that patch_function replaced"):
-        unpatch_function(first, "core")
+        patch(3, "core")
+    with pytest.raises(ValueError, match="expected a function that patch replaced"):
+        unpatch(first, "core")

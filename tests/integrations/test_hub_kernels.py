@@ -67,9 +67,9 @@ def test_a_version_that_transformers_refuses(monkeypatch):
 
     monkeypatch.setattr(import_utils, "is_kernels_available", lambda: False)
     with pytest.raises(ImportError, match=r"expected kernels >= .*, which transformers .* asks for; found kernels \d"):
-        hub_kernels.register()
+        hub_kernels.patch()
 
 
 def test_nothing_to_take_back():
-    with pytest.raises(RuntimeError, match="register\\(\\) has not been called"):
-        hub_kernels.unregister()
+    with pytest.raises(RuntimeError, match="patch\\(\\) has not been called"):
+        hub_kernels.unpatch()

@@ -49,7 +49,7 @@ def both(name="swin", **changes):
     """The same model, as it is and accelerated."""
     model = make(name, **changes)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert not report.left
+    assert not report.skipped
     return model, accelerated
 
 
@@ -434,7 +434,7 @@ def test_wrapped_projections(pixels):
     encoder = model.model.pixel_level_module.decoder.encoder.layers[0]
     encoder.fc1, encoder.self_attn.value_proj = Wrapped(encoder.fc1), Wrapped(encoder.self_attn.value_proj)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert not report.left
+    assert not report.skipped
     with torch.no_grad():
         assert_same(model(pixels), accelerated(pixels))
 
@@ -447,7 +447,7 @@ def test_lora(names, pixels):
     config = peft.LoraConfig(target_modules=names, init_lora_weights=False, r=4)
     model = peft.inject_adapter_in_model(config, make("resnet")).eval()
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert bool(report.left) == (names == ["cross_attn"])
+    assert bool(report.skipped) == (names == ["cross_attn"])
     with torch.no_grad():
         assert_same(model(pixels), accelerated(pixels))
 
@@ -467,7 +467,7 @@ def test_wrapped_attention(pixels):
     layer = model.model.transformer_module.decoder.layers[1]
     layer.cross_attn = Wrapped(layer.cross_attn)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    reasons = {entry.cls: entry.text for entry in report.left}
+    reasons = {entry.cls: entry.text for entry in report.skipped}
     assert (
         "attention is tests.integrations.test_mask2former.Wrapped" in reasons["Mask2FormerMaskedAttentionDecoderLayer"]
     )
@@ -509,7 +509,7 @@ def test_subclasses_are_left_alone(pixels, generator):
 
     model = OwnLoss(make("resnet").config).eval()
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    reasons = {entry.cls: entry.text for entry in report.left}
+    reasons = {entry.cls: entry.text for entry in report.skipped}
     assert "overrides get_loss_dict" in reasons["OwnLoss"]
     labels = targets((3, 2), [SIZE] * 2, generator)
     with torch.no_grad():

@@ -66,7 +66,7 @@ def both(name="default", **changes):
     """The same model, as it is and accelerated."""
     model = make(name, **changes)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert {entry.text for entry in report.left} <= BEFORE_LISTS_OF_SIZES
+    assert {entry.text for entry in report.skipped} <= BEFORE_LISTS_OF_SIZES
     return model, accelerated
 
 
@@ -332,7 +332,7 @@ def test_wrapped_attention(inputs):
     layer = model.model.transformer_module.decoder.layers[1].cross_attn
     layer.multihead_attn = Wrapped(layer.multihead_attn)
     accelerated, report = m2f_kernels.accelerate(copy.deepcopy(model))
-    assert {entry.cls for entry in report.left} - {"OneFormerPixelDecoder", "OneFormerPixelDecoderEncoderOnly"} == {
+    assert {entry.cls for entry in report.skipped} - {"OneFormerPixelDecoder", "OneFormerPixelDecoderEncoderOnly"} == {
         "OneFormerTransformerDecoderCrossAttentionLayer",
         "OneFormerTransformerDecoderLayer",
         "OneFormerTransformerDecoder",

@@ -72,7 +72,7 @@ def test_twice(model):
     report = m2f_kernels.accelerate(model).report
     assert classes(model) == once
     assert not report.replaced
-    assert len(report.already) == 8
+    assert len(report.already_accelerated) == 8
     m2f_kernels.restore(model)
     assert not accelerated_modules(model)
 
@@ -90,7 +90,7 @@ def test_context_manager(model):
 def test_context_manager_undoes_only_its_own(model):
     m2f_kernels.accelerate(model.model.encoder)
     with m2f_kernels.accelerate(model) as acceleration:
-        assert len(acceleration.report.already) == 4
+        assert len(acceleration.report.already_accelerated) == 4
     assert len(accelerated_modules(model)) == 4
 
 
@@ -327,10 +327,10 @@ def test_patch(model, patched):
     assert len(accelerated_modules(new)) == 8
     assert (outputs(new) - expected).abs().max() < 1e-5
     assert not patch("rt_detr").replaced
-    assert len(patch("rt_detr").already) == 2
+    assert len(patch("rt_detr").already_accelerated) == 2
     for how in COPIES.values():
         assert len(accelerated_modules(how(new))) == 8
-    assert len(m2f_kernels.accelerate(new).report.already) == 8
+    assert len(m2f_kernels.accelerate(new).report.already_accelerated) == 8
     assert len(m2f_kernels.accelerate(model).report.replaced) == 8
     m2f_kernels.restore(new)
     assert not accelerated_modules(new)
@@ -351,7 +351,7 @@ def test_patch_checks_what_is_made(patched):
     assert type(made).__name__ == name
     assert made not in accelerated_modules(made)
     assert isinstance(made, attention)
-    assert "17 levels" in m2f_kernels.accelerate(nn.ModuleList([made, family.make()])).report.left[0].text
+    assert "17 levels" in m2f_kernels.accelerate(nn.ModuleList([made, family.make()])).report.skipped[0].text
 
 
 def test_patch_initialises_alike(patched):
@@ -439,7 +439,7 @@ def test_a_subclass_that_overrides_forward(model):
     model.model.encoder.layers[0].self_attn.__class__ = Own
     expected = outputs(model)
     report = m2f_kernels.accelerate(model).report
-    (left,) = report.left
+    (left,) = report.skipped
     assert left.name == "model.encoder.layers.0.self_attn"
     assert "Own overrides forward" in left.text
     assert type(model.model.encoder.layers[0].self_attn) is Own
@@ -458,7 +458,7 @@ def test_a_subclass_that_does_not(model):
     assert len(m2f_kernels.accelerate(model).report.replaced) == 8
     assert isinstance(attention, Own)
     assert "AcceleratedOwn" in repr(attention)
-    assert len(m2f_kernels.accelerate(model).report.already) == 8
+    assert len(m2f_kernels.accelerate(model).report.already_accelerated) == 8
     assert (outputs(copy.deepcopy(model)) - expected).abs().max() < 1e-5
     with pytest.raises(pickle.PicklingError, match="Own"):
         pickle.dumps(model)  # as without acceleration: a class inside a function has no name
@@ -481,8 +481,8 @@ def test_a_subclass_of_an_accelerated_class(patched, model):
     first.__class__, second.__class__ = Inherits, Overrides
     assert (outputs(model) - expected).abs().max() < 1e-5
     report = m2f_kernels.accelerate(model).report
-    assert "model.encoder.layers.0.self_attn" in [entry.name for entry in report.already]
-    assert [entry.name for entry in report.left] == ["model.encoder.layers.1.self_attn"]
+    assert "model.encoder.layers.0.self_attn" in [entry.name for entry in report.already_accelerated]
+    assert [entry.name for entry in report.skipped] == ["model.encoder.layers.1.self_attn"]
     assert (outputs(model) - expected).abs().max() < 1e-5
     with pytest.warns(UserWarning, match="Inherits.*Overrides"):
         m2f_kernels.restore(model)
@@ -493,7 +493,7 @@ def test_a_forward_of_the_instance(model):
     """Device maps and the like replace `forward` on instances; they would go on calling the old one."""
     attention = model.model.encoder.layers[0].self_attn
     attention.forward = attention.forward
-    (left,) = m2f_kernels.accelerate(model).report.left
+    (left,) = m2f_kernels.accelerate(model).report.skipped
     assert "this instance has its own forward" in left.text
 
 
@@ -507,7 +507,7 @@ def test_a_core_of_somebody_else(model):
     kernel.forward = lambda value, *args: value.flatten(2)[:, : args[3].shape[1]]
     expected = outputs(model)
     report = m2f_kernels.accelerate(model).report
-    reasons = {entry.name: entry.text for entry in report.left}
+    reasons = {entry.name: entry.text for entry in report.skipped}
     assert "Core, unknown to m2f_kernels" in reasons["model.decoder.layers.1.encoder_attn"]
     assert "its core is left alone" in reasons["model.decoder.layers.0.encoder_attn"]
     assert (outputs(model) - expected).abs().max() < 1e-5
@@ -523,8 +523,8 @@ def test_a_forward_with_unknown_arguments(model, monkeypatch):
 
     monkeypatch.setattr(cls, "forward", forward)
     report = m2f_kernels.accelerate(model).report
-    assert len(report.left) == 4
-    assert all("takes temperature, unknown" in entry.text for entry in report.left)
+    assert len(report.skipped) == 4
+    assert all("takes temperature, unknown" in entry.text for entry in report.skipped)
 
 
 WITHOUT_LIBRARY = """
@@ -541,7 +541,7 @@ with warnings.catch_warnings(record=True) as caught:
 print(json.dumps({
     "where": m2f_kernels.__file__,
     "logits": found[-1].tolist(),
-    "accelerated": len(m2f_kernels.accelerate(model).report.already),
+    "accelerated": len(m2f_kernels.accelerate(model).report.already_accelerated),
     "warnings": [str(w.message) for w in caught if "m2f_kernels" in str(w.message)],
 }))
 """

@@ -17,13 +17,15 @@ from typing import NamedTuple
 
 from torch import nn
 
-from m2f_kernels import dispatch
+from m2f_kernels import _moved, dispatch
 from m2f_kernels._checks import describe
 from m2f_kernels.graphs import ATTACHED, CudaGraphs
+from m2f_kernels.integrations._rebind import replace_everywhere
 from m2f_kernels.integrations.transformers import _swap
 
 __all__ = ["Acceleration", "Entry", "Report", "accelerate", "patch", "restore", "unpatch"]
 
+_PACKAGE = "transformers"
 #: Supported versions of transformers, as (major, minor): from the first, below the second.
 SUPPORTED = ((4, 57), (6, 0))
 
@@ -49,8 +51,8 @@ class Report:
 
     Attributes:
         replaced: modules that were replaced.
-        left: modules of known classes that were left alone, each with the reason.
-        already: modules that had been replaced before.
+        skipped: modules of known classes that were left alone, each with the reason.
+        already_accelerated: modules that had been replaced before.
         unserved: operators without a kernel for the model's present device and dtype, each with the reason. The modules
             choose at every call, and run the original code where no kernel serves.
         modules: the modules of `replaced`, to be restored at the end of a `with` block.
@@ -58,17 +60,17 @@ class Report:
     """
 
     replaced: tuple[Entry, ...]
-    left: tuple[Entry, ...]
-    already: tuple[Entry, ...]
+    skipped: tuple[Entry, ...]
+    already_accelerated: tuple[Entry, ...]
     unserved: tuple[str, ...] = ()
     modules: tuple[nn.Module, ...] = field(default=(), repr=False, compare=False)
     graphs: CudaGraphs | None = field(default=None, repr=False, compare=False)
 
     def __str__(self) -> str:
-        lines = [
-            f"{len(self.replaced)} replaced, {len(self.left)} left alone, {len(self.already)} already replaced before"
-        ]
-        groups = (("replaced", self.replaced), ("left alone", self.left), ("already replaced", self.already))
+        groups = (
+            ("replaced", self.replaced), ("left alone", self.skipped), ("already replaced", self.already_accelerated)
+        )  # fmt: skip
+        lines = [f"{', '.join(f'{len(entries)} {title}' for title, entries in groups)} before"]
         for title, entries in groups:
             for (cls, text), count in Counter((entry.cls, entry.text) for entry in entries).items():
                 first = next(entry.name for entry in entries if (entry.cls, entry.text) == (cls, text))
@@ -76,6 +78,18 @@ class Report:
                 lines.append(f"  {title}: {count} x {cls}{where}: {text}")
         lines += [f"  no kernel, so the published code runs: {text}" for text in self.unserved]
         return "\n".join(lines)
+
+    @property
+    def left(self) -> tuple[Entry, ...]:
+        """The former name of `skipped`, for one more release."""
+        _moved.warn("Report.left", "Report.skipped", stacklevel=2)
+        return self.skipped
+
+    @property
+    def already(self) -> tuple[Entry, ...]:
+        """The former name of `already_accelerated`, for one more release."""
+        _moved.warn("Report.already", "Report.already_accelerated", stacklevel=2)
+        return self.already_accelerated
 
 
 class Acceleration(NamedTuple):
@@ -135,7 +149,7 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
         raise TypeError(f"model: expected a torch.nn.Module; got {describe(model)}")
     version = _check_version()
     replaced: list[Entry] = []
-    left: list[Entry] = []
+    skipped: list[Entry] = []
     already: list[Entry] = []
     swapped: list[nn.Module] = []
     ops: set[str] = set()
@@ -147,15 +161,15 @@ def accelerate(model: nn.Module, *, cuda_graphs: bool = False) -> Acceleration:
         if plan.reason is None:
             ops.update(plan.replacement.ops)
         if plan.reason is not None:
-            left.append(Entry(name, cls, plan.reason))
+            skipped.append(Entry(name, cls, plan.reason))
         elif plan.already:
             already.append(Entry(name, cls, plan.replacement.partly(module) or plan.replacement.what))
         else:
             replaced.append(Entry(name, cls, plan.replacement.partly(module) or plan.replacement.what))
             _swap.swap(module, plan.mixin)
             swapped.append(module)
-    report = Report(tuple(replaced), tuple(left), tuple(already), _unserved(model, ops), tuple(swapped))
-    if not (replaced or left or already):
+    report = Report(tuple(replaced), tuple(skipped), tuple(already), _unserved(model, ops), tuple(swapped))
+    if not (replaced or skipped or already):
         raise ValueError(
             f"model: expected a model of transformers with deformable or masked attention; {type(model).__name__} "
             f"has no module that m2f_kernels knows in transformers {version}; known are {', '.join(_families())}"
@@ -216,14 +230,14 @@ def patch(*families: str) -> Report:
     for name, original, replacement in list(_swap.known_classes(families)):
         accelerated = _swap.accelerated_class(replacement.mixin, original)
         entry = Entry(name, name, replacement.what)
-        (replaced if _swap.rename(original, accelerated) else already).append(entry)
+        (replaced if replace_everywhere(original, accelerated, _PACKAGE) else already).append(entry)
     return Report(tuple(replaced), (), tuple(already))
 
 
 def unpatch() -> None:
     """Undo :func:`patch`, whichever families it was called for. Models made in between stay accelerated."""
     for accelerated, pair in _swap.patched_classes():
-        _swap.rename(accelerated, pair.original)
+        replace_everywhere(accelerated, pair.original, _PACKAGE)
 
 
 def _check_version() -> str:

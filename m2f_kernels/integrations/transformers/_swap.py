@@ -10,7 +10,6 @@ losses, recorded outputs, device maps); only `repr` tells the two apart.
 from __future__ import annotations
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -432,20 +431,6 @@ def known_classes(families: Iterable[str] = ()) -> Iterator[tuple[str, type, Rep
     if wanted - found:
         known = sorted({name.split(".")[2] for name in replacements()})
         raise ValueError(f"families: expected some of {', '.join(known)}; got {', '.join(sorted(wanted - found))}")
-
-
-def rename(old: type, new: type) -> bool:
-    """Binds the name of class `old` in transformers' modules to `new`. Returns True if there was one.
-
-    In all modules, since packages cache the classes of their modules after the first access.
-    """
-    renamed = False
-    for module_name, module in list(sys.modules.items()):
-        inside = module is not None and module_name.partition(".")[0] == "transformers"
-        if inside and vars(module).get(old.__name__) is old:
-            setattr(module, old.__name__, new)
-            renamed = True
-    return renamed
 
 
 def patched_classes() -> list[tuple[type, _Pair]]:

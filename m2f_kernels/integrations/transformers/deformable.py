@@ -7,6 +7,7 @@ position embeddings, padding) is as in the original.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 from collections.abc import Sequence
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from m2f_kernels import dispatch
+from m2f_kernels.integrations.hub_kernels import MultiScaleDeformableAttention
 from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, plan, qualified_name, watched
-from m2f_kernels.ops.ms_deform_attn import ms_deform_attn, ms_deform_attn_from_offsets
+from m2f_kernels.ops.ms_deform_attn import ms_deform_attn_from_offsets
 from m2f_kernels.ops.ms_deform_attn.levels import MAX_LEVELS
 
 #: Arguments of the attention modules' `forward` in the supported versions.
@@ -231,32 +233,20 @@ class UnprojectedAttention(_ScaledAttention):
         return self.num_points_list
 
 
+_LAYER = MultiScaleDeformableAttention()
+
+
 class Core(Mixin):
     """`MultiScaleDeformableAttention` itself, for unknown modules around it."""
 
-    def forward(
-        self,
-        value: Tensor,
-        value_spatial_shapes: Tensor,
-        value_spatial_shapes_list: Sequence[tuple[int, int]],
-        level_start_index: Tensor,
-        sampling_locations: Tensor,
-        attention_weights: Tensor,
-        im2col_step: int,
-    ) -> Tensor:
+    def forward(self, value: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if not dispatch.serves("ms_deform_attn", value):
-            published: Tensor = super().forward(
-                value,
-                value_spatial_shapes,
-                value_spatial_shapes_list,
-                level_start_index,
-                sampling_locations,
-                attention_weights,
-                im2col_step,
-            )
+            published: Tensor = super().forward(value, *args, **kwargs)
             return published
-        # As in the original, the levels follow each other.
-        return ms_deform_attn(value, value_spatial_shapes_list, None, sampling_locations, attention_weights)
+        return _LAYER.forward(value, *args, **kwargs)
+
+    # The signature tells which arguments are known.
+    functools.update_wrapper(forward, MultiScaleDeformableAttention.forward)
 
 
 def _shapes(kwargs: dict[str, Any]) -> Any:

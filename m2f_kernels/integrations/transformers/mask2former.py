@@ -21,7 +21,6 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
     CRITERION_OPS,
     DECODER_OPS,
-    DROPPED,
     LOSSES,
     MASKS,
     MATCHER_OPS,
@@ -48,6 +47,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     point_losses,
     project_levels,
     subclass_problem,
+    unfused_layer,
     warn_unfused,
     weighted_total,
 )
@@ -269,15 +269,9 @@ class Decoder(Mixin):
     def _m2f_fusable(self, mask_features: Tensor) -> bool:
         if not kernels_serve(DECODER_OPS, mask_features):
             return False
-        layers: list[Any] = list(self.layers)
-        reason = predictor_problem(self.mask_predictor)
-        for layer in layers:
-            if not isinstance(layer, DecoderLayer):
-                reason = f"its layer is {qualified_name(type(layer))}, which is left alone"
-            else:
-                reason = reason or layer_problem(layer)
-            if reason is None and (drops(layer.cross_attn) or (layer.training and layer.dropout > 0)):
-                reason = DROPPED
+        reason = predictor_problem(self.mask_predictor) or unfused_layer(
+            self.layers, DecoderLayer, layer_problem, lambda x: drops(x.cross_attn) or (x.training and x.dropout > 0)
+        )
         if self.training and self.layerdrop > 0:
             reason = "with dropout, training skips layers at random"
         if reason is not None:

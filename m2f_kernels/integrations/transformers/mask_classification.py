@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -248,6 +248,26 @@ def layers_problem(layers: Iterable[nn.Module], mixin: type) -> str | None:
             return f"its layer is {qualified_name(type(layer))}, unknown to m2f_kernels"
         if known.reason is not None:
             return f"its layer is left alone: {known.reason}"
+    return None
+
+
+def unfused_layer(
+    layers: Iterable[nn.Module], mixin: type, problem: Callable[[Any], str | None], dropping: Callable[[Any], bool]
+) -> str | None:
+    """The reason why a replaced decoder runs its original code at this call, or None: one of its layers has a problem.
+
+    Args:
+        mixin: of layers that were replaced.
+        problem: the reason why such a layer is not fused, or None.
+        dropping: true for a layer in which dropout acts.
+    """
+    for layer in layers:
+        if not isinstance(layer, mixin):
+            return f"its layer is {qualified_name(type(layer))}, which is left alone"
+        if (reason := problem(layer)) is not None:
+            return reason
+        if dropping(layer):
+            return DROPPED
     return None
 
 

@@ -16,12 +16,11 @@ from torch.utils import _pytree
 
 from m2f_kernels.constants import replayable
 from m2f_kernels.graphs import captured
-from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed, qualified_name
+from m2f_kernels.integrations.transformers._swap import Mixin, Replacement, observed
 from m2f_kernels.integrations.transformers.mask_classification import (
     ATTENTION,
     CRITERION_OPS,
     DECODER_OPS,
-    DROPPED,
     LOSSES,
     MASKS,
     MATCHER_OPS,
@@ -47,6 +46,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     point_losses,
     project_levels,
     subclass_problem,
+    unfused_layer,
     warn_unfused,
 )
 from m2f_kernels.integrations.transformers.pixel_decoder import (
@@ -309,18 +309,12 @@ class Decoder(Mixin):
         )
 
     def _m2f_fusable(self) -> bool:
-        layers: list[Any] = list(self.layers)
-        reason = None
-        for layer in layers:
-            if not isinstance(layer, DecoderLayer):
-                reason = f"its layer is {qualified_name(type(layer))}, which is left alone"
-            else:
-                reason = reason or layer_problem(layer)
-            if reason is None and drops(layer.cross_attn.multihead_attn):
-                reason = DROPPED
+        reason = unfused_layer(
+            self.layers, DecoderLayer, layer_problem, lambda layer: drops(layer.cross_attn.multihead_attn)
+        )
         if reason is not None:
             warn_unfused(self, reason)
-        return len(layers) > 0 and reason is None
+        return len(self.layers) > 0 and reason is None
 
     def _m2f_decode(
         self,

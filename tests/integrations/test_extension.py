@@ -11,7 +11,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 import m2f_kernels
-from m2f_kernels.integrations import detectron2
+from m2f_kernels.integrations import extension
 from tests.numerics import FORWARD, GRADIENT, relative_error, tolerance
 from tests.ops.ms_deform_attn_cases import make_case, truth
 
@@ -43,9 +43,9 @@ class MSDeformAttnFunction(Function):
 
 @pytest.fixture
 def installed():
-    detectron2.install()
+    extension.patch()
     yield
-    detectron2.uninstall()
+    extension.unpatch()
 
 
 @pytest.fixture
@@ -293,21 +293,21 @@ def test_without_install_there_is_nothing(import_clone):
         import_clone()
 
 
-def test_install_twice_and_uninstall():
-    detectron2.install()
+def test_patch_twice_and_unpatch():
+    extension.patch()
     module = sys.modules[NAME]
-    detectron2.install()
+    extension.patch()
     assert sys.modules[NAME] is module
-    detectron2.uninstall()
+    extension.unpatch()
     assert NAME not in sys.modules
-    with pytest.raises(RuntimeError, match="install\\(\\) has not been called"):
-        detectron2.uninstall()
+    with pytest.raises(RuntimeError, match="patch\\(\\) has not been called"):
+        extension.unpatch()
 
 
 def test_an_imported_module_is_not_replaced_silently(monkeypatch):
     monkeypatch.setitem(sys.modules, NAME, Compiled().module)
-    with pytest.raises(RuntimeError, match=r"imported already, from /somewhere/.*\.so; .*install\(replace=True\)"):
-        detectron2.install()
+    with pytest.raises(RuntimeError, match=r"imported already, from /somewhere/.*\.so; .*patch\(replace=True\)"):
+        extension.patch()
     assert sys.modules[NAME].__file__.startswith("/somewhere")
 
 
@@ -319,10 +319,10 @@ def test_replace(monkeypatch, import_clone):
     case = make_case(points=(3, 3))
     with pytest.raises(AssertionError, match="the compiled function ran"):
         assert_clone_matches(clone, case, 64)
-    detectron2.install(replace=True)
+    extension.patch(replace=True)
     assert sys.modules[NAME] is clone.MSDA is not compiled
     assert_clone_matches(clone, case, 64)
-    detectron2.uninstall()
+    extension.unpatch()
     assert sys.modules[NAME] is clone.MSDA is compiled
 
 
@@ -330,7 +330,7 @@ def test_importing_the_package_imports_no_other_library():
     code = """
 import sys
 import m2f_kernels
-import m2f_kernels.integrations.detectron2, m2f_kernels.integrations.hub_kernels, m2f_kernels.integrations.mmcv
+import m2f_kernels.integrations.extension, m2f_kernels.integrations.hub_kernels, m2f_kernels.integrations.mmcv
 import m2f_kernels.integrations.onnx
 foreign = {"detectron2", "detrex", "kernels", "mmcv", "mmdet", "onnx", "onnxscript", "transformers"}
 assert not foreign & {name.partition(".")[0] for name in sys.modules}, foreign & set(sys.modules)
