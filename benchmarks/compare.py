@@ -6,7 +6,6 @@ for every peer too, by the least that a peer's time grew.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import memory
+from benchmarks.arguments import arguments
 from benchmarks.cases import Row, read_csv
 from benchmarks.formats import number
 
@@ -112,14 +112,17 @@ def report(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("old", type=Path)
-    parser.add_argument("new", type=Path)
-    options = parser.parse_args()
+    options = arguments(
+        __doc__,
+        {
+            "old": {"type": Path},
+            "new": {"type": Path},
+        },
+    )
     try:
         lines, status = report(read(options.old), read(options.new))
     except ValueError as error:
-        parser.error(str(error))
+        options.refuse(str(error))
     between = devices(options.old) | devices(options.new)
     if len(between) > 1:
         lines.insert(0, f"Warning: these runs are of different devices: {', '.join(sorted(between))}")

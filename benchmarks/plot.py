@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ _OURS, _OURS_OTHERS = "#d1495b", ("#e8a0aa", "#8c2f3d", "#e9a23b", "#f3d6a4", "#
 _REST = "the rest, backward included"
 _PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98", "#c9c9c9", "#5f6c7b", "#1b998b", "#2d3142")
 _BAR = 0.8
+#: Fields of `Row` that are drawn.
+UNITS = {"median_ms": "ms", "memory_extra_mib": "MiB"}
 
 
 def _pyplot() -> Any:
@@ -48,48 +50,48 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
     return {name: colours[name] for name in names}
 
 
-def _panel(
-    axes: Any,
-    rows: Sequence[Row],
-    title: str,
-    value: Callable[[Row], float | None],
-    unit: str,
-    colours: dict[str, str],
-) -> None:
-    """Horizontal bars grouped by case; every bar carries its value and its ratio to the case's first row."""
-    position, ticks, labels, longest = 0.0, [], [], 0.0
+def _groups(rows: Sequence[Row], gap: float) -> Iterator[tuple[str, list[tuple[float, Row]]]]:
+    """Yields each case and its rows with their places on the axis."""
+    start = 0.0
     for case in dict.fromkeys(row.case for row in rows):
         group = [row for row in rows if row.case == case]
-        first = value(group[0])
-        start = position
-        for row in group:
-            measured = value(row)
-            if measured is None:
-                axes.text(0, position, f" {row.implementation}: {row.status}", va="center", fontsize=8, color="#777777")
-            else:
-                axes.barh(position, measured, _BAR, color=colours[row.implementation])
-                ratio = f"  {measured / first:.1f}x" if first and row is not group[0] else ""
-                label = f" {number(measured)} {unit}{ratio}"
-                if unit == "MiB":
-                    label = f" {mebibytes(measured)} MiB" + (
-                        ratio if first and min(first, measured) >= RESOLUTION_MIB else ""
-                    )
-                weight = "bold" if row is group[0] else "normal"
-                axes.text(measured, position, label, va="center", fontsize=8, weight=weight)
-                longest = max(longest, measured)
-            position += 1
-        ticks.append((start + position - 1) / 2)
-        labels.append(case.replace(" forward", "\nforward", 1))
-        if unit == "ms" and group[0].floor_ms is not None:
-            axes.plot([group[0].floor_ms] * 2, [start - 0.5, position - 0.5], color="#999999", lw=1, ls=":", zorder=0)
-        position += 0.7
-    axes.set_yticks(ticks, labels, fontsize=9)
+        yield case, [(start + i, row) for i, row in enumerate(group)]
+        start += len(group) + gap
+
+
+def _horizontal(axes: Any, ticks: Sequence[tuple[float, str]], end: float, title: str, unit: str) -> None:
+    """Axes of horizontal bars, the first on top."""
+    axes.set_yticks(*zip(*ticks, strict=True), fontsize=9)
     axes.invert_yaxis()
-    axes.set_xlim(0, longest * 1.32 if longest else 1)
+    axes.set_xlim(0, end or 1)
     axes.set_title(title)
     axes.set_xlabel(unit, fontsize=9)
     _bare(axes, "top", "right", "left")
     axes.tick_params(axis="y", length=0, labelsize=9, colors="black")
+
+
+def _panel(axes: Any, rows: Sequence[Row], title: str, field: str, colours: dict[str, str]) -> None:
+    """Horizontal bars grouped by case; every bar carries its value and its ratio to the case's first row."""
+    unit, text, least = UNITS[field], *((number, 0) if field == "median_ms" else (mebibytes, RESOLUTION_MIB))
+    ticks, longest = [], 0.0
+    for case, group in _groups(rows, 0.7):
+        (begin, head), (end, _) = group[0], group[-1]
+        first = getattr(head, field)
+        for position, row in group:
+            measured = getattr(row, field)
+            if measured is None:
+                axes.text(0, position, f" {row.implementation}: {row.status}", va="center", fontsize=8, color="#777777")
+                continue
+            axes.barh(position, measured, _BAR, color=colours[row.implementation])
+            related = first and row is not head and min(first, measured) >= least
+            label = f" {text(measured)} {unit}" + (f"  {measured / first:.1f}x" if related else "")
+            weight = "bold" if row is head else "normal"
+            axes.text(measured, position, label, va="center", fontsize=8, weight=weight)
+            longest = max(longest, measured)
+        ticks.append(((begin + end) / 2, case.replace(" forward", "\nforward", 1)))
+        if unit == "ms" and head.floor_ms is not None:
+            axes.plot([head.floor_ms] * 2, [begin - 0.5, end + 0.5], color="#999999", lw=1, ls=":", zorder=0)
+    _horizontal(axes, ticks, longest * 1.32, title, unit)
 
 
 def _title(what: str, setting: str) -> str:
@@ -105,23 +107,22 @@ def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict
     memory = [row for row in shown if row.memory_extra_mib is not None]
     if not any(row.median_ms for row in shown):
         return []
-    plt = _pyplot()
     from matplotlib.patches import Patch
 
     bars = [sum(row.setting == setting for row in shown) for setting in settings] + [len(memory)] * bool(memory)
     heights = [1.0 + 0.24 * count for count in bars]
     # One panel below the other, as wide as a page, so that the text is legible at the size shown there.
-    figure, axes = plt.subplots(
+    figure, axes = _pyplot().subplots(
         len(bars), 1, figsize=(8, 1.2 + sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
     )
     colours = _colours(shown)
     for panel, setting in zip(axes[:, 0], settings, strict=False):
         chosen = [row for row in shown if row.setting == setting]
         floor = " (dotted: floor)" if any(row.floor_ms is not None for row in chosen) else ""
-        _panel(panel, chosen, f"{_title('Time', setting)}{floor}", lambda row: row.median_ms, "ms", colours)
+        _panel(panel, chosen, f"{_title('Time', setting)}{floor}", "median_ms", colours)
     if memory:
         what = "weights" if benchmark.peak else "inputs and outputs"
-        _panel(axes[-1, 0], memory, f"Peak memory above {what}", lambda row: row.memory_extra_mib, "MiB", colours)
+        _panel(axes[-1, 0], memory, f"Peak memory above {what}", "memory_extra_mib", colours)
     handles = [Patch(color=colour) for colour in colours.values()]
     figure.legend(handles, colours, loc="outside lower center", ncols=min(3, len(colours)), fontsize=9)
     figure.suptitle(f"{benchmark.title} on {facts['device']}, torch {facts['torch']}", fontsize=11, weight="bold")
@@ -145,15 +146,13 @@ def _curve(axes: Any, lines: dict[str, list[tuple[int, float]]], colours: dict[s
     _bare(axes, "top", "right")
 
 
-def _lines(
-    rows: Sequence[Row], of: Callable[[Row], int | None], value: Callable[[Row], float | None]
-) -> dict[str, list[tuple[int, float]]]:
+def _lines(rows: Sequence[Row], of: Callable[[Row], int], field: str) -> dict[str, list[tuple[int, float]]]:
     """Points (x, y) by implementation, of the first allocator setting."""
     found: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
-        x, y = of(row), value(row)
-        if row.setting == rows[0].setting and x is not None and y is not None:
-            found.setdefault(row.implementation, []).append((x, y))
+        value = getattr(row, field)
+        if row.setting == rows[0].setting and value is not None:
+            found.setdefault(row.implementation, []).append((of(row), value))
     return {name: sorted(points) for name, points in found.items()}
 
 
@@ -167,30 +166,24 @@ def draw_points(
         whole: rows of the case at the usual number, `case`.
         points: of a row.
     """
-    names = list(dict.fromkeys(row.implementation for row in curve))
+    names = {row.implementation for row in curve}
     curve = [*curve, *(row for row in whole if row.implementation in names)]
-    plt = _pyplot()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    others = [row for row in whole if row.implementation not in names and not row.ours]
+    figure, axes = _pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     colours = _colours([*curve, *whole])
-    for axis, value, unit in ((axes[0], _milliseconds, "ms"), (axes[1], _extra, "MiB")):
-        lines = _lines(curve, points, value)
+    for axis, (field, unit) in zip(axes, UNITS.items(), strict=True):
+        lines = _lines(curve, points, field)
         if not lines:
             axis.set_axis_off()
             continue
         _curve(axis, lines, colours, unit)
-        top = axis.get_ylim()[1]
-        beyond = []
-        for row in whole:
-            measured = value(row)
-            if row.implementation in names or row.ours or measured is None:
-                continue
-            if measured <= 1.5 * top:
-                axis.axhline(measured, color=colours[row.implementation], ls="--", lw=1.2, label=row.implementation)
-            else:  # a line that would flatten all others
-                beyond.append(f"{row.implementation}: {number(measured)} {unit}")
-        axis.text(
-            0.02, 0.98, "\n".join(f"beyond: {text}" for text in beyond), transform=axis.transAxes, va="top", fontsize=8
-        )
+        known = {row.implementation: getattr(row, field) for row in others if getattr(row, field) is not None}
+        # A line far above would flatten all others.
+        near = [name for name, measured in known.items() if measured <= 1.5 * axis.get_ylim()[1]]
+        for name in near:
+            axis.axhline(known[name], color=colours[name], ls="--", lw=1.2, label=name)
+        note = "\n".join(f"beyond: {name}: {number(known[name])} {unit}" for name in known if name not in near)
+        axis.text(0.02, 0.98, note, transform=axis.transAxes, va="top", fontsize=8)
         axis.set_xscale("log", base=4)
         ticks = sorted({x for line in lines.values() for x, _ in line})
         axis.set_xticks(ticks, [str(k) for k in ticks])
@@ -203,14 +196,6 @@ def draw_points(
     return _saved(figure, directory / "point_loss_curve.png")
 
 
-def _milliseconds(row: Row) -> float | None:
-    return row.median_ms
-
-
-def _extra(row: Row) -> float | None:
-    return row.memory_extra_mib
-
-
 def draw_sizes(directory: Path, rows: Sequence[Row], side: Callable[[Row], int], title: str) -> list[str]:
     """Time over the side of the image.
 
@@ -221,9 +206,8 @@ def draw_sizes(directory: Path, rows: Sequence[Row], side: Callable[[Row], int],
     sides = sorted({side(row) for row in rows})
     if len(sides) < 2:
         return []
-    plt = _pyplot()
-    figure, axis = plt.subplots(figsize=(5.4, 3.8), layout="constrained")
-    _curve(axis, _lines(rows, side, _milliseconds), _colours(rows), "ms")
+    figure, axis = _pyplot().subplots(figsize=(5.4, 3.8), layout="constrained")
+    _curve(axis, _lines(rows, side, "median_ms"), _colours(rows), "ms")
     axis.set_xticks(sides)
     axis.set_xlabel("side of the image, pixels")
     axis.set_title(title)
@@ -238,19 +222,19 @@ STAGES = ("#30638e", "#8fb8de", "#d1495b", "#e0a458", "#cfcfcf")
 
 def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
     """Draws the stages of each call as a stacked bar, this package below its peer; returns the files' names."""
-    shown = [r for r in rows if r.headline and r.stages and r.median_ms is not None and r.setting == rows[0].setting]
+    shown = [r for r in rows if r.headline and r.stages and r.median_ms and r.setting == rows[0].setting]
     if not shown:
         return []
-    plt = _pyplot()
+    from matplotlib.patches import Patch
+
     stages = list(dict.fromkeys(stage for row in shown for stage in row.stage_ms))
     colours = dict(zip([*stages, _REST], STAGES, strict=False))
-    figure, axis = plt.subplots(figsize=(9, 1.4 + 0.42 * len(shown)), layout="constrained")
-    position, ticks, labels, longest = 0.0, [], [], max(row.median_ms or 0.0 for row in shown)
-    for case in dict.fromkeys(row.case for row in shown):
-        for row in sorted((r for r in shown if r.case == case), key=lambda r: r.ours):  # before and after
-            total = row.median_ms or 0.0
+    figure, axis = _pyplot().subplots(figsize=(9, 1.4 + 0.42 * len(shown)), layout="constrained")
+    ticks, longest = [], max(row.median_ms for row in shown)
+    for case, group in _groups(sorted(shown, key=lambda row: row.ours), 0.6):  # before and after
+        for position, row in group:
             widths = row.stage_ms
-            widths[_REST] = max(0.0, total - sum(widths.values()))
+            widths[_REST] = max(0.0, row.median_ms - sum(widths.values()))
             left = 0.0
             for stage, colour in colours.items():
                 width = widths.get(stage, 0.0)
@@ -258,22 +242,10 @@ def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
                 if width > 0.06 * longest:
                     axis.text(left + width / 2, position, number(width), ha="center", va="center", fontsize=8)
                 left += width
-            axis.text(
-                left, position, f" {number(total)} ms", va="center", fontsize=8, weight="bold" if row.ours else None
-            )
-            ticks.append(position)
-            labels.append(f"{case}, {row.implementation}")
-            position += 1
-        position += 0.6
-    axis.set_yticks(ticks, labels)
-    axis.invert_yaxis()
-    axis.set_xlim(0, longest * 1.15)
-    axis.set_title(_title("Where the time goes", shown[0].setting))
-    axis.set_xlabel("ms")
-    _bare(axis, "top", "right", "left")
-    axis.tick_params(axis="y", length=0, labelsize=9, colors="black")
-    from matplotlib.patches import Patch
-
+            total, weight = f" {number(row.median_ms)} ms", "bold" if row.ours else None
+            axis.text(left, position, total, va="center", fontsize=8, weight=weight)
+            ticks.append((position, f"{case}, {row.implementation}"))
+    _horizontal(axis, ticks, longest * 1.15, _title("Where the time goes", shown[0].setting), "ms")
     handles = [Patch(color=colour) for colour in colours.values()]
     figure.legend(handles, colours, loc="outside lower center", ncols=len(colours))
     return _saved(figure, directory / "end_to_end_stages.png")
@@ -292,8 +264,7 @@ def smooth(values: Sequence[float]) -> list[float]:
 
 def draw_learning(directory: Path, curves: dict[str, list[float]]) -> list[str]:
     """Draws losses over steps and over seconds, of curves named "<backend>_loss" and "<backend>_seconds"."""
-    plt = _pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
+    figure, panels = _pyplot().subplots(1, 2, figsize=(10, 3.6), sharey=True, layout="constrained")
     backends = [name.removesuffix("_loss") for name in curves if name.endswith("_loss")]
     for backend, colour in zip(backends, (_OURS, _PEERS[0]), strict=False):
         losses, seconds = smooth(curves[f"{backend}_loss"]), curves[f"{backend}_seconds"]

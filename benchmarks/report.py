@@ -6,7 +6,6 @@ device's pages into the folder of its name beside the CSV; `make docs` writes th
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ from rich.table import Table
 
 import benchmarks
 from benchmarks import figures, memory, tables
+from benchmarks.arguments import arguments
 from benchmarks.cases import Benchmark, Row, Scale, read_csv, write_csv
 from benchmarks.compare import read
 from benchmarks.formats import error, markdown, mebibytes, number
@@ -336,22 +336,18 @@ FIRST_PAGE = (
 )  # fmt: skip
 
 
-def targets(runs: dict[str, Run]) -> list[list[str]]:
-    """Every figure with a target, by operator: its name, and the columns of `figures.HEADER`."""
-    return [[op, *line] for op, run in runs.items() for line in figures.lines(benchmarks.load(op), run.scale, run.rows)]
-
-
 def text(directory: Path, runs: dict[str, Run]) -> str:
     """The report of all operators of a run, whose pages and pictures lie in a folder."""
     parts = [f"# Benchmark results: {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
-    found = targets(runs)
+    # By operator: its name, and the columns of `figures.HEADER`.
+    found = [[op, *x] for op, run in runs.items() for x in figures.lines(benchmarks.load(op), run.scale, run.rows)]
     parts += [*_warnings(runs), *_misses(found)]
     for title, op, table, pictures in FIRST_PAGE:
         parts.append(f"## {title}")
         if op not in runs:
             parts.append(f"*Not measured in this folder: {op}.*")
             continue
-        parts += [table(runs[op].rows), f"Every case: [{op}.md]({op}.md). {_note(op)}"]
+        parts += [table(runs[op].rows), f"Every case: [{op}.md]({op}.md). {_NOTES[op]}"]
         parts += [f"![{title}]({name})" for name in pictures if (directory / name).exists()]
     parts.append("## Every operator and every peer")
     for op, run in runs.items():
@@ -372,45 +368,38 @@ def _misses(found: list[list[str]]) -> list[str]:
     return [f"{figures.summary(found)} [All of them](#targets).", "\n".join(missed)]
 
 
-def _note(op: str) -> str:
-    notes = {
-        "point_loss": "*Full masks*: predictions upsampled to the ground truth, every pixel supervised; *points as "
-        "published*: the code of `transformers`. The published 18 GB -> 6 GB per image is a whole training step on a "
-        "GPU; this is the loss part alone.",
-        "end_to_end": "The same random weights and input; peak memory above weights and, in training, gradients.",
-    }
-    return notes.get(op, "")
+_NOTES = {
+    "point_loss": "*Full masks*: predictions upsampled to the ground truth, every pixel supervised; *points as "
+    "published*: the code of `transformers`. The published 18 GB -> 6 GB per image is a whole training step on a "
+    "GPU; this is the loss part alone.",
+    "end_to_end": "The same random weights and input; peak memory above weights and, in training, gradients.",
+    "integrations": "",
+}
 
 
 def _warnings(runs: dict[str, Run]) -> list[str]:
-    found = []
-    quick = [op for op, run in runs.items() if run.scale.quick]
-    if quick:
-        found.append(f"**Quick run of {', '.join(quick)}: small shapes and few rounds. Targets are not judged.**")
-    busy = [op for op, run in runs.items() if float(run.facts.get("load average before", 0)) > BUSY]
-    if busy:
-        found.append(f"**The machine was not idle before the run of {', '.join(busy)}: read these times with care.**")
-    if len(_by_facts(runs)) > 1:
-        found.append("The operators come from several runs; the facts of each are at the end.")
-    return found
+    quick = ", ".join(op for op, run in runs.items() if run.scale.quick)
+    busy = ", ".join(op for op, run in runs.items() if float(run.facts.get("load average before", 0)) > BUSY)
+    found = {
+        f"**Quick run of {quick}: small shapes and few rounds. Targets are not judged.**": quick,
+        f"**The machine was not idle before the run of {busy}: read these times with care.**": busy,
+        "The operators come from several runs; the facts of each are at the end.": len(_by_facts(runs)) > 1,
+    }
+    return [warning for warning, holds in found.items() if holds]
 
 
 def _by_facts(runs: dict[str, Run]) -> list[tuple[dict[str, str], list[str]]]:
     """The conditions of each run and the operators that it measured."""
-    groups: list[tuple[dict[str, str], list[str]]] = []
+    groups: dict[str, tuple[dict[str, str], list[str]]] = {}
     for op, run in runs.items():
-        same = next((ops for facts, ops in groups if facts == run.facts), None)
-        if same is None:
-            groups.append((run.facts, [op]))
-        else:
-            same.append(op)
-    return groups
+        groups.setdefault(json.dumps(run.facts), (run.facts, []))[1].append(op)
+    return list(groups.values())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the pages of results into the folder of their name.")
-    parser.add_argument("tables", nargs="+", type=Path, metavar="CSV", help="results of a device, with their JSON")
-    for table in parser.parse_args().tables:
+    """Write the pages of results into the folder of their name."""
+    about = {"nargs": "+", "type": Path, "metavar": "CSV", "help": "results of a device, with their JSON"}
+    for table in arguments(main.__doc__, {"tables": about}).tables:
         pages(table, table.with_suffix(""))
 
 

@@ -5,7 +5,6 @@ Protocol: one JSON object per line on standard output, with an "event": progress
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.util
 import json
@@ -23,6 +22,7 @@ from torch import Tensor
 
 import benchmarks
 from benchmarks import facts, floors, launches, memory, timing
+from benchmarks.arguments import arguments
 from benchmarks.cases import Benchmark, Case, Data, Implementation, Row, Scale
 
 #: Peaks of memory are measured this many at once: nothing is timed meanwhile.
@@ -58,73 +58,62 @@ def _failure(error: Exception) -> str:
     return f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0][:160] if str(error).strip() else ''}"
 
 
-def _row(benchmark: Benchmark, case: Case, implementation: Implementation, setting: str) -> Row:
-    threads = case.threads or torch.get_num_threads()
-    return Row(
-        benchmark.op, case.name, implementation.name, setting, case.direction, case.distribution, case.dtype, threads,
-        ours=implementation.ours, headline=case.headline,
-    )  # fmt: skip
+def _checked(
+    benchmark: Benchmark, case: Case, one: Implementation, data: Data, row: Row, skip: list[str]
+) -> tuple[Any, float] | None:
+    """The call to be timed, and what it took when its result was checked; None, and why in the row, if it is not."""
+    left_out = [f"left out (--skip {text})" for text in skip if text in one.name]
+    if reason := left_out[0] if left_out else one.unavailable():
+        row.status = reason
+        return None
+    try:
+        run = case.bind(one, data)
+        start = time.perf_counter()
+        results, row.written_mib = memory.written(partial(run, collect=True), one.counts_writes)
+        taken = (time.perf_counter() - start) * 1e3
+        verdict = benchmark.check(case, one, data, one.decode(results, data))
+    except Exception as error:  # a peer may fail in any way; the row says how
+        row.status = _failure(error)
+        return None
+    row.error_output, row.error_gradients = verdict.output, verdict.gradients
+    row.status = "ok" if verdict.right else "wrong result"
+    return (run, taken) if verdict.right else None
 
 
 def _measure_case(
     benchmark: Benchmark, case: Case, data: Data, setting: str, scale: Scale, rates: floors.Floors, skip: list[str]
 ) -> list[Row]:
-    rows, runs, timed, checked_ms = [], [], [], []
-    first = setting == next(iter(facts.settings(scale.device)))
-    for implementation in case.implementations:
-        if implementation.one_setting and not (first or scale.full):
+    rows, timed, cuda = [], [], scale.device == "cuda"
+    every = scale.full or setting == next(iter(facts.settings(scale.device)))
+    for one in case.implementations:
+        if one.one_setting and not every:
             continue
-        row = _row(benchmark, case, implementation, setting)
-        rows.append(row)
-        reason = next((f"left out (--skip {text})" for text in skip if text in implementation.name), None)
-        reason = reason or implementation.unavailable()
-        if reason is not None:
-            row.status = reason
-            continue
-        try:
-            run = case.bind(implementation, data)
-            start = time.perf_counter()
-            results, row.written_mib = memory.written(partial(run, collect=True), implementation.counts_writes)
-            checked = (time.perf_counter() - start) * 1e3
-            verdict = benchmark.check(case, implementation, data, implementation.decode(results, data))
-            del results
-        except Exception as error:  # a peer may fail in any way; the row says how
-            row.status = _failure(error)
-            continue
-        row.error_output, row.error_gradients = verdict.output, verdict.gradients
-        if not verdict.right:
-            row.status = "wrong result"
-            continue
-        runs.append(run)
-        timed.append(row)
-        # On a GPU the first call compiles.
-        checked_ms.append(checked if scale.device == "cpu" else 0.0)
+        threads = case.threads or torch.get_num_threads()
+        who = benchmark.op, case.name, one.name, setting, case.direction, case.distribution, case.dtype, threads
+        rows.append(Row(*who, ours=one.ours, headline=case.headline))
+        if found := _checked(benchmark, case, one, data, rows[-1], skip):
+            timed.append((one, rows[-1], *found))
     plan = timing.plan(benchmark.budget_s, scale.quick, scale.full, benchmark.long_ms)
+    alone = benchmark.cpu_time and torch.get_num_threads() == 1
+    # On a GPU the first call compiles.
+    results = timing.interleaved(
+        [run for *_, run, _ in timed], scale.device, plan, [0.0 if cuda else taken for *_, taken in timed],
+        time.process_time if alone else time.perf_counter,
+    )  # fmt: skip
     work = benchmark.work(case, data)
     floor_ms, kind = (None, "") if work is None else floors.floor(work, rates)
-    by_name = {implementation.name: implementation for implementation in case.implementations}
-    alone = benchmark.cpu_time and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    results = timing.interleaved(runs, scale.device, plan, checked_ms, clock)
-    for row, result in zip(timed, results, strict=True):
-        row.median_ms, row.iqr_ms, row.rounds, row.page_faults = (
-            result.median_ms, result.iqr_ms, result.rounds, result.page_faults,
-        )  # fmt: skip
-        row.floor_ms, row.floor_kind = floor_ms, kind
+    for (one, row, run, _), result in zip(timed, results, strict=True):
+        vars(row).update(asdict(result), floor_ms=floor_ms, floor_kind=kind)
         row.floor_share = None if floor_ms is None else floor_ms / result.median_ms
-        stages = benchmark.stages(case, by_name[row.implementation])
+        row.subject_speedup = rows[0].median_ms and result.median_ms / rows[0].median_ms
+        stages = benchmark.stages(case, one)
         row.stages = ";".join(f"{name}={milliseconds:.6g}" for name, milliseconds in stages.items())
-    subject = rows[0].median_ms
-    for row in rows:
-        if subject is not None and row.median_ms is not None:
-            row.subject_speedup = row.median_ms / subject
-    if scale.device == "cuda":
-        for row, run in zip(timed, runs, strict=True):
+        if cuda:
             row.kernels = launches.count(run)
-            if case.memory and by_name[row.implementation].counts_memory:
-                row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
-                if benchmark.peak is not None:  # which counts outputs too
-                    row.memory_extra_mib, row.memory_total_mib = row.memory_total_mib, None
+        if cuda and case.memory and one.counts_memory:
+            row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
+            if benchmark.peak is not None:  # which counts outputs too
+                row.memory_extra_mib, row.memory_total_mib = row.memory_total_mib, None
     return rows
 
 
@@ -227,37 +216,40 @@ def _report_memory(job: Job | None, result: tuple[float, float | None] | str) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=["prepare", "time", "memory"])
-    parser.add_argument("--op", default="", help="comma-separated operators")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--workspace", type=Path, required=True)
-    parser.add_argument("--setting", default="")
-    parser.add_argument("--case", default="", help="only cases whose name contains this")
-    parser.add_argument("--skip", action="append", default=[], help="leave out implementations that contain this")
-    arguments = parser.parse_args()
+    options = arguments(
+        __doc__,
+        {
+            "task": {"choices": ["prepare", "time", "memory"]},
+            "--op": {"default": "", "help": "comma-separated operators"},
+            "--device": {"default": "cpu"},
+            "--quick": {"action": "store_true"},
+            "--full": {"action": "store_true"},
+            "--workspace": {"type": Path, "required": True},
+            "--setting": {"default": ""},
+            "--case": {"default": "", "help": "only cases whose name contains this"},
+            "--skip": {"action": "append", "default": [], "help": "leave out implementations that contain this"},
+        },
+    )
 
     global _OUT
     _OUT, sys.stdout = sys.stdout, sys.stderr  # whatever a peer prints must not enter the protocol
-    scale = Scale(arguments.device, arguments.quick, arguments.full)
+    scale = Scale(options.device, options.quick, options.full)
     # float32 is float32 for everybody, in cuDNN's convolutions too, which default to TF32.
     torch.backends.cudnn.allow_tf32 = False
-    if arguments.task == "memory":
-        measure_memory(scale, arguments.workspace)
+    if options.task == "memory":
+        measure_memory(scale, options.workspace)
         return
-    loaded = [benchmarks.load(op) for op in arguments.op.split(",")]
-    chosen = [[case for case in b.select(scale) if arguments.case in case.name] for b in loaded]
-    if arguments.task == "prepare":
+    loaded = [benchmarks.load(op) for op in options.op.split(",")]
+    chosen = [[case for case in b.select(scale) if options.case in case.name] for b in loaded]
+    if options.task == "prepare":
         measured = [op for benchmark in loaded for op in benchmark.measured_operators]
-        emit("facts", facts=facts.gather(arguments.device, measured), slug=facts.device_slug(arguments.device))
-        measure_floors(scale, [case for cases in chosen for case in cases], arguments.workspace)
+        emit("facts", facts=facts.gather(options.device, measured), slug=facts.device_slug(options.device))
+        measure_floors(scale, [case for cases in chosen for case in cases], options.workspace)
     for benchmark, cases in zip(loaded, chosen, strict=True):
-        if arguments.task == "prepare":
-            prepare(benchmark, scale, cases, arguments.workspace)
+        if options.task == "prepare":
+            prepare(benchmark, scale, cases, options.workspace)
         else:
-            time_cases(benchmark, scale, cases, arguments.workspace, arguments.setting, arguments.skip)
+            time_cases(benchmark, scale, cases, options.workspace, options.setting, options.skip)
 
 
 if __name__ == "__main__":

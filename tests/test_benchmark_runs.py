@@ -485,7 +485,7 @@ CODE = """\
 
 
 def test_instructions_are_counted_by_kind():
-    found = static_cuda.mixes(CODE)
+    found = {name: sass.mix(code) for name, code in static_cuda.dumps(CODE).items()}
     assert found["forward"].counts == {"other": 1, "load": 2, "float": 1}
     assert found["forward"].memory() == "2 (1 of 16 bytes)"
     assert found["backward"].text() == "2: atomic 50%, local 50%"
@@ -503,10 +503,10 @@ def test_executed_instructions_are_weighted_by_trips():
         + line("@P0 BRA LBB1") + line("@P1 BRA LBB0") + "LBB2:\n" + line("@P3 BRA LBB3") + line("IADD3 R1, R1, R2")
         + "LBB3:\n" + line("@P2 BRA LBB2") + line("EXIT") + "LBB4:\n" + line("BRA LBB4")
     )  # fmt: skip
-    assert sass.executed(code, [1, 1, 1]) == 9
-    assert sass.executed(code, [2, 3, 5]) == 1 + 2 * (1 + 3 * 2 + 1) + 5 * 3 + 1
+    assert sass.longest_path(code, [1, 1, 1]) == 9
+    assert sass.longest_path(code, [2, 3, 5]) == 1 + 2 * (1 + 3 * 2 + 1) + 5 * 3 + 1
     with pytest.raises(ValueError, match="each of 3 loops"):
-        sass.executed(code)
+        sass.longest_path(code)
 
 
 def test_the_longest_path_takes_one_of_two_branches():

@@ -14,7 +14,6 @@ Exit status: 0 where every step that ran passed, 1 where one failed or was cut o
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import re
@@ -28,6 +27,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from benchmarks.arguments import arguments
 
 ROOT = Path(__file__).parents[2]
 #: What `make gpu-bundle` prepares: plan.json, wheels/, lib/, old/.
@@ -357,20 +358,23 @@ def _device(environment: dict[str, str]) -> tuple[str, str, int]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=540, help="of the whole call; default: nine minutes")
-    parser.add_argument("--steps", default="", help=f"some of them, by comma: {', '.join(s.name for s in STEPS)}")
-    parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--archive", type=Path, help="also pack the results into this .tar.gz, after every step")
-    parser.add_argument("--rehearse", action="store_true", help="every step at its smallest on the CPU")
-    options = parser.parse_args()
+    options = arguments(
+        __doc__,
+        {
+            "--seconds": {"type": float, "default": 540, "help": "of the whole call; default: nine minutes"},
+            "--steps": {"default": "", "help": f"some of them, by comma: {', '.join(s.name for s in STEPS)}"},
+            "--output": {"type": Path, "default": ROOT / "benchmarks" / "results"},
+            "--archive": {"type": Path, "help": "also pack the results into this .tar.gz, after every step"},
+            "--rehearse": {"action": "store_true", "help": "every step at its smallest on the CPU"},
+        },
+    )
     begun = time.monotonic()
     chosen = [name for name in options.steps.split(",") if name]
     unknown = [name for name in chosen if name not in {step.name for step in STEPS}]
     if unknown:
-        parser.error(f"--steps: expected some of {', '.join(s.name for s in STEPS)}; got {', '.join(unknown)}")
+        options.refuse(f"--steps: expected some of {', '.join(s.name for s in STEPS)}; got {', '.join(unknown)}")
     if not options.seconds > 0:
-        parser.error(f"--seconds: expected more than 0; got {options.seconds:g}")
+        options.refuse(f"--seconds: expected more than 0; got {options.seconds:g}")
     try:
         environment = prepare()
         device, (slug, architecture, workers) = (

@@ -12,7 +12,6 @@ and fails where all of it is more than --limit MiB. Copy the tree with this fold
 
 from __future__ import annotations
 
-import argparse
 import io
 import json
 import shutil
@@ -21,6 +20,7 @@ import sys
 import tarfile
 from pathlib import Path
 
+from benchmarks.arguments import arguments
 from benchmarks.tools.gpu import BUNDLE, ROOT
 
 #: What the tests and benchmarks need beyond what images with PyTorch usually hold.
@@ -78,19 +78,22 @@ def size_mib(folder: Path) -> float:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", required=True, help="commit to measure against")
-    parser.add_argument("--architecture", default="90", help="compute capability of the GPU; default: 90 (H100, H200)")
-    parser.add_argument("--python", default="3.12", help="Python of that machine")
-    parser.add_argument("--wheel", action="append", help=f"repeatable; default: {' '.join(WHEELS)}")
-    parser.add_argument("--limit", type=float, default=60, help="MiB")
-    options = parser.parse_args()
+    options = arguments(
+        __doc__,
+        {
+            "--base": {"required": True, "help": "commit to measure against"},
+            "--architecture": {"default": "90", "help": "compute capability of the GPU; default: 90 (H100, H200)"},
+            "--python": {"default": "3.12", "help": "Python of that machine"},
+            "--wheel": {"action": "append", "help": f"repeatable; default: {' '.join(WHEELS)}"},
+            "--limit": {"type": float, "default": 60, "help": "MiB"},
+        },
+    )
     try:
         commit, base = (
             _git("rev-parse", "--verify", f"{c}^{{commit}}").decode().strip() for c in ("HEAD", options.base)
         )
     except subprocess.CalledProcessError:
-        parser.error(f"--base: expected a commit of this checkout; got {options.base!r}")
+        options.refuse(f"--base: expected a commit of this checkout; got {options.base!r}")
     changed = _git("diff", "--name-only", base, commit).decode().split()
     shutil.rmtree(BUNDLE, ignore_errors=True)
     (BUNDLE / "old").mkdir(parents=True)

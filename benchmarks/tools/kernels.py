@@ -10,7 +10,6 @@ before the clock starts. On CPU it runs at a small size, as a check that it work
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from torch import Tensor
 
 import m2f_kernels
 from benchmarks import facts, inputs, static, timing
+from benchmarks.arguments import arguments
 from m2f_kernels import _library
 
 HEADS, CHANNELS, POINTS, QUERIES = 8, 256, 12544, 100
@@ -152,10 +152,13 @@ def microseconds(run: Callable[[], object], device: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", action="append", choices=list(PARTS), help="repeatable; default: all")
-    parser.add_argument("--output", type=Path, help="write the table there, as Markdown, besides printing it")
-    options = parser.parse_args()
+    options = arguments(
+        __doc__,
+        {
+            "--part": {"action": "append", "choices": list(PARTS), "help": "repeatable; default: all"},
+            "--output": {"type": Path, "help": "write the table there, as Markdown, besides printing it"},
+        },
+    )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     lines = ["| operator | bfloat16, µs | float32, µs |", "|---|---:|---:|"]

@@ -19,7 +19,6 @@ H200 the profiler counted 11-13 % more than this rule in inference, 8-13 % fewer
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import json
@@ -40,6 +39,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.arguments import arguments
 from benchmarks.formats import markdown
 from m2f_kernels import _transfer, dispatch
 
@@ -465,13 +465,16 @@ def _targets(masks: list[Tensor], labels: list[Tensor]) -> list[dict[str, Tensor
 # ---------------------------------------------------------------- the command
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     """Print the tables."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.launches", description=__doc__.partition("\n")[0])
-    parser.add_argument("--size", type=int, default=512, help="side of the image in inference (default: 512)")
-    parser.add_argument("--backbone", default="r50", help="r50, swin-t, ... (default: r50)")
-    parser.add_argument("--top", type=int, default=0, metavar="N", help="the N most frequent operators of each count")
-    options = parser.parse_args(arguments)
+    options = arguments(
+        __doc__.partition("\n")[0],
+        {
+            "--size": {"type": int, "default": 512, "help": "side of the image in inference (default: 512)"},
+            "--backbone": {"default": "r50", "help": "r50, swin-t, ... (default: r50)"},
+            "--top": {"type": int, "default": 0, "metavar": "N", "help": "the N most frequent operators of each count"},
+        },
+    )
     counts: dict[str, Launches] = {}
     for what in INFERENCE:
         counts[what] = inference(what, options.size, options.backbone)

@@ -7,7 +7,6 @@ trained model, in Hugging Face's format, into `--model`.
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -17,6 +16,7 @@ import torch
 
 import m2f_kernels
 from benchmarks import facts, plot, report
+from benchmarks.arguments import arguments
 from benchmarks.cases import Row, Scale
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.data import Shapes
@@ -99,13 +99,16 @@ def measured(runs: dict[str, Run], count: int) -> report.Run:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--evaluate-every", type=int, default=500)
-    parser.add_argument("--images", type=int, default=200, help="to measure panoptic quality on")
-    parser.add_argument("--output", type=Path, default=report.RESULTS, help="default: benchmarks/results")
-    parser.add_argument("--model", type=Path, default=None, help="directory for the trained model")
-    options = parser.parse_args()
+    options = arguments(
+        __doc__,
+        {
+            "--steps": {"type": int, "default": 1000},
+            "--evaluate-every": {"type": int, "default": 500},
+            "--images": {"type": int, "default": 200, "help": "to measure panoptic quality on"},
+            "--output": {"type": Path, "default": report.RESULTS, "help": "default: benchmarks/results"},
+            "--model": {"type": Path, "default": None, "help": "directory for the trained model"},
+        },
+    )
     with tempfile.TemporaryDirectory() as scratch:
         runs = train(options.steps, options.evaluate_every, options.images, Path(scratch))
     if options.model is not None:

@@ -30,6 +30,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.arguments import arguments
+
 ROOT = Path(__file__).parents[2]
 #: Side of the image, whether it is a training step, batch.
 CALLS = {
@@ -290,36 +292,37 @@ def compare_models(options: argparse.Namespace, trees: Sequence[Path], names: Se
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--old", type=Path, required=True, help="tree of the older commit, with m2f_kernels/lib")
-    parser.add_argument("--what", default="kernels", choices=("kernels", "model", "integrations"))
-    parser.add_argument("--rounds", type=int, help="of each tree that are timed (default: 2, of models 7)")
-    kernels_only = parser.add_argument_group("kernels")
-    kernels_only.add_argument("--part", action="append", default=[], help="as of benchmarks.kernels; repeatable")
-    kernels_only.add_argument("--with", dest="settings", action="append", default=[], metavar="NAME=VALUE")
-    kernels_only.add_argument("--seconds", type=float, default=float("inf"), help="no round begins after these")
-    kernels_only.add_argument("--output", type=Path, help="folder for old_new.md and measured.json")
-    models_only = parser.add_argument_group("models")
-    models_only.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    models_only.add_argument("--runs", type=int, default=3, help="peaks of each tree that are measured (default: 3)")
-    models_only.add_argument("--only", action="append", help="repeatable; a row's name")
-    models_only.add_argument("--clock", default="wall", choices=("wall", "cpu"), help="cpu: the time of all threads")
-    options = parser.parse_args()
+    options = arguments(
+        __doc__,
+        {
+            "--old": {"type": Path, "required": True, "help": "tree of the older commit, with m2f_kernels/lib"},
+            "--what": {"default": "kernels", "choices": ("kernels", "model", "integrations")},
+            "--rounds": {"type": int, "help": "of each tree that are timed (default: 2, of models 7)"},
+            "--part": {"action": "append", "default": [], "help": "as of benchmarks.kernels; repeatable"},
+            "--with": {"dest": "settings", "action": "append", "default": [], "metavar": "NAME=VALUE"},
+            "--seconds": {"type": float, "default": float("inf"), "help": "no round begins after these"},
+            "--output": {"type": Path, "help": "folder for old_new.md and measured.json"},
+            "--device": {"default": "cpu", "choices": ("cpu", "cuda")},
+            "--runs": {"type": int, "default": 3, "help": "peaks of each tree that are measured (default: 3)"},
+            "--only": {"action": "append", "help": "repeatable; a row's name"},
+            "--clock": {"default": "wall", "choices": ("wall", "cpu"), "help": "cpu: the time of all threads"},
+        },
+    )
     if options.rounds is None:
         options.rounds = 2 if options.what == "kernels" else 7
     if options.rounds < 1:
-        parser.error(f"--rounds: expected at least 1; got {options.rounds}")
+        options.refuse(f"--rounds: expected at least 1; got {options.rounds}")
     if wrong := [x for x in options.settings if "=" not in x]:
-        parser.error(f"--with: expected NAME=VALUE; got {wrong[0]}")
+        options.refuse(f"--with: expected NAME=VALUE; got {wrong[0]}")
     if not list((options.old / "benchmarks").rglob("kernels.py")):
-        parser.error(f"--old: expected a tree with benchmarks.kernels; got {options.old}")
+        options.refuse(f"--old: expected a tree with benchmarks.kernels; got {options.old}")
     trees, names = (options.old.resolve(), ROOT), (*CALLS, *LOSSES)
     if options.what == "integrations":
         from benchmarks import models
 
         names = tuple(model.name for model in models.MODELS)
     if unknown := set(options.only or ()) - set(names):
-        parser.error(f"--only: expected one of {'; '.join(names)}; got {'; '.join(sorted(unknown))}")
+        options.refuse(f"--only: expected one of {'; '.join(names)}; got {'; '.join(sorted(unknown))}")
     print(HEADER, flush=True)
     if options.what == "kernels":
         compare_kernels(options, trees)

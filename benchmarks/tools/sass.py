@@ -145,44 +145,6 @@ def mix(code: str) -> Mix:
 
 
 _LABEL = re.compile(r"^\.?(L[A-Z]*_?\w*):")
-_BRANCH = re.compile(r"\bBRA(?:\.\w+)*\s+`?\(?\.?(L\w+)\)?")
-
-
-def executed(code: str, trips: Sequence[int] = ()) -> int:
-    """Instructions that a warp executes in one kernel's disassembly with labels, as Triton prints it.
-
-    Every forward branch counts as not taken, so parts that are skipped count as executed.
-
-    Args:
-        code: the disassembly.
-        trips: how often the body of each loop runs, in the order of where the loops begin. What nests multiplies.
-
-    Raises:
-        ValueError: there are more or fewer loops than `trips`.
-    """
-    labels: dict[str, int] = {}
-    loops: dict[int, int] = {}
-    count = 0
-    for line in code.splitlines():
-        if label := _LABEL.match(line.strip()):
-            labels[label[1]] = count
-        elif opcodes(line):
-            branch = _BRANCH.search(line)
-            # A branch to itself stands behind the end and is never reached.
-            if branch and branch[1] in labels and labels[branch[1]] < count:
-                loops[labels[branch[1]]] = max(count, loops.get(labels[branch[1]], 0))
-            if not (branch and labels.get(branch[1]) == count):
-                count += 1
-    if len(loops) != len(trips):
-        raise ValueError(f"trips: expected one number for each of {len(loops)} loops; got {list(trips)}")
-    total = count
-    for begin, repeats in sorted(zip(sorted(loops), trips, strict=True), reverse=True):
-        # From the inside out: what an inner loop adds is repeated by the outer ones.
-        around = [n for start, n in zip(sorted(loops), trips, strict=True) if start < begin <= loops[start]]
-        total += (loops[begin] - begin + 1) * (repeats - 1) * math.prod(around)
-    return total
-
-
 _TARGET = re.compile(
     r"\bBRA(?P<kind>(?:\.\w+)*)\s+(?P<condition>!?U?P\w+,\s*)?(?:UR\w+,\s*)?`?\(?\.?(?P<label>L\w+)\)?"
 )
@@ -229,8 +191,8 @@ def loops(code: str) -> int:
 def longest_trace(code: str, trips: Sequence[int] = ()) -> list[str]:
     """The most instructions that a warp can execute from a kernel's entry to its last EXIT, line by line.
 
-    Unlike `executed`, what cannot be executed together is not added up. Jumps that only diverged warps take (BRA.DIV)
-    and early exits are not followed; a called function counts as its call.
+    Jumps that only diverged warps take (BRA.DIV) and early exits are not followed; a called function counts as its
+    call.
 
     Args:
         code: the disassembly, with labels.
@@ -297,9 +259,7 @@ def compiled_per_sample(nvcc: str, header: str = "ms_deform_attn/cuda_kernels.cu
     holds, on sm_90."""
     from benchmarks import static_cuda
 
-    code = {
-        name.removeprefix("ms_deform_attn_"): body for name, body in static_cuda.labelled(nvcc, "90", header).items()
-    }
+    code = {k.name.removeprefix("ms_deform_attn_"): k.code for k in static_cuda.compiled(nvcc, "90", header)}
     return {
         name: longest_path(code[name], trips) / (12 * queries)
         for name, (trips, queries) in COMPILED.items()
@@ -343,29 +303,12 @@ def main() -> None:
 
 def per_sample(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
     """Instructions that the warps of the launch execute, compiled for sm_90, per sample of each query and head."""
-    from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
-
-    with recording(ARCHITECTURES[90]) as launches:
-        function(*arguments)
-    (launch,) = launches
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
-    code = _compiled(launch.kernel, launch.arguments, options)
-    n, queries, heads = launch.arguments["value"].shape[0], launch.arguments["queries"], launch.arguments["HEADS"]
-    samples = n * queries * heads * launch.arguments["FIRST"][-1]
-    return executed(code) * launch.num_warps * math.prod(launch.grid) / samples
-
-
-def _compiled(kernel: Any, arguments: dict[str, Any], options: dict[str, Any]) -> str:
-    """The disassembly of a Triton kernel for sm_90."""
-    from triton import compile
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from benchmarks import static
 
-    source = ASTSource(kernel, *static.specialise(kernel, arguments))
-    code: str = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["sass"]
-    return code
+    ((launch, compiled, _),) = static.compiled_launches(function, arguments)
+    n, queries, heads = launch.arguments["value"].shape[0], launch.arguments["queries"], launch.arguments["HEADS"]
+    samples = n * queries * heads * launch.arguments["FIRST"][-1]
+    return longest_path(compiled.asm["sass"]) * launch.num_warps * math.prod(launch.grid) / samples
 
 
 def deformops_per_sample(dtype: Any) -> float:
@@ -389,9 +332,9 @@ def deformops_per_sample(dtype: Any) -> float:
     given += [locations, weights, output, n, queries, heads, levels, points, d]
     given += [stride for x in (value, locations, weights, output) for stride in x.stride()]
     given += [TILES.block_size_q, d, 0]
-    code = _compiled(kernel, dict(zip(kernel.arg_names, given, strict=True)), {})
+    code = static.compile_kernel(kernel, dict(zip(kernel.arg_names, given, strict=True)), 90, {}).asm["sass"]
     warps = 4 * math.ceil(queries / TILES.block_size_q) * heads * n  # Triton's default is 4 a program
-    return executed(code, (levels, points)) * warps / (n * queries * heads * levels * points)
+    return longest_path(code, (levels, points)) * warps / (n * queries * heads * levels * points)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ Nothing here is measured.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import math
 import os
@@ -32,7 +31,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import of_operators, sass
+from benchmarks import memory, of_operators, sass
+from benchmarks.arguments import arguments
 from benchmarks.cases import write_csv
 from benchmarks.formats import markdown
 
@@ -515,33 +515,47 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     return int(found[0][0]), int(found[0][1])
 
 
-def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> list[Resources]:
-    """Compile every kernel that `cases()[index]` launches."""
+def compile_kernel(kernel: Any, arguments: dict[str, Any], target: int | str, options: dict[str, Any]) -> Any:
+    """A Triton kernel compiled as for a launch with these arguments."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from m2f_kernels._triton import ARCHITECTURES
+
+    one = ARCHITECTURES[target]
+    compiler = GPUTarget("hip", one.gfx, one.warp_size) if one.gfx else GPUTarget("cuda", one.capability, 32)
+    return triton.compile(ASTSource(kernel, *specialise(kernel, arguments)), target=compiler, options=options)
+
+
+def compiled_launches(
+    function: Callable[..., Any], arguments: Iterable[Any], target: int | str = 90
+) -> Iterator[tuple[Any, Any, float]]:
+    """Yields every launch of a call of a Triton operator on the meta device, its compiled kernel, and the seconds of
+    processor time that went into compiling it."""
     from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
+
+    with recording(ARCHITECTURES[target]) as launches:
+        function(*arguments)
+    if not launches:
+        raise RuntimeError(f"{function.__name__} launched no kernel")
+    for launch in launches:
+        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
+        before = sum(os.times()[:4])
+        compiled = compile_kernel(launch.kernel, launch.arguments, target, options)
+        yield launch, compiled, sum(os.times()[:4]) - before
+
+
+def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> list[Resources]:
+    """Compile every kernel that `cases()[index]` launches."""
+    from m2f_kernels._triton import ARCHITECTURES
 
     case, architecture = cases()[index], ARCHITECTURES[target]
     function = getattr(importlib.import_module(case.module), case.function)
-    with case.chosen(), recording(architecture) as launches:
-        function(*case.arguments(DTYPES[dtype], head_dim))
-    if not launches:
-        raise RuntimeError(f"{case.function} launched no kernel")
-    compiler = (
-        GPUTarget("hip", architecture.gfx, architecture.warp_size)
-        if architecture.gfx
-        else GPUTarget("cuda", architecture.capability, 32)
-    )
     results: dict[str, Resources] = {}
-    for launch in launches:
-        signature, constants, attributes = specialise(launch.kernel, launch.arguments)
-        source = ASTSource(launch.kernel, signature, constants, attributes)
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
-        before = sum(os.times()[:4])
-        compiled = triton.compile(source, target=compiler, options=options)
-        seconds = sum(os.times()[:4]) - before
+    with case.chosen():
+        launches = list(compiled_launches(function, case.arguments(DTYPES[dtype], head_dim), target))
+    for launch, compiled, seconds in launches:
         mix = None
         if architecture.gfx:
             registers, stack, spills = amd_usage(compiled.asm["amdgcn"])
@@ -550,6 +564,7 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
             spills = len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"]))
             mix = sass.mix(compiled.asm["sass"])
         # Small letters are arguments that happened to be 1, not choices.
+        constants = specialise(launch.kernel, launch.arguments)[1]
         shown = ", ".join(f"{name}={value}" for name, value in constants.items() if name.isupper())
         result = Resources(
             function=case.function, kernel=launch.kernel.__name__, dtype=dtype, head_dim=head_dim,
@@ -557,16 +572,11 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
             num_stages=launch.num_stages, shared=compiled.metadata.shared, shared_limit=SHARED_LIMITS[target],
             registers=registers, stack=stack, spills=spills,
             capability=architecture.capability, programs=math.prod(launch.grid),
-            bytes_moved=_bytes(launch.arguments.values()),
+            bytes_moved=memory.bytes_of(launch.arguments.values()),
             flops=case.flops(head_dim).get(launch.kernel.__name__, 0), mix=mix, seconds=seconds,
         )  # fmt: skip
         results.setdefault(f"{result}", result)
     return list(results.values())
-
-
-def _bytes(arguments: Iterable[Any]) -> int:
-    """Bytes of the tensors among a launch's arguments."""
-    return sum(x.numel() * x.element_size() for x in arguments if isinstance(x, torch.Tensor))
 
 
 def jobs(
@@ -633,26 +643,29 @@ def _names() -> list[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="fail if a kernel spills or wants too much shared memory; backward kernels may spill on other parts than "
-        "sm_80, sm_90 and sm_100",
+    options = arguments(
+        __doc__,
+        {
+            "--check": {
+                "action": "store_true",
+                "help": "fail if a kernel spills or wants too much shared memory; backward kernels may spill on other "
+                "parts than sm_80, sm_90 and sm_100",
+            },
+            "--representative": {"action": "store_true", "help": "one D, in fp32 and bf16"},
+            "--dtypes": {"nargs": "+", "default": [], "choices": DTYPES, "help": "default: those of the set"},
+            "--select": {"default": "", "help": "only operators whose name contains this"},
+            "--archs": {
+                "default": ",".join(map(str, SHARED_LIMITS)),
+                "help": "compute capabilities and AMD's names, separated by ','; default: all, %(default)s",
+            },
+            "--summary": {
+                "action": "store_true",
+                "help": "print kernels by targets with their spills, not every kernel",
+            },
+            "--processes": {"type": int, "default": os.cpu_count() or 1},
+            "--output": {"type": Path, "help": "write the table there, as CSV, besides printing it"},
+        },
     )
-    parser.add_argument("--representative", action="store_true", help="one D, in fp32 and bf16")
-    parser.add_argument("--dtypes", nargs="+", default=[], choices=DTYPES, help="default: those of the set")
-    parser.add_argument("--select", default="", help="only operators whose name contains this")
-    parser.add_argument(
-        "--archs", default=",".join(map(str, SHARED_LIMITS)),
-        help="compute capabilities and AMD's names, separated by ','; default: all, %(default)s",
-    )  # fmt: skip
-    parser.add_argument(
-        "--summary", action="store_true", help="print kernels by targets with their spills, not every kernel"
-    )
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--output", type=Path, help="write the table there, as CSV, besides printing it")
-    options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("benchmarks.static: TRITON_INTERPRET=1 is set: the interpreter compiles nothing", file=sys.stderr)
         return 2

@@ -7,23 +7,23 @@ Needs nvcc, of a toolkit or from PyPI, and the headers of any installed torch; n
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks import sass
+from benchmarks.arguments import arguments
 from benchmarks.cases import write_csv
 from benchmarks.formats import markdown
 
-SOURCE = Path("ms_deform_attn/cuda.cu")
+SOURCE = "ms_deform_attn/cuda.cu"
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 #: Threads of a block: the launch bound of every kernel (`kMaxThreads`).
 THREADS = 256
@@ -41,12 +41,16 @@ class Kernel:
     stack: int
     spill_stores: int
     spill_loads: int
-    mix: sass.Mix | None = None
+    dump: str = ""
 
     @property
     def occupancy(self) -> float:
         """By registers and static shared memory; what the launch adds may lower it."""
         return sass.occupancy(int(self.architecture), THREADS // 32, self.registers, self.shared)
+
+    @property
+    def code(self) -> str:
+        return control_codes(self.dump)
 
 
 def compiler() -> str | None:
@@ -58,75 +62,46 @@ def compiler() -> str | None:
     return None if found is None else str(found.path)
 
 
-def disassembler(name: str = "cuobjdump") -> str | None:
-    """One of the toolkit, or the one that comes with triton."""
-    found = shutil.which(name)
+def disassembler() -> str | None:
+    """cuobjdump of the toolkit, or the one that comes with triton."""
+    found = shutil.which("cuobjdump")
     if found is None and importlib.util.find_spec("triton"):
         import triton
 
-        found = getattr(triton.knobs.nvidia, name).path
+        found = triton.knobs.nvidia.cuobjdump.path
     return found
 
 
-def mixes(code: str) -> dict[str, sass.Mix]:
-    """The instructions of each kernel of a disassembled object, by its mangled name."""
-    parts = re.split(r"^\s*Function : (\w+)$", code, flags=re.MULTILINE)[1:]
-    return {name: sass.mix(body) for name, body in zip(parts[::2], parts[1::2], strict=True)}
+def compiled(nvcc: str, architecture: str, file: str = SOURCE) -> list[Kernel]:
+    """The kernels of a file under csrc, compiled for one architecture.
 
-
-def compile_verbosely(nvcc: str, architecture: str) -> tuple[str, dict[str, sass.Mix]]:
-    """The assembler's report on `SOURCE` for one architecture, and the instructions of its kernels."""
+    Raises:
+        RuntimeError: nvcc failed, with its output; or torch, whose headers bindings need, is not installed.
+    """
     torch = importlib.util.find_spec("torch")
     if torch is None or torch.origin is None:
         raise RuntimeError("torch is not installed: its headers are needed to compile the bindings")
     with tempfile.TemporaryDirectory() as directory:
-        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-Xcompiler", "-fPIC"]
-        command += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", str(_CSRC)]
-        command += ["-isystem", str(Path(torch.origin).parent / "include")]
-        command += ["-c", str(_CSRC / SOURCE), "-o", str(Path(directory) / "out.o")]
+        source, cubin = Path(directory) / "kernels.cu", Path(directory) / "kernels.cubin"
+        source.write_text(f'#include "{file}"\n')
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-DUSE_CUDA"]
+        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", str(_CSRC)]
+        command += ["-isystem", str(Path(torch.origin).parent / "include"), str(source), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        tool = disassembler()
+        tool, dump = disassembler(), ""
         if tool is None:
             print("static_cuda: no cuobjdump here: instructions are not counted", file=sys.stderr)
-            return done.stderr, {}
-        dump = subprocess.run([tool, "-sass", command[-1]], capture_output=True, text=True, check=True)
-    return done.stderr, mixes(dump.stdout)
+        else:
+            dump = subprocess.run([tool, "-sass", str(cubin)], capture_output=True, text=True, check=True).stdout
+    return parse(done.stderr, architecture, dumps(dump))
 
 
-def _disassembled(nvcc: str, architecture: str, text: str, name: str, *options: str) -> tuple[str, str]:
-    """The compiler's report on a source and what a disassembler says of its code: nvdisasm or cuobjdump (`name`).
-
-    Raises:
-        RuntimeError: nvcc failed, with its output; or there is no such disassembler.
-    """
-    tool = disassembler(name)
-    if tool is None:
-        raise RuntimeError(f"no {name} here, neither of a CUDA toolkit nor triton's")
-    with tempfile.TemporaryDirectory() as directory:
-        source, cubin = Path(directory) / "kernels.cu", Path(directory) / "kernels.cubin"
-        source.write_text(text)
-        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-I", str(_CSRC)]
-        done = subprocess.run([*command, str(source), "-o", str(cubin)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)}\n{done.stderr}")
-        code = subprocess.run([tool, *options, str(cubin)], capture_output=True, text=True, check=True).stdout
-    return done.stderr, code
-
-
-def labelled(nvcc: str, architecture: str, header: str, instances: Sequence[str] = ()) -> dict[str, str]:
-    """The disassembly with labels of each kernel that a header under csrc holds, by its readable name.
-
-    Args:
-        header: such as "ms_deform_attn/cuda_lean.cuh".
-        instances: instantiations that the header itself does not make, such as "f<float>(int)".
-    """
-    wanted = "".join(f"template __global__ void {instance};\n" for instance in instances)
-    text = f'#include "{header}"\nnamespace m2f {{\n{wanted}}}\n'
-    _, code = _disassembled(nvcc, architecture, text, "nvdisasm", "-c")
-    parts = re.split(r"^\.text\.(\w+):$", code, flags=re.MULTILINE)[1:]
-    return dict(zip(demangle(parts[::2]), parts[1::2], strict=True))
+def dumps(code: str) -> dict[str, str]:
+    """The part of each kernel in what cuobjdump writes, by its mangled name."""
+    parts = re.split(r"^\s*Function : (\w+)$", code, flags=re.MULTILINE)[1:]
+    return dict(zip(parts[::2], parts[1::2], strict=True))
 
 
 def control_codes(dump: str) -> str:
@@ -150,18 +125,6 @@ def control_codes(dump: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def with_control_codes(nvcc: str, architecture: str, header: str, kernels: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """`control_codes` and registers of kernels that a header under csrc holds, by their readable names."""
-    report, dump = _disassembled(nvcc, architecture, f'#include "{header}"\n', "cuobjdump", "-sass")
-    registers = {kernel.name: kernel.registers for kernel in parse(report, architecture)}
-    parts = re.split(r"^\s*Function : (\w+)$", dump, flags=re.MULTILINE)[1:]
-    return {
-        name.removeprefix("ms_deform_attn_"): (control_codes(body), registers[name])
-        for name, body in zip(demangle(parts[::2]), parts[1::2], strict=True)
-        if name.removeprefix("ms_deform_attn_") in kernels
-    }
-
-
 def demangle(names: list[str]) -> list[str]:
     """Readable names without return types, parameters and the package's namespace; as they are without c++filt."""
     if shutil.which("c++filt") is None:
@@ -170,66 +133,53 @@ def demangle(names: list[str]) -> list[str]:
     return [re.sub(r"^void |m2f::|\((?!anonymous).*\)$", "", line) for line in text.splitlines()]
 
 
-def parse(report: str, architecture: str, instructions: dict[str, sass.Mix] | None = None) -> list[Kernel]:
-    """The kernels of a verbose assembler report, with their instructions by mangled name.
+def parse(report: str, architecture: str, dumped: Mapping[str, str]) -> list[Kernel]:
+    """The kernels of a verbose assembler report, with their disassembly by mangled name.
 
     Raises:
         RuntimeError: it contains none, as when the compiler's wording changes.
     """
     found = re.findall(
         r"Compiling entry function '(\w+)'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-        r".*?Used (\d+) registers(.*?)$",
+        r".*?Used (\d+) registers(?:[^\n]*?(\d+) bytes smem)?",
         report,
-        re.DOTALL | re.MULTILINE,
+        re.DOTALL,
     )
     if not found:
         raise RuntimeError(f"no kernel in the compiler's report:\n{report}")
-    names = demangle([row[0] for row in found])
     kernels = []
-    for name, (mangled, stack, stores, loads, registers, rest) in zip(names, found, strict=True):
-        shared = re.search(r"(\d+) bytes smem", rest)
-        kernels.append(
-            Kernel(
-                name,
-                architecture,
-                int(registers),
-                int(shared[1]) if shared else 0,
-                int(stack),
-                int(stores),
-                int(loads),
-                (instructions or {}).get(mangled),
-            )
-        )
+    for name, (mangled, *numbers) in zip(demangle([row[0] for row in found]), found, strict=True):
+        stack, stores, loads, registers, shared = (int(number or 0) for number in numbers)
+        kernels.append(Kernel(name, architecture, registers, shared, stack, stores, loads, dumped.get(mangled, "")))
     return sorted(kernels, key=lambda kernel: kernel.name)
 
 
 def line(k: Kernel, release: str) -> dict[str, Any]:
     """A kernel's resources, by column."""
+    mix = sass.mix(k.dump) if k.dump else None
     return {
         "kernel": k.name, "architecture": f"sm_{k.architecture}", "registers": k.registers,
         "static shared memory": k.shared, "stack": k.stack, "spill stores": k.spill_stores,
         "spill loads": k.spill_loads, "occupancy": f"{k.occupancy:.0%}",
-        "instructions": "-" if k.mix is None else k.mix.text(),
-        "accesses to global memory": "-" if k.mix is None else k.mix.memory(), "compiler": f"nvcc {release}",
+        "instructions": "-" if mix is None else mix.text(),
+        "accesses to global memory": "-" if mix is None else mix.memory(), "compiler": f"nvcc {release}",
     }  # fmt: skip
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--archs", default=";".join(ARCHITECTURES), help="separated by ';' or ','; default: all shipped"
+    options = arguments(
+        __doc__,
+        {
+            "--archs": {"default": ";".join(ARCHITECTURES), "help": "separated by ';' or ','; default: all shipped"},
+            "--output": {"type": Path, "help": "write the table there, as CSV, besides printing it"},
+            "--check": {"action": "store_true", "help": "fail if a forward kernel spills registers"},
+        },
     )
-    parser.add_argument("--output", type=Path, help="write the table there, as CSV, besides printing it")
-    parser.add_argument("--check", action="store_true", help="fail if a forward kernel spills registers")
-    options = parser.parse_args()
     nvcc = compiler()
     if nvcc is None:
         print("static_cuda: no nvcc here, neither on PATH nor PyPI's (build_backend/cuda_compiler.py)", file=sys.stderr)
         return 2
-    kernels: list[Kernel] = []
-    for architecture in re.split("[;,]", options.archs):
-        report, instructions = compile_verbosely(nvcc, architecture)
-        kernels += parse(report, architecture, instructions)
+    kernels = [kernel for one in re.split("[;,]", options.archs) for kernel in compiled(nvcc, one)]
     spilling = [k for k in kernels if k.spill_stores or k.spill_loads]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     release = re.search(r"release ([\d.]+, V[\d.]+)", version)

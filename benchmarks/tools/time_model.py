@@ -19,7 +19,6 @@ none is fitted to a kernel's time. Tables call these times *modelled*.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import re
@@ -32,6 +31,7 @@ from typing import Any
 import torch
 
 from benchmarks import sass
+from benchmarks.arguments import arguments
 from m2f_kernels import _tuning
 
 _WARP = 32
@@ -279,20 +279,10 @@ def triton_kernels(
         trips: of the loops, from the kernel's name, its arguments and the number of loops.
         traffic: by kernel; where missing, each tensor is moved once.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from benchmarks import static
-    from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
 
-    with recording(ARCHITECTURES[90]) as launches:
-        function(*arguments)
     kernels = []
-    for launch in launches:
-        source = ASTSource(launch.kernel, *static.specialise(launch.kernel, launch.arguments))
-        options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
-        compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    for launch, compiled, _ in static.compiled_launches(function, arguments):
         name, code = launch.kernel.__name__, compiled.asm["sass"]
         tensors = {id(x): x for x in launch.arguments.values() if isinstance(x, torch.Tensor)}
         moved = Traffic(float(sum(x.numel() * x.element_size() for x in tensors.values())))
@@ -310,10 +300,12 @@ def compiled_kernels(nvcc: str, names: dict[str, tuple[Sequence[int], int, int, 
     """Kernels of the CUDA library for sm_90, from name -> trips, blocks, bytes of shared memory, traffic."""
     from benchmarks import static_cuda
 
-    built = static_cuda.with_control_codes(nvcc, "90", "ms_deform_attn/cuda_kernels.cuh", list(names))
+    built = static_cuda.compiled(nvcc, "90", "ms_deform_attn/cuda_kernels.cuh")
+    by_name = {kernel.name.removeprefix("ms_deform_attn_"): kernel for kernel in built}
     return [
-        Kernel(name, built[name][0], trips, static_cuda.THREADS // _WARP, built[name][1], shared, blocks, traffic)
+        Kernel(name, k.code, trips, static_cuda.THREADS // _WARP, k.registers, shared, blocks, traffic)
         for name, (trips, blocks, shared, traffic) in names.items()
+        if (k := by_name.get(name))
     ]
 
 
@@ -402,25 +394,27 @@ def deformable(nvcc: str, where: str) -> dict[str, Kernel]:
     return {kernel.name: kernel for kernel in compiled_kernels(nvcc, names)}
 
 
+def _by_digits(a: dict[str, Any], count: int) -> list[int]:
+    tiles = math.ceil(a["candidates"] / a["BLOCK"])
+    between = min(15, 65535 // a["BLOCK"])  # two sums
+    return [math.ceil(tiles / between), min(tiles, between)] * (count // 2) + [tiles]
+
+
+#: Triton kernel -> the trip counts of its loops in the benchmarks' cases, from its arguments and the number of loops.
+TRIPS: dict[str, Callable[[dict[str, Any], int], list[int]]] = {
+    "_predict_kernel": lambda a, count: [math.ceil(a["C"] / a["BLOCK_C"])] + [0] * (count - 1),
+    # The last is the one for values that are not finite; the backward first looks which tiles are attended to.
+    "_forward_kernel": lambda a, count: [a["TILES"]] * (count - 1) + [0] * (count > 1) or [a["TILES"]],
+    "_keep_kernel": lambda a, count: [math.ceil(a["candidates"] / a["BLOCK"])] * count,
+    "_keep_by_digits_kernel": _by_digits,
+    # The fullest two cells of 64 pixels, at a point for five.
+    "_gather_backward_kernel": lambda a, count: [3] * count,
+}
+TRIPS["_backward_kernel"] = TRIPS["_forward_kernel"]
+
+
 def _trips(name: str, arguments: dict[str, Any], count: int) -> list[int]:
-    """The trip counts of the loops of a Triton kernel in the benchmarks' cases."""
-    constant = {key: value for key, value in arguments.items() if key.isupper()}
-    if count == 0:
-        return []
-    if name == "_predict_kernel":
-        return [math.ceil(constant["C"] / constant["BLOCK_C"])] + [0] * (count - 1)
-    if name in ("_forward_kernel", "_backward_kernel"):
-        # The last is the one for values that are not finite; the backward first looks which tiles are attended to.
-        return [constant["TILES"]] * (count - 1) + [0] if count > 1 else [constant["TILES"]]
-    if name == "_keep_kernel":
-        return [math.ceil(arguments["candidates"] / constant["BLOCK"])] * count
-    if name == "_keep_by_digits_kernel":
-        tiles = math.ceil(arguments["candidates"] / constant["BLOCK"])
-        between = min(15, 65535 // constant["BLOCK"])  # two sums
-        return [math.ceil(tiles / between), min(tiles, between)] * (count // 2) + [tiles]
-    if name == "_gather_backward_kernel":
-        return [3] * count  # the fullest two cells of 64 pixels, at a point for five
-    return [1] * count
+    return TRIPS.get(name, lambda _, n: [1] * n)(arguments, count) if count else []
 
 
 #: Bytes of a fill of flags: a launch and nothing else.
@@ -586,12 +580,15 @@ def verdict(name: str, chosen: Sequence[tuple[float, float]]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="say how the model compares with the committed times")
-    parser.add_argument("--select", default="", help="only rows whose name contains this regular expression")
-    options = parser.parse_args()
+    options = arguments(
+        __doc__,
+        {
+            "--check": {"action": "store_true", "help": "say how the model compares with the committed times"},
+            "--select": {"default": "", "help": "only rows whose name contains this regular expression"},
+        },
+    )
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
+        options.refuse("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     from benchmarks import static_cuda
 
     nvcc = static_cuda.compiler()

@@ -1,14 +1,14 @@
-"""The benchmark of models before and after: its files, its table, its comparison."""
+"""The benchmark of models before and after: its table, its comparison."""
 
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
-from benchmarks import compare, models, readme, tables
-from benchmarks.cases import Row, write_csv
+from benchmarks import models, tables
+from benchmarks.cases import Row
 
 ROWS = [
     replace(
@@ -26,12 +26,6 @@ ROWS = [
 ]
 
 
-def test_csv(tmp_path):
-    path = tmp_path / "rows.csv"
-    write_csv(path, map(asdict, ROWS))
-    assert compare.read(path) == ROWS
-
-
 def test_table():
     lines = [line for line in tables.integrations_in_detail(ROWS).splitlines() if line.startswith("| A, 800²")]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
@@ -42,15 +36,6 @@ def test_table():
 def test_table_without_memory():
     rows = [replace(row, memory_extra_mib=None) for row in ROWS]
     assert tables.integrations_in_detail(rows).count("| - | 70% |") == 1
-
-
-def test_page():
-    """The tables are put in when the site is built; each has one place."""
-    page = (readme.ROOT / "docs" / "integrations" / "transformers.md").read_text()
-    (name,) = readme.MARKER.findall(page)
-    filled = readme.fill(page, "../../")
-    assert readme.BLOCKS[name].text("../../") in filled
-    assert "| Mask2Former Swin-T, 1024² | 6676 | 3068 | **2.18x** | 1.76x | 1.7x |" in filled
 
 
 def test_difference():

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,32 +96,26 @@ def test_unknown_operator_is_an_error() -> None:
     assert "no such operator" in done.stderr
 
 
+FINE = static.Resources(
+    function="f", kernel="k", dtype="bf16", head_dim=32, architecture="sm_90", constants="", num_warps=4, num_stages=1,
+    shared=1024, shared_limit=2048, registers=32, stack=8, spills=0,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize(("change", "word"), [({"spills": 2}, "spills"), ({"shared": 10**6}, "shared memory")])
 def test_check_finds_problems(change: dict[str, int], word: str) -> None:
-    fine = {
-        "stack": 8,
-        "spills": 0,
-        "shared": 1024,
-        "registers": 32,
-        "shared_limit": 2048,
-        "num_warps": 4,
-        "num_stages": 1,
-    }
-    names = {"function": "f", "kernel": "k", "dtype": "bf16", "architecture": "sm_90", "constants": "", "head_dim": 32}
-    assert static.Resources(**names, **fine).problems() == []
-    (problem,) = static.Resources(**names, **{**fine, **change}).problems()
+    assert FINE.problems() == []
+    (problem,) = replace(FINE, **change).problems()
     assert word in problem
     # Backward kernels may spill on parts that nobody has tuned them for, and only there.
-    backward = {**names, "function": "f_backward", **fine, **change}
-    assert static.Resources(**backward).problems()
-    assert bool(static.Resources(**{**backward, "architecture": "gfx942"}).problems()) == ("shared" in change)
+    backward = replace(FINE, function="f_backward", **change)
+    assert backward.problems()
+    assert bool(replace(backward, architecture="gfx942").problems()) == ("shared" in change)
 
 
 def test_summary() -> None:
-    fine = {"stack": 8, "shared": 1024, "registers": 32, "shared_limit": 2048, "num_warps": 4, "num_stages": 1}
-    names = {"function": "f", "kernel": "k", "dtype": "bf16", "constants": "", "head_dim": 32}
     made = [
-        static.Resources(**names, **fine, architecture=target, spills=spills, seconds=seconds)
+        replace(FINE, architecture=target, spills=spills, seconds=seconds)
         for target, spills, seconds in (("gfx942", 3, 0.5), ("sm_90", 0, 1.25), ("sm_90", 2, 1.0))
     ]
     assert static.summary(made).splitlines()[::2] == [
