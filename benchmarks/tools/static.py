@@ -531,8 +531,8 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: int | str, op
 def compiled_launches(
     function: Callable[..., Any], arguments: Iterable[Any], target: int | str = 90
 ) -> Iterator[tuple[Any, Any, float]]:
-    """Yields every launch of a call of a Triton operator on the meta device, its compiled kernel, and the seconds of
-    processor time that went into compiling it."""
+    """Yields every launch of a call of a Triton operator on the meta device, its compiled kernel, and the CPU seconds
+    that went into compiling it."""
     from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
 
     with recording(ARCHITECTURES[target]) as launches:
