@@ -25,6 +25,12 @@ DIRECTORY = Path(os.environ.get("M2F_TUNED", Path(__file__).parent / "tuned"))
 #: one by one. No GPU has timed it, so it has to be asked for before the import.
 TF32X3 = os.environ.get("M2F_TF32X3") == "1"
 
+#: The kernels that compute sums and weights around matching and loss on a GPU: "separate", many of PyTorch, or "fused",
+#: a few of this package. No GPU has timed the latter, so they have to be asked for before the import.
+CRITERION = os.environ.get("M2F_CRITERION", "separate")
+if CRITERION not in ("separate", "fused"):
+    raise ValueError(f"M2F_CRITERION: expected 'separate' or 'fused'; got {CRITERION!r}")
+
 
 def bits(element_size: int) -> str:
     """The name of an element size in keys. Entries tuned for one kind of product do not serve the other."""

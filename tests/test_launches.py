@@ -27,6 +27,11 @@ def counted(run):
 X = torch.empty(2, 8, 4, 4, device="meta")
 
 
+def below(run):
+    with torch._C._AutoDispatchBelowAutograd():
+        return run()
+
+
 @pytest.mark.parametrize(
     ("run", "kernels"),
     [
@@ -35,13 +40,19 @@ X = torch.empty(2, 8, 4, 4, device="meta")
         (lambda: torch.relu(X) + 1, {"relu": 1, "add": 1}),
         (lambda: X.contiguous().reshape(2, 128), {}),
         (lambda: X.transpose(1, 2).reshape(2, 128), {"clone": 1}),
+        # Below autograd, as in an operator's own code, these are operators themselves.
+        (lambda: below(lambda: X.to(torch.float64)), {"to": 1}),
+        (lambda: below(lambda: X.to(torch.float32)), {}),
         (lambda: torch.conv2d(X, X[:, :, :1, :1]), {"convolution": 1}),
         (lambda: torch.conv2d(X, X[:, :, :1, :1], X[0, :2, 0, 0]), {"convolution": 2}),
         (lambda: torch.cat([X[:0], X[:0]]) * 2, {}),
         (lambda: torch.nn.functional.scaled_dot_product_attention(X, X, X), {"scaled_dot_product_attention": 1}),
         (lambda: torch.ones(3).mul_(2), {}),
     ],
-    ids=["views", "allocation", "two", "no copy", "copy", "convolution", "and bias", "empty", "attention", "host"],
+    ids=[
+        *("views", "allocation", "two", "no copy", "copy", "conversion", "no conversion", "convolution", "and bias"),
+        *("empty", "attention", "host"),
+    ],
 )
 def test_operators(run, kernels):
     assert counted(run) == kernels
@@ -120,21 +131,26 @@ def test_fake_cuda_tensors_follow_autocast():
 
 
 #: Kernels of matching, loss and gradients, over outputs and images at once; one by one they were 339, 507, 686.
-LOSS = {(512, 1, 10): 64, (1024, 1, 30): 79, (1024, 2, 20): 110}
+LOSS = {
+    "separate": {(512, 1, 10): 60, (1024, 1, 30): 74, (1024, 2, 20): 106},
+    "fused": {(512, 1, 10): 38, (1024, 1, 30): 53, (1024, 2, 20): 75},
+}
 
 
-@pytest.mark.parametrize("case", LOSS, ids=str)
-def test_loss(case):
+@pytest.mark.parametrize("case", LOSS["fused"], ids=str)
+@pytest.mark.parametrize("how", LOSS)
+def test_loss(how, case, monkeypatch):
     """Not more launches than when this was written; one copy each way, and no wait but for the costs."""
+    monkeypatch.setattr("m2f_kernels._tuning.CRITERION", how)
     found = launches.loss(*case)
-    assert found.total <= LOSS[case]
+    assert found.total <= LOSS[how][case]
     assert found.copies == {"down": 1, "up, pinned": 1}
     assert found.waits == {"copy to the host": 1}
 
 
 #: Of a training step at 512 x 512 without the optimiser. With predictions differentiated one by one, and slices of
 #: parameters each with a gradient of its whole size, they were 2152 and 2271.
-TRAINING = {"m2f": 1748, "accelerated": 1807}
+TRAINING = {"m2f": 1734, "accelerated": 1795}
 
 
 @pytest.fixture
@@ -172,9 +188,9 @@ for what, bound in json.loads(sys.argv[1]).items():
     [
         (
             "separate",
-            {"ours, fp32": 539, "ours, weights in bf16": 539, "ours, bf16 autocast": 887, "accelerated, fp32": 560},
+            {"ours, fp32": 530, "ours, weights in bf16": 530, "ours, bf16 autocast": 878, "accelerated, fp32": 551},
         ),
-        ("fused", {"ours, fp32": 425, "ours, weights in bf16": 425, "ours, bf16 autocast": 773}),
+        ("fused", {"ours, fp32": 416, "ours, weights in bf16": 416, "ours, bf16 autocast": 764}),
     ],
 )
 def test_inference(convolution, most):

@@ -171,6 +171,9 @@ class Launches(TorchDispatchMode):
         if name in ("_to_copy", "copy_") and not all(map(_on_device, [*given, *made])):
             self._copy(args[name == "copy_"])
             return out
+        if func.is_view and made and not _aliases(made[0], args[0]) and made[0].numel():
+            self._add(name)  # `to`, `contiguous` and `reshape`, which copy where they must
+            return out
         if name in FREE or func.is_view or (made and all(x.numel() == 0 for x in made)):
             return out
         if name == "nonzero":
@@ -207,6 +210,10 @@ class Launches(TorchDispatchMode):
 
 def _on_device(tensor: Tensor) -> bool:
     return tensor.device.type in ("cuda", "meta")
+
+
+def _aliases(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def _scalar(tensor: Tensor) -> Any:

@@ -279,7 +279,7 @@ def compare_kernels(options: argparse.Namespace, trees: Sequence[Path]) -> None:
 
 def compare_models(options: argparse.Namespace, trees: Sequence[Path], names: Sequence[str]) -> None:
     for name in names:
-        if name not in LOSSES:
+        if name not in LOSSES and options.rounds:
             processes = [Process(tree, options.clock, name, options.device) for tree in trees]
             try:
                 found = in_turn([process.ask for process in processes], options.rounds)
@@ -297,7 +297,7 @@ def main() -> int:
         {
             "--old": {"type": Path, "required": True, "help": "tree of the older commit, with m2f_kernels/lib"},
             "--what": {"default": "kernels", "choices": ("kernels", "model", "integrations")},
-            "--rounds": {"type": int, "help": "of each tree that are timed (default: 2, of models 7)"},
+            "--rounds": {"type": int, "help": "of each tree that are timed (default: 2, of models 7; 0: peaks)"},
             "--part": {"action": "append", "default": [], "help": "as of benchmarks.kernels; repeatable"},
             "--with": {"dest": "settings", "action": "append", "default": [], "metavar": "NAME=VALUE"},
             "--seconds": {"type": float, "default": float("inf"), "help": "no round begins after these"},
@@ -310,8 +310,9 @@ def main() -> int:
     )
     if options.rounds is None:
         options.rounds = 2 if options.what == "kernels" else 7
-    if options.rounds < 1:
-        options.refuse(f"--rounds: expected at least 1; got {options.rounds}")
+    least = int(options.what == "kernels")
+    if options.rounds < least:
+        options.refuse(f"--rounds: expected at least {least}; got {options.rounds}")
     if wrong := [x for x in options.settings if "=" not in x]:
         options.refuse(f"--with: expected NAME=VALUE; got {wrong[0]}")
     if not list((options.old / "benchmarks").rglob("kernels.py")):

@@ -241,6 +241,33 @@ def factored_backward_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
     return grad, grad, *factored_inputs(dtype)[:3], [100], points, kept, kept
 
 
+def criterion_inputs() -> tuple[Any, ...]:
+    """Class logits and labels of ten outputs of two images, weights of classes, and the output of each of 400 masks."""
+    logits, labels = meta(10, 200, 134, dtype=torch.float32), meta(10, 200, dtype=torch.int64)
+    return logits, labels, meta(134, dtype=torch.float32), meta(400, dtype=torch.int64)
+
+
+def criterion_losses_inputs() -> tuple[Any, ...]:
+    logits, labels, weights, outputs = criterion_inputs()
+    return logits, labels, weights, meta(400, dtype=torch.float32), meta(400, dtype=torch.float32), outputs
+
+
+def criterion_backward_inputs() -> tuple[Any, ...]:
+    logits, labels, weights, outputs = criterion_inputs()
+    of_output = meta(10, dtype=torch.float32)
+    return of_output, of_output, of_output, logits, labels, weights, of_output, outputs
+
+
+def matching_costs_inputs() -> tuple[Any, ...]:
+    logits, labels = meta(10, 1, 100, 134, dtype=torch.float32), meta(30, dtype=torch.int64)
+    costs = meta(1000, 30, dtype=torch.float32)
+    return logits, [labels], [costs], [costs], 2.0, 5.0, 5.0
+
+
+def chosen_rows(dtype: torch.dtype) -> tuple[Any, ...]:
+    return meta(300, 256, dtype=torch.float32), meta(300, dtype=torch.int64), meta(1000, 256, dtype=dtype)
+
+
 _SAMPLE = "m2f_kernels.ops.points.triton_sampling"
 _LOSS = "m2f_kernels.ops.points.triton_loss"
 _POINTS = (1, 12544, 2)
@@ -320,6 +347,10 @@ CASES += [
     Case(_LOSS, "point_mask_loss_backward", lambda dtype, _: loss_backward_inputs()),
     Case(_LOSS, "factored_point_mask_loss", lambda dtype, _: factored_inputs(dtype)),
     Case(_LOSS, "factored_point_mask_loss_backward", lambda dtype, _: factored_backward_inputs(dtype)),
+    Case(_LOSS, "matching_costs", lambda dtype, _: matching_costs_inputs()),
+    Case(_LOSS, "criterion_losses", lambda dtype, _: criterion_losses_inputs()),
+    Case(_LOSS, "criterion_losses_backward", lambda dtype, _: criterion_backward_inputs()),
+    Case(_LOSS, "rows_backward", lambda dtype, _: chosen_rows(dtype)),
 ]
 
 

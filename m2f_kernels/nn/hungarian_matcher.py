@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from m2f_kernels import _tuning
 from m2f_kernels._checks import check_number, describe
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels.masks import FactoredMasks
 from m2f_kernels.nn.predictions import Batch, Predictions, Targets, read_batch
 from m2f_kernels.ops.points import costs_of_image, point_counts, sample_targets
+from m2f_kernels.ops.points.bookkeeping import matching_costs
 
 #: For each decoder output, for each image: queries and their targets, int64 [M_i] on the CPU.
 Indices = list[list[tuple[Tensor, Tensor]]]
@@ -98,24 +101,18 @@ class HungarianMatcher(nn.Module):
         """
         if not batch.labels:
             return batch.class_logits.new_empty(0)
-        order = _order(batch)
-        probability = batch.class_logits.softmax(-1)
+        order, logits = _order(batch), batch.class_logits
         if order != list(range(len(order))):
-            probability = torch.stack([probability[output] for output in order])
-        labels = joined(batch.labels)
-        # A label out of range is detected on the host, with the costs; here it must only not be used as an index.
-        classes = labels.clamp(0, batch.class_logits.shape[3] - 2).split(batch.counts)
-        classification = joined([probability[:, i][..., chosen].flatten() for i, chosen in enumerate(classes)])
-        sent = classification.new_empty(len(classification) + len(labels))
-        cost, end = sent.split([len(classification), len(labels)])
-        end.copy_(labels)  # exact in float32 up to 2^24
+            logits = torch.stack([logits[output] for output in order])
         pairs = [pair for image, count in enumerate(batch.counts) if count for pair in self._mask_costs(batch, image)]
-        if pairs:
-            # Rounded as the published sum is: queries that are alike have costs that differ in the last bit.
-            parts = [classification, *(joined([x.flatten() for x in blocks]) for blocks in zip(*pairs, strict=True))]
-            weighted = torch._foreach_mul(parts, [-self.cost_class, self.cost_mask, self.cost_dice])
-            torch.add(weighted[0], weighted[1].add_(weighted[2]), out=cost)
-        return sent
+        cross_entropy, dice = [x for x, _ in pairs], [x for _, x in pairs]
+        add_up: Any = matching_costs
+        if _tuning.CRITERION == "fused" and all(x.dtype == torch.float32 for x in dice):
+            add_up = torch.ops.m2f.matching_costs
+        costs: Tensor = add_up(
+            logits, batch.labels, cross_entropy, dice, self.cost_class, self.cost_mask, self.cost_dice
+        )
+        return costs
 
     def _mask_costs(self, batch: Batch, image: int) -> list[tuple[Tensor, Tensor]]:
         """Cross-entropy and dice of one image, in blocks of queries [., T] that follow each other."""
@@ -146,8 +143,9 @@ class HungarianMatcher(nn.Module):
         host = costs.cpu()  # the one transfer
         sizes = [outputs * q * count for count in counts]
         parts = host.split([*sizes, *counts])
-        for i, label in enumerate(parts[n:]):
-            check_labels(label.long().tolist(), i, classes - 1)
+        batch.host_labels = [label.long() for label in parts[n:]]
+        for i, label in enumerate(batch.host_labels):
+            check_labels(label.tolist(), i, classes - 1)
         self.non_finite_costs = 0
         indices: Indices = [[] for _ in range(outputs)]
         for i, count in enumerate(counts):
@@ -173,11 +171,6 @@ class HungarianMatcher(nn.Module):
             f"cost_class={self.cost_class}, cost_mask={self.cost_mask}, cost_dice={self.cost_dice}, "
             f"num_points={self.num_points}, fresh_points={self.fresh_points}, non_finite={self.non_finite!r}"
         )
-
-
-def joined(parts: Sequence[Tensor]) -> Tensor:
-    """The parts, one after the other; one alone is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _order(batch: Batch) -> list[int]:

@@ -7,23 +7,40 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from m2f_kernels import _tuning
 from m2f_kernels._checks import check_number
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels._transfer import to_device
 from m2f_kernels.nn.hungarian_matcher import HungarianMatcher, Indices
 from m2f_kernels.nn.predictions import Batch, Group, Predictions, Targets, read_batch
+from m2f_kernels.ops._autograd import call
 from m2f_kernels.ops.points import point_counts, uncertain_loss
+from m2f_kernels.ops.points.bookkeeping import class_losses, joined
 from m2f_kernels.ops.points.masks import MaskRows
 
 
 class Unweighted(NamedTuple):
-    """Losses of every output: class losses, means over queries [L]; mask and dice losses, sums over masks [2, L]."""
+    """Losses of every output [L]: class losses, means over queries; cross-entropy and dice, sums over masks."""
 
     classes: Tensor
-    sums: Tensor
+    cross_entropy: Tensor
+    dice: Tensor
+
+
+class Matched(NamedTuple):
+    """The matched masks of a group, in order of images and then of outputs.
+
+    Attributes:
+        rows: indices [M] into the group's [N, outputs * Q].
+        targets: indices [M] into the targets of all images.
+        outputs: which output each of the M is of.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    outputs: Tensor
 
 
 class _Apart(torch.autograd.Function):
@@ -47,6 +64,42 @@ def apart(*vectors: Tensor, weights: tuple[float, ...]) -> tuple[Tensor, ...]:
     """The elements of all vectors [L], each vector times its weight, as separate tensors; one kernel, also backward."""
     found: tuple[Tensor, ...] = _Apart.apply(weights, *vectors)
     return found
+
+
+class _SumsOverMasks(torch.autograd.Function):
+    """Autograd function that sums losses of masks for each output; its backward is one kernel.
+
+    Losses are those of a group's masks [M], cross-entropy and dice alternately; `counts` are the masks of its images.
+    """
+
+    @staticmethod
+    def forward(
+        groups: list[list[int]], counts: list[list[int]], output_of_mask: Tensor, *losses: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        sums = []
+        for i, (outputs, masks) in enumerate(zip(groups, counts, strict=True)):
+            size, both = len(outputs), torch.stack(losses[2 * i : 2 * i + 2])
+            # Masks are in order of images, then of outputs.
+            images = [x.view(2, size, -1).sum(2) for x in both.split(masks, 1)]
+            if len(images) > 1:
+                images = [torch.stack(images).sum(0)]
+            sums.append(images[0] if images else both.new_zeros(2, size))
+        total = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
+        order = [output for outputs in groups for output in outputs]
+        if order != sorted(order):
+            total = torch.stack([total[:, order.index(output)] for output in range(len(order))], 1)
+        return total[0], total[1]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, ctx.counts, output_of_mask, *_ = inputs
+        ctx.save_for_backward(output_of_mask)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (output_of_mask,) = ctx.saved_tensors
+        of_masks = torch.stack(grads).index_select(1, output_of_mask)
+        return None, None, None, *(x for part in of_masks.split([sum(x) for x in ctx.counts], 1) for x in part)
 
 
 class PointMaskCriterion(nn.Module):
@@ -136,11 +189,11 @@ class PointMaskCriterion(nn.Module):
         with without_autocast(batch.device):
             found = self._unweighted(batch, indices)
             scale = 1 / self._num_masks(batch)
-            sums = found.sums
+            sums = [found.cross_entropy, found.dice]
             if isinstance(scale, Tensor):  # of several ranks
-                sums, scale = sums * scale, 1.0
+                sums, scale = [x * scale for x in sums], 1.0
             weights = self.class_weight, self.mask_weight * scale, self.dice_weight * scale
-            values = apart(found.classes, *sums.unbind(), weights=weights)
+            values = apart(found.classes, *sums, weights=weights)
         losses: dict[str, Tensor] = {}
         outputs = len(predictions)
         for output in [outputs - 1, *range(outputs - 1)]:
@@ -150,59 +203,52 @@ class PointMaskCriterion(nn.Module):
         return losses
 
     def _unweighted(self, batch: Batch, indices: Indices) -> Unweighted:
-        """The losses of all outputs. The matches are copied to the device at once."""
-        outputs, n, q, _ = batch.class_logits.shape
-        # The label of each query, as an index into all images' labels and one more, no-object.
-        position = torch.full((outputs, n, q), sum(batch.counts), dtype=torch.int64, device="cpu")
-        start = 0
-        for image, count in enumerate(batch.counts):
+        """The losses of all outputs of a batch that is matched. Labels and matches are copied to the device at once."""
+        outputs, n, q, classes = batch.class_logits.shape
+        labels = torch.full((outputs, n, q), classes - 1, dtype=torch.int64, device="cpu")  # no object
+        for image, own in enumerate(batch.host_labels):
             for output, pairs in enumerate(indices):
                 queries, chosen = pairs[image]
-                position[output, image, queries] = chosen + start
-            start += count
-        rows = [_matched_rows(batch, group, indices) for group in batch.groups]
-        sent = [position.flatten(), *(x for pair in rows for x in pair)]
+                labels[output, image, queries] = own[chosen]
+        matched = [_matched(batch, group, indices) for group in batch.groups]
+        sent = [labels.flatten(), *(x for group in matched for x in group)]
         arrived = to_device(torch.cat(sent), batch.device).split([len(x) for x in sent])
-        classes = self._class_losses(batch, arrived[0].view(outputs, n, q))
-        return Unweighted(classes, self._mask_losses(batch, indices, arrived[1:]))
+        given = batch.class_logits.flatten(1, 2), arrived[0].view(outputs, n * q), self.class_weights
+        losses, counts, output_of_mask = self._mask_losses(batch, indices, arrived[1:])
+        if _tuning.CRITERION == "fused" and losses[0].dtype == torch.float32:
+            pair = losses if len(batch.groups) == 1 else [torch.cat(losses[i::2]) for i in range(2)]
+            found = call("criterion_losses", *given, *pair, output_of_mask)
+            return Unweighted(*found[:3])
+        groups = [group.outputs for group in batch.groups]
+        sums = _SumsOverMasks.apply(groups, counts, output_of_mask, *losses)
+        return Unweighted(class_losses(*given)[0], *sums)
 
-    def mask_sums(self, batch: Batch, indices: Indices) -> Tensor:
-        """Unweighted sums over matched masks alone, cross-entropy and dice of each output: [2, L]."""
-        rows = [x for group in batch.groups for x in _matched_rows(batch, group, indices)]
-        arrived = to_device(torch.cat(rows), batch.device).split([len(x) for x in rows])
-        return self._mask_losses(batch, indices, arrived)
+    def mask_sums(self, batch: Batch, indices: Indices) -> tuple[Tensor, Tensor]:
+        """Unweighted sums over matched masks alone, cross-entropy and dice of each output [L]."""
+        sent = [x for group in batch.groups for x in _matched(batch, group, indices)]
+        arrived = to_device(torch.cat(sent), batch.device).split([len(x) for x in sent])
+        losses, counts, output_of_mask = self._mask_losses(batch, indices, arrived)
+        groups = [group.outputs for group in batch.groups]
+        cross_entropy, dice = _SumsOverMasks.apply(groups, counts, output_of_mask, *losses)
+        return cross_entropy, dice
 
-    def _class_losses(self, batch: Batch, position: Tensor) -> Tensor:
-        """The class losses [L], weighted means over all queries of all images."""
-        outputs, n, q, classes = batch.class_logits.shape
-        no_object = torch.full((1,), classes - 1, device=batch.device)
-        labels = torch.cat([*batch.labels, no_object])[position]
-        weights = self.class_weights[labels].flatten(1)
-        weighted = F.cross_entropy(
-            batch.class_logits.flatten(0, 2), labels.flatten(), self.class_weights, reduction="none"
-        )
-        return weighted.view(outputs, n * q).sum(1) / weights.sum(1).clamp(min=1e-12)
+    def _mask_losses(
+        self, batch: Batch, indices: Indices, matched: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[list[int]], Tensor]:
+        """The losses of each group's masks, cross-entropy and dice [M]; the masks of its images; all masks' outputs.
 
-    def _mask_losses(self, batch: Batch, indices: Indices, rows: Sequence[Tensor]) -> Tensor:
-        """Sums over matched masks [2, L]; `rows` are two tensors of each group, see :func:`_matched_rows`."""
+        `matched` are the fields of each group's :class:`Matched`.
+        """
         points = point_counts(self.num_points, self.oversample_ratio, self.importance_sample_ratio)
-        sums = []
+        losses: list[Tensor] = []
+        counts = []
         for i, group in enumerate(batch.groups):
-            size = len(group.outputs)
-            counts = [sum(len(indices[output][image][0]) for output in group.outputs) for image in range(batch.images)]
-            masks = MaskRows(group.masks, rows[2 * i], counts)
-            losses = torch.stack(uncertain_loss(masks, batch.masks, rows[2 * i + 1], points, self.matcher.generator))
-            # Masks are in order of images, then of outputs.
-            per_image = [x.view(2, size, -1).sum(2) for x in losses.split(counts, 1)]
-            # The sums of an empty batch depend on the predictions, too, so that they have a gradient.
-            if len(per_image) > 1:
-                per_image = [torch.stack(per_image).sum(0)]
-            sums.append(per_image[0] if per_image else losses.sum().expand(2, size))
-        total = sums[0] if len(sums) == 1 else torch.cat(sums, 1)
-        order = [output for group in batch.groups for output in group.outputs]
-        if order != sorted(order):
-            total = torch.stack([total[:, order.index(output)] for output in range(len(order))], 1)
-        return total
+            counts.append(
+                [sum(len(indices[output][image][0]) for output in group.outputs) for image in range(batch.images)]
+            )
+            masks = MaskRows(group.masks, matched[3 * i], counts[-1])
+            losses += uncertain_loss(masks, batch.masks, matched[3 * i + 1], points, self.matcher.generator)
+        return losses, counts, joined(matched[2::3])
 
     def _num_masks(self, batch: Batch) -> float | Tensor:
         """The number of targets of all ranks divided by the number of ranks, at least 1."""
@@ -214,21 +260,16 @@ class PointMaskCriterion(nn.Module):
         return (total[0] / dist.get_world_size()).clamp(min=1)
 
 
-def _matched_rows(batch: Batch, group: Group, indices: Indices) -> tuple[Tensor, Tensor]:
-    """The rows of a group's matched masks, in order of images and then of outputs, and the rows of their targets.
-
-    Rows of masks are indices into the group's [N, outputs * Q], those of targets into the targets of all images.
-    """
+def _matched(batch: Batch, group: Group, indices: Indices) -> Matched:
     q = batch.class_logits.shape[2]
-    masks, targets = (
-        [torch.zeros(0, dtype=torch.int64, device="cpu")],
-        [torch.zeros(0, dtype=torch.int64, device="cpu")],
-    )
+    nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
+    rows, targets, outputs = [nothing], [nothing], [nothing]
     first_target = 0
     for image, count in enumerate(batch.counts):
         for part, output in enumerate(group.outputs):
             queries, chosen = indices[output][image]
-            masks.append(queries + (image * len(group.outputs) + part) * q)
+            rows.append(queries + (image * len(group.outputs) + part) * q)
             targets.append(chosen + first_target)
+            outputs.append(torch.full_like(queries, output))
         first_target += count
-    return torch.cat(masks), torch.cat(targets)
+    return Matched(torch.cat(rows), torch.cat(targets), torch.cat(outputs))

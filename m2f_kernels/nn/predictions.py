@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -36,6 +36,7 @@ class Batch:
     groups: list[Group]
     labels: list[Tensor]
     masks: list[TargetMasks]
+    host_labels: list[Tensor] = field(default_factory=list)  # once they are matched
 
     @property
     def device(self) -> torch.device:

@@ -14,6 +14,7 @@ import m2f_kernels
 from m2f_kernels import FactoredMasks, _transfer
 from m2f_kernels.nn import HungarianMatcher, PointMaskCriterion, point_mask_criterion
 from tests.numerics import FORWARD, GRADIENT, relative_error
+from tests.watching import Operators
 
 F32 = torch.float32
 LABELS, K = 7, 60
@@ -520,15 +521,32 @@ def test_one_device_to_host_copy(generator, factored):
     assert sum("DtoH" in event.name for event in trace.events()) == 1
 
 
+@pytest.mark.parametrize("factored", [True, False])
+def test_fused_bookkeeping_changes_nothing(generator, monkeypatch, factored):
+    """The operators of `M2F_CRITERION=fused`, with outputs that share features and outputs that do not."""
+    scene = Scene(generator, (3, 0, 5))
+    found = []
+    for how in ("separate", "fused"):
+        monkeypatch.setattr("m2f_kernels._tuning.CRITERION", how)
+        with Operators() as seen:
+            found.append(run(scene, PointMaskCriterion(LABELS, num_points=K), factored))
+        assert {f"m2f::{x}" in seen.names for x in ("matching_costs", "criterion_losses")} == {how == "fused"}
+    (losses, gradients), (own, own_gradients) = found
+    for name, loss in losses.items():
+        torch.testing.assert_close(own[name], loss, rtol=1e-6, atol=1e-6)
+    for a, b in zip(gradients, own_gradients, strict=True):
+        assert relative_error(b, a.double()) < 1e-6
+
+
 def test_one_copy_to_the_device(generator, monkeypatch):
-    """Everything that the matching decides, in one piece: labels, rows of masks and of targets, of every group."""
+    """Everything that the matching decides, in one piece: labels; rows of masks, targets and outputs, by group."""
     sent = []
     monkeypatch.setattr(point_mask_criterion, "to_device", lambda host, device: sent.append(host) or host)
     scene = Scene(generator, (3, 2, 0, 4), layers=5)
     for factored in (True, False):
         sent.clear()
         PointMaskCriterion(LABELS, num_points=K)(scene.predictions(factored), scene.targets)
-        assert [x.numel() for x in sent] == [5 * 4 * 12 + 2 * 5 * 9]
+        assert [x.numel() for x in sent] == [5 * 4 * 12 + 3 * 5 * 9]
 
 
 @pytest.mark.parametrize(("type", "pinned"), [("cuda", 1), ("cpu", 0), ("meta", 0)])

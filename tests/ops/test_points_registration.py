@@ -24,6 +24,7 @@ def arguments(generator, dtype=torch.float32):
     saved = (torch.rand(3, 20, generator=generator), torch.rand(3, 20, generator=generator))
     grads = (torch.rand(3, generator=generator), torch.rand(3, generator=generator))
     embed, features = torch.randn(2, 4, 3, generator=generator).to(dtype), pixels
+    classes, labels, weights = torch.randn(2, 6, 4, generator=generator), torch.tensor([[3] * 6] * 2), torch.ones(4)
     factored = (embed, features, torch.tensor([3, 1, 4]), [2, 1], targets, target_rows)
     return {
         "point_sample": [pixels, points, False],
@@ -36,6 +37,9 @@ def arguments(generator, dtype=torch.float32):
         "point_mask_loss_backward": [*grads, rows, own, *saved, 5, 9, 7],
         "factored_point_mask_loss": [*factored, own, None, 0, 0, 0],
         "factored_point_mask_loss_backward": [*grads, *factored[:4], own, *saved],
+        "matching_costs": [classes[:, None], [rows], [saved[0][:2, :3]] * 6, [saved[1][:2, :3]] * 6, 2.0, 5.0, 5.0],
+        "criterion_losses": [classes, labels, weights, *grads, torch.tensor([1, 0, 1])],
+        "criterion_losses_backward": [*[weights[:2]] * 3, classes, labels, weights, weights[:2], torch.tensor([1, 0])],
     }
 
 
@@ -51,7 +55,9 @@ def operator(name):
 def test_opcheck(generator, name, dtype):
     given = arguments(generator, dtype)[name]
     torch.library.opcheck(operator(name).default, given)
-    if "backward" not in name and name not in ("uncertain_points", "mask_matching_cost", "sample_targets"):
+    if "backward" not in name and name not in (
+        *("uncertain_points", "mask_matching_cost", "sample_targets", "matching_costs"),
+    ):
         count = 2 if "factored" in name else 1
         leaves = [x.requires_grad_() for x in given[:count]]
         torch.library.opcheck(operator(name).default, [*leaves, *given[count:]])

@@ -247,12 +247,15 @@ def test_no_masks(kernels, device):
 
 
 # ---------------------------------------------------------------- factored masks
-@pytest.mark.parametrize("given", [True, False], ids=["given", "drawn"])
+@pytest.mark.parametrize(("given", "how"), [(True, "separate"), (False, "separate"), (False, "fused")])
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
-def test_factored_loss(kernels, device, generator, monkeypatch, dtype, given):
+def test_factored_loss(kernels, device, generator, monkeypatch, dtype, given, how):
     """As the loop over chunks that serves other devices: several chunks, an image without masks, a query twice."""
+    from m2f_kernels import _tuning
     from m2f_kernels.ops.points import factored, masks
     from m2f_kernels.ops.points import triton_loss as loss
+
+    monkeypatch.setattr(_tuning, "CRITERION", how)
 
     embed = torch.randn(3, 5, 4, generator=generator).to(device, dtype)
     features = torch.randn(3, 4, 12, 10, generator=generator).to(device, dtype)

@@ -430,8 +430,8 @@ class MaskLosses(Mixin):
                 oversample_ratio=self.oversample_ratio,
                 importance_sample_ratio=self.importance_sample_ratio,
             )
-            cross_entropy, dice = criterion.mask_sums(batch, [pairs])[:, 0]
-            return {"loss_mask": cross_entropy / num_masks, "loss_dice": dice / num_masks}
+            cross_entropy, dice = criterion.mask_sums(batch, [pairs])
+            return {"loss_mask": cross_entropy[0] / num_masks, "loss_dice": dice[0] / num_masks}
 
 
 def _index(x: Any) -> Tensor:
@@ -475,11 +475,12 @@ class _Criterion(PointMaskCriterion):
         batch.masks = _pad_to_largest(batch.masks)
         with without_autocast(batch.device):
             found = self._unweighted(batch, indices)
-            values = apart(*(found.sums / num_masks).unbind(), found.classes, weights=(1.0, 1.0, 1.0))
+            sums = found.cross_entropy / num_masks, found.dice / num_masks
+            values = apart(*sums, found.classes, weights=(1.0, 1.0, 1.0))
             # OneFormer's number of masks is a float32 tensor [1], and so are these losses, whatever the masks are.
             count = 2 * len(predictions)
-            sums = (x.to(torch.result_type(x, num_masks)).view(num_masks.shape) for x in values[:count])
-            values = (*sums, *values[count:])
+            shaped = (x.to(torch.result_type(x, num_masks)).view(num_masks.shape) for x in values[:count])
+            values = (*shaped, *values[count:])
             # Each a tensor of its own: the caller multiplies them by their weights in place.
             thirds = (values[i :: len(predictions)] for i in range(len(predictions)))
             return [dict(zip(("loss_mask", "loss_dice", "loss_cross_entropy"), third, strict=True)) for third in thirds]

@@ -14,7 +14,7 @@ from m2f_kernels._dtypes import accumulation_dtype, without_autocast
 from m2f_kernels._library import LIBRARY
 from m2f_kernels.masks import FactoredMasks, InstanceMap, RunLengths, Targets, listed
 from m2f_kernels.ops._autograd import call, differentiable_once, register_autograd, register_vmap
-from m2f_kernels.ops.points import factored, fallback, reference
+from m2f_kernels.ops.points import bookkeeping, factored, fallback, reference
 from m2f_kernels.ops.points.masks import CHUNK_BYTES, MaskRows, multiply, select_rows
 from m2f_kernels.ops.points.sampling import (
     check_masks,
@@ -403,7 +403,10 @@ def _plain(
 _TRITON = "m2f_kernels.ops.points.triton_loss"
 dispatch.register(
     dispatch.Operator("mask_matching_cost", triton=_TRITON),
-    {"mask_matching_cost": _plain("mask_matching_cost", reference.mask_matching_cost, fallback.mask_matching_cost)},
+    {
+        "mask_matching_cost": _plain("mask_matching_cost", reference.mask_matching_cost, fallback.mask_matching_cost),
+        "matching_costs": bookkeeping.matching_costs,
+    },
 )
 dispatch.register(
     dispatch.Operator("point_mask_loss", triton=_TRITON),
@@ -413,6 +416,8 @@ dispatch.register(
             "point_mask_loss", reference.point_mask_loss_backward, fallback.loss_operator_backward
         ),
         # Loops over chunks that call the operators; Triton's do the common work of all chunks once.
+        "criterion_losses": torch.no_grad()(bookkeeping.criterion_losses),
+        "criterion_losses_backward": torch.no_grad()(bookkeeping.criterion_losses_backward),
         "factored_point_mask_loss": factored.forward,
         "factored_point_mask_loss_backward": factored.backward,
     },

@@ -13,10 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from m2f_kernels import _tuning
 from m2f_kernels._dtypes import without_autocast
 from m2f_kernels._triton import MAX_GRID, architecture, block_id, dot, in_parts, launch, rows_and_blocks
+from m2f_kernels.constants import ConstantCache
 from m2f_kernels.masks import Targets, grouped
 from m2f_kernels.ops.points.masks import CHUNK_BYTES, chunk_bounds, exact, mask_bytes, product_chunks
+from m2f_kernels.ops.points.triton_bookkeeping import (
+    criterion_losses,
+    criterion_losses_backward,
+    matching_costs,
+    rows_backward,
+)
 from m2f_kernels.ops.points.triton_sampling import (
     FRACTION_BITS,
     bilinear,
@@ -31,6 +39,17 @@ from m2f_kernels.ops.points.triton_sampling import (
     scatter,
     to_float,
 )
+
+__all__ = [  # the operators that this module serves
+    "criterion_losses",
+    "criterion_losses_backward",
+    "factored_point_mask_loss",
+    "factored_point_mask_loss_backward",
+    "mask_matching_cost",
+    "matching_costs",
+    "point_mask_loss",
+    "point_mask_loss_backward",
+]
 
 #: Points of one program of the loss.
 _POINTS = 256
@@ -377,6 +396,15 @@ def _launch_backward(
 # As `factored.py` on other devices, but with the common work of all chunks done once.
 
 
+_NUMBERS = ConstantCache(4)
+
+
+def _numbers(count: int, like: Tensor) -> Tensor:
+    """At least the numbers from 0 to `count` - 1, in the dtype of `like`; never to be written."""
+    whole = triton.next_power_of_2(max(count, 1024))
+    return _NUMBERS.get(lambda: torch.arange(whole, dtype=like.dtype, device=like.device), whole, like)
+
+
 @torch.no_grad()
 def factored_point_mask_loss(
     mask_embed: Tensor,
@@ -407,7 +435,7 @@ def factored_point_mask_loss(
     bound = max(CHUNK_BYTES, 4 * n * c * h * w)
     needed = 4 * (h * w + (candidates if points is None else 0))
     largest = max((last - first for _, first, last in chunk_bounds(counts, needed, bound)), default=0)
-    own = torch.arange(largest, device=rows.device)
+    own = _numbers(largest, rows)
     keys = torch.empty(largest if points is None else 0, candidates, dtype=torch.int32, device=rows.device)
     for chunk in product_chunks(mask_embed, mask_features, rows, counts, needed, bound):
         here, number = chunk.slice, own[: chunk.embed.shape[0]]
@@ -445,15 +473,16 @@ def factored_point_mask_loss_backward(
     grads = grad_cross_entropy.contiguous(), grad_dice.contiguous()
     both, total, scale = _sums(*grads, probability, labels, scaled=True)
     bounds = list(chunk_bounds(counts, mask_bytes(mask_features, points.shape[1], torch.float32)))
-    own = torch.arange(max(n * q, m), device=device)
+    own = _numbers(max(n * q, m), rows)
     grad_rows = embed.new_empty(m, c)
     largest = max(last - first for _, first, last in bounds)
     buffer = torch.zeros(largest, h, w, dtype=torch.int64, device=device)
     with without_autocast(device):
         for image, (start, end) in enumerate(itertools.pairwise([0, *itertools.accumulate(counts)])):
             if start == end:
-                grad_embed[image].zero_()
                 grad_features[image].zero_()
+                if _tuning.CRITERION != "fused":
+                    grad_embed[image].zero_()
                 continue
             features = exact(mask_features[image])
             gathered = grad_features[image] if grad_features.dtype == torch.float32 else embed.new_empty(c, h * w)
@@ -470,12 +499,16 @@ def factored_point_mask_loss_backward(
                     torch.mm(embed[here].T, gradient, out=gathered)
                 else:
                     gathered.addmm_(embed[here].T, gradient)
+            if grad_features.dtype != torch.float32:
+                grad_features[image] = gathered
+            if _tuning.CRITERION == "fused":
+                continue
             # A query may have several targets. A product with zeros and ones adds its rows, in the same order always.
             chosen = (rows[start:end] == own[image * q : image * q + q, None]).float()
             if grad_embed.dtype == torch.float32:
                 torch.mm(chosen, grad_rows[start:end], out=grad_embed[image])
             else:
                 grad_embed[image] = chosen @ grad_rows[start:end]
-            if grad_features.dtype != torch.float32:
-                grad_features[image] = gathered
+    if _tuning.CRITERION == "fused":
+        rows_backward(grad_rows, rows, grad_embed.flatten(0, 1))
     return grad_embed, grad_features.view(n, c, h, w)
