@@ -120,14 +120,21 @@ def backward(
     return _tuning.configuration(device.capability, BACKWARD, key(element_size, num_queries, d), default)
 
 
+def _in_float32(channels: int) -> Configuration:
+    """Forward without tensor cores: queries, and the output of wide rows, are held in registers."""
+    queries = 64 if channels <= 32 else 32 if channels < 128 else 16
+    return {"BLOCK_Q": queries, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+
+
 def open_forward(device: Architecture, version: tuple[int, int], element_size: int, d: int) -> Configuration:
     """The configuration of the forward kernel of queries without a mask. Heuristic: no GPU has tuned it."""
     channels = padded(d)
     if element_size == 4:
-        config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+        config = _in_float32(channels)
     else:
-        queries = 128 if channels <= 64 else 64
-        config = {"BLOCK_Q": queries, "BLOCK_K": 64 if channels < 128 else 32, "num_warps": 8, "num_stages": 2}
+        config = {"BLOCK_Q": 128 if channels <= 64 else 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
+        if channels >= 128:
+            config = {**config, "BLOCK_K": 32, "num_warps": 4}
     return _fitted(device, version, config, element_size, channels)
 
 
@@ -135,7 +142,8 @@ def open_backward(device: Architecture, version: tuple[int, int], element_size: 
     """The same of the two backward kernels."""
     channels = padded(d)
     if element_size == 4:
-        config = {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+        queries, warps = (32, 8) if channels < 128 else (16, 16)
+        config = {"BLOCK_Q": queries, "BLOCK_K": 32, "num_warps": warps, "num_stages": 1}
     else:
         config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
     config = _fitted(device, version, config, element_size, channels)
@@ -155,10 +163,12 @@ def biased_forward(
 ) -> Configuration:
     """The configuration of the forward kernel with a bias of rows of `width` keys. Heuristic: no GPU has tuned it."""
     channels = padded(d)
+    wide = channels >= 128
     if element_size == 4:
-        config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}
+        warps = 16 if wide and not device.gfx.startswith("gfx9") else 8
+        config = {**_in_float32(channels), "num_warps": warps}
     else:
-        config = {"BLOCK_Q": 64, "BLOCK_K": 64 if channels < 128 else 32, "num_warps": 4, "num_stages": 2}
+        config = {"BLOCK_Q": 64, "BLOCK_K": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
     return _biased(device, version, config, element_size, num_queries, channels, width)
 
 
@@ -192,7 +202,7 @@ def _biased(
     config["BLOCK_Q"] = min(config["BLOCK_Q"], padded(num_queries))
     config = _fitted(device, version, config, element_size, channels)
     if device.capability == 75:
-        config["BLOCK_Q"] = 16
+        config = {**config, "BLOCK_Q": 16, "num_warps": 16 if element_size == 4 and channels >= 128 else 8}
     return {**config, "BLOCK_K": _columns(width, config["BLOCK_K"])}
 
 
