@@ -18,11 +18,8 @@ alike; what an operator writes within itself is not seen.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,19 +32,11 @@ MIB = 1 << 20
 RESOLUTION_MIB = 1.0
 #: Environment of a measuring process on glibc.
 ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-_CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:
     """Bytes of the tensors among `tensors`."""
     return sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
-
-
-def _status_mib(field: str) -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return float(line.split()[1]) / 1024
-    raise OSError(f"/proc/self/status has no {field}")
 
 
 def peak_mib(run: Callable[[], Any], device: str) -> tuple[float, float]:
@@ -56,21 +45,10 @@ def peak_mib(run: Callable[[], Any], device: str) -> tuple[float, float]:
     Raises:
         OSError: on CPU, where the system has no resettable peak (anything but Linux).
     """
-    gc.collect()
-    if device == "cuda":
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = run()
-        torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - before) / MIB, bytes_of(result) / MIB
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
-    _CLEAR_REFS.write_text("5")
-    before_mib = _status_mib("VmRSS")
-    result = run()
-    return _status_mib("VmHWM") - before_mib, bytes_of(result) / MIB
+    from m2f_model import bench  # which needs more than those do who count bytes
+
+    peak, result = bench.peak_mib(run, device)
+    return peak, bytes_of(result) / MIB
 
 
 def measure(run: Callable[[], Any], inputs: Iterable[Any], device: str) -> tuple[float, float]:

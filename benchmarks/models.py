@@ -12,7 +12,6 @@ import copy
 import importlib.util
 import math
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import m2f_kernels
-from benchmarks import memory
+from benchmarks import memory, timing
 from benchmarks.cases import (
     Benchmark,
     Case,
@@ -39,6 +38,7 @@ from benchmarks.cases import (
     ratio,
     relative_l2,
 )  # fmt: skip
+from benchmarks.inputs import photograph
 
 BEFORE, AFTER = "before", "after"
 #: Calls by name, of which the last is the published one.
@@ -79,7 +79,7 @@ class Model:
 
     def arguments(self, quick: bool) -> dict[str, Any]:
         size = SMALL if quick else self.size
-        arguments = self.inputs(photograph(size))
+        arguments = self.inputs(photograph(size, size))
         if self.targets is not None:
             generator = torch.Generator().manual_seed(1)
             corners = torch.randint(0, size // 2, (self.targets, 2), generator=generator)
@@ -103,14 +103,6 @@ def _spread(model: nn.Module) -> None:
         offsets = getattr(module, "sampling_offsets", None)
         if isinstance(offsets, nn.Linear):
             nn.init.normal_(offsets.weight, std=2 * offsets.in_features**-0.5)
-
-
-def photograph(size: int) -> Tensor:
-    """A photograph from scikit-image, [1, 3, size, size], normalised."""
-    from skimage import data, transform
-
-    image = transform.resize(data.astronaut(), (size, size), anti_aliasing=size < 512)
-    return torch.from_numpy(image).float().permute(2, 0, 1).sub(0.45).div(0.25)[None].contiguous()
 
 
 def _swin(first: int) -> Any:
@@ -235,33 +227,6 @@ def choices(recorded: list[Tensor], replay: bool = False) -> Iterator[None]:
         torch.topk = topk
 
 
-@contextmanager
-def _attention_time(model: nn.Module, device: str) -> Iterator[list[float]]:
-    """Seconds that each call of a deformable attention module takes inside a `with` block, forward."""
-    import m2f_kernels
-
-    with m2f_kernels.accelerate(model) as acceleration:
-        names = [
-            entry.name for entry in acceleration.report.replaced if entry.cls.endswith("MultiscaleDeformableAttention")
-        ]
-    taken: list[float] = []
-    starts: list[float] = []
-
-    def now() -> float:
-        if device == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    handles = []
-    for name in names:
-        module = model.get_submodule(name)
-        handles.append(module.register_forward_pre_hook(lambda *_: starts.append(now())))
-        handles.append(module.register_forward_hook(lambda *_: taken.append(now() - starts.pop())))
-    yield taken
-    for handle in handles:
-        handle.remove()
-
-
 class Subject:
     """A model that is called before and after, as a user calls it."""
 
@@ -328,9 +293,16 @@ def _stages(case: Case, implementation: Implementation) -> dict[str, float]:
     if implementation.name == AFTER:
         return {}
     subject = _subject(*case.spec)
-    with _attention_time(subject.model, case.spec[1].device) as taken:
+    with m2f_kernels.accelerate(subject.model) as acceleration:
+        replaced = acceleration.report.replaced
+    parts = [
+        (ATTENTION, subject.model.get_submodule(entry.name))
+        for entry in replaced
+        if entry.cls.endswith("MultiscaleDeformableAttention")
+    ]
+    with timing.watched(parts, case.spec[1].device) as taken:
         subject.run(BEFORE)
-    return {ATTENTION: sum(taken) * 1e3}
+    return {ATTENTION: sum(taken.get(ATTENTION, ())) * 1e3}
 
 
 def _peak(case: Case, implementation: Implementation) -> float:

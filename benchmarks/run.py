@@ -26,6 +26,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
@@ -215,11 +216,7 @@ def _table(arguments: argparse.Namespace, slug: str, interrupted: bool) -> Path:
 def main() -> int:
     arguments = _arguments()
     console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
-    device = arguments.device
-    if device is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         # Before the run may overwrite it.
         old = compare.read(arguments.compare) if arguments.compare else []

@@ -8,6 +8,7 @@ one fresh process each; on CPU the kernel's peak of the resident set, with glibc
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import statistics
@@ -241,20 +242,32 @@ def peak_memory(case: Case, implementation: str) -> float:
 
 
 def measure_peak(case: Case, implementation: str) -> float:
+    """MiB that a call needs above what the model holds, in this process, which should only just have started."""
     model = build(case, implementation)
     call(replace(case, size=64), model)()  # loads code, starts threads, makes gradients
-    run = call(case, model)
-    if case.device != "cpu":
+    return peak_mib(call(case, model), case.device)[0]
+
+
+def peak_mib(run: Callable[[], Any], device: str) -> tuple[float, Any]:
+    """Peak growth over the memory in use before `run()`, in MiB, and its result.
+
+    Raises:
+        OSError: on CPU, where the system has no resettable peak (anything but Linux).
+    """
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        result = run()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20, result
     if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
         trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts at the present
     resident = _status_mib("VmRSS")
-    run()
-    return _status_mib("VmHWM") - resident
+    result = run()
+    return _status_mib("VmHWM") - resident, result
 
 
 def _status_mib(field: str) -> float:

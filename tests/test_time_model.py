@@ -74,9 +74,9 @@ def test_control_codes_are_decoded() -> None:
     assert static_cuda.control_codes(dump) == "LBB0:\n05:-:1:-:4\tLDG.E R4, [R2.64] ;\n05:-:1:-:4\t@P0 BRA LBB0 ;\n"
 
 
-def test_rank_correlation() -> None:
-    assert time_model.rank_correlation([1, 2, 3, 4], [10, 20, 30, 40]) == 1
-    assert time_model.rank_correlation([1, 2, 3, 4], [4, 3, 2, 1]) == -1
+def test_how_far_to_believe_it() -> None:
+    assert "rank correlation 1.00, modelled / measured 0.10" in time_model.verdict("x", [(1, 10), (2, 20), (3, 30)])
+    assert "rank correlation -1.00" in time_model.verdict("x", [(1, 30), (2, 20), (3, 10)])
 
 
 #: Microseconds, modelled; a little above what the kernels are at. Whoever makes one faster lowers its bar.

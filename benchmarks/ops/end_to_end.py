@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import m2f_kernels
+from benchmarks import timing
 from benchmarks.cases import (
     Benchmark,
     Case,
@@ -186,18 +187,10 @@ def stages(case: Case, implementation: Implementation) -> dict[str, float]:
     if way.how in (COMPILED, GRAPH):
         return {}
     model, run = _model_of(case.spec, way), _adapt(case.spec, way, {}, [])["run"]
-    samples: dict[str, list[float]] = {part: [] for part in bench.STAGES[way.base]}
-    handles = [
-        handle
-        for part, path in bench.STAGES[way.base].items()
-        for handle in bench.watch(model.get_submodule(path), samples[part], case.spec.device)
-    ]
-    try:
+    parts = [(part, model.get_submodule(path)) for part, path in bench.STAGES[way.base].items()]
+    with timing.watched(parts, case.spec.device) as samples:
         for _ in range(STAGE_CALLS):
             run()
-    finally:
-        for handle in handles:
-            handle.remove()
     return {part: statistics.median(taken) * 1e3 for part, taken in samples.items() if taken}
 
 

@@ -65,8 +65,6 @@ class Step:
     name: str
     seconds: float
     command: Command
-    #: Whether a later call goes on inside the step: it notes what has ended.
-    resumes: bool = False
 
 
 @dataclass
@@ -130,22 +128,20 @@ def _python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def _pytest(context: Context, name: str, *arguments: str) -> list[str]:
-    """A run of tests that notes each outcome, and leaves out those that have passed."""
-    command = _python("-m", "pytest", "-p", "benchmarks.tools.resume", "-q", "-rfE", "--tb=short")
-    command += [f"--resume-from={context.logs / name}.outcomes", *arguments]
-    return command if context.workers < 2 else [*command, "-n", str(context.workers)]
+def _tests(name: str, chosen: Callable[[Context], list[str]], *few: str) -> Command:
+    """A run of tests that notes each outcome, and leaves out those that have passed; `few` in a rehearsal."""
+
+    def command(context: Context, seconds: float) -> list[str]:
+        found = _python("-m", "pytest", "-p", "benchmarks.tools.resume", "-q", "-rfE", "--tb=short", "-m", "not slow")
+        found += [f"--resume-from={context.logs / name}.outcomes", *(few if context.rehearsal else chosen(context))]
+        return found if context.workers < 2 else [*found, "-n", str(context.workers)]
+
+    return command
 
 
-def _changed(context: Context, seconds: float) -> list[str]:
-    if context.rehearsal:
-        return _pytest(context, "changed", "tests/ops/test_point_sample.py", "-k", "gradient", "-m", "not slow")
-    return _pytest(context, "changed", *context.tests, "-m", "not slow")
-
-
-def _suite(context: Context, seconds: float) -> list[str]:
-    tests = ["tests/test_readme.py"] if context.rehearsal else ["tests"]
-    return _pytest(context, "suite", *tests, "-m", "not slow")
+def _tuner(context: Context, seconds: float) -> list[str]:
+    options = ["--help"] if context.rehearsal else ["--output", str(context.logs / "tuned.json")]
+    return _python("-m", "m2f_kernels.tune", *options)
 
 
 def _build(context: Context, seconds: float) -> list[str]:
@@ -186,16 +182,14 @@ def _sanitizer(tool: str, *tests: str) -> Command:
     return command
 
 
-def _tuner(context: Context, seconds: float) -> list[str]:
-    if context.rehearsal:
-        return _python("-m", "m2f_kernels.tune", "--help")
-    return _python("-m", "m2f_kernels.tune", "--output", str(context.logs / "tuned.json"))
-
-
 #: In the order of their worth. The limits of the first seven fit into nine minutes together.
 STEPS = (
     Step("build", 90, _build),
-    Step("changed", 150, _changed, resumes=True),
+    Step(
+        "changed",
+        150,
+        _tests("changed", lambda context: context.tests, "tests/ops/test_point_sample.py", "-k", "gradient"),
+    ),
     Step("old_new", 110, _old_new),
     Step("headline", 130, _benchmark("--op", "end_to_end", "--skip", "compiled")),
     Step("memcheck", 60, _sanitizer("memcheck")),
@@ -203,7 +197,7 @@ STEPS = (
     # by several threads, and PyTorch's own attention is reported on Hopper too.
     Step("racecheck", 40, _sanitizer("racecheck", "tests/ops/test_ms_deform_attn_cuda.py")),
     Step("tuner", 240, _tuner),
-    Step("suite", 400, _suite, resumes=True),
+    Step("suite", 400, _tests("suite", lambda context: ["tests"], "tests/test_readme.py")),
     Step("bench", 300, _benchmark("--skip", "compiled")),
     Step("bench_full", 540, _benchmark("--full")),
 )

@@ -26,6 +26,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import cache, partial
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -377,6 +379,7 @@ _TILES = _QUERIES // 64 * _HEADS * 2
 _DEFORMABLE_TABLE, _DEFORMABLE_SHARED = 352, 32 * 256
 
 
+@cache
 def deformable(nvcc: str, where: str) -> dict[str, Kernel]:
     """The forwards of deformable attention in the CUDA library, by name; samples "local" or "random"."""
     touched = gather(where)
@@ -468,7 +471,9 @@ def masks(dtype: torch.dtype, side: int, layers: int, fills: bool = True) -> tup
     return kernels, 3 * layers if fills else 0
 
 
-def attention(dtype: torch.dtype, images: int, queries: int, change: dict[str, int] | None = None) -> list[Kernel]:
+def attention(
+    dtype: torch.dtype, images: int, queries: int, change: dict[str, int] | None = None
+) -> tuple[list[Kernel], int]:
     """Launches of the forward of masked attention over 128 x 128 keys, with another configuration if one is given."""
     from benchmarks import static
     from m2f_kernels.ops.masked_attention import configs
@@ -482,12 +487,12 @@ def attention(dtype: torch.dtype, images: int, queries: int, change: dict[str, i
     before = configs.forward
     configs.forward = lambda *a: {**before(*a), **(change or {})}
     try:
-        return triton_kernels(op.masked_attention, (query, key, key, bits, flags, 32**-0.5), _trips)
+        return triton_kernels(op.masked_attention, (query, key, key, bits, flags, 32**-0.5), _trips), 0
     finally:
         configs.forward = before
 
 
-def points_kept(masks_: int = 100, selection: str = "histogram") -> list[Kernel]:
+def points_kept(masks_: int = 100, selection: str = "histogram") -> tuple[list[Kernel], int]:
     """Launches of `uncertain_points` for 12544 points of masks of 256 x 256, by one of the kernels that select them."""
     from benchmarks import static
     from m2f_kernels.ops.points import triton_sampling as op
@@ -495,7 +500,7 @@ def points_kept(masks_: int = 100, selection: str = "histogram") -> list[Kernel]
     rows, seed = static.meta(masks_, dtype=torch.int32), static.meta(1, dtype=torch.int64)
     arguments = (static.meta(masks_, 256, 256, dtype=torch.float32), rows, seed, 0, 37632, 9408, 3136)
     with static.selecting_by_digits() if selection == "digits" else nullcontext():
-        return triton_kernels(op.uncertain_points, arguments, _trips)
+        return triton_kernels(op.uncertain_points, arguments, _trips), 0
 
 
 #: Microseconds of forwards with other configurations on an H200: benchmarks/results/nvidia-h200/configurations.txt.
@@ -510,6 +515,38 @@ CONFIGURATIONS = {
 }
 
 
+def _deformable_forward(nvcc: str, where: str, instance: str) -> tuple[list[Kernel], int]:
+    (chosen,) = (
+        k for name, k in deformable(nvcc, where).items() if name.startswith(instance) and name.endswith("false>")
+    )
+    return [chosen], 0
+
+
+def _calls(nvcc: str | None) -> Iterator[tuple[str, float | None, Callable[[], tuple[list[Kernel], int]]]]:
+    """Yields the name of each row, what an H200 took, and what compiles its launches and counts its fills."""
+    for where, *times in (("local", 131.2, 168.8), ("random", 140.4, 229.5)) if nvcc else ():
+        for kind, kernel in (("", "forward_kernel"), (", lean", "forward_lean_kernel")):
+            for dtype, element, time in zip(("bf16", "fp32"), ("__nv_bfloat16", "float"), times, strict=True):
+                call = partial(_deformable_forward, nvcc, where, f"{kernel}<{element}, ")
+                yield f"ms_deform_attn {dtype}, {where}{kind}", None if kind else time, call
+    low, single, exact = torch.bfloat16, torch.float32, not _tuning.TF32X3
+    for name, dtype, side, time in (
+        ("masks of 9 layers, 1024², fp32", single, 256, 522.3),
+        ("masks of 9 layers, 512², fp32", single, 128, 330.6),
+        ("masks of 9 layers, 1024², bf16", low, 256, 114.3),
+    ):
+        yield name, time if dtype == low or exact else None, partial(masks, dtype, side, 3)
+        yield f"{name}, flags at once", None, partial(masks, dtype, side, 3, fills=False)
+    yield "masked_attention fp32", 218.4 if exact else None, partial(attention, single, 1, 100)
+    yield "uncertain_points, 100 masks", 706.6, points_kept
+    yield "uncertain_points, 100 masks, by digits", None, partial(points_kept, selection="digits")
+    for change, times in CONFIGURATIONS.items():
+        settings = dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages", "waves"), change, strict=True))
+        for (images, queries), time in zip(((1, 100), (2, 100), (1, 200)), times, strict=True):
+            name = f"masked_attention bf16, N={images} Q={queries}, {change}"
+            yield name, time, partial(attention, low, images, queries, settings)
+
+
 def rows(nvcc: str | None, select: str = "") -> Iterator[Row]:
     """Yields the kernels that were timed on an H200 (benchmarks/results/nvidia-h200) and newer ones, in a fixed order.
 
@@ -517,65 +554,22 @@ def rows(nvcc: str | None, select: str = "") -> Iterator[Row]:
         nvcc: None leaves deformable attention out.
         select: a regular expression that a row's name contains.
     """
-
-    def wanted(name: str) -> bool:
-        return re.search(select, name) is not None
-
-    for where, times in (("local", (131.2, 168.8)), ("random", (140.4, 229.5))):
-        names = [f"ms_deform_attn {dtype}, {where}{kind}" for kind in ("", ", lean") for dtype in ("bf16", "fp32")]
-        if nvcc is None or not any(map(wanted, names)):
-            continue
-        kernels = deformable(nvcc, where)
-        for name, time in zip(names, (*times, None, None), strict=True):
-            kind, bf16 = ("forward_lean_kernel" if "lean" in name else "forward_kernel"), "bf16" in name
-            (chosen,) = (
-                kernel for full, kernel in kernels.items()
-                if full.startswith(f"{kind}<{'__nv_bfloat16' if bf16 else 'float'}, ") and full.endswith("false>")
-            )  # fmt: skip
-            if wanted(name):
-                yield Row(name, [chosen], 0, time)
-    low, single = torch.bfloat16, torch.float32
-    for name, dtype, side, time in (
-        ("masks of 9 layers, 1024², fp32", single, 256, 522.3),
-        ("masks of 9 layers, 512², fp32", single, 128, 330.6),
-        ("masks of 9 layers, 1024², bf16", low, 256, 114.3),
-    ):
-        if wanted(name):
-            yield Row(name, *masks(dtype, side, 3), time if dtype == low or not _tuning.TF32X3 else None)
-        if wanted(name := f"{name}, flags at once"):
-            yield Row(name, *masks(dtype, side, 3, fills=False), None)
-    if wanted("masked_attention fp32"):
-        yield Row("masked_attention fp32", attention(single, 1, 100), 0, None if _tuning.TF32X3 else 218.4)
-    if wanted("uncertain_points, 100 masks"):
-        yield Row("uncertain_points, 100 masks", points_kept(), 0, 706.6)
-    if wanted("uncertain_points, 100 masks, by digits"):
-        yield Row("uncertain_points, 100 masks, by digits", points_kept(selection="digits"), 0, None)
-    for change, times_ in CONFIGURATIONS.items():
-        for (images, queries), time in zip(((1, 100), (2, 100), (1, 200)), times_, strict=True):
-            name = f"masked_attention bf16, N={images} Q={queries}, {change}"
-            if wanted(name):
-                settings = dict(zip(("BLOCK_Q", "BLOCK_K", "num_warps", "num_stages", "waves"), change, strict=True))
-                yield Row(name, attention(low, images, queries, settings), 0, time)
+    for name, measured, launches in _calls(nvcc):
+        if re.search(select, name):
+            yield Row(name, *launches(), measured)
 
 
 # ---------------------------------------------------------------- how far to believe it
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Spearman's, without ties."""
-    ranks = [[sorted(values).index(x) for x in values] for values in (first, second)]
-    n = len(first)
-    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(*ranks, strict=True)) / (n * (n**2 - 1))
-
-
 def verdict(name: str, chosen: Sequence[tuple[float, float]]) -> str:
     """Rank order and factor of (modelled, measured)."""
+    from scipy.stats import spearmanr
+
     factors = sorted(modelled / measured for modelled, measured in chosen)
-    mean = math.exp(sum(map(math.log, factors)) / len(factors))
-    order = rank_correlation(*zip(*chosen, strict=True))
     return (
-        f"{name}: {len(chosen)} rows, rank correlation {order:.2f}, modelled / measured {mean:.2f} on (geometric) "
-        f"average, {factors[0]:.2f} to {factors[-1]:.2f}"
+        f"{name}: {len(chosen)} rows, rank correlation {spearmanr(chosen).statistic:.2f}, modelled / measured "
+        f"{geometric_mean(factors):.2f} on (geometric) average, {factors[0]:.2f} to {factors[-1]:.2f}"
     )
 
 
