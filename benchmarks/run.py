@@ -32,6 +32,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 import benchmarks
 from benchmarks import compare, facts, memory, report
+from benchmarks.arguments import arguments
 from benchmarks.cases import Benchmark, Case, Row, Scale
 from benchmarks.report import BUSY
 
@@ -175,51 +176,54 @@ def _interrupt(*_: object) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--op",
-        action="append",
-        choices=[*benchmarks.REGISTRY, *benchmarks.OTHERS],
-        help=f"repeatable; default: {', '.join(benchmarks.REGISTRY)}",
-    )
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="small shapes and few rounds, to see that all runs")
-    size.add_argument("--full", action="store_true", help="all shapes and dtypes: half an hour on 2 cores")
-    parser.add_argument("--case", default="", help="only cases whose name contains this; written to <device>-partial")
-    parser.add_argument(
-        "--skip", action="append", default=[], metavar="TEXT",
-        help="leave out implementations whose name contains this, for example peers that take minutes to compile; "
-        "their rows say so; repeatable",
+    found = arguments(
+        __doc__,
+        {
+            "--op": {
+                "action": "append",
+                "choices": [*benchmarks.REGISTRY, *benchmarks.OTHERS],
+                "help": f"repeatable; default: {', '.join(benchmarks.REGISTRY)}",
+            },
+            "--device": {"choices": ["cpu", "cuda"], "help": "default: cuda where there is one"},
+            "--quick": {"action": "store_true", "help": "small shapes and few rounds, to see that all runs"},
+            "--full": {"action": "store_true", "help": "all shapes and dtypes: half an hour on 2 cores"},
+            "--case": {"default": "", "help": "only cases whose name contains this; written to <device>-partial"},
+            "--skip": {
+                "action": "append", "default": [], "metavar": "TEXT",
+                "help": "leave out implementations whose name contains this, for example peers that take minutes to "
+                "compile; their rows say so; repeatable",
+            },
+            "--output": {"type": Path, "default": ROOT / "results", "help": "default: benchmarks/results"},
+            "--compare": {
+                "type": Path, "metavar": "OLD.csv",
+                "help": "name regressions against an earlier run's CSV or folder",
+            },
+        },
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, default=ROOT / "results", help="default: benchmarks/results")
-    parser.add_argument(
-        "--compare", type=Path, metavar="OLD.csv", help="name regressions against an earlier run's CSV or folder"
-    )
-    arguments = parser.parse_args()
+    if found.quick and found.full:
+        found.refuse("--quick: not allowed with --full")
     needed = ("matplotlib", "skimage", "transformers")
-    missing = [name for name in needed if importlib.util.find_spec(name) is None]
-    if missing:  # now, and not after minutes of measurements
-        parser.error(
+    if missing := [name for name in needed if importlib.util.find_spec(name) is None]:  # not after minutes
+        found.refuse(
             f"{', '.join(missing)}: not installed; pip install -r benchmarks/requirements.txt (make bench does)"
         )
-    return arguments
+    return found
 
 
-def _table(arguments: argparse.Namespace, slug: str, interrupted: bool) -> Path:
+def _table(options: argparse.Namespace, slug: str, interrupted: bool) -> Path:
     """The CSV of the results: the device's; another beside it for anything but a whole run."""
-    suffix = ("-quick" if arguments.quick else "") + ("-partial" if arguments.case or interrupted else "")
-    found: Path = arguments.output / f"{slug}{suffix}.csv"
+    suffix = ("-quick" if options.quick else "") + ("-partial" if options.case or interrupted else "")
+    found: Path = options.output / f"{slug}{suffix}.csv"
     return found
 
 
 def main() -> int:
-    arguments = _arguments()
+    options = _arguments()
     console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
-    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         # Before the run may overwrite it.
-        old = compare.read(arguments.compare) if arguments.compare else []
+        old = compare.read(options.compare) if options.compare else []
     except ValueError as error:
         console.print(f"[bold red]--compare:[/] {error}", soft_wrap=True)
         return 2
@@ -228,9 +232,9 @@ def main() -> int:
         SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="m2f-bench-") as workspace:
-        ops = arguments.op or list(benchmarks.REGISTRY)
-        scale = Scale(device, arguments.quick, arguments.full)
-        runner = Runner(scale, ops, arguments.case, arguments.skip, Path(workspace), console)
+        ops = options.op or list(benchmarks.REGISTRY)
+        scale = Scale(device, options.quick, options.full)
+        runner = Runner(scale, ops, options.case, options.skip, Path(workspace), console)
         with Progress(*columns, console=console, transient=True) as progress:
             runner.run(progress)
     run = runner.result()
@@ -239,16 +243,16 @@ def main() -> int:
         if runner.failures:
             run.facts["failures"] = "; ".join(failure.splitlines()[0] for failure in runner.failures)
         run.facts["wall time of the run"] = f"{time.perf_counter() - start:.0f} s ({phases})"
-        table = _table(arguments, runner.slug, runner.interrupted)
+        table = _table(options, runner.slug, runner.interrupted)
         report.save(table, run)
         report.pages(table, table.with_suffix(""))
         for benchmark in runner.benchmarks:
-            report.show(console, benchmark, run, everything=arguments.full or bool(arguments.case))
+            report.show(console, benchmark, run, everything=options.full or bool(options.case))
         console.print(f"Written to {table} in {run.facts['wall time of the run']}; pages: {table.stem}/report.md")
     for failure in runner.failures:
         console.print(f"[bold red]Failed:[/] {failure}")
     status = 1 if runner.failures or not run.rows else 0
-    if arguments.compare:
+    if options.compare:
         lines, found = compare.report(old, run.rows)
         for line in lines:
             console.print(f"[bold red]{line}" if found else line, soft_wrap=True)

@@ -160,20 +160,16 @@ def published_uncertain(logits: Tensor, candidates: Tensor, fresh: Tensor, keep:
 
 def published_cost(logits: Tensor, targets: list[Tensor], points: Tensor) -> list[Tensor]:
     """The matcher's two costs for each image."""
+    from transformers.models.mask2former import modeling_mask2former as published
+
     found = []
     with torch.no_grad():
         for image, masks in enumerate(targets):
-            masks = masks.to(logits)
-            own = points[image : image + 1]
+            own, masks = points[image : image + 1], masks.to(logits)
             t = published_point_sample(masks[:, None], own.repeat(len(masks), 1, 1)).squeeze(1)
             x = published_point_sample(logits[image][:, None], own.repeat(logits.shape[1], 1, 1)).squeeze(1)
-            positive = F.binary_cross_entropy_with_logits(x, torch.ones_like(x), reduction="none")
-            negative = F.binary_cross_entropy_with_logits(x, torch.zeros_like(x), reduction="none")
-            k = x.shape[1]
-            cross_entropy = torch.matmul(positive / k, t.T) + torch.matmul(negative / k, (1 - t).T)
-            s = x.sigmoid().flatten(1)
-            both = s.sum(-1)[:, None] + t.sum(-1)[None]
-            found += [cross_entropy, 1 - (2 * torch.matmul(s, t.T) + 1) / (both + 1)]
+            found.append(published.pair_wise_sigmoid_cross_entropy_loss(x, t))
+            found.append(published.pair_wise_dice_loss(x, t))
     return found
 
 

@@ -112,9 +112,11 @@ def self_attention_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
     return x, x, x, meta(1, 200, 57, dtype=torch.int32), meta(1, 200, dtype=torch.bool)
 
 
-def self_attention_backward_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
-    output = meta(1, 1805, 16, d, dtype=dtype)
-    return output, *self_attention_inputs(dtype, d), output, meta(1, 16, 1805, dtype=torch.float32), d**-0.5
+def with_gradient(given: tuple[Any, ...], d: int) -> tuple[Any, ...]:
+    """The gradient of the output, the forward's inputs and results."""
+    n, heads, queries, _ = given[0].shape
+    output = meta(n, queries, heads, d, dtype=given[0].dtype)
+    return output, *given, output, meta(n, heads, queries, dtype=torch.float32), d**-0.5
 
 
 def biased_inputs(dtype: torch.dtype, d: int, masked: int, backward: bool) -> tuple[Any, ...]:
@@ -123,17 +125,7 @@ def biased_inputs(dtype: torch.dtype, d: int, masked: int, backward: bool) -> tu
     key, bits, row_any = key[:, :, :5184], bits[:, :masked, :162], row_any[:, :masked]
     side = meta(1, 201, 72, 8, dtype=dtype).permute(0, 3, 1, 2)
     given = (query, key, key, bits, row_any, side, side)
-    if not backward:
-        return *given, d**-0.5
-    output = meta(1, 201, 8, d, dtype=dtype)
-    return output, *given, output, meta(1, 8, 201, dtype=torch.float32), d**-0.5
-
-
-def backward_inputs(dtype: torch.dtype, d: int, queries: int) -> tuple[Any, ...]:
-    """The gradient of the output, the forward's inputs and results."""
-    output = meta(1, queries, 8, d, dtype=dtype)
-    logsumexp = meta(1, 8, queries, dtype=torch.float32)
-    return output, *attention_inputs(dtype, d, queries), output, logsumexp, d**-0.5
+    return with_gradient(given, d) if backward else (*given, d**-0.5)
 
 
 _MASK = "m2f_kernels.ops.attention_mask.triton"
@@ -176,7 +168,7 @@ CASES += [
     Case(
         _ATTENTION,
         "masked_attention_backward",
-        lambda dtype, d, queries=queries: backward_inputs(dtype, d, queries),
+        lambda dtype, d, queries=queries: with_gradient(attention_inputs(dtype, d, queries), d),
         (32, 16, 64, 128, 80),
     )
     for queries in (100, 200)
@@ -185,7 +177,12 @@ CASES += [
     Case(
         _ATTENTION, "masked_attention", lambda dtype, d: (*self_attention_inputs(dtype, d), d**-0.5), (64, 32, 80, 128)
     ),
-    Case(_ATTENTION, "masked_attention_backward", self_attention_backward_inputs, (64, 32, 80, 128)),
+    Case(
+        _ATTENTION,
+        "masked_attention_backward",
+        lambda dtype, d: with_gradient(self_attention_inputs(dtype, d), d),
+        (64, 32, 80, 128),
+    ),
 ]
 # Without a mask, as SAM-3 calls it, and with one.
 CASES += [
@@ -207,9 +204,9 @@ def matched(dtype: torch.dtype) -> tuple[Any, ...]:
     return meta(100, 256, 256, dtype=dtype), indices, indices, meta(100, 12544, 2, dtype=torch.float32)
 
 
-def loss_inputs(dtype: torch.dtype, target_dtype: torch.dtype) -> tuple[Any, ...]:
+def loss_inputs(dtype: torch.dtype, targets: list[torch.Tensor]) -> tuple[Any, ...]:
     logits, rows, target_rows, points = matched(dtype)
-    return logits, rows, [meta(30, 1024, 1024, dtype=target_dtype)], target_rows, points
+    return logits, rows, targets, target_rows, points
 
 
 def marked_targets(kind: torch.dtype | None) -> list[torch.Tensor]:
@@ -219,11 +216,6 @@ def marked_targets(kind: torch.dtype | None) -> list[torch.Tensor]:
     return [meta(1024, 1024, dtype=kind).expand(30, -1, -1), meta(30, dtype=torch.int64)]
 
 
-def marked_loss_inputs(dtype: torch.dtype, kind: torch.dtype | None) -> tuple[Any, ...]:
-    logits, rows, target_rows, points = matched(dtype)
-    return logits, rows, marked_targets(kind), target_rows, points
-
-
 def loss_backward_inputs() -> tuple[Any, ...]:
     _, rows, _, points = matched(torch.float32)
     grad, kept = meta(100, dtype=torch.float32), meta(100, 12544, dtype=torch.float32)
@@ -231,7 +223,7 @@ def loss_backward_inputs() -> tuple[Any, ...]:
 
 
 def factored_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
-    _, rows, targets, target_rows, _ = loss_inputs(dtype, torch.bool)
+    _, rows, targets, target_rows, _ = loss_inputs(dtype, [meta(30, 1024, 1024, dtype=torch.bool)])
     factors = meta(1, 100, 256, dtype=dtype), meta(1, 256, 256, 256, dtype=dtype)
     return *factors, rows, [100], targets, target_rows, None, meta(1, dtype=torch.int64), 37632, 9408, 3136
 
@@ -337,11 +329,13 @@ CASES += [
         lambda dtype, _: (meta(1000, 12544, dtype=torch.float32), meta(30, 12544, dtype=torch.float32)),
     ),
     *(
-        Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, kind))
+        Case(
+            _LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, [meta(30, 1024, 1024, dtype=kind)])
+        )
         for kind in (torch.bool, torch.float32)
     ),
     *(
-        Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: marked_loss_inputs(dtype, kind))
+        Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, marked_targets(kind)))
         for kind in (torch.int64, torch.int32, torch.int16, torch.uint8, None)
     ),
     Case(_LOSS, "point_mask_loss_backward", lambda dtype, _: loss_backward_inputs()),
