@@ -72,7 +72,8 @@ def _horizontal(axes: Any, ticks: Sequence[tuple[float, str]], end: float, title
 
 def _panel(axes: Any, rows: Sequence[Row], title: str, field: str, colours: dict[str, str]) -> None:
     """Horizontal bars grouped by case; every bar carries its value and its ratio to the case's first row."""
-    unit, text, least = UNITS[field], *((number, 0) if field == "median_ms" else (mebibytes, RESOLUTION_MIB))
+    unit = UNITS[field]
+    text, least = (number, 0.0) if unit == "ms" else (mebibytes, RESOLUTION_MIB)
     ticks, longest = [], 0.0
     for case, group in _groups(rows, 0.7):
         (begin, head), (end, _) = group[0], group[-1]

@@ -275,10 +275,11 @@ def ways(case: bench.Case, full: bool) -> list[Way]:
     compiled = [Way(TRANSFORMERS, theirs), *(Way(TRANSFORMERS, x, COMPILED) for x in (theirs, *weights))]
     if cuda and not full:
         return [Way(OURS, best, GRAPH), *compiled]
-    found = [
-        Way(OURS, best),
-        *(Way(OURS, best, how) for how, known in ((GRAPH, cuda), (COMPILED, not case.training)) if known),
-    ]
+    found = [Way(OURS, best)]
+    if cuda:
+        found.append(Way(OURS, best, GRAPH))
+    if not case.training:
+        found.append(Way(OURS, best, COMPILED))
     found += [*compiled, Way(TRANSFORMERS, theirs, ACCELERATED)]
     if cuda:
         return [*found, *(Way(TRANSFORMERS, x, GRAPH) for x in (theirs, *weights) if not case.training)]

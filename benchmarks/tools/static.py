@@ -651,16 +651,13 @@ def summary(results: Iterable[Resources]) -> str:
     seconds of the slowest."""
     results = list(results)
     targets = [name for name in _names() if any(r.architecture == name for r in results)]
-    lines = [f"| operator | kernel | {' | '.join(targets)} | seconds |", f"|---|---|{'---:|' * (len(targets) + 1)}"]
+    lines = []
     for function, kernel in dict.fromkeys((r.function, r.kernel) for r in results):
         of = [r for r in results if (r.function, r.kernel) == (function, kernel)]
-        cells = []
-        for target in targets:
-            spills = [r.spills for r in of if r.architecture == target]
-            cells.append(f"{max(spills)} ({len(spills)})" if spills else "")
-        cells.append(f"{max(r.seconds for r in of):.1f}")
-        lines.append(f"| {function} | `{kernel}` | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        by_target = [[r.spills for r in of if r.architecture == target] for target in targets]
+        cells = [f"{max(spills)} ({len(spills)})" if spills else "" for spills in by_target]
+        lines.append([function, f"`{kernel}`", *cells, f"{max(r.seconds for r in of):.1f}"])
+    return markdown(["operator", "kernel", *targets, "seconds"], lines)
 
 
 def _names() -> list[str]:

@@ -407,7 +407,7 @@ def _by_digits(a: dict[str, Any], count: int) -> list[int]:
 TRIPS: dict[str, Callable[[dict[str, Any], int], list[int]]] = {
     "_predict_kernel": lambda a, count: [math.ceil(a["C"] / a["BLOCK_C"])] + [0] * (count - 1),
     # The last is the one for values that are not finite; the backward first looks which tiles are attended to.
-    "_forward_kernel": lambda a, count: [a["TILES"]] * (count - 1) + [0] * (count > 1) or [a["TILES"]],
+    "_forward_kernel": lambda a, count: [a["TILES"]] * max(1, count - 1) + [0] * (count > 1),
     "_keep_kernel": lambda a, count: [math.ceil(a["candidates"] / a["BLOCK"])] * count,
     "_keep_by_digits_kernel": _by_digits,
     # The fullest two cells of 64 pixels, at a point for five.
