@@ -122,8 +122,22 @@ class Launches(TorchDispatchMode):
             finally:
                 self._inside_attention = False
 
-        with mock.patch.object(F, "scaled_dot_product_attention", attend), self:
-            yield self
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attend))
+            for name in ("tensor", "as_tensor"):
+                stack.enter_context(mock.patch.object(torch, name, self._from_numbers(getattr(torch, name))))
+            yield stack.enter_context(self)
+
+    def _from_numbers(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """`torch.tensor` or `torch.as_tensor`: of numbers on a GPU it copies, which the meta device does not show."""
+
+        def made(data: Any, *args: Any, **kwargs: Any) -> Tensor:
+            found = make(data, *args, **kwargs)
+            if found.device.type == "meta" and not isinstance(data, Tensor):
+                self._copy(torch.empty(0, device="cpu"))
+            return found
+
+        return made
 
     @property
     def total(self) -> int:

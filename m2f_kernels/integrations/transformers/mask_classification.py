@@ -502,8 +502,17 @@ def point_losses(
     targets: list[Mapping[str, Any]] = [
         {"labels": labels, "masks": masks} for labels, masks in zip(class_labels, mask_labels, strict=True)
     ]
-    num_masks = published.get_num_masks(class_labels, device=class_labels[0].device)
-    return _Criterion(published, num_labels).losses(predictions, targets, num_masks)
+    return _Criterion(published, num_labels).losses(predictions, targets, _num_masks(published, class_labels))
+
+
+def _num_masks(published: Any, class_labels: Sequence[Tensor]) -> Tensor:
+    """The number that losses are divided by, as `published` computes it, on the labels' device. Of one process it is
+    filled in there, not copied."""
+    device = class_labels[0].device
+    accelerate: Any = sys.modules.get("accelerate")  # without it transformers' losses are those of one process
+    processes = 1 if accelerate is None else accelerate.PartialState._shared_state.get("num_processes", 1)
+    found: Tensor = published.get_num_masks(class_labels, device=device if processes > 1 else torch.device("cpu"))
+    return found if found.device == device else torch.full(found.shape, float(found), dtype=found.dtype, device=device)
 
 
 #: Weights of losses on a device.
