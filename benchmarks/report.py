@@ -12,9 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 import benchmarks
 from benchmarks import figures, memory, tables
@@ -218,24 +217,6 @@ def method() -> str:
 # ---------------------------------------------------------------- the terminal
 
 
-def _rich(title: str, header: list[str], lines: list[list[str]]) -> Table:
-    table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold")
-    grouped = header[0] == "case"  # a line of its own for each case leaves more room for the numbers
-    for i, name in enumerate(header[1:] if grouped else header):
-        table.add_column("" if grouped and i == 0 else name, justify="left" if i == 0 else "right", no_wrap=i > 0)
-    last = None
-    for line in lines:
-        style = "red" if figures.MISSED in line else "green" if figures.MET in line else None
-        if grouped:
-            if line[0] != last:
-                table.add_row(f"[bold]{line[0]}")
-            last, line = line[0], line[1:]
-            style = "cyan" if line[0] in ("m2f_kernels", "m2f") else None
-            line[0] = "  " + line[0]
-        table.add_row(*line, style=style)
-    return table
-
-
 def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> None:
     """Print an operator's figures and its headline cases, or all of its tables."""
     console.rule(f"[bold]{benchmark.title}")
@@ -245,7 +226,7 @@ def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> 
         sections = [peers, *(s for s in sections if s[0] in ("Required figures", "Stages, ms"))]
     for title, header, lines in sections:
         if lines:
-            console.print(_rich(title, header, lines))
+            console.print(Markdown(f"### {title}\n\n{markdown(header, _bold_misses(lines))}"))
 
 
 # ---------------------------------------------------------------- files

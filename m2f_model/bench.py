@@ -186,25 +186,18 @@ def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     for name in IMPLEMENTATIONS:
         model = build(case, name)
         runs[name] = call(case, model)
+        runs[name]()  # warms up
         for stage, path in STAGES[name].items():
             watch(model.get_submodule(path), samples[name][stage], case.device)
-    for turn in range(-1, rounds):  # the first turn warms up
-        for name in IMPLEMENTATIONS:
+    for _ in range(rounds):
+        for name, run in runs.items():
             start = _now(case.device)
-            runs[name]()
+            run()
             samples[name]["total"].append(_now(case.device) - start)
-            if turn < 0:
-                samples[name] = _emptied(samples[name])
     return {
         name: {stage: statistics.median(found) for stage, found in stages.items() if found}
         for name, stages in samples.items()
     }
-
-
-def _emptied(stages: dict[str, list[float]]) -> dict[str, list[float]]:
-    for found in stages.values():  # the hooks hold these lists
-        found.clear()
-    return stages
 
 
 def _now(device: str) -> float:

@@ -689,17 +689,14 @@ def main() -> int:
         },
     )
     if os.environ.get("TRITON_INTERPRET") == "1":
-        print("benchmarks.static: TRITON_INTERPRET=1 is set: the interpreter compiles nothing", file=sys.stderr)
-        return 2
+        options.refuse("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
     targets: list[int | str] = [int(a) if a.isdecimal() else a for a in options.archs.split(",")]
     if unknown := [a for a in targets if a not in SHARED_LIMITS]:
         known = ", ".join(map(str, SHARED_LIMITS))
-        print(f"benchmarks.static: --archs: expected some of {known}; got {unknown[0]}", file=sys.stderr)
-        return 2
+        options.refuse(f"--archs: expected some of {known}; got {unknown[0]}")
     work = jobs(options.representative, targets, options.select, options.dtypes)
     if not work:
-        print(f"benchmarks.static: no operator's name contains {options.select!r}", file=sys.stderr)
-        return 2
+        options.refuse(f"--select: no operator's name contains {options.select!r}")
     results = compile_all(work, options.processes)
     problems = [problem for result in results for problem in result.problems()]
     counted = f"{len(results)} kernels, {len(problems)} of them with spills or too much shared memory."

@@ -177,8 +177,7 @@ def main() -> int:
     )
     nvcc = compiler()
     if nvcc is None:
-        print("static_cuda: no nvcc here, neither on PATH nor PyPI's (build_backend/cuda_compiler.py)", file=sys.stderr)
-        return 2
+        options.refuse("no nvcc here, neither on PATH nor PyPI's (build_backend/cuda_compiler.py)")
     kernels = [kernel for one in re.split("[;,]", options.archs) for kernel in compiled(nvcc, one)]
     spilling = [k for k in kernels if k.spill_stores or k.spill_loads]
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout

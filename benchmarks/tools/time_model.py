@@ -108,22 +108,23 @@ def _width(opcode: str) -> int:
     return {"128": 16, "64": 8, "U16": 2, "S16": 2, "U8": 1, "S8": 1}[found[1]] if found else 4
 
 
+@cache
+def _decoded(line: str) -> tuple[int, str, str, int, str, str]:
+    """The barriers that an instruction waits for, those of its reads and its result, its stall, opcode and kind."""
+    control, found = _CONTROL.match(line), sass.opcodes(line)
+    if control is None or not found:
+        raise ValueError(f"trace: expected instructions with control codes; got {line!r}")
+    wait = 0 if control["wait"] == "--" else int(control["wait"], 16)
+    return wait, control["read"], control["write"], int(control["stall"], 16), found[0], sass.kind_of(found[0])
+
+
 def walk(trace: Sequence[str], memory_latency: float = MEMORY_LATENCY) -> Walk:
     """One warp's way through `trace`, lines with control codes, with nothing in its way."""
     ready = [0.0] * 6
     copies, groups, last_product, now, count, requested = [], [0.0], 0.0, 0.0, 0, 0.0
     units: dict[str, float] = {"matrix": 0.0, "shared": 0.0, "memory": 0.0, **dict.fromkeys(SLOW_UNITS, 0.0)}
-    decoded: dict[str, tuple[int, str, str, int, str, str]] = {}
     for line in trace:
-        if line not in decoded:
-            control = _CONTROL.match(line)
-            found = sass.opcodes(line)
-            if control is None or not found:
-                raise ValueError(f"trace: expected instructions with control codes; got {line!r}")
-            wait = 0 if control["wait"] == "--" else int(control["wait"], 16)
-            decoded[line] = (wait, control["read"], control["write"], int(control["stall"], 16), found[0],
-                             sass.kind_of(found[0]))  # fmt: skip
-        wait, read, write, stall, opcode, kind = decoded[line]
+        wait, read, write, stall, opcode, kind = _decoded(line)
         count += 1
         for barrier in range(6):
             if wait >> barrier & 1:
