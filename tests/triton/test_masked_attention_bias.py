@@ -58,6 +58,17 @@ def test_channels(kernels, device, dtype, d):
     assert_matches(kernels, device, make_case(n=1, h=2, q=20, d=d, dtype=dtype, sides=(4, 20)))
 
 
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_wide_rows_of_gfx11_are_multiplied_in_float32(kernels, device, monkeypatch, dtype):
+    def forward(device, version, element_size, num_queries, d, width, forward=configs.biased_forward):
+        config = forward(_triton.ARCHITECTURES["gfx1100"], version, element_size, num_queries, d, width)
+        assert config["IN_FLOAT"] == 1
+        return config
+
+    monkeypatch.setattr(configs, "biased_forward", forward)
+    assert_matches(kernels, device, make_case(n=1, h=2, q=20, d=80, dtype=dtype, sides=(4, 20)))
+
+
 @pytest.mark.parametrize("masked", [0, None])
 @pytest.mark.parametrize("sides", [(1, 1), (1, 70), (70, 1), (5, 31), (3, 32), (3, 33), (2, 72), (2, 130)], ids=str)
 def test_rows_and_columns(kernels, device, sides, masked):

@@ -169,6 +169,8 @@ def biased_forward(
         config = {**_in_float32(channels), "num_warps": warps}
     else:
         config = {"BLOCK_Q": 64, "BLOCK_K": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+    # gfx11 spills wide rows in half precision, not in float32.
+    config["IN_FLOAT"] = int(wide and element_size == 2 and device.gfx.startswith("gfx11"))
     return _biased(device, version, config, element_size, num_queries, channels, width)
 
 

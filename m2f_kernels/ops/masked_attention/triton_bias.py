@@ -100,6 +100,7 @@ def _biased_forward_kernel(
     row_n, row_h, row_q, row_k, column_n, column_h, column_q, column_k,
     num_queries, height, width, masked, num_words, query_blocks, column_blocks, rows, splits, heads, images, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
+    IN_FLOAT: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_Q queries of one head against BLOCK_K columns of `rows` rows of keys, with online softmax.
 
@@ -123,6 +124,8 @@ def _biased_forward_kernel(
     value += n * value_n + h * value_h
     query += n * query_n + h * query_h
     q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
+    if IN_FLOAT:
+        q = q.to(tl.float32)
     of_columns = _bias_of_columns(by_column, column_q, column_k, queries, exists, columns, width, 1)
     maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -132,6 +135,8 @@ def _biased_forward_kernel(
         end = (row + 1) * width
         k = _load_rows(key, first, key_s, end, D, BLOCK_K, BLOCK_D)
         v = _load_rows(value, first, value_s, end, D, BLOCK_K, BLOCK_D)
+        if IN_FLOAT:
+            k, v = k.to(tl.float32), v.to(tl.float32)
         of_row = _bias_of(by_row, row_q, queries, exists, row, row_k)
         attend = _attends(
             bits, row_any, queries, masked, exists, first, columns < width, num_words, BLOCK_Q, BLOCK_K, 1, MASKED
