@@ -74,6 +74,7 @@ class Work:
         gather_level: "l1" or "l2", the cache whose measured gather rate bounds `gather_bytes`.
         l2_bytes, wavefronts, reductions: on a GPU, in place of the gather: bytes from L2 to the multiprocessors, cycles
             of L1 over all of them, and sectors of 32 bytes that are added to in L2.
+        special: on a GPU, exponentials, logarithms and reciprocals.
         flops: multiplications and additions of matrix products.
         flop_dtype: "float32" or "bfloat16", the dtype whose measured rate of matrix products bounds `flops`.
     """
@@ -84,6 +85,7 @@ class Work:
     l2_bytes: int = 0
     wavefronts: int = 0
     reductions: int = 0
+    special: int = 0
     flops: int = 0
     flop_dtype: str = "float32"
 

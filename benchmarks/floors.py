@@ -12,9 +12,9 @@
 The least time of many runs counts, since a floor is about the hardware, not about its neighbours; a rate with more
 threads is never below the one with fewer.
 
-On a GPU `embedding_bag` saturates no cache. There the floor of a gather is counted from the case's coordinates: bytes
-from L2, cycles of L1, reductions in L2, over the rates of the part (`benchmarks/tools/time_model.py` has them with
-their sources), which is known for the H200 only. Elsewhere the gather has no floor.
+On a GPU `embedding_bag` saturates no cache. There floors are counted from the case's coordinates and sizes: bytes from
+L2, cycles of L1, reductions in L2, special functions, over the rates of the part (`benchmarks/tools/time_model.py` has
+them with their sources), which are known for the H200 only. Elsewhere these have no floor.
 """
 
 from __future__ import annotations
@@ -43,12 +43,15 @@ _DEFAULT_CACHES = {"l1": 32 << 10, "l2": 512 << 10, "l3": 16 << 20}
 
 
 def part_rates(name: str) -> Floors:
-    """Rates of a GPU by its name: bytes from L2, cycles of all L1s, sectors added to in L2; {} if it is not known."""
-    from benchmarks.tools.time_model import H200
+    """Rates of a GPU by its name: bytes from L2, cycles of all L1s, sectors added to in L2, special functions; {} if it
+    is not known."""
+    from benchmarks.tools.time_model import H200, SLOW_UNITS
 
     if H200.name not in name:
         return {}
-    return {"l2 bytes": H200.l2, "l1 cycles": H200.multiprocessors * H200.clock, "reductions": H200.reductions}
+    cycles = H200.multiprocessors * H200.clock
+    special = 4 * SLOW_UNITS["special"] * cycles
+    return {"l2 bytes": H200.l2, "l1 cycles": cycles, "reductions": H200.reductions, "special functions": special}
 
 
 def cache_sizes() -> dict[str, int]:
@@ -158,6 +161,7 @@ def floor(work: Work, floors: Floors) -> tuple[float, str]:
         (work.l2_bytes, "l2 bytes", "l2 bytes"),
         (work.wavefronts, "l1 cycles", "l1 cycles"),
         (work.reductions, "reductions", "reductions"),
+        (work.special, "special functions", "special functions"),
         (work.flops, matmul, matmul),
     ]
     bounds = [(amount / floors[rate] * 1e3, name) for amount, rate, name in amounts if rate in floors]

@@ -67,7 +67,7 @@ def problems(capability: int, device: torch.device) -> Iterator[Problem]:
                 default = attention_configs.default_forward(size, q, d)
                 key = attention_configs.key(size, q, d)
                 yield Problem(
-                    attention_configs.FORWARD,
+                    attention_configs.forward_name(),
                     key,
                     attention_configs.candidates(default),
                     lambda x=inputs, d=d: torch.ops.m2f.masked_attention(*x, d**-0.5),  # type: ignore[misc]

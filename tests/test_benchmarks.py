@@ -91,6 +91,8 @@ def test_the_floor_of_a_gather_on_a_gpu_is_counted():
     assert floors.floor(work, known) == (pytest.approx(8.0), "l2 bytes")
     assert floors.floor(replace(work, reductions=1_100_000_000), known) == (pytest.approx(10.0), "reductions")
     assert floors.floor(replace(work, wavefronts=2_613_600_000), known) == (pytest.approx(10.0), "l1 cycles")
+    # 16 special functions a cycle on each of 132 multiprocessors at 1.98 GHz
+    assert floors.floor(replace(work, special=41_817_600_000), known) == (pytest.approx(10.0), "special functions")
     assert floors.part_rates("NVIDIA A100-SXM4-80GB") == {}
     assert floors.floor(work, {"bandwidth": 4e12, "float32 matmul": 1e12}) == (pytest.approx(1.0), "bandwidth")
 

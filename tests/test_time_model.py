@@ -90,6 +90,7 @@ BARS = {
 }
 SLOW_BARS = {
     "masked_attention bf16, N=1 Q=100, (64, 64, 4, 3, 2)": 26,
+    "masked_attention bf16, N=1 Q=100, lean": 18.5,
     "masks of 9 layers, 512², fp32": 200,
     "masks of 9 layers, 1024², fp32": 330,
     "masked_attention fp32": 148,
@@ -108,7 +109,7 @@ def modelled(names: list[str]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("bars", [BARS, pytest.param(SLOW_BARS, marks=pytest.mark.slow)], ids=["", "slow"])
-def test_modelled_times_do_not_grow(bars: dict[str, int]) -> None:
+def test_modelled_times_do_not_grow(bars: dict[str, float]) -> None:
     if static_cuda.compiler() is None:
         bars = {name: bar for name, bar in bars.items() if "deform" not in name}
     found = modelled(list(bars))

@@ -217,12 +217,17 @@ def cases(scale: Scale) -> list[Case]:
 
 
 def work(case: Case, data: Data) -> Work:
-    """Features and embeddings read once, bits and row flags written once; one product per layer at its level's size."""
+    """Features and embeddings read once, bits and row flags written once; one product per layer at its level's size.
+
+    Multiprocessors keep nothing from one layer to the next: on a GPU each layer gets its level's features from L2.
+    """
     sizes = [data.levels[level] for _, level in layers(data.inputs, data.levels)]
     layers_, n, queries, channels = data.inputs["mask_embed"].shape
     written = n * queries * (4 * sum((h * w + 31) // 32 for h, w in sizes) + layers_)
     flops = 2 * n * queries * channels * sum(h * w for h, w in sizes)
-    return Work(bytes_of(data.inputs.values()) + written, flops=flops, flop_dtype=flop_dtype(case))
+    moved, element = bytes_of(data.inputs.values()) + written, data.inputs["mask_features"].element_size()
+    resized = n * channels * element * (sum(h * w for h, w in data.levels) + sum(h * w for h, w in sizes))
+    return Work(moved, l2_bytes=moved + resized, flops=flops, flop_dtype=flop_dtype(case))
 
 
 _BOTH, _FASTER = (TRANSFORMERS, TRANSFORMERS_DROPPED), "faster than transformers"

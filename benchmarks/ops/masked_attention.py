@@ -316,12 +316,14 @@ def work(case: Case, data: Data) -> Work:
     """Queries, keys, values and bits read once, the output written once; 2 products over the attended pairs.
 
     Forward + backward: queries, keys, values, bits, the output and its gradient are read again, the gradients
-    written; the backward has 4 products, without computing the weights again.
+    written; the backward has 4 products, without computing the weights again. One exponential for each attended pair
+    and head, in each direction.
     """
     attend, output = data.inputs["attend"], data.inputs["query"].nbytes
     n, queries, keys = attend.shape
-    product = 2 * CHANNELS * int(attend.sum())
-    made = partial(Work, flop_dtype=flop_dtype(case))
+    pairs = int(attend.sum())
+    product = 2 * CHANNELS * pairs
+    made = partial(Work, flop_dtype=flop_dtype(case), special=(2 if case.backward else 1) * HEADS * pairs)
     if case.data == MODULE:  # queries and output, keys and values are projected
         projections = 2 * CHANNELS**2 * n * (2 * queries + 2 * keys)
         read = bytes_of(t for t in data.inputs.values() if t.is_floating_point())

@@ -348,19 +348,35 @@ def cases(scale: Scale) -> list[Case]:
     return found
 
 
+def touched_sectors(points: Tensor, size: Sequence[int]) -> int:
+    """Sectors of 32 bytes of a float32 map of `size` that bilinear samples at points [K, 2] read."""
+    h, w = size
+    corner = (points * torch.tensor([w, h]) - 0.5).floor().long()
+    pixels = (corner[:, None] + torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])).flatten(0, 1)
+    inside = ((pixels >= 0) & (pixels < torch.tensor([w, h]))).all(-1)
+    return int(torch.unique((pixels[:, 1] * w + pixels[:, 0])[inside] // 8).numel())
+
+
 def work(case: Case, data: Data) -> Work:
     """Every input read once and gradients written once; the products that need the matched masks: logits once, and the
-    gradients of both factors; and the sampled features with every query."""
+    gradients of both factors; and the sampled features with every query. On a GPU, of a logit that matching samples an
+    exponential, a logarithm and a reciprocal; and of sampled features the sectors that points touch, in lines that L1
+    delivers one a cycle."""
     read, shape = bytes_of(x for name, x in data.inputs.items() if name != "mask_logits"), case.spec
     if shape.what == SAMPLE:
-        moved = bytes_of([data.inputs["mask_features"]]) + CHANNELS * POINTS * 4
-        return Work(moved * (2 if case.backward else 1))
+        features, points = data.inputs["mask_features"], data.inputs["points"]
+        passes, samples = 2 if case.backward else 1, CHANNELS * POINTS * 4
+        if features.device.type == "cpu":
+            return Work((features.nbytes + samples) * passes)
+        read = CHANNELS * touched_sectors(points[0].cpu(), features.shape[2:]) * 32
+        moved = read + samples + (features.nbytes + samples if case.backward else 0)
+        return Work(moved, l2_bytes=moved, wavefronts=passes * POINTS * 4 * CHANNELS * features.element_size() // 128)
     pixels = data.inputs["mask_features"].shape[2:].numel()
     flops = 2 * OUTPUTS * shape.images * QUERIES * CHANNELS * shape.points
     if case.backward:
         read += bytes_of(data.inputs[name] for name in data.differentiable)
         flops += 3 * 2 * OUTPUTS * shape.images * shape.targets * CHANNELS * pixels
-    return Work(read, flops=flops)
+    return Work(read, special=3 * OUTPUTS * shape.images * QUERIES * shape.points, flops=flops)
 
 
 _LARGE, _SMALL, _BATCH = Shape(LOSS, 1024, 30), Shape(LOSS, 512, 10), Shape(LOSS, 1024, 20, images=2)

@@ -157,7 +157,7 @@ def _old_new(context: Context, seconds: float) -> list[str]:
     rounds = "1" if context.rehearsal else "2"
     old = BUNDLE / "old"
     command = _python("-m", "benchmarks.tools.old_new", "--old", str(old if old.exists() else ROOT))
-    command += [] if context.rehearsal else ["--with", "M2F_TF32X3=1"]
+    command += [] if context.rehearsal else ["--with", "M2F_TF32X3=1", "--with", "M2F_ATTENTION=lean"]
     return [*command, "--rounds", rounds, "--seconds", str(seconds), "--output", str(context.logs)]
 
 

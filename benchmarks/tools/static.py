@@ -93,6 +93,18 @@ def selecting_by_digits() -> Iterator[None]:
         op.SELECTION = before
 
 
+@contextmanager
+def attending_lean() -> Iterator[None]:
+    """With the successor of masked attention's forward kernel."""
+    from m2f_kernels.ops.masked_attention import configs
+
+    before, configs.KERNEL = configs.KERNEL, "lean"
+    try:
+        yield
+    finally:
+        configs.KERNEL = before
+
+
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
     """A tensor that has no memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
@@ -155,6 +167,13 @@ CASES = [
         lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5),
         (32, 16, 64, 128, 80),
         flops=lambda d: {"_forward_kernel": 4 * 8 * d * 100 * 16384},
+    ),
+    Case(
+        _ATTENTION,
+        "masked_attention",
+        lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5),
+        (32, 16, 64, 128, 80),
+        chosen=attending_lean,
     ),
     Case(
         _ATTENTION,

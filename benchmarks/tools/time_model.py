@@ -414,7 +414,7 @@ TRIPS: dict[str, Callable[[dict[str, Any], int], list[int]]] = {
     # The fullest two cells of 64 pixels, at a point for five.
     "_gather_backward_kernel": lambda a, count: [3] * count,
 }
-TRIPS["_backward_kernel"] = TRIPS["_forward_kernel"]
+TRIPS["_forward_lean_kernel"] = TRIPS["_backward_kernel"] = TRIPS["_forward_kernel"]
 
 
 def _trips(name: str, arguments: dict[str, Any], count: int) -> list[int]:
@@ -473,9 +473,9 @@ def masks(dtype: torch.dtype, side: int, layers: int, fills: bool = True) -> tup
 
 
 def attention(
-    dtype: torch.dtype, images: int, queries: int, change: dict[str, int] | None = None
+    dtype: torch.dtype, images: int, queries: int, change: dict[str, int] | None = None, kernel: str = "general"
 ) -> tuple[list[Kernel], int]:
-    """Launches of the forward of masked attention over 128 x 128 keys, with another configuration if one is given."""
+    """Launches of a forward of masked attention over 128 x 128 keys, with another configuration if one is given."""
     from benchmarks import static
     from m2f_kernels.ops.masked_attention import configs
     from m2f_kernels.ops.masked_attention import triton as op
@@ -485,12 +485,12 @@ def attention(
     )
     bits = static.meta(images, queries, 512, dtype=torch.int32)
     flags = static.meta(images, queries, dtype=torch.bool)
-    before = configs.forward
-    configs.forward = lambda *a: {**before(*a), **(change or {})}
+    before = configs.forward, configs.KERNEL
+    configs.forward, configs.KERNEL = (lambda *a: {**before[0](*a), **(change or {})}), kernel
     try:
         return triton_kernels(op.masked_attention, (query, key, key, bits, flags, 32**-0.5), _trips), 0
     finally:
-        configs.forward = before
+        configs.forward, configs.KERNEL = before
 
 
 def points_kept(masks_: int = 100, selection: str = "histogram") -> tuple[list[Kernel], int]:
@@ -539,6 +539,7 @@ def _calls(nvcc: str | None) -> Iterator[tuple[str, float | None, Callable[[], t
         yield name, time if dtype == low or exact else None, partial(masks, dtype, side, 3)
         yield f"{name}, flags at once", None, partial(masks, dtype, side, 3, fills=False)
     yield "masked_attention fp32", 218.4 if exact else None, partial(attention, single, 1, 100)
+    yield "masked_attention bf16, N=1 Q=100, lean", None, partial(attention, low, 1, 100, kernel="lean")
     yield "uncertain_points, 100 masks", 706.6, points_kept
     yield "uncertain_points, 100 masks, by digits", None, partial(points_kept, selection="digits")
     for change, times in CONFIGURATIONS.items():

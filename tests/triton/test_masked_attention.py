@@ -21,6 +21,16 @@ def kernels():
     return triton
 
 
+@pytest.fixture(autouse=True, params=["general", "lean"])
+def forward_kernel(request, monkeypatch):
+    """Every test runs with both forward kernels; the lean one wants queries as rows."""
+    if request.param == "lean":
+        chosen = configs.forward
+        monkeypatch.setattr(configs, "KERNEL", "lean")
+        monkeypatch.setattr(configs, "forward", lambda *a: {**chosen(*a), "KEYS_FIRST": 0})
+    return request.param
+
+
 def run(kernels, device, case):
     """Output and gradients in the layout of the public operator, and the log-sum-exp."""
     tensors = [x.to(device) for x in case.tensors.values()]
@@ -90,16 +100,39 @@ def test_channels(kernels, device, dtype, d):
     ],
     ids=str,
 )
+@pytest.mark.parametrize("forward_kernel", ["general"], indirect=True)
 def test_rows_without_vector_loads(kernels, change, keys_first):
     """Few queries in half precision have the keys in the rows, unless their rows cannot be loaded as vectors."""
     assert forward_constants(kernels, **({"dtype": BF16} | change))["KEYS_FIRST"] == keys_first
 
 
+@pytest.mark.parametrize("forward_kernel", ["general"], indirect=True)
 def test_a_slice_without_vector_loads(kernels):
     """The same where a view's address or one of its strides, not the head size, is odd."""
     assert not forward_constants(kernels, dtype=BF16, view=lambda x: x[..., 1:33])["KEYS_FIRST"]
     assert not forward_constants(kernels, dtype=BF16, view=lambda x: x[..., 4:36])["KEYS_FIRST"]
     assert forward_constants(kernels, dtype=BF16, view=lambda x: x[..., 16:48])["KEYS_FIRST"]
+
+
+@pytest.mark.parametrize("forward_kernel", ["lean"], indirect=True)
+def test_the_lean_kernel_serves_rows_of_queries_and_positive_scales(kernels, monkeypatch):
+    def launched(scale, keys_first, dtype=BF16):
+        monkeypatch.setattr(configs, "forward", lambda *a: {**chosen(*a), "KEYS_FIRST": keys_first})
+        with _triton.recording(_triton.ARCHITECTURES[90]) as launches:
+            kernels.masked_attention(*(x.to(dtype) for x in heads), *mask, scale)
+        return launches[0].kernel.__name__
+
+    chosen = configs.forward
+    q, k = (torch.empty(1, 2, rows, 32, dtype=BF16, device="meta") for rows in (100, 70))
+    flags = torch.empty(1, 100, dtype=torch.bool, device="meta")
+    heads, mask = (q, k, k), (torch.empty(1, 100, 3, dtype=torch.int32, device="meta"), flags)
+    assert launched(0.5, 0) == launched(0.5, 0, F16) == "_forward_lean_kernel"
+    assert launched(-0.5, 0) == launched(0.0, 0) == launched(0.5, 1) == launched(0.5, 0, F32) == "_forward_kernel"
+
+
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(kernels, device, scale):
+    assert_matches(kernels, device, make_case(n=1, h=2, q=5, s=70, d=16, scale=scale))
 
 
 def forward_constants(kernels, d=32, q=7, dtype=F32, view=lambda x: x[..., : x.shape[-1] - 32]):

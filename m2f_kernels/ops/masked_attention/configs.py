@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from typing import TYPE_CHECKING
 
@@ -11,8 +12,14 @@ from m2f_kernels._tuning import Configuration
 if TYPE_CHECKING:
     from m2f_kernels._triton import Architecture
 
-FORWARD = "masked_attention"
+FORWARD, LEAN_FORWARD = "masked_attention", "masked_attention_lean"
 BACKWARD = "masked_attention_backward"
+
+#: The forward kernel: "general", or "lean", its successor, for half precision, positive scales and queries as rows. No
+#: GPU has run the latter, so it has to be asked for before the import.
+KERNEL = os.environ.get("M2F_ATTENTION", "general")
+if KERNEL not in ("general", "lean"):
+    raise ValueError(f"M2F_ATTENTION: expected 'general' or 'lean'; got {KERNEL!r}")
 
 #: Tiles of keys that one program may own: their flags are the bits of one scalar.
 MAX_TILES = 16
@@ -108,7 +115,15 @@ def forward(
 ) -> Configuration:
     """The configuration to launch with; `version` is Triton's."""
     default = _fitted(device, version, default_forward(element_size, num_queries, d), element_size, padded(d))
-    return _tuning.configuration(device.capability, FORWARD, key(element_size, num_queries, d), default)
+    if KERNEL == "lean" and device.capability == 90 and (element_size, padded(d)) == (2, 32) and num_queries > 64:
+        # All queries of a decoder in one program: keys, values and the list of tiles are read once.
+        default = {**default, "BLOCK_Q": 128, "num_warps": 8}
+    return _tuning.configuration(device.capability, forward_name(), key(element_size, num_queries, d), default)
+
+
+def forward_name() -> str:
+    """The name of the forward kernel in tables."""
+    return LEAN_FORWARD if KERNEL == "lean" else FORWARD
 
 
 def backward(
@@ -212,7 +227,9 @@ def candidates(default: Configuration) -> list[Configuration]:
     """The configurations that the tuner measures for a kernel, `default` (its heuristic's) first."""
     found = [default]
     queries = sorted({default["BLOCK_Q"], max(default["BLOCK_Q"] // 2, 16)})
-    for q, k, warps, stages, waves in product(queries, (32, 64, 128), (4, 8), (1, 2, 3), (2, 4)):
+    for q, k, warps, stages, waves in product(queries, (32, 64, 128), (2, 4, 8), (1, 2, 3), (2, 4)):
+        if warps == 2 and q * k > 32 * 64:  # which spills
+            continue
         one = {**default, "BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages, "waves": waves}
         if one not in found:
             found.append(one)

@@ -111,7 +111,6 @@ def _forward_kernel(
     split = tl.program_id(0) // query_blocks
     first_query = (tl.program_id(0) % query_blocks) * BLOCK_Q
     h = tl.program_id(1)
-    heads = tl.num_programs(1)
     n = tl.program_id(2).to(tl.int64)
     first_key = split * (TILES * BLOCK_K)
     queries = first_query + tl.arange(0, BLOCK_Q)
@@ -166,6 +165,20 @@ def _forward_kernel(
             first_key, tl.minimum(first_key + TILES * BLOCK_K, num_keys), num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
         )  # fmt: skip
 
+    _store_forward(
+        output, logsumexp, sums, statistics, maximum, total, acc, split, query_blocks, n, queries, exists, num_queries,
+        count, D, BLOCK_D, DIRECT,
+    )  # fmt: skip
+
+
+@triton.jit
+def _store_forward(
+    output, logsumexp, sums, statistics, maximum, total, acc, split, query_blocks, n, queries, exists, num_queries,
+    count, D: tl.constexpr, BLOCK_D: tl.constexpr, DIRECT: tl.constexpr,
+):  # fmt: skip
+    """Store what a program of the forward found in `count` tiles of keys: the result, or its part of it."""
+    h = tl.program_id(1)
+    heads = tl.num_programs(1)
     channels = tl.arange(0, BLOCK_D)
     stored = exists[:, None] & (channels[None, :] < D)
     if DIRECT:
@@ -305,13 +318,18 @@ def masked_attention(
     if not direct:
         sums = query.new_empty(splits, n, heads, q, d, dtype=torch.float32)
         statistics = query.new_empty(2, splits, n, heads, q, dtype=torch.float32)
+    kernel, options = _forward_kernel, {"KEYS_FIRST": keys_first}
+    # With 16 channels and 128 queries it spills on sm_80 with Triton 3.6.
+    if configs.KERNEL == "lean" and query.element_size() == 2 and block_d >= 32 and scale > 0 and not keys_first:
+        from m2f_kernels.ops.masked_attention.triton_lean import _forward_lean_kernel  # which imports this module
+
+        kernel, options = _forward_lean_kernel, {}
     launch(
-        _forward_kernel, (splits * query_blocks, heads, n),
+        kernel, (splits * query_blocks, heads, n),
         query, key, value, bits, row_any, output, logsumexp, sums, statistics,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         q, s, bits.shape[2], query_blocks, scale * math.log2(math.e),
-        D=d, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k, TILES=owned,
-        KEYS_FIRST=keys_first, DIRECT=direct,
+        D=d, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k, TILES=owned, DIRECT=direct, **options,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     if not direct:
