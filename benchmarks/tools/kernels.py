@@ -28,9 +28,12 @@ _ROUNDS = 20
 Call = tuple[str, Callable[[], object]]
 
 
-def _backward(name: str, output: Tensor, leaves: list[Tensor]) -> Call:
+def _both(name: str, call: Callable[..., Tensor], leaves: list[Tensor]) -> Iterator[Call]:
+    """The call forward, and its backward pass."""
+    yield name, lambda: call(*(x.detach() for x in leaves))
+    output = call(*leaves)
     gradient = torch.randn_like(output)
-    return f"{name} backward", lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
+    yield f"{name} backward", lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
 
 
 def _kernels(direction: str, successor: str, name: str, call: Callable[[], object]) -> Iterator[Call]:
@@ -51,40 +54,30 @@ def _kernels(direction: str, successor: str, name: str, call: Callable[[], objec
 
 
 def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
-    """An encoder of two images: samples around each position, and all over the image."""
+    """An encoder of two images: samples around each position, and all over the image; from offsets of the latter."""
     maps = inputs.projected_levels(size, size, CHANNELS)[::-1]
     value, levels = inputs.flatten_levels(maps, HEADS, 2)
-    queries = value.shape[1]
-    logits = inputs.attention_logits(2, queries, HEADS, 3, 4)
-    reference = inputs.reference_grid(levels, 2)
-    for where in ("local", "random"):
-        locations = (
-            inputs.local_locations(levels, 2, HEADS, 4)
-            if where == "local"
-            else inputs.random_locations(levels, 2, queries, HEADS, 4)
-        )
-        weights = logits.flatten(3).softmax(-1).view_as(logits)
-        name = f"ms_deform_attn, {where}"
-        leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), locations, weights)]
-        yield from _kernels(
-            "forward",
-            "lean",
-            name,
-            lambda v=leaves: m2f_kernels.ms_deform_attn(v[0].detach(), levels, None, v[1].detach(), v[2].detach()),
-        )
-        backward = _backward(name, m2f_kernels.ms_deform_attn(leaves[0], levels, None, *leaves[1:]), leaves)
+    logits = inputs.attention_logits(2, value.shape[1], HEADS, 3, 4)
+    weights, reference = logits.flatten(3).softmax(-1).view_as(logits), inputs.reference_grid(levels, 2)
+    near = inputs.local_locations(levels, 2, HEADS, 4)
+    far = inputs.random_locations(levels, 2, value.shape[1], HEADS, 4)
+    offsets, centres = inputs.offsets_of(far, reference, levels), reference.to(device)
+
+    def sampled(value: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
+        return m2f_kernels.ms_deform_attn(value, levels, None, locations, weights)
+
+    def from_offsets(value: Tensor, offsets: Tensor, logits: Tensor) -> Tensor:
+        return m2f_kernels.ms_deform_attn_from_offsets(value, levels, centres, offsets, logits)
+
+    for name, call, *tensors in (
+        ("ms_deform_attn, local", sampled, near, weights),
+        ("ms_deform_attn, random", sampled, far, weights),
+        ("ms_deform_attn_from_offsets", from_offsets, offsets.to(dtype), logits.to(dtype)),
+    ):
+        leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), *tensors)]
+        forward, backward = _both(name, call, leaves)
+        yield from _kernels("forward", "lean", *forward)
         yield from _kernels("backward", "gathered", *backward)
-    name, offsets = "ms_deform_attn_from_offsets", inputs.offsets_of(locations, reference, levels)
-    leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), offsets.to(dtype), logits.to(dtype))]
-    operator, reference = m2f_kernels.ms_deform_attn_from_offsets, reference.to(device)
-    yield from _kernels(
-        "forward",
-        "lean",
-        name,
-        lambda: operator(leaves[0].detach(), levels, reference, leaves[1].detach(), leaves[2].detach()),
-    )
-    backward = _backward(name, operator(leaves[0], levels, reference, *leaves[1:]), leaves)
-    yield from _kernels("backward", "gathered", *backward)
 
 
 def _masks(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -123,15 +116,13 @@ def _attention(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
             ("masked_attention", lambda *x, m=mask: m2f_kernels.masked_attention(*x, m)),
             ("PyTorch's SDPA", lambda *x, m=boolean: F.scaled_dot_product_attention(*x, attn_mask=m)),
         ):
-            yield f"{name}, {case}", lambda c=call, x=leaves: c(*(t.detach() for t in x))
-            yield _backward(f"{name}, {case}", call(*leaves), leaves)
+            yield from _both(f"{name}, {case}", call, leaves)
 
 
 def _points(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     features = torch.randn(1, CHANNELS, size // 4, size // 4, device=device).to(dtype).requires_grad_()
     points = torch.rand(1, POINTS, 2, device=device)
-    yield "point_sample", lambda: m2f_kernels.point_sample(features.detach(), points)
-    yield _backward("point_sample", m2f_kernels.point_sample(features, points), [features])
+    yield from _both("point_sample", lambda x: m2f_kernels.point_sample(x, points), [features])
     logits = torch.randn(1, 100, size // 4, size // 4, device=device)
     yield "uncertain_points, 100 masks", lambda: m2f_kernels.uncertain_points(logits, POINTS)
     if m2f_kernels.explain("uncertain_points", logits).backend == "triton":
