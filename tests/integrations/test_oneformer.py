@@ -1,6 +1,7 @@
 """OneFormer of `transformers` before and after: what it returns, its loss and gradients, and masks on demand."""
 
 import copy
+import inspect
 import json
 import pickle
 import warnings
@@ -29,6 +30,7 @@ from tests.integrations.published import (
 )
 from tests.model import peers
 from tests.model.peers import BACKBONES, STAGES, photograph
+from tests.watching import Operators
 
 VERSION = tuple(int(part) for part in transformers.__version__.split(".")[:2])
 SIZE = (96, 128)
@@ -242,6 +244,25 @@ def test_compact_targets(form, inputs, texts, generator):
     """Of different sizes, which are padded for the loss."""
     _, accelerated = both("no_auxiliary_loss", is_training=True)
     assert_compact_targets_serve(accelerated, form, [SIZE, (60, 140)], generator, **inputs, **texts)
+
+
+def test_losses_are_weighted_and_added_up_at_once():
+    """Values and gradients of the original, forward and backward in four operators and the loss's own gradient."""
+    names = [f"loss_{kind}{output}" for output in ("", *(f"_{i}" for i in range(9))) for kind in ("mask", "dice")]
+    leaves = [torch.rand(1).requires_grad_() for _ in names] + [torch.rand(()).requires_grad_()]
+    found = []
+    given = [*names, "loss_contrastive"]
+    for model in both(is_training=True):
+        model.criterion.forward = lambda **_: {k: x.clone() for k, x in zip(given, leaves, strict=True)}
+        nothing = dict.fromkeys(inspect.signature(model.get_loss_dict).parameters.keys() - {"args", "kwargs"})
+        losses = model.get_loss_dict(**nothing)
+        with Operators() as seen:
+            total = model.get_loss(model.get_loss_dict(**nothing))
+            gradients = torch.autograd.grad(total.sum(), leaves)
+        found.append((total.detach(), *losses.values(), *gradients))
+    assert not {"aten::mul.Tensor", "aten::mul_.Tensor", "aten::add.Tensor"} & seen.names
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 @pytest.mark.usefixtures("fixed_points")

@@ -519,10 +519,15 @@ def _num_masks(published: Any, class_labels: Sequence[Tensor]) -> Tensor:
 _WEIGHTS = ConstantCache(16)
 
 
+def own_weights(losses: Iterable[str], weights: Mapping[str, float]) -> tuple[float, ...]:
+    """The weight of each loss: the product of those whose name is part of its own."""
+    return tuple(math.prod(weight for part, weight in weights.items() if part in name) for name in losses)
+
+
 def weighted_total(losses: Mapping[str, Tensor], weights: Mapping[str, float]) -> Tensor:
     """The sum of the losses, each times the weights whose name is part of its own, as `get_loss_dict` and `get_loss` of
     the published models compute it, in three kernels."""
-    own = tuple(math.prod(weight for part, weight in weights.items() if part in name) for name in losses)
+    own = own_weights(losses, weights)
     values = torch.stack([x.reshape(()) for x in losses.values()])
     return (values * _WEIGHTS.get(lambda: torch.tensor(own, device=values.device), own, values)).sum()
 

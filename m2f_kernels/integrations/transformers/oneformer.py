@@ -7,7 +7,7 @@ access (:class:`AuxiliaryPrediction`). Text encoder and contrastive loss are the
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,7 @@ from m2f_kernels.integrations.transformers.mask_classification import (
     layers_problem,
     losses_served,
     matcher_problem,
+    own_weights,
     point_losses,
     project_levels,
     subclass_problem,
@@ -62,6 +63,7 @@ from m2f_kernels.integrations.transformers.pixel_decoder import (
     check_pixel_decoder,
 )
 from m2f_kernels.masks import FactoredMasks, PackedMask
+from m2f_kernels.nn.point_mask_criterion import apart
 from m2f_kernels.ops.attention_mask import attention_mask_levels, predict_attention_mask
 from m2f_kernels.ops.points import Given
 
@@ -512,6 +514,29 @@ class Criterion(MaskLosses):
         return last
 
 
+class ForUniversalSegmentation(Mixin):
+    """The weighted losses and their sum in a few kernels, where the original launches three for each loss."""
+
+    # Attributes of the original class.
+    criterion: Any
+    weight_dict: Mapping[str, float]
+
+    def get_loss_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        losses: dict[str, Tensor] = self.criterion(*args, **kwargs)
+        weights = own_weights(losses, self.weight_dict)
+        if any(x.numel() != 1 for x in losses.values()):  # of a criterion of the user's
+            return {name: loss * weight for (name, loss), weight in zip(losses.items(), weights, strict=True)}
+        weighted = apart(*(x.reshape(1) for x in losses.values()), weights=weights)
+        return {name: x.view_as(loss) for (name, loss), x in zip(losses.items(), weighted, strict=True)}
+
+    def get_loss(self, loss_dict: dict[str, Tensor]) -> Tensor:
+        losses = list(loss_dict.values())
+        if any(x.numel() != 1 for x in losses):
+            return sum(losses, start=torch.zeros((), device=losses[0].device))
+        shape = torch.broadcast_shapes(*(x.shape for x in losses))
+        return torch.stack([x.reshape(()) for x in losses]).sum().reshape(shape)
+
+
 # ---------------------------------------------------------------- what is left alone
 
 
@@ -549,6 +574,11 @@ def partly_criterion(criterion: Any) -> str | None:
     return criterion_partly(criterion, _MATCHER)
 
 
+def check_segmentation(model: Any) -> str | None:
+    methods = ("get_loss_dict", "get_loss")
+    return subclass_problem(model, f"{_MODULE}.OneFormerForUniversalSegmentation", methods)
+
+
 def check_query_layer(layer: Any) -> str | None:
     return subclass_problem(
         layer, f"{_MODULE}.OneFormerTransformerDecoderQueryTransformerDecoderLayer", ("forward_pre", "forward_post")
@@ -569,6 +599,9 @@ REPLACEMENTS = {
         "TransformerDecoderLayer": Replacement(DecoderLayer, "hands on what masked attention needs", check_layer),
         "TransformerDecoder": Replacement(Decoder, MASKS, check_decoder, DECODER_OPS),
         "Model": Replacement(Model, "the part that CUDA graphs replay where targets are given"),
+        "ForUniversalSegmentation": Replacement(
+            ForUniversalSegmentation, "losses weighted and added up at once", check_segmentation
+        ),
         "HungarianMatcher": Replacement(Matcher, MATCHING, check_matcher, MATCHER_OPS, (Matcher,)),
         "Loss": Replacement(
             Criterion, LOSSES, check_criterion, CRITERION_OPS, (Criterion, MaskLosses), partly_criterion
