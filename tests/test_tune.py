@@ -14,6 +14,15 @@ from m2f_kernels.ops.masked_attention import configs
 DEFAULT = {"BLOCK_Q": 64, "num_warps": 4}
 
 
+def test_masks_of_few_keys_get_smaller_tiles_in_tf32x3(monkeypatch):
+    """Where no GPU has measured; the other products keep the tiles that one has."""
+    for keys in (1024, 4096, 16384):
+        assert mask_configs.default(4, 100, keys) == mask_configs.default(4, 100)
+        assert mask_configs.default(2, 100, keys) == mask_configs.default(2, 100)
+    monkeypatch.setattr(_tuning, "TF32X3", True)
+    assert [mask_configs.default(4, 100, keys)["BLOCK_S"] for keys in (1024, 4096, 16384)] == [32, 32, 64]
+
+
 def test_without_a_gpu_the_tuner_says_so():
     if torch.cuda.is_available():
         pytest.skip("a GPU is here: `python -m m2f_kernels.tune` would measure")

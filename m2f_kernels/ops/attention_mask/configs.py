@@ -25,7 +25,11 @@ def padded_queries(num_queries: int) -> int:
     return min(max(1 << (num_queries - 1).bit_length(), 16), 128)
 
 
-def default(element_size: int, num_queries: int) -> Configuration:
+#: With no more keys, tiles of 64 of them are too few programs for a large GPU.
+_FEW_KEYS = 4096
+
+
+def default(element_size: int, num_queries: int, num_keys: int = _FEW_KEYS + 1) -> Configuration:
     """Keys are the rows of the product: 64 of them are one warp group's matrix instruction from sm_90 on.
 
     float32 is multiplied without tensor cores and holds its operands in registers: smaller tiles, more warps. As three
@@ -33,6 +37,8 @@ def default(element_size: int, num_queries: int) -> Configuration:
     """
     queries = padded_queries(num_queries)
     if element_size == 4 and _tuning.TF32X3:
+        if num_keys <= _FEW_KEYS:
+            return {"BLOCK_S": 32, "BLOCK_Q": min(queries, 32), "BLOCK_C": 32, "num_warps": 2, "num_stages": 4}
         return {"BLOCK_S": 64, "BLOCK_Q": min(queries, 32), "BLOCK_C": 32, "num_warps": 4, "num_stages": 4}
     if element_size == 4:
         return {"BLOCK_S": 64, "BLOCK_Q": min(queries, 64), "BLOCK_C": 16, "num_warps": 4, "num_stages": 2}
@@ -40,9 +46,9 @@ def default(element_size: int, num_queries: int) -> Configuration:
     return {"BLOCK_S": 64, "BLOCK_Q": queries, "BLOCK_C": 64, "num_warps": warps, "num_stages": 3}
 
 
-def predict(device: Architecture, element_size: int, num_queries: int) -> Configuration:
+def predict(device: Architecture, element_size: int, num_queries: int, num_keys: int) -> Configuration:
     """The configuration to launch with: smaller tiles on sm_75 and gfx11, which multiply with operands in registers."""
-    config = default(element_size, num_queries)
+    config = default(element_size, num_queries, num_keys)
     if device.capability == 75 or device.gfx.startswith("gfx11"):
         queries = min(config["BLOCK_Q"], 64)
         config = {"BLOCK_S": 32, "BLOCK_Q": queries, "BLOCK_C": 16, "num_warps": 8, "num_stages": 1}

@@ -121,7 +121,7 @@ def predict_attention_mask_with_flags(mask_embed: Tensor, level_features: Tensor
     bits = torch.empty(n, q, (s + WORD - 1) // WORD, dtype=torch.int32, device=mask_embed.device)
     if bits.numel() == 0:
         return bits
-    config = configs.predict(architecture(mask_embed.device), mask_embed.element_size(), q)
+    config = configs.predict(architecture(mask_embed.device), mask_embed.element_size(), q, s)
     limit = MAX_GRID * config["BLOCK_Q"]
     if n > MAX_GRID or q > limit:
         most, axes = (MAX_GRID, (0, 0)) if n > MAX_GRID else (limit, (1, -1))
