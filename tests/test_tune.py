@@ -15,7 +15,7 @@ DEFAULT = {"BLOCK_Q": 64, "num_warps": 4}
 
 
 def test_masks_of_few_keys_get_smaller_tiles_in_tf32x3(monkeypatch):
-    """Where no GPU has measured; the other products keep the tiles that one has."""
+    """The other products keep the tiles that a GPU has measured."""
     for keys in (1024, 4096, 16384):
         assert mask_configs.default(4, 100, keys) == mask_configs.default(4, 100)
         assert mask_configs.default(2, 100, keys) == mask_configs.default(2, 100)
