@@ -188,7 +188,7 @@ STEPS = (
     Step(
         "changed",
         150,
-        _tests("changed", lambda context: context.tests, "tests/ops/test_point_sample.py", "-k", "gradient"),
+        _tests("changed", lambda context: context.tests, "tests/ops/test_point_sample.py", "-k", "gradcheck"),
     ),
     Step("old_new", 110, _old_new),
     Step("headline", 130, _benchmark("--op", "end_to_end", "--skip", "compiled")),
