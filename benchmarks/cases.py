@@ -178,10 +178,6 @@ class Case:
     def backward(self) -> bool:
         return self.direction == "forward+backward"
 
-    @property
-    def title(self) -> str:
-        return self.name.replace("-", " ")
-
     def bind(self, implementation: Implementation, data: Data) -> Callable[..., tuple[Tensor, ...]]:
         """A call that returns the outputs and, with backward, the gradients in order.
 
@@ -402,10 +398,6 @@ class Row:
     def stage_ms(self) -> dict[str, float]:
         pairs = (part.rsplit("=", 1) for part in self.stages.split(";") if part)
         return {name: float(value) for name, value in pairs}
-
-    @classmethod
-    def columns(cls) -> list[str]:
-        return [f.name for f in fields(cls)]
 
     @classmethod
     def from_strings(cls, record: dict[str, str]) -> Row:

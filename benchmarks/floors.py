@@ -113,11 +113,6 @@ def matmul_rate(device: str, side: int, dtype: torch.dtype) -> float:
     return 2 * side**3 / _least_seconds(lambda: torch.mm(left, right, out=product), device)
 
 
-def matmul_name(dtype: str) -> str:
-    """The name of a dtype's rate of matrix products among the floors."""
-    return f"{dtype} matmul"
-
-
 def measure_all(device: str, counts: set[int], quick: bool) -> dict[str, Floors]:
     """The rates of `measure` by number of threads."""
     rates: dict[str, Floors] = {}
@@ -146,7 +141,7 @@ def measure(device: str, threads: int, quick: bool) -> Floors:
             floors["memory"] = gather_rate(device, large << 20, lookups)
         side = _MATMUL_SIDE_CUDA if device == "cuda" else _MATMUL_SIDE_QUICK if quick else _MATMUL_SIDE
         for dtype in _MATMUL_DTYPES:
-            floors[matmul_name(str(dtype).removeprefix("torch."))] = matmul_rate(device, side, dtype)
+            floors[f"{dtype} matmul".removeprefix("torch.")] = matmul_rate(device, side, dtype)
         return floors
     finally:
         torch.set_num_threads(before)
@@ -154,7 +149,7 @@ def measure(device: str, threads: int, quick: bool) -> Floors:
 
 def floor(work: Work, floors: Floors) -> tuple[float, str]:
     """The floor time in milliseconds, and what bounds it."""
-    matmul = matmul_name(work.flop_dtype)
+    matmul = f"{work.flop_dtype} matmul"
     amounts = [
         (work.bytes_moved, "bandwidth", "bandwidth"),
         (work.gather_bytes, work.gather_level, f"{work.gather_level} gather"),

@@ -129,7 +129,7 @@ def time_cases(
     all_threads = torch.get_num_threads()
     loaded: tuple[str, Data] | None = None
     for case in sorted(cases, key=lambda c: c.data):  # each data set is loaded once
-        emit("progress", text=f"{benchmark.op}, {setting}: {case.title}")
+        emit("progress", text=f"{benchmark.op}, {setting}: {case.name}")
         if loaded is None or loaded[0] != case.data:
             loaded = None  # free the former before the next is there
             loaded = case.data, _load(workspace, case.data, scale.device)
