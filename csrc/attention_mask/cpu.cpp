@@ -49,8 +49,8 @@ Tensor resize_mask_features(const Tensor& mask_features, IntList sizes) {
   STD_TORCH_CHECK(sizes.size() % 2 == 0, "sizes: expected (h, w) per level");
   const Tensor input = unit_stride_last(mask_features);
   ResizeArgs args{};
-  args.n = input.size(0);
-  args.c = input.size(1);
+  args.batch = input.size(0);
+  args.channels = input.size(1);
   args.height = input.size(2);
   args.width = input.size(3);
   STD_TORCH_CHECK(args.height >= 1 && args.width >= 1 && args.height < INT32_MAX && args.width < INT32_MAX,
@@ -84,10 +84,10 @@ Tensor resize_mask_features(const Tensor& mask_features, IntList sizes) {
   // The finest level comes first: it reads the plane in order, and the other levels then find it in the cache.
   std::stable_sort(args.level, args.level + args.levels,
                    [](const ResizeLevel& a, const ResizeLevel& b) { return a.height > b.height; });
-  Tensor output = empty_like_sizes(input, {args.n, args.c, total});
-  args.output = {output.data_ptr(), args.input.dtype, {args.c * total, total, 0}};
+  Tensor output = empty_like_sizes(input, {args.batch, args.channels, total});
+  args.output = {output.data_ptr(), args.input.dtype, {args.channels * total, total, 0}};
   const size_t scratch_bytes = (args.width + widest + 2 * 64) * sizeof(float);
-  torch::stable::parallel_for(0, args.n * args.c, 1, [&](int64_t first, int64_t last) {
+  torch::stable::parallel_for(0, args.batch * args.channels, 1, [&](int64_t first, int64_t last) {
     const Scratch scratch = allocate_scratch(scratch_bytes);
     kernels().resize(args, first, last, static_cast<float*>(scratch.get()));
   });
@@ -112,26 +112,26 @@ std::tuple<Tensor, Tensor> predict_attention_mask(const Tensor& mask_embed, cons
   check_not_float64(level_features, "level_features");
   const Tensor embed = unit_stride_last(mask_embed), features = unit_stride_last(level_features);
   PredictArgs args{};
-  args.n = embed.size(0);
-  args.q = embed.size(1);
-  args.c = embed.size(2);
-  args.s = features.size(2);
-  check_sizes(features, "level_features", {args.n, args.c, args.s});
+  args.batch = embed.size(0);
+  args.queries = embed.size(1);
+  args.channels = embed.size(2);
+  args.keys = features.size(2);
+  check_sizes(features, "level_features", {args.batch, args.channels, args.keys});
   args.embed = {embed.data_ptr(), dtype_of(embed, "mask_embed"), {embed.stride(0), embed.stride(1), 0}};
   args.features = {
       features.data_ptr(), dtype_of(features, "level_features"), {features.stride(0), features.stride(1), 0}};
-  Packed packed = new_packed(embed, args.n, args.q, args.s);
+  Packed packed = new_packed(embed, args.batch, args.queries, args.keys);
   args.bits = packed.bits_data();
   args.row_any = packed.row_any_data();
-  if (args.n * args.q * args.s == 0) return {packed.bits, packed.row_any};
+  if (args.batch * args.queries * args.keys == 0) return {packed.bits, packed.row_any};
   const AttentionMaskKernels& kernel = kernels();
   const size_t image_bytes = kernel.packed_embed(args);
-  const Scratch embeds = allocate_scratch(args.n * image_bytes);
+  const Scratch embeds = allocate_scratch(args.batch * image_bytes);
   args.packed_embed = static_cast<const float*>(embeds.get());
-  for (int64_t image = 0; image < args.n; ++image)
+  for (int64_t image = 0; image < args.batch; ++image)
     kernel.pack_embed(args, image, static_cast<float*>(embeds.get()) + image * (image_bytes / sizeof(float)));
-  const int64_t groups = (args.s + kKeysPerTask - 1) / kKeysPerTask;
-  torch::stable::parallel_for(0, args.n * groups, 1, [&](int64_t first, int64_t last) {
+  const int64_t groups = (args.keys + kKeysPerTask - 1) / kKeysPerTask;
+  torch::stable::parallel_for(0, args.batch * groups, 1, [&](int64_t first, int64_t last) {
     const Scratch scratch = allocate_scratch(kernel.predict_scratch(args));
     kernel.predict(args, first, last, scratch.get());
   });
@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor> pack_attention_mask(const Tensor& mask_) {
   Packed packed = new_packed(mask, n, q, s);
   PackArgs args{};
   args.rows = n * q;
-  args.s = s;
+  args.keys = s;
   args.mask = mask.data_ptr();
   args.logits = logits;
   if (logits) args.dtype = dtype_of(mask, "mask");

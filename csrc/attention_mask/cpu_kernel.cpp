@@ -45,7 +45,7 @@ template <typename V>
 void resize_planes(const ResizeArgs& args, int64_t first, int64_t last, float* scratch) {
   float *sum = scratch, *out = scratch + args.width + kFloatLanes;
   for (int64_t plane = first; plane < last; ++plane) {
-    const int64_t n = plane / args.c, c = plane % args.c, target = args.output.offset(n, c, 0);
+    const int64_t n = plane / args.channels, c = plane % args.channels, target = args.output.offset(n, c, 0);
     const auto row = [&](int64_t y) { return static_cast<const V*>(args.input.data) + args.input.offset(n, c, y); };
     for (int l = 0; l < args.levels; ++l) {
       const ResizeLevel& level = args.level[l];
@@ -70,12 +70,7 @@ void resize_planes(const ResizeArgs& args, int64_t first, int64_t last, float* s
 }
 
 void resize(const ResizeArgs& args, int64_t first, int64_t last, float* scratch) {
-  switch (args.input.dtype) {
-    case DType::kFloat32: return resize_planes<float>(args, first, last, scratch);
-    case DType::kBFloat16: return resize_planes<BFloat16>(args, first, last, scratch);
-    case DType::kFloat16: return resize_planes<Float16>(args, first, last, scratch);
-    case DType::kFloat64: return;  // the binding refuses it
-  }
+  with_type<false>(args.input.dtype, [&](auto v) { resize_planes<decltype(v)>(args, first, last, scratch); });
 }
 
 // ---------------------------------------------------------------- prediction
@@ -84,30 +79,30 @@ void resize(const ResizeArgs& args, int64_t first, int64_t last, float* scratch)
 constexpr int kRows = kVectorBytes == 64 ? 12 : 6;
 constexpr int kColumns = 2 * kFloatLanes;
 
-int64_t query_blocks(const PredictArgs& args) { return (args.q + kRows - 1) / kRows; }
+int64_t query_blocks(const PredictArgs& args) { return (args.queries + kRows - 1) / kRows; }
 
-size_t packed_embed(const PredictArgs& args) { return query_blocks(args) * args.c * kRows * sizeof(float); }
+size_t packed_embed(const PredictArgs& args) { return query_blocks(args) * args.channels * kRows * sizeof(float); }
 
 // Layout [block][channel][query of the block]: the values that one channel broadcasts are adjacent.
 void pack_embed(const PredictArgs& args, int64_t image, float* packed) {
   for (int64_t q = 0; q < query_blocks(args) * kRows; ++q) {
-    float* column = packed + q / kRows * args.c * kRows + q % kRows;
-    for (int64_t c = 0; c < args.c; c += kFloatLanes) {
-      const int64_t count = args.c - c < kFloatLanes ? args.c - c : kFloatLanes;
+    float* column = packed + q / kRows * args.channels * kRows + q % kRows;
+    for (int64_t c = 0; c < args.channels; c += kFloatLanes) {
+      const int64_t count = args.channels - c < kFloatLanes ? args.channels - c : kFloatLanes;
       alignas(64) float run[kFloatLanes] = {};
-      if (q < args.q) load_run(args.embed.data, args.embed.dtype, args.embed.offset(image, q, 0) + c, count, run);
+      if (q < args.queries) load_run(args.embed.data, args.embed.dtype, args.embed.offset(image, q, 0) + c, count, run);
       for (int64_t i = 0; i < count; ++i) column[(c + i) * kRows] = run[i];
     }
   }
 }
 
-size_t predict_scratch(const PredictArgs& args) { return args.c * kKeysPerTask * sizeof(float); }
+size_t predict_scratch(const PredictArgs& args) { return args.channels * kKeysPerTask * sizeof(float); }
 
 // Packs `keys` keys from `start` on into panels [word][channel][32 keys], and fills the last panel with zeros.
 template <typename V>
 void pack_features(const PredictArgs& args, int64_t image, int64_t start, int64_t keys, float* panels) {
   const V* data = static_cast<const V*>(args.features.data);
-  for (int64_t c = 0; c < args.c; ++c) {
+  for (int64_t c = 0; c < args.channels; ++c) {
     const V* row = data + args.features.offset(image, c, 0) + start;
     for (int64_t key = 0; key < kKeysPerTask; key += kFloatLanes) {
       FloatVec x = {};
@@ -116,7 +111,7 @@ void pack_features(const PredictArgs& args, int64_t image, int64_t start, int64_
       } else if (key < keys) {
         x = load_first(row + key, static_cast<int>(keys - key));
       }
-      store(panels + (key / kWord * args.c + c) * kWord + key % kWord, x);
+      store(panels + (key / kWord * args.channels + c) * kWord + key % kWord, x);
     }
   }
 }
@@ -142,9 +137,9 @@ template <typename V>
 Prefetch prefetch_group(const PredictArgs& args, int64_t task, int64_t last, int64_t groups) {
   if (task >= last) return {};
   const int64_t start = task % groups * kKeysPerTask;
-  const int64_t keys = args.s - start < kKeysPerTask ? args.s - start : kKeysPerTask;
+  const int64_t keys = args.keys - start < kKeysPerTask ? args.keys - start : kKeysPerTask;
   const V* first = static_cast<const V*>(args.features.data) + args.features.offset(task / groups, 0, 0) + start;
-  return {reinterpret_cast<const char*>(first), args.c, args.features.stride[1] * int64_t{sizeof(V)},
+  return {reinterpret_cast<const char*>(first), args.channels, args.features.stride[1] * int64_t{sizeof(V)},
           keys * int64_t{sizeof(V)}, 0};
 }
 
@@ -169,26 +164,26 @@ M2F_INLINE void predict_block(const float* embed, const float* panel, int64_t ch
 
 template <typename V>
 void predict_tasks(const PredictArgs& args, int64_t first, int64_t last, float* panels) {
-  const int64_t groups = (args.s + kKeysPerTask - 1) / kKeysPerTask, words = (args.s + kWord - 1) / kWord;
+  const int64_t groups = (args.keys + kKeysPerTask - 1) / kKeysPerTask, words = (args.keys + kWord - 1) / kWord;
   for (int64_t task = first; task < last; ++task) {
     const int64_t image = task / groups, start = task % groups * kKeysPerTask;
-    const int64_t keys = args.s - start < kKeysPerTask ? args.s - start : kKeysPerTask;
+    const int64_t keys = args.keys - start < kKeysPerTask ? args.keys - start : kKeysPerTask;
     pack_features<V>(args, image, start, keys, panels);
     Prefetch next = prefetch_group<V>(args, task + 1, last, groups);
     const float* embed = args.packed_embed + image * (packed_embed(args) / sizeof(float));
     for (int64_t word = 0; word * kWord < keys; ++word) {
       const int64_t inside = keys - word * kWord;
       const uint32_t valid = inside >= kWord ? ~0u : (1u << inside) - 1;
-      const float* panel = panels + word * args.c * kWord;
+      const float* panel = panels + word * args.channels * kWord;
       for (int64_t block = 0; block < query_blocks(args); ++block) {
         uint32_t found[kRows] = {};
         for (int column = 0; column < kWord; column += kColumns) {
           uint32_t bits[kRows];
-          predict_block(embed + block * args.c * kRows, panel + column, args.c, next, bits);
+          predict_block(embed + block * args.channels * kRows, panel + column, args.channels, next, bits);
           for (int r = 0; r < kRows; ++r) found[r] |= bits[r] << column;
         }
-        for (int r = 0; r < kRows && block * kRows + r < args.q; ++r) {
-          const int64_t row = image * args.q + block * kRows + r;
+        for (int r = 0; r < kRows && block * kRows + r < args.queries; ++r) {
+          const int64_t row = image * args.queries + block * kRows + r;
           args.bits[row * words + start / kWord + word] = static_cast<int32_t>(found[r] & valid);
           // Several tasks may write this element, always the same value.
           if (found[r] & valid) __atomic_store_n(args.row_any + row, true, __ATOMIC_RELAXED);
@@ -200,12 +195,7 @@ void predict_tasks(const PredictArgs& args, int64_t first, int64_t last, float* 
 
 void predict(const PredictArgs& args, int64_t first, int64_t last, void* scratch) {
   float* panels = static_cast<float*>(scratch);
-  switch (args.features.dtype) {
-    case DType::kFloat32: return predict_tasks<float>(args, first, last, panels);
-    case DType::kBFloat16: return predict_tasks<BFloat16>(args, first, last, panels);
-    case DType::kFloat16: return predict_tasks<Float16>(args, first, last, panels);
-    case DType::kFloat64: return;  // the binding refuses it
-  }
+  with_type<false>(args.features.dtype, [&](auto v) { predict_tasks<decltype(v)>(args, first, last, panels); });
 }
 
 // ---------------------------------------------------------------- packing of a mask that exists
@@ -239,11 +229,11 @@ uint32_t pack_logits(const V* mask, int64_t count) {
 
 template <typename PackWord>
 void pack_rows(const PackArgs& args, int64_t first, int64_t last, PackWord pack_word) {
-  const int64_t words = (args.s + kWord - 1) / kWord;
+  const int64_t words = (args.keys + kWord - 1) / kWord;
   for (int64_t row = first; row < last; ++row) {
     uint32_t any = 0;
     for (int64_t w = 0; w < words; ++w) {
-      const int64_t left = args.s - w * kWord;
+      const int64_t left = args.keys - w * kWord;
       const uint32_t word = pack_word(row * args.stride + w * kWord, left < kWord ? left : kWord);
       args.bits[row * words + w] = static_cast<int32_t>(word);
       any |= word;
@@ -257,21 +247,11 @@ void pack(const PackArgs& args, int64_t first, int64_t last) {
     return pack_rows(args, first, last, [&](int64_t offset, int64_t count) {
       return pack_bools(static_cast<const uint8_t*>(args.mask) + offset, count);
     });
-  switch (args.dtype) {
-    case DType::kFloat32:
-      return pack_rows(args, first, last, [&](int64_t offset, int64_t count) {
-        return pack_logits(static_cast<const float*>(args.mask) + offset, count);
-      });
-    case DType::kBFloat16:
-      return pack_rows(args, first, last, [&](int64_t offset, int64_t count) {
-        return pack_logits(static_cast<const BFloat16*>(args.mask) + offset, count);
-      });
-    case DType::kFloat16:
-      return pack_rows(args, first, last, [&](int64_t offset, int64_t count) {
-        return pack_logits(static_cast<const Float16*>(args.mask) + offset, count);
-      });
-    case DType::kFloat64: return;  // the binding refuses it
-  }
+  with_type<false>(args.dtype, [&](auto v) {
+    pack_rows(args, first, last, [&](int64_t offset, int64_t count) {
+      return pack_logits(static_cast<const decltype(v)*>(args.mask) + offset, count);
+    });
+  });
 }
 
 }  // namespace

@@ -24,7 +24,7 @@ struct ResizeLevel {
 };
 
 struct ResizeArgs {
-  int64_t n, c, height, width;
+  int64_t batch, channels, height, width;
   Rows input;   // rows of `width` by (n, c, y)
   Rows output;  // rows of all levels' pixels by (n, c, 0)
   int levels;
@@ -32,7 +32,7 @@ struct ResizeArgs {
 };
 
 struct PredictArgs {
-  int64_t n, q, c, s;
+  int64_t batch, queries, channels, keys;
   Rows embed;                 // rows of C by (n, q, 0)
   Rows features;              // rows of S by (n, c, 0)
   const float* packed_embed;  // pack_embed's result, per image
@@ -41,7 +41,7 @@ struct PredictArgs {
 };
 
 struct PackArgs {
-  int64_t rows, s;
+  int64_t rows, keys;
   const void* mask;  // bool, or `dtype`; rows of S, `stride` apart
   bool logits;
   DType dtype;

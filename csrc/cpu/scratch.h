@@ -1,4 +1,4 @@
-// Scratch memory of a task, cut into aligned pieces.
+// Pieces memory of a task, cut into aligned pieces.
 #pragma once
 
 #include <cstddef>
@@ -7,7 +7,7 @@
 namespace m2f {
 
 // Hands out pieces aligned to 64 bytes. With a null base it only adds up their sizes.
-struct Scratch {
+struct Pieces {
   char* base;
   size_t used = 0;
 

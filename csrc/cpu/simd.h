@@ -189,6 +189,19 @@ inline void store(Float16* p, Vec<float> x) {
 template <typename V>
 using Arithmetic = std::conditional_t<std::is_same_v<V, double>, double, float>;
 
+// Calls f with a zero of the element type. Kernels whose bindings refuse float64 leave it out.
+template <bool kWithFloat64 = true, typename F>
+M2F_INLINE auto with_type(DType dtype, F&& f) {
+  if constexpr (kWithFloat64) {
+    if (dtype == DType::kFloat64) return f(double{});
+  }
+  switch (dtype) {
+    case DType::kBFloat16: return f(BFloat16{});
+    case DType::kFloat16: return f(Float16{});
+    default: return f(float{});
+  }
+}
+
 // Loads the first `count` elements; the other lanes are zero. It uses a masked load where there is one: otherwise a
 // copy of variable size costs a function call, and reading it back as a vector stalls on store forwarding.
 template <typename V>

@@ -21,11 +21,11 @@ const MaskedAttentionKernels& kernels() { return M2F_IN_USE(masked_attention_ker
 constexpr int64_t kTilesPerPart = 16, kMostParts = 8, kTasksPerThread = 2;
 
 void divide(MaskedAttentionArgs& args) {
-  const int64_t tiles = (args.s + kTileKeys - 1) / kTileKeys;
+  const int64_t tiles = (args.keys + kTileKeys - 1) / kTileKeys;
   const int64_t wanted = kTasksPerThread * torch::stable::get_num_threads();
   args.parts = std::clamp<int64_t>(tiles / kTilesPerPart, 1, kMostParts);
-  const int64_t tasks = std::max<int64_t>(args.n * args.parts, 1);
-  args.head_groups = std::clamp<int64_t>((wanted + tasks - 1) / tasks, 1, std::max<int64_t>(args.h, 1));
+  const int64_t tasks = std::max<int64_t>(args.batch * args.parts, 1);
+  args.head_groups = std::clamp<int64_t>((wanted + tasks - 1) / tasks, 1, std::max<int64_t>(args.heads, 1));
 }
 
 // A contiguous tensor [N, positions, H, D] as rows of D by (n, h, position).
@@ -59,21 +59,22 @@ struct Call {
     query = unit_stride_last(query);
     key = unit_stride_last(key);
     value = unit_stride_last(value);
-    args.n = query.size(0);
-    args.h = query.size(1);
-    args.q = query.size(2);
-    args.d = query.size(3);
-    args.s = key.size(2);
-    args.words = (args.s + 31) / 32;
+    args.batch = query.size(0);
+    args.heads = query.size(1);
+    args.queries = query.size(2);
+    args.channels = query.size(3);
+    args.keys = key.size(2);
+    args.words = (args.keys + 31) / 32;
     args.scale = scale;
-    STD_TORCH_CHECK(args.s >= 1 && args.d >= 1, "key: expected at least one key and one channel");
-    STD_TORCH_CHECK(args.q < INT32_MAX, "query: expected fewer than 2^31 queries");
-    check_sizes(key, "key", {args.n, args.h, args.s, args.d});
-    check_sizes(value, "value", {args.n, args.h, args.s, args.d});
-    STD_TORCH_CHECK(bits.dim() == 3 && bits.size(1) <= args.q, "bits: expected [N, R, words], R at most the queries");
+    STD_TORCH_CHECK(args.keys >= 1 && args.channels >= 1, "key: expected at least one key and one channel");
+    STD_TORCH_CHECK(args.queries < INT32_MAX, "query: expected fewer than 2^31 queries");
+    check_sizes(key, "key", {args.batch, args.heads, args.keys, args.channels});
+    check_sizes(value, "value", {args.batch, args.heads, args.keys, args.channels});
+    STD_TORCH_CHECK(bits.dim() == 3 && bits.size(1) <= args.queries,
+                    "bits: expected [N, R, words], R at most the queries");
     args.masked = bits.size(1);
-    check_sizes(bits, "bits", {args.n, args.masked, args.words});
-    check_sizes(row_any, "row_any", {args.n, args.masked});
+    check_sizes(bits, "bits", {args.batch, args.masked, args.words});
+    check_sizes(row_any, "row_any", {args.batch, args.masked});
     STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Int, "bits: expected int32");
     STD_TORCH_CHECK(row_any.scalar_type() == ScalarType::Bool, "row_any: expected bool");
     bits = torch::stable::contiguous(bits);
@@ -93,9 +94,9 @@ struct Call {
                     "by_row, by_column: expected [N, H, Q, h] and [N, H, Q, w]");
     args.height = by_row.size(3);
     args.width = by_column.size(3);
-    check_sizes(by_row, "by_row", {args.n, args.h, args.q, args.height});
-    check_sizes(by_column, "by_column", {args.n, args.h, args.q, args.width});
-    STD_TORCH_CHECK(args.height * args.width == args.s, "by_row, by_column: expected h * w = S");
+    check_sizes(by_row, "by_row", {args.batch, args.heads, args.queries, args.height});
+    check_sizes(by_column, "by_column", {args.batch, args.heads, args.queries, args.width});
+    STD_TORCH_CHECK(args.height * args.width == args.keys, "by_row, by_column: expected h * w = S");
     args.by_row = bias_rows(by_row, "by_row");
     args.by_column = bias_rows(by_column, "by_column");
     const DType dtype = dtype_of(query, "query");
@@ -103,7 +104,7 @@ struct Call {
                     "by_row, by_column: expected query's dtype");
   }
 
-  int64_t heads() const { return args.n * args.h; }
+  int64_t heads() const { return args.batch * args.heads; }
 
   template <typename Kernel>
   void run(size_t scratch_bytes, int64_t partial_floats, Kernel kernel, Kernel combine) {
@@ -112,13 +113,13 @@ struct Call {
       partial = allocate_scratch(heads() * args.parts * partial_floats * sizeof(float));
       args.partial = static_cast<float*>(partial.get());
     }
-    torch::stable::parallel_for(0, args.n * args.head_groups * args.parts, 1, [&](int64_t first, int64_t last) {
+    torch::stable::parallel_for(0, args.batch * args.head_groups * args.parts, 1, [&](int64_t first, int64_t last) {
       const Scratch scratch = allocate_scratch(scratch_bytes);
       kernel(args, first, last, scratch.get());
     });
     if (args.parts == 1) return;
     torch::stable::parallel_for(0, heads(), 1, [&](int64_t first, int64_t last) {
-      const Scratch scratch = allocate_scratch((args.d + 64) * sizeof(float));
+      const Scratch scratch = allocate_scratch((args.channels + 64) * sizeof(float));
       combine(args, first, last, scratch.get());
     });
   }
@@ -126,8 +127,9 @@ struct Call {
 
 std::tuple<Tensor, Tensor> forward(Call call) {
   MaskedAttentionArgs& args = call.args;
-  Tensor output = empty_like_sizes(call.query, {args.n, args.q, args.h, args.d});
-  Tensor logsumexp = torch::stable::new_empty(call.query, IntList{args.n, args.h, args.q}, ScalarType::Float);
+  Tensor output = empty_like_sizes(call.query, {args.batch, args.queries, args.heads, args.channels});
+  Tensor logsumexp =
+      torch::stable::new_empty(call.query, IntList{args.batch, args.heads, args.queries}, ScalarType::Float);
   if (output.numel() == 0) return {output, logsumexp};
   args.output = merged_heads(output, "output");
   args.logsumexp = static_cast<float*>(logsumexp.data_ptr());
@@ -144,23 +146,23 @@ Gradients backward(Call call, const Tensor& grad_output_, const Tensor& output_,
   MaskedAttentionArgs& args = call.args;
   const Tensor grad_output = unit_stride_last(grad_output_), output = unit_stride_last(output_);
   const Tensor logsumexp = torch::stable::contiguous(logsumexp_);
-  check_sizes(grad_output, "grad_output", {args.n, args.q, args.h, args.d});
-  check_sizes(output, "output", {args.n, args.q, args.h, args.d});
-  check_sizes(logsumexp, "logsumexp", {args.n, args.h, args.q});
+  check_sizes(grad_output, "grad_output", {args.batch, args.queries, args.heads, args.channels});
+  check_sizes(output, "output", {args.batch, args.queries, args.heads, args.channels});
+  check_sizes(logsumexp, "logsumexp", {args.batch, args.heads, args.queries});
   STD_TORCH_CHECK(logsumexp.scalar_type() == ScalarType::Float, "logsumexp: expected float32");
   args.grad_output = merged_heads(grad_output, "grad_output");
   args.saved_output = merged_heads(output, "output");
   args.saved_logsumexp = static_cast<const float*>(logsumexp.data_ptr());
   Gradients grad;
-  grad.query = empty_like_sizes(call.query, {args.n, args.q, args.h, args.d});
-  grad.key = empty_like_sizes(call.query, {args.n, args.s, args.h, args.d});
-  grad.value = empty_like_sizes(call.query, {args.n, args.s, args.h, args.d});
+  grad.query = empty_like_sizes(call.query, {args.batch, args.queries, args.heads, args.channels});
+  grad.key = empty_like_sizes(call.query, {args.batch, args.keys, args.heads, args.channels});
+  grad.value = empty_like_sizes(call.query, {args.batch, args.keys, args.heads, args.channels});
   args.grad_query = merged_heads(grad.query, "gradient");
   args.grad_key = merged_heads(grad.key, "gradient");
   args.grad_value = merged_heads(grad.value, "gradient");
   if (call.bias) {
-    grad.by_row = empty_like_sizes(call.query, {args.n, args.h, args.q, args.height});
-    grad.by_column = empty_like_sizes(call.query, {args.n, args.h, args.q, args.width});
+    grad.by_row = empty_like_sizes(call.query, {args.batch, args.heads, args.queries, args.height});
+    grad.by_column = empty_like_sizes(call.query, {args.batch, args.heads, args.queries, args.width});
     args.grad_by_row = rows_of(grad.by_row, "gradient");
     args.grad_by_column = rows_of(grad.by_column, "gradient");
   }

@@ -26,13 +26,13 @@ struct BackwardHead {
   float* grad_query;  // [Q][padded(D)]
   HeadBias grad_bias;
 
-  BackwardHead(const MaskedAttentionArgs& args, Scratch& pieces, Scratch& results)
-      : query(pieces.take<float>(args.q * padded(args.d))),
-        grad_output(pieces.take<float>(args.q * padded(args.d))),
-        delta(pieces.take<float>(args.q)),
-        logsumexp(pieces.take<float>(args.q)),
+  BackwardHead(const MaskedAttentionArgs& args, Pieces& pieces, Pieces& results)
+      : query(pieces.take<float>(args.queries * padded(args.channels))),
+        grad_output(pieces.take<float>(args.queries * padded(args.channels))),
+        delta(pieces.take<float>(args.queries)),
+        logsumexp(pieces.take<float>(args.queries)),
         bias(args, pieces),
-        grad_query(results.take<float>(args.q * padded(args.d))),
+        grad_query(results.take<float>(args.queries * padded(args.channels))),
         grad_bias(args, results) {}
 };
 
@@ -42,38 +42,38 @@ struct BackwardMemory {
   float *weights, *grad_scores;  // [kChunk][kTile]
   float* bias_row;
 
-  BackwardMemory(const MaskedAttentionArgs& args, Scratch& pieces) {
+  BackwardMemory(const MaskedAttentionArgs& args, Pieces& pieces) {
     active = ActiveQueries::take(pieces, args);
     for (float** tile : {&key, &key_columns, &value_columns, &grad_key, &grad_value})
-      *tile = pieces.take<float>(kTile * padded(args.d));
+      *tile = pieces.take<float>(kTile * padded(args.channels));
     for (float** chunk : {&weights, &grad_scores}) *chunk = pieces.take<float>(kChunk * kTile);
     bias_row = pieces.take<float>(bias_row_scratch(args));
   }
 };
 
 int64_t backward_partial(const MaskedAttentionArgs& args) {
-  Scratch pieces{nullptr}, results{nullptr};
+  Pieces pieces{nullptr}, results{nullptr};
   BackwardHead head(args, pieces, results);
   return static_cast<int64_t>(results.used / sizeof(float));
 }
 
 size_t backward_head_bytes(const MaskedAttentionArgs& args) {
-  Scratch pieces{nullptr};
+  Pieces pieces{nullptr};
   BackwardHead head(args, pieces, pieces);
   return pieces.used;
 }
 
-BackwardHead backward_head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Scratch pieces,
+BackwardHead backward_head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Pieces pieces,
                               size_t head_bytes) {
   pieces.used += (h - task.first_head) * head_bytes;
   if (args.parts == 1) return BackwardHead(args, pieces, pieces);
-  const int64_t index = (task.n * args.h + h) * args.parts + task.part;
-  Scratch results{reinterpret_cast<char*>(args.partial + index * backward_partial(args))};
+  const int64_t index = (task.n * args.heads + h) * args.parts + task.part;
+  Pieces results{reinterpret_cast<char*>(args.partial + index * backward_partial(args))};
   return BackwardHead(args, pieces, results);
 }
 
 size_t backward_scratch(const MaskedAttentionArgs& args) {
-  Scratch pieces{nullptr};
+  Pieces pieces{nullptr};
   BackwardMemory memory(args, pieces);
   return pieces.used + most_heads(args) * backward_head_bytes(args);
 }
@@ -91,10 +91,10 @@ template <int kR>
 void backward_group(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head,
                     const BiasTile& bias, bool finite, int first, int words, const int32_t* index, float* weights,
                     float* grad_scores) {
-  const int64_t d = padded(args.d);
-  scores<kR>(head.query, d, index, m.key_columns, args.d, first, words, weights);
+  const int64_t d = padded(args.channels);
+  scores<kR>(head.query, d, index, m.key_columns, args.channels, first, words, weights);
   if (biased(args)) add_bias<kR>(args, head.bias, bias, first, words, index, weights);
-  scores<kR>(head.grad_output, d, index, m.value_columns, args.d, first, words, grad_scores);
+  scores<kR>(head.grad_output, d, index, m.value_columns, args.channels, first, words, grad_scores);
   for (int r = 0; r < kR; ++r) {
     const int64_t q = index[r];
     const FloatVec shift = splat<float>(head.logsumexp[q]), delta = splat<float>(head.delta[q]);
@@ -157,7 +157,7 @@ void accumulate_word(const float* weights, const float* rows, int64_t stride, co
 // Adds a finished chunk's part of the key and value gradients.
 void accumulate_chunk(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head,
                       const Chunk& chunk) {
-  const int64_t d = padded(args.d);
+  const int64_t d = padded(args.channels);
   const int both = chunk.count[0], low = both + chunk.count[1], all = chunk.size();
   struct Product {
     const float *weights, *rows;
@@ -182,20 +182,20 @@ void store_tile(const Rows& rows, int64_t n, int64_t h, int64_t tile, int64_t s,
 
 void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, const BackwardHead& head, const Task& task,
                    int64_t h, int64_t tile, bool any) {
-  const int64_t n = task.n, d = padded(args.d);
-  Prefetch next_key(args.key, task, h, tile + 1, args.s, args.d),
-      next_value(args.value, task, h, tile + 1, args.s, args.d);
+  const int64_t n = task.n, d = padded(args.channels);
+  Prefetch next_key(args.key, task, h, tile + 1, args.keys, args.channels),
+      next_value(args.value, task, h, tile + 1, args.keys, args.channels);
   for (float* gradient : {m.grad_key, m.grad_value})
     for (int64_t i = 0; i < kTile * d; i += kFloatLanes) store(gradient + i, FloatVec{});
   if (any) {
-    load_tile(args.value, n, h, tile * kTile, args.s, args.d, m.key);
+    load_tile(args.value, n, h, tile * kTile, args.keys, args.channels, m.key);
     transpose_tile(m.key, d, m.value_columns);
-    load_tile(args.key, n, h, tile * kTile, args.s, args.d, m.key);
+    load_tile(args.key, n, h, tile * kTile, args.keys, args.channels, m.key);
     transpose_tile(m.key, d, m.key_columns);
     const bool finite = all_finite(m.key, kTile * d);
     const BiasTile bias(args, tile);
     Chunk chunk;
-    m.active.for_groups(args.q, [&](int first, int words, const int32_t* index, int rows) {
+    m.active.for_groups(args.queries, [&](int first, int words, const int32_t* index, int rows) {
       if (chunk.size() + rows > kChunk) {
         accumulate_chunk(args, m, head, chunk);
         chunk = Chunk{};
@@ -214,48 +214,49 @@ void backward_tile(const MaskedAttentionArgs& args, const BackwardMemory& m, con
   }
   next_key.rest();
   next_value.rest();
-  store_tile(args.grad_value, n, h, tile, args.s, args.d, m.grad_value, 1.0f, m.key);
+  store_tile(args.grad_value, n, h, tile, args.keys, args.channels, m.grad_value, 1.0f, m.key);
   // The query rows carry scale * log2(e); their gradient's factor is scale.
-  store_tile(args.grad_key, n, h, tile, args.s, args.d, m.grad_key, kLn2, m.key);
+  store_tile(args.grad_key, n, h, tile, args.keys, args.channels, m.grad_key, kLn2, m.key);
 }
 
 // Gradients of queries and bias from `parts` sums, `stride` floats apart.
 void finish_queries(const MaskedAttentionArgs& args, int64_t n, int64_t h, const BackwardHead& head, int64_t parts,
                     int64_t stride) {
-  const int64_t d = padded(args.d);
+  const int64_t d = padded(args.channels);
   store_bias_gradients(args, n, h, head.grad_bias, parts, stride);
-  for (int64_t q = 0; q < args.q; ++q) {
+  for (int64_t q = 0; q < args.queries; ++q) {
     float* total = head.grad_query + q * d;
     for (int64_t c = 0; c < d; c += kFloatLanes) {
       FloatVec sum = load(total + c);
       for (int64_t part = 1; part < parts; ++part) sum += load(total + part * stride + c);
       store(total + c, sum * static_cast<float>(args.scale));
     }
-    store_run(args.grad_query.data, args.grad_query.dtype, args.grad_query.offset(n, h, q), args.d, total);
+    store_run(args.grad_query.data, args.grad_query.dtype, args.grad_query.offset(n, h, q), args.channels, total);
   }
 }
 
 void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
-  const int64_t d = padded(args.d);
+  const int64_t d = padded(args.channels);
   const size_t bytes = backward_head_bytes(args);
-  Scratch pieces{static_cast<char*>(scratch)};
+  Pieces pieces{static_cast<char*>(scratch)};
   BackwardMemory m(args, pieces);
   for (int64_t index = first_task; index < last_task; ++index) {
     const Task task(args, index);
     for (int64_t h = task.first_head; h < task.last_head; ++h) {
       const BackwardHead head = backward_head_of(args, task, h, pieces, bytes);
       float* output = head.query;  // until delta is known
-      load_rows(args.saved_output, task.n, h, 0, args.q, args.d, 1.0f, output);
-      load_rows(args.grad_output, task.n, h, 0, args.q, args.d, 1.0f, head.grad_output);
-      for (int64_t q = 0; q < args.q; ++q) {
+      load_rows(args.saved_output, task.n, h, 0, args.queries, args.channels, 1.0f, output);
+      load_rows(args.grad_output, task.n, h, 0, args.queries, args.channels, 1.0f, head.grad_output);
+      for (int64_t q = 0; q < args.queries; ++q) {
         FloatVec sum = {};
         for (int64_t c = 0; c < d; c += kFloatLanes)
           sum += load(output + q * d + c) * load(head.grad_output + q * d + c);
         head.delta[q] = horizontal_sum(sum);
-        head.logsumexp[q] = args.saved_logsumexp[(task.n * args.h + h) * args.q + q] * kLog2E;
+        head.logsumexp[q] = args.saved_logsumexp[(task.n * args.heads + h) * args.queries + q] * kLog2E;
       }
-      load_rows(args.query, task.n, h, 0, args.q, args.d, static_cast<float>(args.scale) * kLog2E, head.query);
-      for (int64_t i = 0; i < args.q * d; i += kFloatLanes) store(head.grad_query + i, FloatVec{});
+      load_rows(args.query, task.n, h, 0, args.queries, args.channels, static_cast<float>(args.scale) * kLog2E,
+                head.query);
+      for (int64_t i = 0; i < args.queries * d; i += kFloatLanes) store(head.grad_query + i, FloatVec{});
       load_bias(args, task.n, h, kLog2E, m.bias_row, head.bias);
       head.grad_bias.clear(args);
     }
@@ -274,9 +275,9 @@ void backward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_
 void combine_backward(const MaskedAttentionArgs& args, int64_t first, int64_t last, void*) {
   const int64_t stride = backward_partial(args);
   for (int64_t index = first; index < last; ++index) {
-    Scratch nothing{nullptr}, results{reinterpret_cast<char*>(args.partial + index * args.parts * stride)};
+    Pieces nothing{nullptr}, results{reinterpret_cast<char*>(args.partial + index * args.parts * stride)};
     const BackwardHead head(args, nothing, results);  // of the first part; the others follow `stride` floats apart
-    finish_queries(args, index / args.h, index % args.h, head, args.parts, stride);
+    finish_queries(args, index / args.heads, index % args.heads, head, args.parts, stride);
   }
 }
 

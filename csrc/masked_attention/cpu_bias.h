@@ -18,14 +18,14 @@ inline int64_t stretched(const MaskedAttentionArgs& args) { return biased(args) 
 struct HeadBias {
   float *by_row, *by_column;
 
-  HeadBias(const MaskedAttentionArgs& args, Scratch& pieces) {
-    by_row = pieces.take<float>(args.q * args.height);
-    by_column = pieces.take<float>(args.q * stretched(args));
+  HeadBias(const MaskedAttentionArgs& args, Pieces& pieces) {
+    by_row = pieces.take<float>(args.queries * args.height);
+    by_column = pieces.take<float>(args.queries * stretched(args));
   }
 
   void clear(const MaskedAttentionArgs& args) const {
-    __builtin_memset(by_row, 0, args.q * args.height * sizeof(float));
-    __builtin_memset(by_column, 0, args.q * stretched(args) * sizeof(float));
+    __builtin_memset(by_row, 0, args.queries * args.height * sizeof(float));
+    __builtin_memset(by_column, 0, args.queries * stretched(args) * sizeof(float));
   }
 };
 
@@ -72,7 +72,7 @@ inline void load_bias(const BiasRows& from, int64_t n, int64_t h, int64_t q, int
 inline void load_bias(const MaskedAttentionArgs& args, int64_t n, int64_t h, float factor, float* row_scratch,
                       const HeadBias& bias) {
   if (!biased(args)) return;
-  for (int64_t q = 0; q < args.q; ++q) {
+  for (int64_t q = 0; q < args.queries; ++q) {
     // Loads touch up to the next full vector.
     load_bias(args.by_row, n, h, q, args.height, factor, row_scratch);
     __builtin_memcpy(bias.by_row + q * args.height, row_scratch, args.height * sizeof(float));
@@ -143,7 +143,7 @@ M2F_INLINE void add_bias_gradients(const MaskedAttentionArgs& args, const HeadBi
 inline void store_bias_gradients(const MaskedAttentionArgs& args, int64_t n, int64_t h, const HeadBias& sums,
                                  int64_t parts, int64_t stride) {
   if (!biased(args)) return;
-  for (int64_t q = 0; q < args.q; ++q) {
+  for (int64_t q = 0; q < args.queries; ++q) {
     float* rows = sums.by_row + q * args.height;
     float* columns = sums.by_column + q * stretched(args);
     for (int64_t part = 1; part < parts; ++part) {

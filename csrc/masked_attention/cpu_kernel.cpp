@@ -30,17 +30,17 @@ struct Head {
   float *sum, *maximum, *total;
 
   // If the keys are divided into parts, the last three are the results of the head.
-  Head(const MaskedAttentionArgs& args, Scratch& pieces, Scratch& results) : bias(args, pieces) {
-    query = pieces.take<float>(args.q * padded(args.d));
-    normaliser = pieces.take<float>(args.q * kFloatLanes);
-    sum = results.take<float>(args.q * padded(args.d));
-    maximum = results.take<float>(args.q);
-    total = results.take<float>(args.q);
+  Head(const MaskedAttentionArgs& args, Pieces& pieces, Pieces& results) : bias(args, pieces) {
+    query = pieces.take<float>(args.queries * padded(args.channels));
+    normaliser = pieces.take<float>(args.queries * kFloatLanes);
+    sum = results.take<float>(args.queries * padded(args.channels));
+    maximum = results.take<float>(args.queries);
+    total = results.take<float>(args.queries);
   }
 };
 
 int64_t forward_partial(const MaskedAttentionArgs& args) {
-  Scratch pieces{nullptr}, results{nullptr};
+  Pieces pieces{nullptr}, results{nullptr};
   Head head(args, pieces, results);
   return static_cast<int64_t>(results.used / sizeof(float));
 }
@@ -49,31 +49,31 @@ struct ForwardMemory {
   ActiveQueries active;
   float *tile, *key_columns, *value, *weights, *bias_row;
 
-  ForwardMemory(const MaskedAttentionArgs& args, Scratch& pieces) {
+  ForwardMemory(const MaskedAttentionArgs& args, Pieces& pieces) {
     active = ActiveQueries::take(pieces, args);
-    for (float** rows : {&tile, &key_columns, &value}) *rows = pieces.take<float>(kTile * padded(args.d));
+    for (float** rows : {&tile, &key_columns, &value}) *rows = pieces.take<float>(kTile * padded(args.channels));
     weights = pieces.take<float>(kRows * kTile);
     bias_row = pieces.take<float>(bias_row_scratch(args));
   }
 };
 
 // One head of a task; each takes the same amount of scratch.
-Head head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Scratch pieces, size_t head_bytes) {
+Head head_of(const MaskedAttentionArgs& args, const Task& task, int64_t h, Pieces pieces, size_t head_bytes) {
   pieces.used += (h - task.first_head) * head_bytes;
   if (args.parts == 1) return Head(args, pieces, pieces);
-  const int64_t index = (task.n * args.h + h) * args.parts + task.part;
-  Scratch results{reinterpret_cast<char*>(args.partial + index * forward_partial(args))};
+  const int64_t index = (task.n * args.heads + h) * args.parts + task.part;
+  Pieces results{reinterpret_cast<char*>(args.partial + index * forward_partial(args))};
   return Head(args, pieces, results);
 }
 
 size_t head_bytes(const MaskedAttentionArgs& args) {
-  Scratch pieces{nullptr};
+  Pieces pieces{nullptr};
   Head head(args, pieces, pieces);
   return pieces.used;
 }
 
 size_t forward_scratch(const MaskedAttentionArgs& args) {
-  Scratch pieces{nullptr};
+  Pieces pieces{nullptr};
   ForwardMemory memory(args, pieces);
   return pieces.used + most_heads(args) * head_bytes(args);
 }
@@ -109,8 +109,8 @@ M2F_INLINE float online_softmax(float* row, const uint32_t* bits, int first, int
 template <int kR>
 void forward_group(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, const BiasTile& bias,
                    bool finite, int first, int words, const int32_t* index) {
-  const int64_t d = padded(args.d);
-  scores<kR>(head.query, d, index, m.key_columns, args.d, first, words, m.weights);
+  const int64_t d = padded(args.channels);
+  scores<kR>(head.query, d, index, m.key_columns, args.channels, first, words, m.weights);
   if (biased(args)) add_bias<kR>(args, head.bias, bias, first, words, index, m.weights);
   float factor[kR];
   bool rescale = false;
@@ -133,15 +133,15 @@ void forward_group(const MaskedAttentionArgs& args, const ForwardMemory& m, cons
 
 void forward_tile(const MaskedAttentionArgs& args, const ForwardMemory& m, const Head& head, const Task& task,
                   int64_t h, int64_t tile) {
-  const int64_t n = task.n, d = padded(args.d);
-  Prefetch next_key(args.key, task, h, tile + 1, args.s, args.d),
-      next_value(args.value, task, h, tile + 1, args.s, args.d);
-  load_tile(args.key, n, h, tile * kTile, args.s, args.d, m.tile);
+  const int64_t n = task.n, d = padded(args.channels);
+  Prefetch next_key(args.key, task, h, tile + 1, args.keys, args.channels),
+      next_value(args.value, task, h, tile + 1, args.keys, args.channels);
+  load_tile(args.key, n, h, tile * kTile, args.keys, args.channels, m.tile);
   transpose_tile(m.tile, d, m.key_columns);
-  load_tile(args.value, n, h, tile * kTile, args.s, args.d, m.value);
+  load_tile(args.value, n, h, tile * kTile, args.keys, args.channels, m.value);
   const bool finite = all_finite(m.value, kTile * d);
   const BiasTile bias(args, tile);
-  m.active.for_groups(args.q, [&](int first, int words, const int32_t* index, int rows) {
+  m.active.for_groups(args.queries, [&](int first, int words, const int32_t* index, int rows) {
     with_rows(rows,
               [&](auto r) { forward_group<decltype(r)::value>(args, m, head, bias, finite, first, words, index); });
     next_key.lines(kLinesAtOnce);
@@ -153,25 +153,25 @@ void forward_tile(const MaskedAttentionArgs& args, const ForwardMemory& m, const
 
 // Output and log-sum-exp of one query from its unnormalised sum, maximum and sum of weights.
 void finish(const MaskedAttentionArgs& args, int64_t n, int64_t h, int64_t q, float* sum, float maximum_, float total) {
-  for (int64_t c = 0; c < args.d; c += kFloatLanes) store(sum + c, load(sum + c) / total);
-  store_run(args.output.data, args.output.dtype, args.output.offset(n, h, q), args.d, sum);
-  args.logsumexp[(n * args.h + h) * args.q + q] = (maximum_ + __builtin_log2f(total)) * 0.6931471805599453f;
+  for (int64_t c = 0; c < args.channels; c += kFloatLanes) store(sum + c, load(sum + c) / total);
+  store_run(args.output.data, args.output.dtype, args.output.offset(n, h, q), args.channels, sum);
+  args.logsumexp[(n * args.heads + h) * args.queries + q] = (maximum_ + __builtin_log2f(total)) * 0.6931471805599453f;
 }
 
 void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
-  const int64_t d = padded(args.d);
+  const int64_t d = padded(args.channels);
   const float log2_scale = static_cast<float>(args.scale * 1.4426950408889634);
   const size_t bytes = head_bytes(args);
-  Scratch pieces{static_cast<char*>(scratch)};
+  Pieces pieces{static_cast<char*>(scratch)};
   ForwardMemory m(args, pieces);
   for (int64_t index = first_task; index < last_task; ++index) {
     const Task task(args, index);
     for (int64_t h = task.first_head; h < task.last_head; ++h) {
       const Head head = head_of(args, task, h, pieces, bytes);
-      load_rows(args.query, task.n, h, 0, args.q, args.d, log2_scale, head.query);
+      load_rows(args.query, task.n, h, 0, args.queries, args.channels, log2_scale, head.query);
       load_bias(args, task.n, h, kLog2E, m.bias_row, head.bias);
-      for (int64_t i = 0; i < args.q * d; i += kFloatLanes) store(head.sum + i, FloatVec{});
-      for (int64_t q = 0; q < args.q; ++q) {
+      for (int64_t i = 0; i < args.queries * d; i += kFloatLanes) store(head.sum + i, FloatVec{});
+      for (int64_t q = 0; q < args.queries; ++q) {
         head.maximum[q] = -__builtin_inff();
         store(head.normaliser + q * kFloatLanes, FloatVec{});
       }
@@ -184,7 +184,7 @@ void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_t
     }
     for (int64_t h = task.first_head; h < task.last_head; ++h) {
       const Head head = head_of(args, task, h, pieces, bytes);
-      for (int64_t q = 0; q < args.q; ++q) {
+      for (int64_t q = 0; q < args.queries; ++q) {
         head.total[q] = horizontal_sum(load(head.normaliser + q * kFloatLanes));
         if (args.parts == 1) finish(args, task.n, h, q, head.sum + q * d, head.maximum[q], head.total[q]);
       }
@@ -193,12 +193,12 @@ void forward(const MaskedAttentionArgs& args, int64_t first_task, int64_t last_t
 }
 
 void combine_forward(const MaskedAttentionArgs& args, int64_t first, int64_t last, void* scratch) {
-  const int64_t d = padded(args.d), stride = forward_partial(args);
+  const int64_t d = padded(args.channels), stride = forward_partial(args);
   float* sum = static_cast<float*>(scratch);
   for (int64_t index = first; index < last; ++index) {
-    Scratch nothing{nullptr}, results{reinterpret_cast<char*>(args.partial + index * args.parts * stride)};
+    Pieces nothing{nullptr}, results{reinterpret_cast<char*>(args.partial + index * args.parts * stride)};
     const Head head(args, nothing, results);  // of the first part; the others follow `stride` floats apart
-    for (int64_t q = 0; q < args.q; ++q) {
+    for (int64_t q = 0; q < args.queries; ++q) {
       float largest = -__builtin_inff(), total = 0;
       for (int64_t part = 0; part < args.parts; ++part) {
         const float maximum_ = head.maximum[part * stride + q];
@@ -212,7 +212,7 @@ void combine_forward(const MaskedAttentionArgs& args, int64_t first, int64_t las
         for (int64_t c = 0; c < d; c += kFloatLanes)
           store(sum + c, load(sum + c) + load(head.sum + part * stride + q * d + c) * factor);
       }
-      finish(args, index / args.h, index % args.h, q, sum, largest, total);
+      finish(args, index / args.heads, index % args.heads, q, sum, largest, total);
     }
   }
 }

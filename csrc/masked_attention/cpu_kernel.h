@@ -18,7 +18,7 @@ struct BiasRows {
 };
 
 struct MaskedAttentionArgs {
-  int64_t n, h, q, s, d;
+  int64_t batch, heads, queries, keys, channels;
   double scale;
   Rows query, key, value;  // rows of D by (n, h, position)
   const int32_t* bits;     // [N, masked, words]
@@ -26,7 +26,8 @@ struct MaskedAttentionArgs {
   int64_t words;
   int64_t masked;  // queries [0, masked) have bits; the others attend everywhere
 
-  // A bias: height * width = s, by_row rows of height and by_column rows of width by (n, h, q). Without one both are 0.
+  // A bias: height * width = keys, by_row rows of height and by_column rows of width by (n, h, q). Without one both are
+  // 0.
   int64_t height, width;
   BiasRows by_row, by_column;
 

@@ -77,18 +77,18 @@ struct Task {
   int64_t n, part, first_head, last_head, first_tile, last_tile;
 
   Task(const MaskedAttentionArgs& args, int64_t index) {
-    const int64_t tiles = (args.s + kTile - 1) / kTile, group = index / args.parts % args.head_groups;
+    const int64_t tiles = (args.keys + kTile - 1) / kTile, group = index / args.parts % args.head_groups;
     part = index % args.parts;
     n = index / args.parts / args.head_groups;
-    first_head = group * args.h / args.head_groups;
-    last_head = (group + 1) * args.h / args.head_groups;
+    first_head = group * args.heads / args.head_groups;
+    last_head = (group + 1) * args.heads / args.head_groups;
     first_tile = part * tiles / args.parts;
     last_tile = (part + 1) * tiles / args.parts;
   }
 };
 
 inline int64_t most_heads(const MaskedAttentionArgs& args) {
-  return (args.h + args.head_groups - 1) / args.head_groups;
+  return (args.heads + args.head_groups - 1) / args.head_groups;
 }
 
 // Prefetches one head's part of the next tile, a cache line at a time, in the order of memory. A few lines between
@@ -133,8 +133,8 @@ struct ActiveQueries {
   int64_t count[3];
   uint32_t* bits;  // [Q][kWords]
 
-  static ActiveQueries take(Scratch& pieces, const MaskedAttentionArgs& args) {
-    return {pieces.take<int32_t>(3 * args.q), {}, pieces.take<uint32_t>(args.q * kWords)};
+  static ActiveQueries take(Pieces& pieces, const MaskedAttentionArgs& args) {
+    return {pieces.take<int32_t>(3 * args.queries), {}, pieces.take<uint32_t>(args.queries * kWords)};
   }
 
   // Returns true if there are any.
@@ -142,11 +142,11 @@ struct ActiveQueries {
     count[0] = count[1] = count[2] = 0;
     uint32_t valid[kWords];
     for (int w = 0; w < kWords; ++w) {
-      const int64_t left = args.s - tile * kTile - w * kWord;
+      const int64_t left = args.keys - tile * kTile - w * kWord;
       valid[w] = left >= kWord ? ~0u : left > 0 ? (1u << left) - 1 : 0;
     }
     const int64_t available = args.words - tile * kWords;
-    for (int64_t q = 0; q < args.q; ++q) {
+    for (int64_t q = 0; q < args.queries; ++q) {
       const int64_t at = image * args.masked + q;
       const bool everywhere = q >= args.masked || !args.row_any[at];
       const int32_t* row = everywhere ? nullptr : args.bits + at * args.words + tile * kWords;
@@ -156,7 +156,7 @@ struct ActiveQueries {
       bits[q * kWords + 1] = high;
       if (!(low | high)) continue;
       const int list = !high ? 1 : !low ? 2 : 0;
-      index[list * args.q + count[list]++] = static_cast<int32_t>(q);
+      index[list * args.queries + count[list]++] = static_cast<int32_t>(q);
     }
     return count[0] + count[1] + count[2] > 0;
   }

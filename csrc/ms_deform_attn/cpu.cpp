@@ -31,8 +31,8 @@ constexpr int64_t kTile = 16;
 
 std::vector<int32_t> tiled_order(const MSDeformAttnArgs& args) {
   std::vector<int32_t> order;
-  if (args.q != args.s || args.q > INT32_MAX) return order;
-  order.reserve(args.q);
+  if (args.queries != args.positions || args.queries > INT32_MAX) return order;
+  order.reserve(args.queries);
   for (int l = 0; l < args.levels.count; ++l) {
     const int64_t height = args.levels.height[l], width = args.levels.width[l], start = args.levels.start[l];
     for (int64_t y0 = 0; y0 < height; y0 += kTile)
@@ -42,7 +42,7 @@ std::vector<int32_t> tiled_order(const MSDeformAttnArgs& args) {
             order.push_back(static_cast<int32_t>(start + y * width + x));
   }
   // If the levels do not cover value exactly, the queries are not its positions.
-  if (static_cast<int64_t>(order.size()) != args.q) order.clear();
+  if (static_cast<int64_t>(order.size()) != args.queries) order.clear();
   return order;
 }
 
@@ -63,16 +63,17 @@ struct Call {
     value = unit_stride_last(value);
     locations = dense_rows(locations);
     weights = dense_rows(weights);
-    args.n = value.size(0);
-    args.s = value.size(1);
-    args.h = value.size(2);
-    args.d = value.size(3);
-    args.q = weights.size(1);
-    args.levels = read_levels(levels, spatial_shapes, level_start_index, points_per_level, args.s, true);
-    STD_TORCH_CHECK(args.s < (int64_t{1} << 28), "value: expected fewer than 2^28 positions, got ", args.s);
+    args.batch = value.size(0);
+    args.positions = value.size(1);
+    args.heads = value.size(2);
+    args.channels = value.size(3);
+    args.queries = weights.size(1);
+    args.levels = read_levels(levels, spatial_shapes, level_start_index, points_per_level, args.positions, true);
+    STD_TORCH_CHECK(args.positions < (int64_t{1} << 28), "value: expected fewer than 2^28 positions, got ",
+                    args.positions);
     const int64_t k = args.levels.points_total;
-    check_sizes(weights, "attention weights", {args.n, args.q, args.h, k});
-    check_sizes(locations, "sampling locations", {args.n, args.q, args.h, k, 2});
+    check_sizes(weights, "attention weights", {args.batch, args.queries, args.heads, k});
+    check_sizes(locations, "sampling locations", {args.batch, args.queries, args.heads, k, 2});
     args.value = rows_of(value, "value");
     args.locations = rows_of(locations, "sampling locations");
     args.weights = rows_of(weights, "attention weights");
@@ -83,7 +84,7 @@ struct Call {
       args.reference_dim = static_cast<int>(reference->size(reference->dim() - 1));
       STD_TORCH_CHECK(args.reference_dim == 2 || args.reference_dim == 4,
                       "reference_points: expected 2 or 4 coordinates");
-      check_sizes(*reference, "reference_points", {args.n, args.q, args.levels.count, args.reference_dim});
+      check_sizes(*reference, "reference_points", {args.batch, args.queries, args.levels.count, args.reference_dim});
       args.reference = rows_of(*reference, "reference_points");
       args.offset_scale = offset_scale;
     }
@@ -95,30 +96,32 @@ struct Call {
     // float32.
     const int64_t lanes = kernels().vector_bytes / (args.value.dtype == DType::kFloat64 ? 8 : 4);
     const bool narrow = element_size(args.value.dtype) == 2;
-    args.packed = 4 * args.q * k >= args.s || args.d % lanes != 0 || (backward && narrow);
+    args.packed = 4 * args.queries * k >= args.positions || args.channels % lanes != 0 || (backward && narrow);
     const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-    const int64_t heads = std::max<int64_t>(args.n * args.h, 1);
+    const int64_t heads = std::max<int64_t>(args.batch * args.heads, 1);
     // Every thread gets the same number of tasks. In backward, tasks that share a head need one gradient panel each;
     // without panels the gradient is accumulated in place, and a head cannot be shared.
     args.parts = threads / std::gcd(threads, heads);
     if (backward) args.parts = args.packed ? std::min<int64_t>(args.parts, 8) : 1;
-    args.parts = std::clamp<int64_t>(args.q / 64, 1, args.parts);
+    args.parts = std::clamp<int64_t>(args.queries / 64, 1, args.parts);
   }
 
-  int64_t tasks() const { return args.n * args.h * args.parts; }
+  int64_t tasks() const { return args.batch * args.heads * args.parts; }
 
   // The least number of tasks per thread: starting a thread costs about as much as 2^15 multiply-adds.
   int64_t grain() const {
-    const int64_t work = std::max<int64_t>(args.q / args.parts * args.levels.points_total * args.d * 4, 1);
+    const int64_t work = std::max<int64_t>(args.queries / args.parts * args.levels.points_total * args.channels * 4, 1);
     return std::max<int64_t>((int64_t{1} << 15) / work, 1);
   }
 };
 
 Tensor run_forward(Call& call) {
   MSDeformAttnArgs& args = call.args;
-  Tensor output = empty_like_sizes(call.value, {args.n, args.q, args.h * args.d});
+  Tensor output = empty_like_sizes(call.value, {args.batch, args.queries, args.heads * args.channels});
   if (output.numel() == 0) return output;
-  args.output = {output.data_ptr(), args.value.dtype, {args.q * args.h * args.d, args.h * args.d, args.d}};
+  args.output = {output.data_ptr(),
+                 args.value.dtype,
+                 {args.queries * args.heads * args.channels, args.heads * args.channels, args.channels}};
   const MSDeformAttnKernels& kernel = kernels();
   torch::stable::parallel_for(0, call.tasks(), call.grain(), [&](int64_t first, int64_t last) {
     const Scratch scratch = allocate_scratch(kernel.forward_scratch(args));
@@ -156,9 +159,10 @@ Gradients run_backward(Call& call, const Tensor& grad_output_, bool needs_value,
                        bool needs_sampling) {
   MSDeformAttnArgs& args = call.args;
   const Tensor grad_output = unit_stride_last(grad_output_);
-  check_sizes(grad_output, "grad_output", {args.n, args.q, args.h * args.d});
+  check_sizes(grad_output, "grad_output", {args.batch, args.queries, args.heads * args.channels});
   STD_TORCH_CHECK(dtype_of(grad_output, "grad_output") == args.value.dtype, "grad_output: expected value's dtype");
-  args.grad_output = {grad_output.data_ptr(), args.value.dtype, {grad_output.stride(0), grad_output.stride(1), args.d}};
+  args.grad_output = {
+      grad_output.data_ptr(), args.value.dtype, {grad_output.stride(0), grad_output.stride(1), args.channels}};
   args.needs_value = needs_value;
   args.needs_sampling = needs_sampling;
 
@@ -166,7 +170,7 @@ Gradients run_backward(Call& call, const Tensor& grad_output_, bool needs_value,
                   needs_sampling ? new_contiguous(call.locations) : not_needed(call.locations),
                   needs_sampling ? new_contiguous(call.weights) : not_needed(call.weights),
                   not_needed(call.reference.has_value() ? *call.reference : call.value)};
-  if (needs_value) args.grad_value = contiguous_rows(grads.value, args.d);
+  if (needs_value) args.grad_value = contiguous_rows(grads.value, args.channels);
   if (needs_sampling) {
     args.grad_locations = contiguous_rows(grads.locations, 2 * args.levels.points_total);
     args.grad_weights = contiguous_rows(grads.weights, args.levels.points_total);
@@ -175,12 +179,12 @@ Gradients run_backward(Call& call, const Tensor& grad_output_, bool needs_value,
   if (needs_reference) {
     const auto dtype = args.value.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
     partial_reference = torch::stable::new_zeros(
-        call.value, IntList{args.n, args.h, args.q, args.levels.count, args.reference_dim}, dtype);
+        call.value, IntList{args.batch, args.heads, args.queries, args.levels.count, args.reference_dim}, dtype);
     args.grad_reference = partial_reference->data_ptr();
   }
 
   const MSDeformAttnKernels& kernel = kernels();
-  if (args.n * args.q > 0) {
+  if (args.batch * args.queries > 0) {
     Scratch panels;
     if (args.parts > 1 && needs_value) {
       panels = allocate_scratch(static_cast<size_t>(call.tasks()) * kernel.grad_panel(args));
@@ -192,8 +196,8 @@ Gradients run_backward(Call& call, const Tensor& grad_output_, bool needs_value,
     });
     if (panels) {
       const int64_t rows = std::accumulate(args.levels.height, args.levels.height + args.levels.count, int64_t{0});
-      torch::stable::parallel_for(0, args.n * args.h * rows, 16, [&](int64_t first, int64_t last) {
-        const Scratch row = allocate_scratch((args.d + 64) * sizeof(double));
+      torch::stable::parallel_for(0, args.batch * args.heads * rows, 16, [&](int64_t first, int64_t last) {
+        const Scratch row = allocate_scratch((args.channels + 64) * sizeof(double));
         kernel.combine_parts(args, first, last, row.get());
       });
     }

@@ -167,7 +167,7 @@ M2F_INLINE void prefetch_row(const Rows& rows, int64_t n, int64_t q, int64_t h, 
 
 template <typename F>
 inline void for_each_query(const MSDeformAttnArgs& args, int64_t n, int64_t h, int64_t part, F&& f) {
-  const int64_t first = args.q * part / args.parts, last = args.q * (part + 1) / args.parts;
+  const int64_t first = args.queries * part / args.parts, last = args.queries * (part + 1) / args.parts;
   const auto query = [&](int64_t i) { return args.order ? static_cast<int64_t>(args.order[i]) : i; };
   for (int64_t i = first; i < last; ++i) {
     if (i + kPrefetchQueries < last) {
@@ -175,8 +175,8 @@ inline void for_each_query(const MSDeformAttnArgs& args, int64_t n, int64_t h, i
       prefetch_row(args.locations, n, ahead, h, 2 * args.levels.points_total);
       prefetch_row(args.weights, n, ahead, h, args.levels.points_total);
       if (args.from_offsets) prefetch_row(args.reference, n, ahead, 0, args.levels.count * args.reference_dim);
-      if (args.output.data) prefetch_row(args.output, n, ahead, h, args.d);
-      if (args.grad_output.data) prefetch_row(args.grad_output, n, ahead, h, args.d);
+      if (args.output.data) prefetch_row(args.output, n, ahead, h, args.channels);
+      if (args.grad_output.data) prefetch_row(args.grad_output, n, ahead, h, args.channels);
       if (args.needs_sampling) {
         prefetch_row(args.grad_locations, n, ahead, h, 2 * args.levels.points_total);
         prefetch_row(args.grad_weights, n, ahead, h, args.levels.points_total);
@@ -188,7 +188,7 @@ inline void for_each_query(const MSDeformAttnArgs& args, int64_t n, int64_t h, i
 
 // ---------------------------------------------------------------- forward
 template <typename V>
-size_t forward_layout(const MSDeformAttnArgs& args, Scratch& memory, Samples<Arithmetic<V>>& s, V*& row, V*& panel) {
+size_t forward_layout(const MSDeformAttnArgs& args, Pieces& memory, Samples<Arithmetic<V>>& s, V*& row, V*& panel) {
   using T = Arithmetic<V>;
   const Panel shape = make_panel<T>(args);
   s = take_samples<T>(args, memory, false);
@@ -200,7 +200,7 @@ size_t forward_layout(const MSDeformAttnArgs& args, Scratch& memory, Samples<Ari
 template <typename V>
 void forward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
   using T = Arithmetic<V>;
-  Scratch memory{static_cast<char*>(scratch)};
+  Pieces memory{static_cast<char*>(scratch)};
   Samples<T> s;
   V *row, *panel;
   forward_layout<V>(args, memory, s, row, panel);
@@ -210,7 +210,7 @@ void forward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task
   V* output = static_cast<V*>(args.output.data);
   int64_t packed_head = -1;
   for (int64_t task = first_task; task < last_task; ++task) {
-    const int64_t head = task / args.parts, n = head / args.h, h = head % args.h;
+    const int64_t head = task / args.parts, n = head / args.heads, h = head % args.heads;
     if (args.packed && head != packed_head) {
       pack_value<V>(args, shape, n, h, panel);
       packed_head = head;
@@ -222,13 +222,13 @@ void forward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task
           prepare(args, n, q, h, s);
           prefetch_corners(s, corners, d);
           V* out = output + args.output.offset(n, q, h);
-          V* whole = args.d == shape.d ? out : row;
+          V* whole = args.channels == shape.d ? out : row;
           for_each_block<T>(d, [&](auto block, int64_t channel) {
             Vec<T> sum[block];
             gather<block, V>(s, corners, d, channel, sum);
             store_block<block>(whole + channel, sum);
           });
-          if (whole != out) std::memcpy(out, row, args.d * sizeof(V));
+          if (whole != out) std::memcpy(out, row, args.channels * sizeof(V));
         });
       });
     };
@@ -250,7 +250,7 @@ struct BackwardMemory {
   V* row;                     // output gradient of the current query, padded to whole vectors
   Arithmetic<V>*out_xy, *out_weight;
 
-  size_t layout(const MSDeformAttnArgs& args, Scratch& memory) {
+  size_t layout(const MSDeformAttnArgs& args, Pieces& memory) {
     using T = Arithmetic<V>;
     const Panel shape = make_panel<T>(args);
     samples = take_samples<T>(args, memory, true);
@@ -294,7 +294,7 @@ inline void store_gradients(const MSDeformAttnArgs& args, int64_t n, int64_t q, 
     grad_weight = m.out_weight;
     if (args.grad_reference) {
       T* out = static_cast<T*>(args.grad_reference) +
-               ((n * args.h + h) * args.q + q) * args.levels.count * args.reference_dim;
+               ((n * args.heads + h) * args.queries + q) * args.levels.count * args.reference_dim;
       int64_t k = 0;
       for (int l = 0; l < args.levels.count; ++l, out += args.reference_dim) {
         T sum[4] = {};
@@ -343,7 +343,7 @@ void unpack_rows(const MSDeformAttnArgs& args, const Panel& shape, const T* pane
     const T* source = panels + (shape.level[l].first + (y + 2) * shape.level[l].row + 1) * shape.d;
     V* out = static_cast<V*>(args.grad_value.data) + args.grad_value.offset(n, args.levels.start[l] + y * width, h);
     for (int64_t x = 0; x < width; ++x, source += shape.d, out += args.grad_value.stride[1]) {
-      V* whole = args.d == shape.d ? out : row;
+      V* whole = args.channels == shape.d ? out : row;
       for_each_block<T>(shape.d, [&](auto block, int64_t channel) {
         Vec<T> sum[block];
         for (int v = 0; v < block; ++v) {
@@ -353,7 +353,7 @@ void unpack_rows(const MSDeformAttnArgs& args, const Panel& shape, const T* pane
         }
         store_block<block>(whole + channel, sum);
       });
-      if (whole != out) std::memcpy(out, row, args.d * sizeof(V));
+      if (whole != out) std::memcpy(out, row, args.channels * sizeof(V));
     }
   }
 }
@@ -361,7 +361,7 @@ void unpack_rows(const MSDeformAttnArgs& args, const Panel& shape, const T* pane
 template <typename V>
 void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
   using T = Arithmetic<V>;
-  Scratch memory{static_cast<char*>(scratch)};
+  Pieces memory{static_cast<char*>(scratch)};
   BackwardMemory<V> m;
   m.layout(args, memory);
   const Panel shape = make_panel<T>(args);
@@ -372,7 +372,7 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
   if (!args.packed) std::memset(m.panel, 0, shape.d * sizeof(V));
   int64_t packed_head = -1;
   for (int64_t task = first_task; task < last_task; ++task) {
-    const int64_t head = task / args.parts, n = head / args.h, h = head % args.h;
+    const int64_t head = task / args.parts, n = head / args.heads, h = head % args.heads;
     T* grad_panel = m.grad_panel;
     if (args.packed) {
       if (head != packed_head) pack_value<V>(args, shape, n, h, m.panel);
@@ -380,9 +380,9 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
       if (args.parts > 1) grad_panel = static_cast<T*>(args.grad_panels) + task * shape.pixels * shape.d;
       if (args.needs_value) std::memset(grad_panel, 0, shape.pixels * shape.d * sizeof(T));
     } else if (args.needs_value) {
-      for (int64_t position = 0; position < args.s; ++position)
+      for (int64_t position = 0; position < args.positions; ++position)
         std::memset(static_cast<V*>(args.grad_value.data) + args.grad_value.offset(n, position, h), 0,
-                    args.d * sizeof(V));
+                    args.channels * sizeof(V));
     }
     const auto walk = [&](auto kScatter, const auto& corners, const auto& grad_corners) {
       with_constant_channels(shape.d, [&](auto d) {
@@ -391,7 +391,8 @@ void backward(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_tas
           prepare(args, n, q, h, s);
           prefetch_corners(s, corners, d);
           const V* grad = static_cast<const V*>(args.grad_output.data) + args.grad_output.offset(n, q, h);
-          if (args.d != shape.d) grad = static_cast<const V*>(std::memcpy(m.row, grad, args.d * sizeof(V)));
+          if (args.channels != shape.d)
+            grad = static_cast<const V*>(std::memcpy(m.row, grad, args.channels * sizeof(V)));
           for_each_block<T>(d, [&](auto block, int64_t channel) {
             scatter<block, kScatter, V>(s, corners, grad_corners, d, channel, grad);
           });
@@ -435,25 +436,15 @@ void combine_parts(const MSDeformAttnArgs& args, int64_t first_task, int64_t las
     int l = 0;
     for (; y >= args.levels.height[l]; ++l) y -= args.levels.height[l];
     const T* panels = static_cast<const T*>(args.grad_panels) + head * args.parts * shape.pixels * shape.d;
-    unpack_rows<V>(args, shape, panels, head / args.h, head % args.h, l, y, y + 1, static_cast<V*>(scratch));
+    unpack_rows<V>(args, shape, panels, head / args.heads, head % args.heads, l, y, y + 1, static_cast<V*>(scratch));
   }
 }
 
 // ---------------------------------------------------------------- dispatch over the element type of value
-template <typename F>
-inline auto with_value_type(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::kFloat64: return f(double{});
-    case DType::kBFloat16: return f(BFloat16{});
-    case DType::kFloat16: return f(Float16{});
-    default: return f(float{});
-  }
-}
-
 size_t forward_scratch(const MSDeformAttnArgs& args) {
-  return with_value_type(args.value.dtype, [&](auto v) {
+  return with_type(args.value.dtype, [&](auto v) {
     using V = decltype(v);
-    Scratch measure{nullptr};
+    Pieces measure{nullptr};
     Samples<Arithmetic<V>> s;
     V *row, *panel;
     return forward_layout<V>(args, measure, s, row, panel);
@@ -461,22 +452,22 @@ size_t forward_scratch(const MSDeformAttnArgs& args) {
 }
 
 void forward_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
-  with_value_type(args.value.dtype, [&](auto v) { forward<decltype(v)>(args, first_task, last_task, scratch); });
+  with_type(args.value.dtype, [&](auto v) { forward<decltype(v)>(args, first_task, last_task, scratch); });
 }
 
 size_t backward_scratch(const MSDeformAttnArgs& args) {
-  return with_value_type(args.value.dtype, [&](auto v) {
-    Scratch measure{nullptr};
+  return with_type(args.value.dtype, [&](auto v) {
+    Pieces measure{nullptr};
     return BackwardMemory<decltype(v)>{}.layout(args, measure);
   });
 }
 
 void backward_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
-  with_value_type(args.value.dtype, [&](auto v) { backward<decltype(v)>(args, first_task, last_task, scratch); });
+  with_type(args.value.dtype, [&](auto v) { backward<decltype(v)>(args, first_task, last_task, scratch); });
 }
 
 size_t grad_panel(const MSDeformAttnArgs& args) {
-  return with_value_type(args.value.dtype, [&](auto v) {
+  return with_type(args.value.dtype, [&](auto v) {
     using T = Arithmetic<decltype(v)>;
     const Panel shape = make_panel<T>(args);
     return static_cast<size_t>(shape.pixels * shape.d) * sizeof(T);
@@ -484,7 +475,7 @@ size_t grad_panel(const MSDeformAttnArgs& args) {
 }
 
 void combine_any(const MSDeformAttnArgs& args, int64_t first_task, int64_t last_task, void* scratch) {
-  with_value_type(args.value.dtype, [&](auto v) { combine_parts<decltype(v)>(args, first_task, last_task, scratch); });
+  with_type(args.value.dtype, [&](auto v) { combine_parts<decltype(v)>(args, first_task, last_task, scratch); });
 }
 
 }  // namespace

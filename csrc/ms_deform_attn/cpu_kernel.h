@@ -12,7 +12,7 @@
 namespace m2f {
 
 struct MSDeformAttnArgs {
-  int64_t n, s, h, d, q;
+  int64_t batch, positions, heads, channels, queries;
   Levels levels;
   // Sampling tensors are rows of K = levels.points_total points per (n, q, h).
   Rows value;      // rows of D by (n, s, h)

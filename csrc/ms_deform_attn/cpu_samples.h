@@ -29,7 +29,7 @@ template <typename T>
 Panel make_panel(const MSDeformAttnArgs& args) {
   Panel panel;
   panel.pixels = 0;
-  panel.d = round_up(args.d, kLanes<T>);
+  panel.d = round_up(args.channels, kLanes<T>);
   for (int l = 0; l < args.levels.count; ++l) {
     panel.level[l] = {panel.pixels, args.levels.width[l] + 1};
     panel.pixels += (args.levels.height[l] + 3) * panel.level[l].row + 1;
@@ -40,8 +40,8 @@ Panel make_panel(const MSDeformAttnArgs& args) {
 template <typename V>
 void pack_value(const MSDeformAttnArgs& args, const Panel& panel, int64_t n, int64_t h, V* out) {
   const V* value = static_cast<const V*>(args.value.data);
-  const int64_t row_elements = args.d;
-  const bool padded = panel.d != args.d;
+  const int64_t row_elements = args.channels;
+  const bool padded = panel.d != args.channels;
   for (int l = 0; l < args.levels.count; ++l) {
     const int64_t height = args.levels.height[l], width = args.levels.width[l];
     V* p = out + panel.level[l].first * panel.d;
@@ -93,7 +93,7 @@ struct Samples {
 };
 
 template <typename T>
-Samples<T> take_samples(const MSDeformAttnArgs& args, Scratch& memory, bool backward) {
+Samples<T> take_samples(const MSDeformAttnArgs& args, Pieces& memory, bool backward) {
   Samples<T> s{};
   s.k = args.levels.points_total;
   s.padded = round_up(s.k, kLanes<T>);

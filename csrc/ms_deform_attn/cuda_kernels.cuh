@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMaxThreads, forward_blocks<T, kVec>())
         // One turn, unless a head has more channels than a warp holds.
         for (int chunk = 0; chunk < args.channels; chunk += lanes * kVec) {
           const int channel = chunk + lane.member * kVec;
-          const Rows<T, kVec> rows(args, n, head, channel);
+          const ValueRows<T, kVec> rows(args, n, head, channel);
           A sum[kVec] = {};
           int level = 0;
           for (int k = 0; k < samples; k += lanes) {
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 || kFromOffsets ? 
         const int64_t group_index = (n * args.queries + query) * args.heads + head;
         const T* grad_output = static_cast<const T*>(args.grad_output) + n * args.grad_output_n +
                                query * args.grad_output_q + static_cast<int64_t>(head) * args.channels;
-        const Rows<T, kVec> rows(args, n, head, 0);
+        const ValueRows<T, kVec> rows(args, n, head, 0);
         A* const grad_value =
             static_cast<A*>(args.grad_value) + (n * args.positions * args.heads + head) * args.channels;
 

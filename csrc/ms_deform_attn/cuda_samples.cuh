@@ -307,11 +307,11 @@ __device__ __forceinline__ Sample<A> read_sample(const DeformAttnArgs& args, con
 
 // The part of value that one lane reads: rows of one image and head, from the lane's first channel on.
 template <typename T, int kVec>
-struct Rows {
+struct ValueRows {
   const unsigned char* base;
   unsigned row_bytes;  // the caller sees to it that it fits: kMaxRowBytes
 
-  __device__ __forceinline__ Rows(const DeformAttnArgs& args, int64_t n, int head, int channel)
+  __device__ __forceinline__ ValueRows(const DeformAttnArgs& args, int64_t n, int head, int channel)
       : base(static_cast<const unsigned char*>(args.value) +
              (n * args.value_n + head * args.value_h + channel) * static_cast<int64_t>(sizeof(T))),
         row_bytes(static_cast<unsigned>(args.value_s * static_cast<int64_t>(sizeof(T)))) {}

@@ -31,13 +31,13 @@ std::tuple<Tensor, Tensor> mask_matching_cost(const Tensor& logits_, const Tenso
   STD_TORCH_CHECK(logits_.dim() == 2 && labels_.dim() == 2, "logits, labels: expected [Q, K] and [T, K]");
   const Tensor logits = contiguous_floats(logits_, "logits"), labels = contiguous_floats(labels_, "labels");
   MatchingCostArgs args{};
-  args.q = logits.size(0);
+  args.queries = logits.size(0);
   args.k = logits.size(1);
   args.t = labels.size(0);
   STD_TORCH_CHECK(args.k >= 1, "logits: expected at least one point");
   check_sizes(labels, "labels", {args.t, args.k});
-  Tensor cross_entropy = new_floats(logits, {args.q, args.t}), dice = new_floats(logits, {args.q, args.t});
-  if (args.q * args.t == 0) return {cross_entropy, dice};
+  Tensor cross_entropy = new_floats(logits, {args.queries, args.t}), dice = new_floats(logits, {args.queries, args.t});
+  if (args.queries * args.t == 0) return {cross_entropy, dice};
   args.logits = floats(logits);
   args.labels = floats(labels);
   args.cross_entropy = mutable_floats(cross_entropy);
@@ -47,7 +47,7 @@ std::tuple<Tensor, Tensor> mask_matching_cost(const Tensor& logits_, const Tenso
     label_sums[t] = std::accumulate(args.labels + t * args.k, args.labels + (t + 1) * args.k, 0.0);
   args.label_sums = label_sums.data();
   const PointLossKernels& kernel = kernels();
-  const int64_t blocks = (args.q + kQueriesPerTask - 1) / kQueriesPerTask;
+  const int64_t blocks = (args.queries + kQueriesPerTask - 1) / kQueriesPerTask;
   torch::stable::parallel_for(0, blocks, 1, [&](int64_t first, int64_t last) {
     const Scratch scratch = allocate_scratch(kernel.cost_scratch(args));
     kernel.cost(args, first, last, scratch.get());

@@ -89,7 +89,7 @@ M2F_INLINE void multiply_tile(const float* a, const float* const* labels, int64_
 
 void cost_block(const MatchingCostArgs& args, int64_t block, const CostScratch& s) {
   const int64_t first = block * kQueriesPerTask;
-  const int64_t queries = args.q - first < kQueriesPerTask ? args.q - first : kQueriesPerTask;
+  const int64_t queries = args.queries - first < kQueriesPerTask ? args.queries - first : kQueriesPerTask;
   double softplus_sum[kQueriesPerTask] = {}, sigmoid_sum[kQueriesPerTask] = {};
   std::memset(s.x_sum, 0, 2 * kQueriesPerTask * args.t * sizeof(double));
   if (queries < kQueriesPerTask) std::memset(s.x, 0, 2 * kQueriesPerTask * kStretch * sizeof(float));

@@ -10,7 +10,7 @@
 namespace m2f {
 
 struct MatchingCostArgs {
-  int64_t q, t, k;
+  int64_t queries, t, k;
   const float *logits, *labels;  // [Q, K], [T, K]
   const double* label_sums;      // [T]
   float *cross_entropy, *dice;   // [Q, T]

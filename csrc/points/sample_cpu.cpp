@@ -24,12 +24,12 @@ Tensor point_sample(const Tensor& input_, const Tensor& points_, bool exact) {
   const Tensor input = dense_planes(input_, "input");
   const Tensor points = float_points(points_, "points");
   PointSampleArgs args{};
-  args.n = input.size(0);
-  args.c = input.size(1);
+  args.batch = input.size(0);
+  args.channels = input.size(1);
   args.height = input.size(2);
   args.width = input.size(3);
   args.k = points.size(1);
-  check_sizes(points, "points", {args.n, args.k, 2});
+  check_sizes(points, "points", {args.batch, args.k, 2});
   args.input = input.data_ptr();
   args.type = pixel_type_of(input, "input");
   args.stride[0] = input.stride(0);
@@ -37,16 +37,17 @@ Tensor point_sample(const Tensor& input_, const Tensor& points_, bool exact) {
   args.points = static_cast<const float*>(points.data_ptr());
   const bool narrow = !exact && (args.type == PixelType::kBFloat16 || args.type == PixelType::kFloat16);
   STD_TORCH_CHECK(args.type != PixelType::kFloat64, "input: float64 runs through the reference");
-  Tensor output = torch::stable::new_empty(input, std::vector<int64_t>{args.n, args.c, args.k},
+  Tensor output = torch::stable::new_empty(input, std::vector<int64_t>{args.batch, args.channels, args.k},
                                            narrow ? input.scalar_type() : ScalarType::Float);
   if (output.numel() == 0) return output;
   args.output = output.data_ptr();
   args.output_type = dtype_of(output, "output");
   // Threads share the channels. They share the points of one image only where there are too few channels.
   const int64_t threads = std::max<int64_t>(torch::stable::get_num_threads(), 1);
-  args.parts = args.n * args.c >= 4 * threads ? 1 : std::clamp<int64_t>(args.k / kPointsPerTask, 1, 4 * threads);
+  args.parts =
+      args.batch * args.channels >= 4 * threads ? 1 : std::clamp<int64_t>(args.k / kPointsPerTask, 1, 4 * threads);
   const PointSampleKernels& kernel = kernels();
-  torch::stable::parallel_for(0, args.n * args.parts * args.c, grain(args.k / args.parts),
+  torch::stable::parallel_for(0, args.batch * args.parts * args.channels, grain(args.k / args.parts),
                               [&](int64_t first, int64_t last) {
                                 const Scratch scratch = allocate_scratch(kernel.sample_scratch(args));
                                 kernel.sample(args, first, last, scratch.get());
@@ -80,25 +81,26 @@ Tensor point_sample_backward(const Tensor& grad_output_, const Tensor& points_, 
   const Tensor grad_output = grad_output_.is_contiguous() ? grad_output_ : torch::stable::contiguous(grad_output_);
   const Tensor points = float_points(points_, "points");
   PointSampleArgs args{};
-  args.n = grad_output.size(0);
-  args.c = grad_output.size(1);
+  args.batch = grad_output.size(0);
+  args.channels = grad_output.size(1);
   args.k = grad_output.size(2);
   args.height = height;
   args.width = width;
-  check_sizes(points, "points", {args.n, args.k, 2});
+  check_sizes(points, "points", {args.batch, args.k, 2});
   args.points = static_cast<const float*>(points.data_ptr());
   args.output = grad_output.data_ptr();
   args.output_type = dtype_of(grad_output, "grad_output");
   STD_TORCH_CHECK(args.output_type != DType::kFloat64, "grad_output: float64 runs through the reference");
-  Tensor grad_input = empty_like_sizes(grad_output, {args.n, args.c, height, width});
+  Tensor grad_input = empty_like_sizes(grad_output, {args.batch, args.channels, height, width});
   args.grad_input = grad_input.data_ptr();
   const size_t plane =
       args.output_type == DType::kFloat32 ? 0 : static_cast<size_t>(height * width + 16) * sizeof(float);
   const PointSampleKernels& kernel = kernels();
-  torch::stable::parallel_for(0, args.n * args.c, grain(args.k + height * width), [&](int64_t first, int64_t last) {
-    const Scratch scratch = allocate_scratch(plane);
-    kernel.sample_backward(args, first, last, static_cast<float*>(scratch.get()));
-  });
+  torch::stable::parallel_for(0, args.batch * args.channels, grain(args.k + height * width),
+                              [&](int64_t first, int64_t last) {
+                                const Scratch scratch = allocate_scratch(plane);
+                                kernel.sample_backward(args, first, last, static_cast<float*>(scratch.get()));
+                              });
   return grad_input;
 }
 

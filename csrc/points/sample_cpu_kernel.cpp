@@ -72,17 +72,16 @@ template <typename E>
 void sample_any(const PointSampleArgs& args, int64_t first, int64_t last, void* scratch) {
   Prepared p{nullptr, 0, 0};
   for (int64_t task = first; task < last; ++task) {
-    const int64_t c = task % args.c, part = task / args.c % args.parts, n = task / args.c / args.parts;
+    const int64_t c = task % args.channels, part = task / args.channels % args.parts,
+                  n = task / args.channels / args.parts;
     if (task == first || c == 0) p = prepare(args, n, part, scratch);
     if (p.count <= 0) continue;
     const E* plane = static_cast<const E*>(args.input) + n * args.stride[0] + c * args.stride[1];
-    const E* next = task + 1 < last && c + 1 < args.c ? plane + args.stride[1] : nullptr;
-    const int64_t offset = (n * args.c + c) * args.k + p.first;
-    switch (args.output_type) {
-      case DType::kBFloat16: sample_channel(args, p, plane, next, static_cast<BFloat16*>(args.output) + offset); break;
-      case DType::kFloat16: sample_channel(args, p, plane, next, static_cast<Float16*>(args.output) + offset); break;
-      default: sample_channel(args, p, plane, next, static_cast<float*>(args.output) + offset);
-    }
+    const E* next = task + 1 < last && c + 1 < args.channels ? plane + args.stride[1] : nullptr;
+    const int64_t offset = (n * args.channels + c) * args.k + p.first;
+    with_type<false>(args.output_type, [&](auto v) {
+      sample_channel(args, p, plane, next, static_cast<decltype(v)*>(args.output) + offset);
+    });
   }
 }
 
@@ -142,7 +141,7 @@ void sample_backward_any(const PointSampleArgs& args, int64_t first, int64_t las
     float* plane = scratch;
     if constexpr (std::is_same_v<E, float>) plane = out;
     std::memset(plane, 0, static_cast<size_t>(size) * sizeof(float));
-    const float* points = args.points + task / args.c * args.k * 2;
+    const float* points = args.points + task / args.channels * args.k * 2;
     for (int64_t k = 0; k < args.k; k += kFloatLanes) {
       const int count = args.k - k < kFloatLanes ? static_cast<int>(args.k - k) : kFloatLanes;
       FloatVec x, y;
@@ -155,11 +154,7 @@ void sample_backward_any(const PointSampleArgs& args, int64_t first, int64_t las
 }
 
 void sample_backward(const PointSampleArgs& args, int64_t first, int64_t last, float* scratch) {
-  switch (args.output_type) {
-    case DType::kBFloat16: return sample_backward_any<BFloat16>(args, first, last, scratch);
-    case DType::kFloat16: return sample_backward_any<Float16>(args, first, last, scratch);
-    default: return sample_backward_any<float>(args, first, last, scratch);
-  }
+  with_type<false>(args.output_type, [&](auto v) { sample_backward_any<decltype(v)>(args, first, last, scratch); });
 }
 
 // ---------------------------------------------------------------- uncertain points

@@ -11,7 +11,7 @@
 namespace m2f {
 
 struct PointSampleArgs {
-  int64_t n, c, height, width, k;
+  int64_t batch, channels, height, width, k;
   const void* input;  // planes of contiguous rows, by (n, c)
   PixelType type;
   int64_t stride[2];    // of n and c, in pixels
