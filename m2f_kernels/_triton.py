@@ -155,6 +155,11 @@ def launch(
         kernel[grid](*args, **named, **options)
 
 
+def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
+    """The strides of the leading axes as arguments of a kernel: of `strides("key", key, "nh")` "key_n" and "key_h"."""
+    return {f"{name}_{axis}": tensor.stride(i) for i, axis in enumerate(axes)}
+
+
 def rows_and_blocks(rows: int, blocks: int) -> tuple[int, int, int]:
     """The grid of a kernel that processes many rows, each in blocks; its programs get their block from `block_id`."""
     layers = triton.cdiv(blocks, MAX_GRID)

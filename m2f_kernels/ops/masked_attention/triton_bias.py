@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import MAX_GRID, VERSION, architecture, contiguous_last, dot, in_parts, launch
+from m2f_kernels._triton import MAX_GRID, VERSION, architecture, contiguous_last, dot, in_parts, launch, strides
 from m2f_kernels.masks import WORD
 from m2f_kernels.ops.masked_attention import configs
 from m2f_kernels.ops.masked_attention.triton import (
@@ -29,7 +30,7 @@ from m2f_kernels.ops.masked_attention.triton import (
     _store_rows,
     _sum_kernel,
 )
-from m2f_kernels.ops.masked_attention.triton_open import _gradient_dot, _place
+from m2f_kernels.ops.masked_attention.triton_open import _add_keys, _gradient_dot, _place
 
 _WORD = tl.constexpr(WORD)
 _LOG2E = tl.constexpr(math.log2(math.e))
@@ -41,7 +42,7 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 
 @triton.jit
 def _attends(
-    bits, row_any, queries, masked, exists, first, in_row, num_words,
+    bits_ptr, row_any_ptr, queries, masked, exists, first, in_row, num_words,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AXIS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One bool per query and key, of the keys from `first` on, which need not begin a word. Queries from `masked` on
@@ -51,37 +52,40 @@ def _attends(
         words = first // _WORD + tl.arange(0, BLOCK_K // _WORD)
         shift = (first % _WORD).to(tl.uint32)
         stored = tl.expand_dims(queries < masked, AXIS)
-        at = bits + tl.expand_dims(queries, AXIS) * num_words + tl.expand_dims(words, 1 - AXIS)
+        at = bits_ptr + tl.expand_dims(queries, AXIS) * num_words + tl.expand_dims(words, 1 - AXIS)
         low = tl.load(at, mask=stored & (tl.expand_dims(words, 1 - AXIS) < num_words), other=0)
         high = tl.load(at + 1, mask=stored & (tl.expand_dims(words, 1 - AXIS) + 1 < num_words), other=0)
         low = low.to(tl.uint32, bitcast=True) >> shift
         high = (high.to(tl.uint32, bitcast=True) << 1) << (31 - shift)
-        empty = tl.load(row_any + queries, mask=queries < masked, other=0).to(tl.int32) == 0
+        empty = tl.load(row_any_ptr + queries, mask=queries < masked, other=0).to(tl.int32) == 0
         attend = attend & (_expand(low | high, BLOCK_Q, BLOCK_K, AXIS) | tl.expand_dims(empty, AXIS))
     return attend
 
 
 @triton.jit
-def _attends_to(bits, row_any, queries, masked, exists, key, num_words, MASKED: tl.constexpr):
-    """One bool per query, for one key."""
+def _one_key(
+    key_ptr, value_ptr, bits_ptr, row_any_ptr, key_s, value_s, queries, masked, exists, place, num_words,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Which queries attend to one key, one bool for each; the key and its value."""
     attend = exists
     if MASKED:
-        word = tl.load(bits + queries * num_words + key // _WORD, mask=queries < masked, other=0)
-        empty = tl.load(row_any + queries, mask=queries < masked, other=0).to(tl.int32) == 0
-        attend = attend & ((((word >> (key % _WORD)) & 1) != 0) | empty)
-    return attend
+        word = tl.load(bits_ptr + queries * num_words + place // _WORD, mask=queries < masked, other=0)
+        empty = tl.load(row_any_ptr + queries, mask=queries < masked, other=0).to(tl.int32) == 0
+        attend = attend & ((((word >> (place % _WORD)) & 1) != 0) | empty)
+    return attend, _load_row(key_ptr, place, key_s, D, BLOCK_D), _load_row(value_ptr, place, value_s, D, BLOCK_D)
 
 
 @triton.jit
-def _bias_of(start, stride_q, queries, exists, place, stride):
+def _bias_of(start_ptr, stride_q, queries, exists, place, stride):
     """The bias of one row or column of keys, one number for each query, in base 2."""
-    return tl.load(start + queries * stride_q + place * stride, mask=exists, other=0.0).to(tl.float32) * _LOG2E
+    return tl.load(start_ptr + queries * stride_q + place * stride, mask=exists, other=0.0).to(tl.float32) * _LOG2E
 
 
 @triton.jit
-def _bias_of_columns(by_column, column_q, column_k, queries, exists, columns, width, AXIS: tl.constexpr):
+def _bias_of_columns(by_column_ptr, column_q, column_k, queries, exists, columns, width, AXIS: tl.constexpr):
     """The bias of several columns of keys, for each query and column, in base 2."""
-    at = by_column + tl.expand_dims(queries, AXIS) * column_q + tl.expand_dims(columns, 1 - AXIS) * column_k
+    at = by_column_ptr + tl.expand_dims(queries, AXIS) * column_q + tl.expand_dims(columns, 1 - AXIS) * column_k
     inside = tl.expand_dims(exists, AXIS) & (tl.expand_dims(columns, 1 - AXIS) < width)
     return tl.load(at, mask=inside, other=0.0).to(tl.float32) * _LOG2E
 
@@ -95,7 +99,7 @@ def _bias_of_columns(by_column, column_q, column_k, queries, exists, columns, wi
     ]
 )  # fmt: skip
 def _biased_forward_kernel(
-    query, key, value, bits, row_any, by_row, by_column, sums, statistics,
+    query_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, by_row_ptr, by_column_ptr, sums_ptr, statistics_ptr,
     query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s,
     row_n, row_h, row_q, row_k, column_n, column_h, column_q, column_k,
     num_queries, height, width, masked, num_words, query_blocks, column_blocks, rows, splits, heads, images, scale_log2,
@@ -116,60 +120,56 @@ def _biased_forward_kernel(
     exists = queries < num_queries
     columns = first_column + tl.arange(0, BLOCK_K)
     # From here on offsets within this head: 32 bits, which take half the registers.
-    bits += n * masked * num_words
-    row_any += n * masked
-    by_row += n * row_n + h * row_h
-    by_column += n * column_n + h * column_h
-    key += n * key_n + h * key_h
-    value += n * value_n + h * value_h
-    query += n * query_n + h * query_h
-    q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
+    bits_ptr += n * masked * num_words
+    row_any_ptr += n * masked
+    by_row_ptr += n * row_n + h * row_h
+    by_column_ptr += n * column_n + h * column_h
+    key_ptr += n * key_n + h * key_h
+    value_ptr += n * value_n + h * value_h
+    query_ptr += n * query_n + h * query_h
+    q = _load_rows(query_ptr, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
     if IN_FLOAT:
         q = q.to(tl.float32)
-    of_columns = _bias_of_columns(by_column, column_q, column_k, queries, exists, columns, width, 1)
+    of_columns = _bias_of_columns(by_column_ptr, column_q, column_k, queries, exists, columns, width, 1)
     maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for row in range(first_row, end_row):
         first = row * width + first_column
         end = (row + 1) * width
-        k = _load_rows(key, first, key_s, end, D, BLOCK_K, BLOCK_D)
-        v = _load_rows(value, first, value_s, end, D, BLOCK_K, BLOCK_D)
+        k = _load_rows(key_ptr, first, key_s, end, D, BLOCK_K, BLOCK_D)
+        v = _load_rows(value_ptr, first, value_s, end, D, BLOCK_K, BLOCK_D)
         if IN_FLOAT:
             k, v = k.to(tl.float32), v.to(tl.float32)
-        of_row = _bias_of(by_row, row_q, queries, exists, row, row_k)
+        of_row = _bias_of(by_row_ptr, row_q, queries, exists, row, row_k)
         attend = _attends(
-            bits, row_any, queries, masked, exists, first, columns < width, num_words, BLOCK_Q, BLOCK_K, 1, MASKED
+            bits_ptr, row_any_ptr, queries, masked, exists, first, columns < width, num_words, BLOCK_Q, BLOCK_K, 1,
+            MASKED
         )  # fmt: skip
         scores = dot(q, tl.trans(k)) * scale_log2 + (of_row[:, None] + of_columns)
         scores = tl.where(attend, scores, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        # Before the first key: any finite maximum keeps exp2 from NaN.
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(maximum - shift)
-        total = total * decay + tl.sum(weights, axis=1)
-        acc = acc * decay[:, None] + dot(weights.to(v.dtype), v)
-        maximum = new_maximum
+        maximum, total, acc = _add_keys(scores, v, maximum, total, acc)
     if _any_non_finite(acc):
         # A value that is not finite spoils its whole column, also for queries that do not attend to it.
         maximum, total, acc = _biased_forward_one_by_one(
-            query, key, value, bits, row_any, by_row, by_column, query_q, key_s, value_s, row_q, row_k, column_q,
+            query_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, by_row_ptr, by_column_ptr, query_q, key_s, value_s,
+            row_q, row_k, column_q,
             column_k, queries, exists, first_query, num_queries, first_row, end_row, first_column, width, masked,
             num_words, scale_log2, D, BLOCK_D, BLOCK_Q, BLOCK_K, MASKED,
         )  # fmt: skip
     # [splits, N, H, Q]; the two statistics one after the other.
     at = ((split * images + n) * heads + h) * num_queries + queries
     everything = tl.cast(splits, tl.int64) * images * heads * num_queries
-    tl.store(statistics + at, maximum, mask=exists)
-    tl.store(statistics + everything + at, total, mask=exists)
+    tl.store(statistics_ptr + at, maximum, mask=exists)
+    tl.store(statistics_ptr + everything + at, total, mask=exists)
     channels = tl.arange(0, BLOCK_D)
-    tl.store(sums + at[:, None] * D + channels[None, :], acc, mask=exists[:, None] & (channels[None, :] < D))
+    tl.store(sums_ptr + at[:, None] * D + channels[None, :], acc, mask=exists[:, None] & (channels[None, :] < D))
 
 
 @triton.jit
 def _biased_forward_one_by_one(
-    query, key, value, bits, row_any, by_row, by_column, query_q, key_s, value_s, row_q, row_k, column_q, column_k,
+    query_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, by_row_ptr, by_column_ptr, query_q, key_s, value_s, row_q,
+    row_k, column_q, column_k,
     queries, exists, first_query, num_queries, first_row, end_row, first_column, width, masked, num_words, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
@@ -182,13 +182,13 @@ def _biased_forward_one_by_one(
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for row in range(first_row, end_row):
         for column in range(first_column, tl.minimum(first_column + BLOCK_K, width)):
-            j = row * width + column
-            attend = _attends_to(bits, row_any, queries, masked, exists, j, num_words, MASKED)
-            k = _load_row(key, j, key_s, D, BLOCK_D)
-            v = _load_row(value, j, value_s, D, BLOCK_D)
-            q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D).to(tl.float32)
-            bias = _bias_of(by_row, row_q, queries, exists, row, row_k)
-            bias += _bias_of(by_column, column_q, queries, exists, column, column_k)
+            attend, k, v = _one_key(
+                key_ptr, value_ptr, bits_ptr, row_any_ptr, key_s, value_s, queries, masked, exists,
+                row * width + column, num_words, D, BLOCK_D, MASKED,
+            )  # fmt: skip
+            q = _load_rows(query_ptr, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D).to(tl.float32)
+            bias = _bias_of(by_row_ptr, row_q, queries, exists, row, row_k)
+            bias += _bias_of(by_column_ptr, column_q, queries, exists, column, column_k)
             scores = tl.where(attend, tl.sum(q * k, axis=1) * scale_log2 + bias, float("-inf"))
             new_maximum = tl.maximum(maximum, scores)
             shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
@@ -215,7 +215,8 @@ def _pair_gradients(products, of_values, bias, lse2, delta, attend, scale_log2, 
 
 @triton.jit(do_not_specialize=["num_queries", "height", "width", "masked", "num_words", "column_blocks"])
 def _biased_keys_kernel(
-    query, key, value, bits, row_any, by_row, by_column, grad, output, logsumexp, dkey, dvalue,
+    query_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, by_row_ptr, by_column_ptr, grad_ptr, output_ptr,
+    logsumexp_ptr, dkey_ptr, dvalue_ptr,
     query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s, grad_n, grad_h, grad_q,
     row_n, row_h, row_q, row_k, column_n, column_h, column_q, column_k,
     num_queries, height, width, masked, num_words, column_blocks, heads, scale, scale_log2,
@@ -228,39 +229,41 @@ def _biased_keys_kernel(
     columns = first_column + tl.arange(0, BLOCK_K)
     first = row * width + first_column
     end = (row + 1) * width
-    bits += n * masked * num_words
-    row_any += n * masked
-    by_row += n * row_n + h * row_h
-    by_column += n * column_n + h * column_h
-    query += n * query_n + h * query_h
-    grad += n * grad_n + h * grad_h
+    bits_ptr += n * masked * num_words
+    row_any_ptr += n * masked
+    by_row_ptr += n * row_n + h * row_h
+    by_column_ptr += n * column_n + h * column_h
+    query_ptr += n * query_n + h * query_h
+    grad_ptr += n * grad_n + h * grad_h
     # dK, dV [N, S, H, D]; output [N, Q, H, D].
-    output += (n * num_queries * heads + h) * D
-    logsumexp += (n * heads + h) * num_queries
-    dkey += (n * height * width * heads + h) * D
-    dvalue += (n * height * width * heads + h) * D
-    k = _load_rows(key + n * key_n + h * key_h, first, key_s, end, D, BLOCK_K, BLOCK_D)
-    v = _load_rows(value + n * value_n + h * value_h, first, value_s, end, D, BLOCK_K, BLOCK_D)
+    output_ptr += (n * num_queries * heads + h) * D
+    logsumexp_ptr += (n * heads + h) * num_queries
+    dkey_ptr += (n * height * width * heads + h) * D
+    dvalue_ptr += (n * height * width * heads + h) * D
+    k = _load_rows(key_ptr + n * key_n + h * key_h, first, key_s, end, D, BLOCK_K, BLOCK_D)
+    v = _load_rows(value_ptr + n * value_n + h * value_h, first, value_s, end, D, BLOCK_K, BLOCK_D)
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for first_query in range(0, num_queries, BLOCK_Q):
         queries = first_query + tl.arange(0, BLOCK_Q)
         exists = queries < num_queries
         q, g, lse2, delta = _load_query_block(
-            query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads, D, BLOCK_Q, BLOCK_D
+            query_ptr, grad_ptr, output_ptr, logsumexp_ptr, first_query, query_q, grad_q, num_queries, heads, D,
+            BLOCK_Q, BLOCK_D
         )  # fmt: skip
-        bias = _bias_of(by_row, row_q, queries, exists, row, row_k)[None, :]
-        bias += _bias_of_columns(by_column, column_q, column_k, queries, exists, columns, width, 0)
+        bias = _bias_of(by_row_ptr, row_q, queries, exists, row, row_k)[None, :]
+        bias += _bias_of_columns(by_column_ptr, column_q, column_k, queries, exists, columns, width, 0)
         attend = _attends(
-            bits, row_any, queries, masked, exists, first, columns < width, num_words, BLOCK_Q, BLOCK_K, 0, MASKED
+            bits_ptr, row_any_ptr, queries, masked, exists, first, columns < width, num_words, BLOCK_Q, BLOCK_K, 0,
+            MASKED
         )  # fmt: skip
         weights, ds = _pair_gradients(
             dot(k, tl.trans(q)), dot(v, tl.trans(g)), bias, lse2, delta, attend, scale_log2, 0
         )  # fmt: skip
         dv += dot(weights.to(g.dtype), g)
         dk += _gradient_dot(ds, q)
-    _store_rows(dkey, first, heads * D, end, dk * scale, D, BLOCK_K, BLOCK_D)
-    _store_rows(dvalue, first, heads * D, end, dv, D, BLOCK_K, BLOCK_D)
+    _store_rows(dkey_ptr, first, heads * D, end, dk * scale, D, BLOCK_K, BLOCK_D)
+    _store_rows(dvalue_ptr, first, heads * D, end, dv, D, BLOCK_K, BLOCK_D)
 
 
 @triton.jit(
@@ -269,7 +272,8 @@ def _biased_keys_kernel(
     ]
 )  # fmt: skip
 def _biased_queries_kernel(
-    query, key, value, bits, row_any, by_row, by_column, grad, output, logsumexp, dquery, drow, dcolumn,
+    query_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, by_row_ptr, by_column_ptr, grad_ptr, output_ptr,
+    logsumexp_ptr, dquery_ptr, drow_ptr, dcolumn_ptr,
     query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s, grad_n, grad_h, grad_q,
     row_n, row_h, row_q, row_k, column_n, column_h, column_q, column_k,
     num_queries, height, width, masked, num_words, query_blocks, column_blocks, rows, splits, heads, images,
@@ -293,53 +297,57 @@ def _biased_queries_kernel(
     queries = first_query + tl.arange(0, BLOCK_Q)
     exists = queries < num_queries
     columns = first_column + tl.arange(0, BLOCK_K)
-    bits += n * masked * num_words
-    row_any += n * masked
-    by_row += n * row_n + h * row_h
-    by_column += n * column_n + h * column_h
-    key += n * key_n + h * key_h
-    value += n * value_n + h * value_h
-    query += n * query_n + h * query_h
-    grad += n * grad_n + h * grad_h
-    output += (n * num_queries * heads + h) * D
-    logsumexp += (n * heads + h) * num_queries
-    dquery += ((split * images + n) * heads + h) * num_queries * D
-    drow += ((column_block * images + n) * heads + h) * num_queries * height
-    dcolumn += ((row_block * images + n) * heads + h) * num_queries * width
+    bits_ptr += n * masked * num_words
+    row_any_ptr += n * masked
+    by_row_ptr += n * row_n + h * row_h
+    by_column_ptr += n * column_n + h * column_h
+    key_ptr += n * key_n + h * key_h
+    value_ptr += n * value_n + h * value_h
+    query_ptr += n * query_n + h * query_h
+    grad_ptr += n * grad_n + h * grad_h
+    output_ptr += (n * num_queries * heads + h) * D
+    logsumexp_ptr += (n * heads + h) * num_queries
+    dquery_ptr += ((split * images + n) * heads + h) * num_queries * D
+    drow_ptr += ((column_block * images + n) * heads + h) * num_queries * height
+    dcolumn_ptr += ((row_block * images + n) * heads + h) * num_queries * width
     q, g, lse2, delta = _load_query_block(
-        query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads, D, BLOCK_Q, BLOCK_D
+        query_ptr, grad_ptr, output_ptr, logsumexp_ptr, first_query, query_q, grad_q, num_queries, heads, D, BLOCK_Q,
+        BLOCK_D
     )  # fmt: skip
-    of_columns = _bias_of_columns(by_column, column_q, column_k, queries, exists, columns, width, 1)
+    of_columns = _bias_of_columns(by_column_ptr, column_q, column_k, queries, exists, columns, width, 1)
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     sum_of_columns = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
     for row in range(first_row, end_row):
         first = row * width + first_column
         end = (row + 1) * width
-        k = _load_rows(key, first, key_s, end, D, BLOCK_K, BLOCK_D)
-        v = _load_rows(value, first, value_s, end, D, BLOCK_K, BLOCK_D)
-        bias = _bias_of(by_row, row_q, queries, exists, row, row_k)[:, None] + of_columns
+        k = _load_rows(key_ptr, first, key_s, end, D, BLOCK_K, BLOCK_D)
+        v = _load_rows(value_ptr, first, value_s, end, D, BLOCK_K, BLOCK_D)
+        bias = _bias_of(by_row_ptr, row_q, queries, exists, row, row_k)[:, None] + of_columns
         attend = _attends(
-            bits, row_any, queries, masked, exists, first, columns < width, num_words, BLOCK_Q, BLOCK_K, 1, MASKED
+            bits_ptr, row_any_ptr, queries, masked, exists, first, columns < width, num_words, BLOCK_Q, BLOCK_K, 1,
+            MASKED
         )  # fmt: skip
         _, ds = _pair_gradients(dot(q, tl.trans(k)), dot(g, tl.trans(v)), bias, lse2, delta, attend, scale_log2, 1)
         dq += _gradient_dot(ds, k)
         sum_of_columns += ds
-        tl.store(drow + queries * height + row, tl.sum(ds, axis=1), mask=exists)
-    at = dcolumn + queries[:, None] * width + columns[None, :]
+        tl.store(drow_ptr + queries * height + row, tl.sum(ds, axis=1), mask=exists)
+    at = dcolumn_ptr + queries[:, None] * width + columns[None, :]
     tl.store(at, sum_of_columns, mask=exists[:, None] & (columns[None, :] < width))
     if _any_non_finite(dq):
         _biased_query_gradient_one_by_one(
-            dquery, query, grad, output, logsumexp, key, value, bits, row_any, by_row, by_column, query_q, grad_q,
+            dquery_ptr, query_ptr, grad_ptr, output_ptr, logsumexp_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr,
+            by_row_ptr, by_column_ptr, query_q, grad_q,
             key_s, value_s, row_q, row_k, column_q, column_k, first_query, num_queries, heads, first_row, end_row,
             first_column, width, masked, num_words, scale, scale_log2, D, BLOCK_D, BLOCK_Q, BLOCK_K, MASKED,
         )  # fmt: skip
     else:
-        _store_rows(dquery, first_query, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
+        _store_rows(dquery_ptr, first_query, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
 
 
 @triton.jit
 def _biased_query_gradient_one_by_one(
-    dquery, query, grad, output, logsumexp, key, value, bits, row_any, by_row, by_column, query_q, grad_q, key_s,
+    dquery_ptr, query_ptr, grad_ptr, output_ptr, logsumexp_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, by_row_ptr,
+    by_column_ptr, query_q, grad_q, key_s,
     value_s, row_q, row_k, column_q, column_k, first_query, num_queries, heads, first_row, end_row, first_column, width,
     masked, num_words, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr,
@@ -352,21 +360,22 @@ def _biased_query_gradient_one_by_one(
         dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         for row in range(first_row, end_row):
             for column in range(first_column, tl.minimum(first_column + BLOCK_K, width)):
-                j = row * width + column
-                attend = _attends_to(bits, row_any, queries, masked, exists, j, num_words, MASKED)
-                k = _load_row(key, j, key_s, D, BLOCK_D)
-                v = _load_row(value, j, value_s, D, BLOCK_D)
-                q, g, lse2, delta = _load_query_block(
-                    query, grad, output, logsumexp, start, query_q, grad_q, num_queries, heads, D, BLOCK, BLOCK_D
+                attend, k, v = _one_key(
+                    key_ptr, value_ptr, bits_ptr, row_any_ptr, key_s, value_s, queries, masked, exists,
+                    row * width + column, num_words, D, BLOCK_D, MASKED,
                 )  # fmt: skip
-                bias = _bias_of(by_row, row_q, queries, exists, row, row_k)
-                bias += _bias_of(by_column, column_q, queries, exists, column, column_k)
+                q, g, lse2, delta = _load_query_block(
+                    query_ptr, grad_ptr, output_ptr, logsumexp_ptr, start, query_q, grad_q, num_queries, heads, D,
+                    BLOCK, BLOCK_D
+                )  # fmt: skip
+                bias = _bias_of(by_row_ptr, row_q, queries, exists, row, row_k)
+                bias += _bias_of(by_column_ptr, column_q, queries, exists, column, column_k)
                 products = tl.sum(q.to(tl.float32) * k, axis=1) * scale_log2
                 exponent = products + bias - lse2
                 weights = tl.exp2(tl.where(exponent > 0, 0.0, exponent))
                 ds = weights * (tl.sum(g.to(tl.float32) * v, axis=1) - delta)
                 dq += tl.where(attend[:, None], ds[:, None] * k, 0.0)
-        _store_rows(dquery, start, D, num_queries, dq * scale, D, BLOCK, BLOCK_D)
+        _store_rows(dquery_ptr, start, D, num_queries, dq * scale, D, BLOCK, BLOCK_D)
 
 
 # ---------------------------------------------------------------- launch
@@ -382,6 +391,20 @@ def _rows_per_program(height: int, programs: int, multiprocessors: int, waves: i
     programs for each multiprocessor."""
     splits = min(max(round(multiprocessors * waves / programs), 1), height)
     return triton.cdiv(height, splits)
+
+
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor, by_row: Tensor, by_column: Tensor
+) -> dict[str, Any]:
+    """The arguments that all kernels take, by name: inputs, their strides and sizes."""
+    return {
+        "query_ptr": query, "key_ptr": key, "value_ptr": value, "bits_ptr": bits, "row_any_ptr": row_any,
+        "by_row_ptr": by_row, "by_column_ptr": by_column,
+        **strides("query", query, "nhq"), **strides("key", key, "nhs"), **strides("value", value, "nhs"),
+        **strides("row", by_row, "nhqk"), **strides("column", by_column, "nhqk"),
+        "num_queries": query.shape[2], "height": by_row.shape[3], "width": by_column.shape[3],
+        "masked": bits.shape[1], "num_words": bits.shape[2],
+    }  # fmt: skip
 
 
 def masked_attention_with_bias(
@@ -419,10 +442,9 @@ def masked_attention_with_bias(
     block_d = configs.padded(d)
     launch(
         _biased_forward_kernel, (query_blocks * splits * heads * n,),
-        query, key, value, bits, row_any, by_row, by_column, sums, statistics,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *by_row.stride(), *by_column.stride(),
-        q, height, width, bits.shape[1], bits.shape[2], query_blocks, column_blocks, rows, splits, heads, n,
-        scale * math.log2(math.e), D=d, BLOCK_D=block_d, MASKED=bits.shape[1] > 0, **config,
+        **_inputs(query, key, value, bits, row_any, by_row, by_column), sums_ptr=sums, statistics_ptr=statistics,
+        query_blocks=query_blocks, column_blocks=column_blocks, rows=rows, splits=splits, heads=heads, images=n,
+        scale_log2=scale * math.log2(math.e), D=d, BLOCK_D=block_d, MASKED=bits.shape[1] > 0, **config,
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(splits), max(2048 // block_d, 1))
     launch(
@@ -465,20 +487,14 @@ def masked_attention_with_bias_backward(
     device = architecture(query.device)
     config = configs.biased_backward(device, VERSION, query.element_size(), q, d, width)
     query_blocks, column_blocks = triton.cdiv(q, config["BLOCK_Q"]), triton.cdiv(width, config["BLOCK_K"])
-    grad_n, grad_q, grad_h, _ = grad.stride()
-    strides = (
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], grad_n, grad_h, grad_q,
-        *by_row.stride(), *by_column.stride(),
-    )  # fmt: skip
-    sizes = (q, height, width, bits.shape[1], bits.shape[2])
-    factors = (float(scale), scale * math.log2(math.e))
-    given = (query, key, value, bits, row_any, by_row, by_column, grad, output, logsumexp)
     block_d = configs.padded(d)
-    constants = {"D": d, "BLOCK_D": block_d, "MASKED": bits.shape[1] > 0, **config}
-    launch(
-        _biased_keys_kernel, (column_blocks * height * heads * n,), *given, dkey, dvalue,
-        *strides, *sizes, column_blocks, heads, *factors, **constants,
-    )  # fmt: skip
+    given = {
+        **_inputs(query, key, value, bits, row_any, by_row, by_column),
+        "grad_ptr": grad, "output_ptr": output, "logsumexp_ptr": logsumexp, **strides("grad", grad, "nqh"),
+        "column_blocks": column_blocks, "heads": heads, "scale": float(scale), "scale_log2": scale * math.log2(math.e),
+        "D": d, "BLOCK_D": block_d, "MASKED": bits.shape[1] > 0, **config,
+    }  # fmt: skip
+    launch(_biased_keys_kernel, (column_blocks * height * heads * n,), dkey_ptr=dkey, dvalue_ptr=dvalue, **given)
     rows = _rows_per_program(height, query_blocks * column_blocks * heads * n, device.multiprocessors, waves=2)
     row_blocks = triton.cdiv(height, rows)
     splits = column_blocks * row_blocks
@@ -486,8 +502,8 @@ def masked_attention_with_bias_backward(
     drow = query.new_empty(column_blocks, n, heads, q, height, dtype=torch.float32)
     dcolumn = query.new_empty(row_blocks, n, heads, q, width, dtype=torch.float32)
     launch(
-        _biased_queries_kernel, (query_blocks * splits * heads * n,), *given, parts, drow, dcolumn,
-        *strides, *sizes, query_blocks, column_blocks, rows, splits, heads, n, *factors, **constants,
+        _biased_queries_kernel, (query_blocks * splits * heads * n,), dquery_ptr=parts, drow_ptr=drow,
+        dcolumn_ptr=dcolumn, query_blocks=query_blocks, rows=rows, splits=splits, images=n, **given,
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(splits), max(2048 // block_d, 1))
     launch(

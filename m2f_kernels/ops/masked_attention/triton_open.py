@@ -8,12 +8,13 @@ Gradients of keys and values are added to those of the masked queries, in a fixe
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import VERSION, architecture, contiguous_last, dot, launch
+from m2f_kernels._triton import VERSION, architecture, contiguous_last, dot, launch, strides
 from m2f_kernels.ops.masked_attention import configs
 from m2f_kernels.ops.masked_attention.triton import _LN2, _load_query_block, _load_rows, _store_rows
 
@@ -26,9 +27,22 @@ def _place(blocks, heads):
     return program % blocks, (head % heads).to(tl.int64), (head // heads).to(tl.int64)
 
 
+@triton.jit
+def _add_keys(scores, v, maximum, total, acc):
+    """A step of online softmax: `scores` [queries, keys], in base 2, and the values of these keys."""
+    new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
+    # Before the first key: any finite maximum keeps exp2 from NaN.
+    shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - shift[:, None])
+    decay = tl.exp2(maximum - shift)
+    total = total * decay + tl.sum(weights, axis=1)
+    acc = acc * decay[:, None] + dot(weights.to(v.dtype), v)
+    return new_maximum, total, acc
+
+
 @triton.jit(do_not_specialize=["first", "num_queries", "num_keys", "blocks"])
 def _open_forward_kernel(
-    query, key, value, output, logsumexp,
+    query_ptr, key_ptr, value_ptr, output_ptr, logsumexp_ptr,
     query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s,
     first, num_queries, num_keys, blocks, heads, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -37,27 +51,21 @@ def _open_forward_kernel(
     block, h, n = _place(blocks, heads)
     first_query = first + block * BLOCK_Q
     queries = first_query + tl.arange(0, BLOCK_Q)
-    key += n * key_n + h * key_h
-    value += n * value_n + h * value_h
-    q = _load_rows(query + n * query_n + h * query_h, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
+    key_ptr += n * key_n + h * key_h
+    value_ptr += n * value_n + h * value_h
+    q = _load_rows(query_ptr + n * query_n + h * query_h, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
     maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for first_key in range(0, num_keys, BLOCK_K):
-        k = _load_rows(key, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
-        v = _load_rows(value, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+        k = _load_rows(key_ptr, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+        v = _load_rows(value_ptr, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
         exists = first_key + tl.arange(0, BLOCK_K) < num_keys
         scores = tl.where(exists[None, :], dot(q, tl.trans(k)) * scale_log2, float("-inf"))
-        new_maximum = tl.maximum(maximum, tl.max(scores, axis=1))
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift[:, None])
-        decay = tl.exp2(maximum - shift)
-        total = total * decay + tl.sum(weights, axis=1)
-        acc = acc * decay[:, None] + dot(weights.to(v.dtype), v)
-        maximum = new_maximum
-    output += (n * num_queries * heads + h) * D
-    _store_rows(output, first_query, heads * D, num_queries, acc / total[:, None], D, BLOCK_Q, BLOCK_D)
-    at = logsumexp + (n * heads + h) * num_queries + queries
+        maximum, total, acc = _add_keys(scores, v, maximum, total, acc)
+    output_ptr += (n * num_queries * heads + h) * D
+    _store_rows(output_ptr, first_query, heads * D, num_queries, acc / total[:, None], D, BLOCK_Q, BLOCK_D)
+    at = logsumexp_ptr + (n * heads + h) * num_queries + queries
     tl.store(at, (maximum + tl.log2(total)) * _LN2, mask=queries < num_queries)
 
 
@@ -82,7 +90,7 @@ def _gradient_dot(ds, x):
 
 @triton.jit(do_not_specialize=["first", "num_queries", "num_keys", "blocks"])
 def _open_keys_kernel(
-    query, key, value, grad, output, logsumexp, dkey, dvalue,
+    query_ptr, key_ptr, value_ptr, grad_ptr, output_ptr, logsumexp_ptr, dkey_ptr, dvalue_ptr,
     query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s, grad_n, grad_h, grad_q,
     first, num_queries, num_keys, blocks, heads, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, ADD: tl.constexpr,
@@ -93,20 +101,21 @@ def _open_keys_kernel(
     """
     block, h, n = _place(blocks, heads)
     first_key = block * BLOCK_K
-    query += n * query_n + h * query_h
-    grad += n * grad_n + h * grad_h
-    output += (n * num_queries * heads + h) * D
-    logsumexp += (n * heads + h) * num_queries
-    dkey += (n * num_keys * heads + h) * D
-    dvalue += (n * num_keys * heads + h) * D
-    k = _load_rows(key + n * key_n + h * key_h, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
-    v = _load_rows(value + n * value_n + h * value_h, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+    query_ptr += n * query_n + h * query_h
+    grad_ptr += n * grad_n + h * grad_h
+    output_ptr += (n * num_queries * heads + h) * D
+    logsumexp_ptr += (n * heads + h) * num_queries
+    dkey_ptr += (n * num_keys * heads + h) * D
+    dvalue_ptr += (n * num_keys * heads + h) * D
+    k = _load_rows(key_ptr + n * key_n + h * key_h, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+    v = _load_rows(value_ptr + n * value_n + h * value_h, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
     dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
     for first_query in range(first, num_queries, BLOCK_Q):
         # Those beyond the last are zero, and so are their gradients: they add nothing.
         q, g, lse2, delta = _load_query_block(
-            query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads, D, BLOCK_Q, BLOCK_D
+            query_ptr, grad_ptr, output_ptr, logsumexp_ptr, first_query, query_q, grad_q, num_queries, heads, D,
+            BLOCK_Q, BLOCK_D
         )  # fmt: skip
         weights = _pair_weights(k, q, lse2, scale_log2)
         dv += dot(weights.to(g.dtype), g)
@@ -114,15 +123,15 @@ def _open_keys_kernel(
         dk += _gradient_dot(ds, q)
     dk *= scale
     if ADD:
-        dk += _load_rows(dkey, first_key, heads * D, num_keys, D, BLOCK_K, BLOCK_D).to(tl.float32)
-        dv += _load_rows(dvalue, first_key, heads * D, num_keys, D, BLOCK_K, BLOCK_D).to(tl.float32)
-    _store_rows(dkey, first_key, heads * D, num_keys, dk, D, BLOCK_K, BLOCK_D)
-    _store_rows(dvalue, first_key, heads * D, num_keys, dv, D, BLOCK_K, BLOCK_D)
+        dk += _load_rows(dkey_ptr, first_key, heads * D, num_keys, D, BLOCK_K, BLOCK_D).to(tl.float32)
+        dv += _load_rows(dvalue_ptr, first_key, heads * D, num_keys, D, BLOCK_K, BLOCK_D).to(tl.float32)
+    _store_rows(dkey_ptr, first_key, heads * D, num_keys, dk, D, BLOCK_K, BLOCK_D)
+    _store_rows(dvalue_ptr, first_key, heads * D, num_keys, dv, D, BLOCK_K, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["first", "num_queries", "num_keys", "blocks"])
 def _open_queries_kernel(
-    query, key, value, grad, output, logsumexp, dquery,
+    query_ptr, key_ptr, value_ptr, grad_ptr, output_ptr, logsumexp_ptr, dquery_ptr,
     query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s, grad_n, grad_h, grad_q,
     first, num_queries, num_keys, blocks, heads, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -130,22 +139,32 @@ def _open_queries_kernel(
     """One program: dQ of BLOCK_Q queries of one head, from query `first` on."""
     block, h, n = _place(blocks, heads)
     first_query = first + block * BLOCK_Q
-    key += n * key_n + h * key_h
-    value += n * value_n + h * value_h
+    key_ptr += n * key_n + h * key_h
+    value_ptr += n * value_n + h * value_h
     q, g, lse2, delta = _load_query_block(
-        query + n * query_n + h * query_h, grad + n * grad_n + h * grad_h, output + (n * num_queries * heads + h) * D,
-        logsumexp + (n * heads + h) * num_queries, first_query, query_q, grad_q, num_queries, heads,
+        query_ptr + n * query_n + h * query_h, grad_ptr + n * grad_n + h * grad_h,
+        output_ptr + (n * num_queries * heads + h) * D,
+        logsumexp_ptr + (n * heads + h) * num_queries, first_query, query_q, grad_q, num_queries, heads,
         D, BLOCK_Q, BLOCK_D,
     )  # fmt: skip
     dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for first_key in range(0, num_keys, BLOCK_K):
         # Keys beyond the last are zero: they add nothing.
-        k = _load_rows(key, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
-        v = _load_rows(value, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+        k = _load_rows(key_ptr, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+        v = _load_rows(value_ptr, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
         ds = _pair_weights(k, q, lse2, scale_log2) * (dot(v, tl.trans(g)) - delta[None, :])
         dq += _gradient_dot(tl.trans(ds), k)
-    dquery += (n * num_queries * heads + h) * D
-    _store_rows(dquery, first_query, heads * D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
+    dquery_ptr += (n * num_queries * heads + h) * D
+    _store_rows(dquery_ptr, first_query, heads * D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, output: Tensor, logsumexp: Tensor) -> dict[str, Any]:
+    """The arguments that all kernels take, by name: tensors, strides and sizes."""
+    return {
+        "query_ptr": query, "key_ptr": key, "value_ptr": value, "output_ptr": output, "logsumexp_ptr": logsumexp,
+        **strides("query", query, "nhq"), **strides("key", key, "nhs"), **strides("value", value, "nhs"),
+        "num_queries": query.shape[2], "num_keys": key.shape[2], "heads": query.shape[1],
+    }  # fmt: skip
 
 
 def forward(
@@ -157,9 +176,8 @@ def forward(
     config = configs.open_forward(architecture(query.device), VERSION, query.element_size(), d)
     blocks = triton.cdiv(q - first, config["BLOCK_Q"])
     launch(
-        _open_forward_kernel, (blocks * heads * n,),
-        query, key, value, output, logsumexp, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        first, q, key.shape[2], blocks, heads, scale * math.log2(math.e), D=d, BLOCK_D=configs.padded(d), **config,
+        _open_forward_kernel, (blocks * heads * n,), **_inputs(query, key, value, output, logsumexp),
+        first=first, blocks=blocks, scale_log2=scale * math.log2(math.e), D=d, BLOCK_D=configs.padded(d), **config,
     )  # fmt: skip
 
 
@@ -182,18 +200,16 @@ def backward(
     s = key.shape[2]
     query, key, value, grad = (contiguous_last(x) for x in (query, key, value, grad))
     output, logsumexp = output.contiguous(), logsumexp.contiguous()
-    grad_n, grad_q, grad_h, _ = grad.stride()
     config = configs.open_backward(architecture(query.device), VERSION, query.element_size(), d)
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], grad_n, grad_h, grad_q)
-    numbers = (float(scale), scale * math.log2(math.e))
-    constants = {"D": d, "BLOCK_D": configs.padded(d), **config}
+    given = {
+        **_inputs(query, key, value, output, logsumexp), "grad_ptr": grad, **strides("grad", grad, "nqh"),
+        "first": first, "scale": float(scale), "scale_log2": scale * math.log2(math.e),
+        "D": d, "BLOCK_D": configs.padded(d), **config,
+    }  # fmt: skip
     blocks = triton.cdiv(s, config["BLOCK_K"])
     launch(
-        _open_keys_kernel, (blocks * heads * n,), query, key, value, grad, output, logsumexp, dkey, dvalue,
-        *strides, first, q, s, blocks, heads, *numbers, ADD=first > 0, **constants,
+        _open_keys_kernel, (blocks * heads * n,), dkey_ptr=dkey, dvalue_ptr=dvalue, blocks=blocks, ADD=first > 0,
+        **given,
     )  # fmt: skip
     blocks = triton.cdiv(q - first, config["BLOCK_Q"])
-    launch(
-        _open_queries_kernel, (blocks * heads * n,), query, key, value, grad, output, logsumexp, dquery,
-        *strides, first, q, s, blocks, heads, *numbers, **constants,
-    )  # fmt: skip
+    launch(_open_queries_kernel, (blocks * heads * n,), dquery_ptr=dquery, blocks=blocks, **given)

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import Architecture, architecture, launch, narrow
+from m2f_kernels._triton import Architecture, architecture, launch, narrow, strides
 
 #: Bits of a fixed-point value gradient below its largest possible term; fewer if the number of terms could overflow.
 FRACTION_BITS = 40
@@ -43,13 +43,13 @@ _LOG2E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
-def _level(shapes, starts, sizes, positions, LEVEL: tl.constexpr, ON_DEVICE: tl.constexpr):
+def _level(shapes_ptr, starts_ptr, sizes, positions, LEVEL: tl.constexpr, ON_DEVICE: tl.constexpr):
     """Height, width and first position of a level, and its end along x, which is before its start if the level does not
     lie within value."""
     if ON_DEVICE:
-        height = tl.load(shapes + 2 * LEVEL)
-        width = tl.load(shapes + 2 * LEVEL + 1)
-        start = tl.load(starts + LEVEL)
+        height = tl.load(shapes_ptr + 2 * LEVEL)
+        width = tl.load(shapes_ptr + 2 * LEVEL + 1)
+        start = tl.load(starts_ptr + LEVEL)
         fits = (height >= 1) & (width >= 1) & (start >= 0) & (start < positions)
         fits = fits & (height <= (positions - start) // tl.maximum(width, 1))
         height = tl.where(fits, height, 1).to(tl.int32)
@@ -212,7 +212,8 @@ def _add_level(
 
 @triton.jit(do_not_specialize=["sizes", "bounds", "positions", "queries", "offset_scale"])
 def _forward_kernel(
-    value, shapes, starts, reference, points, weights, out, sizes, bounds, value_n, value_s, value_h,
+    value_ptr, shapes_ptr, starts_ptr, reference_ptr, points_ptr, weights_ptr, out_ptr, sizes, bounds, value_n,
+    value_s, value_h,
     reference_n, reference_q, reference_l, reference_d, points_n, points_q, points_h, points_k, points_d,
     weights_n, weights_q, weights_h, weights_k, positions, queries, offset_scale,
     POINTS: tl.constexpr, FIRST: tl.constexpr, COORDINATES: tl.constexpr, ON_DEVICE: tl.constexpr,
@@ -226,17 +227,17 @@ def _forward_kernel(
     mask = q < queries
     channel_mask = (channel < CHANNELS)[None, :]
     row_stride = tl.cast(value_s, tl.int64 if WIDE else tl.int32) * ALIGN
-    rows = value + n * value_n * ALIGN + head * value_h * ALIGN + channel[None, :]
-    at_points = points + n * points_n + head * points_h + q * points_q
-    at_weights = weights + n * weights_n + head * weights_h + q * weights_q
+    rows = value_ptr + n * value_n * ALIGN + head * value_h * ALIGN + channel[None, :]
+    at_points = points_ptr + n * points_n + head * points_h + q * points_q
+    at_weights = weights_ptr + n * weights_n + head * weights_h + q * weights_q
     at_reference = at_points
     largest, scale = 0.0, 1.0
     if COORDINATES > 0:
-        at_reference = reference + n * reference_n + q * reference_q
+        at_reference = reference_ptr + n * reference_n + q * reference_q
         largest, scale = _softmax(at_weights, weights_k, mask, FIRST[len(POINTS)], UNROLL, BLOCK_Q)
     total = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for level in tl.static_range(len(POINTS)):
-        height, width, start, end = _level(shapes, starts, sizes, positions, level, ON_DEVICE)
+        height, width, start, end = _level(shapes_ptr, starts_ptr, sizes, positions, level, ON_DEVICE)
         level_rows = rows + start.to(tl.int64) * row_stride
         step_x, origin_x, step_y, origin_y = _steps(
             at_reference + level * reference_l, reference_d, mask, width.to(tl.float32), height.to(tl.float32),
@@ -247,8 +248,8 @@ def _forward_kernel(
             scale, level_rows, row_stride, width, height, end, mask, channel_mask, bounds[level], bounds[level + 1],
             FIRST[level], POINTS[level], UNROLL, COORDINATES > 0, PACKED, HALF, WIDE,
         )  # fmt: skip
-    to = out + ((n * queries + q) * HEADS + head)[:, None] * CHANNELS + channel[None, :]
-    tl.store(to, narrow(total, out.dtype.element_ty), mask=mask[:, None] & channel_mask)
+    to = out_ptr + ((n * queries + q) * HEADS + head)[:, None] * CHANNELS + channel[None, :]
+    tl.store(to, narrow(total, out_ptr.dtype.element_ty), mask=mask[:, None] & channel_mask)
 
 
 # ---------------------------------------------------------------- backward
@@ -269,7 +270,8 @@ def _add_gradient(at, weight, grad, present, bad, FIXED: tl.constexpr):
 
 @triton.jit
 def _backward_sample(
-    grad_points, grad_weights, grad_value, k, at_point, points_d, step_x, origin_x, step_y, origin_y, at_weight,
+    grad_points_ptr, grad_weights_ptr, grad_value_ptr, k, at_point, points_d, step_x, origin_x, step_y, origin_y,
+    at_weight,
     largest, scale, grad, grad_rows, rows, row_stride, width, height, end, mask, value_scale, weight_scale,
     sum_x, sum_y, sum_width, sum_height, bad,
     FROM_OFFSETS: tl.constexpr, NEEDS_VALUE: tl.constexpr, NEEDS_SAMPLING: tl.constexpr, NEEDS_REFERENCE: tl.constexpr,
@@ -315,7 +317,7 @@ def _backward_sample(
             corner = tl.load(at + (d * row_stride)[:, None], mask=has_d & exists, other=0.0).to(tl.float32)
             dot_d += tl.sum(corner * grad, axis=1)
         if NEEDS_VALUE:
-            to = grad_value + channel
+            to = grad_value_ptr + channel
             left, right = 1 - fx, fx
             terms = grad * value_scale if FIXED else grad
             bad = _add_gradient(to + (a * row)[:, None], upper * left, terms, has_a & exists, bad, FIXED)
@@ -331,10 +333,10 @@ def _backward_sample(
             # Outside, factors may not be finite, and must not be multiplied by zero.
             to_x = tl.where(inside, grad_x * step_x, 0.0)
             to_y = tl.where(inside, grad_y * step_y, 0.0)
-            tl.store(grad_points + 2 * k, narrow(to_x, grad_points.dtype.element_ty), mask=mask)
-            tl.store(grad_points + 2 * k + 1, narrow(to_y, grad_points.dtype.element_ty), mask=mask)
+            tl.store(grad_points_ptr + 2 * k, narrow(to_x, grad_points_ptr.dtype.element_ty), mask=mask)
+            tl.store(grad_points_ptr + 2 * k + 1, narrow(to_y, grad_points_ptr.dtype.element_ty), mask=mask)
             to_weight = tl.where(inside, above + fy * (below - above), 0.0)
-            tl.store(grad_weights + k, narrow(to_weight, grad_weights.dtype.element_ty), mask=mask)
+            tl.store(grad_weights_ptr + k, narrow(to_weight, grad_weights_ptr.dtype.element_ty), mask=mask)
         if NEEDS_REFERENCE:
             grad_x, grad_y = tl.where(inside, grad_x * wide, 0.0), tl.where(inside, grad_y * high, 0.0)
             sum_x += grad_x
@@ -346,8 +348,9 @@ def _backward_sample(
 
 @triton.jit(do_not_specialize=["sizes", "bounds", "positions", "queries", "offset_scale"])
 def _backward_kernel(
-    value, shapes, starts, reference, points, weights, grad_output, grad_value, grad_points, grad_weights,
-    grad_reference, value_scales, weight_scales, not_numbers, sizes, bounds, value_n, value_s, value_h,
+    value_ptr, shapes_ptr, starts_ptr, reference_ptr, points_ptr, weights_ptr, grad_output_ptr, grad_value_ptr,
+    grad_points_ptr, grad_weights_ptr,
+    grad_reference_ptr, value_scales_ptr, weight_scales_ptr, not_numbers_ptr, sizes, bounds, value_n, value_s, value_h,
     reference_n, reference_q, reference_l, reference_d, points_n, points_q, points_h, points_k, points_d,
     weights_n, weights_q, weights_h, weights_k, positions, queries, offset_scale, grad_n, grad_q,
     POINTS: tl.constexpr, FIRST: tl.constexpr, COORDINATES: tl.constexpr, ON_DEVICE: tl.constexpr,
@@ -362,30 +365,30 @@ def _backward_kernel(
     q = block * BLOCK_Q + tl.arange(0, BLOCK_Q)
     mask = q < queries
     row_stride = tl.cast(value_s, tl.int64 if WIDE else tl.int32) * ALIGN
-    rows = value + n * value_n * ALIGN + head * value_h * ALIGN
-    grad_rows = (grad_output + n * grad_n * ALIGN + head * CHANNELS) + (q * grad_q * ALIGN)[:, None]
-    grad_value += n * positions * (HEADS * CHANNELS) + head * CHANNELS
-    at_points = points + n * points_n + head * points_h + q * points_q
-    at_weights = weights + n * weights_n + head * weights_h + q * weights_q
+    rows = value_ptr + n * value_n * ALIGN + head * value_h * ALIGN
+    grad_rows = (grad_output_ptr + n * grad_n * ALIGN + head * CHANNELS) + (q * grad_q * ALIGN)[:, None]
+    grad_value_ptr += n * positions * (HEADS * CHANNELS) + head * CHANNELS
+    at_points = points_ptr + n * points_n + head * points_h + q * points_q
+    at_weights = weights_ptr + n * weights_n + head * weights_h + q * weights_q
     group = (n * queries + q) * HEADS + head
-    grad_points += group * (2 * FIRST[len(POINTS)])
-    grad_weights += group * FIRST[len(POINTS)]
+    grad_points_ptr += group * (2 * FIRST[len(POINTS)])
+    grad_weights_ptr += group * FIRST[len(POINTS)]
     at_reference = at_points
     largest, scale = 0.0, 1.0
     if COORDINATES > 0:
-        at_reference = reference + n * reference_n + q * reference_q
+        at_reference = reference_ptr + n * reference_n + q * reference_q
         largest, scale = _softmax(at_weights, weights_k, mask, FIRST[len(POINTS)], UNROLL, BLOCK_Q)
     channel = tl.arange(0, BLOCK_D)[None, :]
     grad = tl.load(grad_rows + channel, mask=mask[:, None] & (channel < CHANNELS), other=0.0).to(tl.float32)
     value_scale, weight_scale = 1.0, 1.0
     bad = tl.zeros((BLOCK_Q, BLOCK_D), tl.int32)
     if FIXED:
-        value_scale = tl.load(value_scales + n * HEADS + head)
-        weight_scale = tl.load(weight_scales + n * HEADS + head)
+        value_scale = tl.load(value_scales_ptr + n * HEADS + head)
+        weight_scale = tl.load(weight_scales_ptr + n * HEADS + head)
     for level in tl.static_range(len(POINTS)):
-        height, width, start, end = _level(shapes, starts, sizes, positions, level, ON_DEVICE)
+        height, width, start, end = _level(shapes_ptr, starts_ptr, sizes, positions, level, ON_DEVICE)
         level_rows = rows + start.to(tl.int64) * row_stride
-        level_grad = grad_value + start.to(tl.int64) * (HEADS * CHANNELS)
+        level_grad = grad_value_ptr + start.to(tl.int64) * (HEADS * CHANNELS)
         step_x, origin_x, step_y, origin_y = _steps(
             at_reference + level * reference_l, reference_d, mask, width.to(tl.float32), height.to(tl.float32),
             offset_scale, POINTS[level], COORDINATES,
@@ -397,27 +400,27 @@ def _backward_kernel(
             begin, stop = FIRST[level], FIRST[level + 1]
         for k in range(begin, stop):
             sum_x, sum_y, sum_width, sum_height, bad = _backward_sample(
-                grad_points, grad_weights, level_grad, k, at_points + k * points_k, points_d, step_x, origin_x,
+                grad_points_ptr, grad_weights_ptr, level_grad, k, at_points + k * points_k, points_d, step_x, origin_x,
                 step_y, origin_y, at_weights + k * weights_k, largest, scale, grad, grad_rows, level_rows, row_stride,
                 width, height, end, mask, value_scale, weight_scale, sum_x, sum_y, sum_width, sum_height, bad,
                 COORDINATES > 0, NEEDS_VALUE, NEEDS_SAMPLING, NEEDS_REFERENCE, FIXED, PACKED, HALF, WIDE, HEADS,
                 CHANNELS, BLOCK_Q, BLOCK_D,
             )  # fmt: skip
         if NEEDS_REFERENCE:
-            to = grad_reference + (group * len(POINTS) + level) * COORDINATES
+            to = grad_reference_ptr + (group * len(POINTS) + level) * COORDINATES
             tl.store(to, sum_x, mask=mask)
             tl.store(to + 1, sum_y, mask=mask)
             if COORDINATES == 4:
                 tl.store(to + 2, sum_width * (offset_scale / POINTS[level]), mask=mask)
                 tl.store(to + 3, sum_height * (offset_scale / POINTS[level]), mask=mask)
     if FIXED:
-        at = not_numbers + n * HEADS + head + tl.zeros((BLOCK_Q, BLOCK_D), tl.int32)
+        at = not_numbers_ptr + n * HEADS + head + tl.zeros((BLOCK_Q, BLOCK_D), tl.int32)
         tl.store(at, tl.full((BLOCK_Q, BLOCK_D), 1, tl.int32), mask=bad != 0)
 
 
 @triton.jit(do_not_specialize=["queries"])
 def _softmax_backward_kernel(
-    logits, grad_weights, out, stride_n, stride_q, stride_h, stride_k, queries, HEADS: tl.constexpr,
+    logits_ptr, grad_weights_ptr, out_ptr, stride_n, stride_q, stride_h, stride_k, queries, HEADS: tl.constexpr,
     SAMPLES: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_R rows of one image, of SAMPLES gradients each, from the weights' to the logits'."""
@@ -426,7 +429,7 @@ def _softmax_backward_kernel(
     row = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
     inside = (row < queries * HEADS)[:, None]
     row = tl.minimum(row, queries * HEADS - 1)
-    at = (logits + n * stride_n + (row // HEADS) * stride_q + (row % HEADS) * stride_h)[:, None]
+    at = (logits_ptr + n * stride_n + (row // HEADS) * stride_q + (row % HEADS) * stride_h)[:, None]
     row = ((n * queries * HEADS + row) * SAMPLES)[:, None]
     largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     for first in range(0, SAMPLES, BLOCK_K):
@@ -440,28 +443,29 @@ def _softmax_backward_kernel(
         x = tl.load(at + k * stride_k, mask=k < SAMPLES, other=0.0).to(tl.float32)
         x = tl.where(k < SAMPLES, tl.exp2((x - largest[:, None]) * _LOG2E), 0.0)
         total += tl.sum(x, axis=1)
-        mean += tl.sum(x * tl.load(grad_weights + row + k, mask=k < SAMPLES, other=0.0), axis=1)
+        mean += tl.sum(x * tl.load(grad_weights_ptr + row + k, mask=k < SAMPLES, other=0.0), axis=1)
     mean /= total
     for first in range(0, SAMPLES, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)[None, :]
         x = tl.load(at + k * stride_k, mask=k < SAMPLES, other=0.0).to(tl.float32)
         x = tl.exp2((x - largest[:, None]) * _LOG2E) / total[:, None]
-        grad = x * (tl.load(grad_weights + row + k, mask=k < SAMPLES, other=0.0) - mean[:, None])
-        tl.store(out + row + k, narrow(grad, out.dtype.element_ty), mask=inside & (k < SAMPLES))
+        grad = x * (tl.load(grad_weights_ptr + row + k, mask=k < SAMPLES, other=0.0) - mean[:, None])
+        tl.store(out_ptr + row + k, narrow(grad, out_ptr.dtype.element_ty), mask=inside & (k < SAMPLES))
 
 
 @triton.jit(do_not_specialize=["positions", "count"])
 def _from_fixed_kernel(
-    sums, inverse_scales, not_numbers, out, positions, count, HEADS: tl.constexpr, CHANNELS: tl.constexpr,
+    sums_ptr, inverse_scales_ptr, not_numbers_ptr, out_ptr, positions, count, HEADS: tl.constexpr,
+    CHANNELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK fixed-point numbers back to floating point; NaN for heads with terms that were not finite."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     group = i // (positions * HEADS * CHANNELS) * HEADS + i // CHANNELS % HEADS
-    scale = tl.load(inverse_scales + group, mask=i < count, other=0.0)
-    x = (tl.load(sums + i, mask=i < count, other=0).to(tl.float64) * scale).to(tl.float32)
-    x = tl.where(tl.load(not_numbers + group, mask=i < count, other=0) != 0, float("nan"), x)
-    tl.store(out + i, narrow(x, out.dtype.element_ty), mask=i < count)
+    scale = tl.load(inverse_scales_ptr + group, mask=i < count, other=0.0)
+    x = (tl.load(sums_ptr + i, mask=i < count, other=0).to(tl.float64) * scale).to(tl.float32)
+    x = tl.where(tl.load(not_numbers_ptr + group, mask=i < count, other=0) != 0, float("nan"), x)
+    tl.store(out_ptr + i, narrow(x, out_ptr.dtype.element_ty), mask=i < count)
 
 
 # ---------------------------------------------------------------- launch
@@ -476,6 +480,9 @@ def _power_of_two(*numbers: int, limit: int = 16) -> int:
 def _strides(tensor: Tensor, axes: int) -> list[int]:
     """The strides of the leading axes; 0 for an axis with one element, so that it does not limit the alignment."""
     return [tensor.stride(i) if tensor.shape[i] > 1 else 0 for i in range(axes)]
+
+
+_REFERENCE = ("reference_n", "reference_q", "reference_l", "reference_d")
 
 
 class _Call:
@@ -498,19 +505,16 @@ class _Call:
         if self.channels > 1 and value.stride(3) != 1:
             value = value.contiguous()
         self.value, self.weights = value, weights
-        strides = _strides(value, 3)
+        value_strides = _strides(value, 3)
         grad_strides = []
         if grad_output is not None:
             if grad_output.shape[2] > 1 and grad_output.stride(2) != 1:
                 grad_output = grad_output.contiguous()
             grad_strides = _strides(grad_output, 2)
         self.grad_output = grad_output
-        self.align = _power_of_two(self.channels, *strides, *grad_strides)
-        self.strides = [stride // self.align for stride in strides]
-        self.grad_strides = [stride // self.align for stride in grad_strides]
+        self.align = _power_of_two(self.channels, *value_strides, *grad_strides)
         self.points, half = _pack(points)
         packed = half is not None
-        point_strides = [*self.points.stride()[:4], 0 if packed else self.points.stride(4)]
         arch = architecture(value.device)
         self.block_d = min(triton.next_power_of_2(self.channels), per_lane * arch.warp_size)
         lanes = self.block_d // math.gcd(per_lane, self.align, self.block_d)
@@ -518,14 +522,21 @@ class _Call:
         self.blocks = self.batch * triton.cdiv(self.queries, self.block_q) * self.heads
         self.chunks = triton.cdiv(self.channels, self.block_d)
         first = tuple(itertools.accumulate(points_per_level, initial=0))
-        reach = max((self.positions - 1) * strides[1] + self.channels, self.positions * self.heads * self.channels)
-        self.arguments = (value, shapes, starts, reference, self.points, weights)
-        # Bounds as numbers too: with constants alone AMD's compiler unrolls loops and holds all corners at once.
-        self.sizes, self.bounds = tuple(levels) or (0,), first
-        self.numbers = (
-            *self.strides, *((0,) * 4 if reference is None else reference.stride()), *point_strides, *weights.stride(),
-            self.positions, self.queries, offset_scale,
-        )  # fmt: skip
+        reach = max(
+            (self.positions - 1) * value_strides[1] + self.channels, self.positions * self.heads * self.channels
+        )
+        aligned = [stride // self.align for stride in (*value_strides, *grad_strides)]
+        self.arguments: dict[str, Any] = {
+            "value_ptr": value, "shapes_ptr": shapes, "starts_ptr": starts, "reference_ptr": reference,
+            "points_ptr": self.points, "weights_ptr": weights,
+            # Bounds as numbers too: with constants alone AMD's compiler unrolls loops and holds all corners at once.
+            "sizes": tuple(levels) or (0,), "bounds": first,
+            **dict(zip(("value_n", "value_s", "value_h", "grad_n", "grad_q"), aligned, strict=False)),
+            **(dict.fromkeys(_REFERENCE, 0) if reference is None else strides("reference", reference, "nqld")),
+            **strides("points", self.points, "nqhk"), "points_d": 0 if packed else self.points.stride(4),
+            **strides("weights", weights, "nqhk"),
+            "positions": self.positions, "queries": self.queries, "offset_scale": offset_scale,
+        }  # fmt: skip
         self.constants: dict[str, Any] = {
             "POINTS": tuple(points_per_level),
             "FIRST": first,
@@ -590,8 +601,8 @@ def _forward(
         return value.new_zeros(shape)
     out = value.new_empty(shape)
     launch(
-        _forward_kernel, (call.blocks, call.chunks), *call.arguments, out, call.sizes, call.bounds, *call.numbers,
-        **call.constants, num_warps=call.num_warps,
+        _forward_kernel, (call.blocks, call.chunks), **call.arguments, out_ptr=out, **call.constants,
+        num_warps=call.num_warps,
     )  # fmt: skip
     return out
 
@@ -686,16 +697,20 @@ def _backward(
         if reference is not None and needs_reference else nothing
     )  # fmt: skip
     launch(
-        _backward_kernel, (call.blocks,), *call.arguments, call.grad_output, sums, grad_points, of_weights, parts,
-        *scales, call.sizes, call.bounds, *call.numbers, *call.grad_strides, **constants, NEEDS_VALUE=needs_value,
-        NEEDS_SAMPLING=needs_sampling, NEEDS_REFERENCE=needs_reference, FIXED=fixed, num_warps=call.num_warps,
+        _backward_kernel, (call.blocks,), **call.arguments, grad_output_ptr=call.grad_output, grad_value_ptr=sums,
+        grad_points_ptr=grad_points, grad_weights_ptr=of_weights, grad_reference_ptr=parts,
+        value_scales_ptr=scales[0], weight_scales_ptr=scales[1], not_numbers_ptr=scales[2], **constants,
+        NEEDS_VALUE=needs_value, NEEDS_SAMPLING=needs_sampling, NEEDS_REFERENCE=needs_reference, FIXED=fixed,
+        num_warps=call.num_warps,
     )  # fmt: skip
     if softmax:
         block_k = min(triton.next_power_of_2(samples), 128)
         block_r = 1024 // block_k
         launch(
-            _softmax_backward_kernel, (n * triton.cdiv(q * heads, block_r),), weights, of_weights, grad_weights,
-            *weights.stride(), q, HEADS=heads, SAMPLES=samples, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4,
+            _softmax_backward_kernel, (n * triton.cdiv(q * heads, block_r),),
+            logits_ptr=weights, grad_weights_ptr=of_weights, out_ptr=grad_weights,
+            **strides("stride", weights, "nqhk"), queries=q,
+            HEADS=heads, SAMPLES=samples, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=4,
         )  # fmt: skip
     if needs_reference:
         grad_reference = parts.sum(2).to(grad_reference.dtype)
@@ -703,8 +718,9 @@ def _backward(
         inverse = 1 / (scales[0].double() * scales[1].double())
         count = sums.numel()
         launch(
-            _from_fixed_kernel, (triton.cdiv(count, 1024),), sums, inverse, scales[2], grad_value, call.positions,
-            count, HEADS=heads, CHANNELS=call.channels, BLOCK=1024, num_warps=4,
+            _from_fixed_kernel, (triton.cdiv(count, 1024),), sums_ptr=sums, inverse_scales_ptr=inverse,
+            not_numbers_ptr=scales[2], out_ptr=grad_value, positions=call.positions, count=count,
+            HEADS=heads, CHANNELS=call.channels, BLOCK=1024, num_warps=4,
         )  # fmt: skip
     elif needs_value:
         grad_value = sums.to(value.dtype)
