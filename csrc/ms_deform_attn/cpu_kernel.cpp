@@ -298,7 +298,7 @@ inline void store_gradients(const MSDeformAttnArgs& args, int64_t n, int64_t q, 
       int64_t k = 0;
       for (int l = 0; l < args.levels.count; ++l, out += args.reference_dim) {
         T sum[4] = {};
-        for (int p = 0; p < args.levels.points[l]; ++p, ++k) {
+        for (int p = 0; p < args.levels.points_per_level[l]; ++p, ++k) {
           const T gx = s.grad_x[k] * s.width[k], gy = s.grad_y[k] * s.height[k];
           const T unit = s.inverse_count[k] * static_cast<T>(args.offset_scale);
           sum[0] += gx;

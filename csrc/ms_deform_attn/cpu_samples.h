@@ -133,12 +133,12 @@ void set_constants(const MSDeformAttnArgs& args, const Panel& panel, Samples<T>&
   std::memset(s.reference, 0, 4 * s.padded * sizeof(T));
   int64_t k = 0;
   for (int l = 0; l < args.levels.count; ++l) {
-    for (int p = 0; p < args.levels.points[l]; ++p, ++k) {
+    for (int p = 0; p < args.levels.points_per_level[l]; ++p, ++k) {
       s.width[k] = static_cast<T>(args.levels.width[l]);
       s.height[k] = static_cast<T>(args.levels.height[l]);
       s.first[k] = static_cast<Int<T>>(panel.level[l].first);
       s.row[k] = static_cast<Int<T>>(panel.level[l].row);
-      s.inverse_count[k] = T(1) / static_cast<T>(args.levels.points[l]);
+      s.inverse_count[k] = T(1) / static_cast<T>(args.levels.points_per_level[l]);
       s.level[k] = l;
       s.point_index[k] = l * args.reference_dim;
     }

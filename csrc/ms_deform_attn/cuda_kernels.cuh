@@ -313,7 +313,7 @@ __global__ void __launch_bounds__(kMaxThreads, sizeof(T) == 8 || kFromOffsets ? 
                 if (axis >= 2) {
                   A x, y;
                   sampler.point(args, k, x, y);
-                  scale = (axis == 2 ? x : y) * static_cast<A>(args.offset_scale) / args.levels.points[l];
+                  scale = (axis == 2 ? x : y) * static_cast<A>(args.offset_scale) / args.levels.points_per_level[l];
                 }
                 if (grad[k] != 0) sum += grad[k] * scale;  // samples outside may have an infinite offset
               }

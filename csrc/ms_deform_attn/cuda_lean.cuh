@@ -291,9 +291,9 @@ inline bool lean_arguments(const DeformAttnArgs& args, LeanArgs& lean) {
   lean.rounds = 0;
   for (int l = 0; l < args.levels.count; ++l) {
     const int64_t width = args.levels.width[l], height = args.levels.height[l];
-    const int rounds = args.levels.points[l] / kLeanLanes;
+    const int rounds = args.levels.points_per_level[l] / kLeanLanes;
     // Sizes that a float holds exactly.
-    if (args.levels.points[l] % kLeanLanes != 0 || rounds > kLeanMaxRounds - lean.rounds || width > 1 << 24 ||
+    if (args.levels.points_per_level[l] % kLeanLanes != 0 || rounds > kLeanMaxRounds - lean.rounds || width > 1 << 24 ||
         height > 1 << 24) {
       return false;
     }
@@ -307,7 +307,7 @@ inline bool lean_arguments(const DeformAttnArgs& args, LeanArgs& lean) {
       round.row_bytes = static_cast<unsigned>(width * lean.position_bytes);
       round.reference =
           from_offsets ? static_cast<unsigned>(l * args.reference.k * element_size(args.reference.dtype)) : 0;
-      round.box_scale = static_cast<float>(args.offset_scale) / args.levels.points[l];
+      round.box_scale = static_cast<float>(args.offset_scale) / args.levels.points_per_level[l];
     }
   }
   return true;

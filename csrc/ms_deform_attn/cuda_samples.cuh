@@ -112,7 +112,7 @@ __device__ __forceinline__ void build_level_table(const DeformAttnArgs& args, Le
     int64_t tiles = 0;
     int64_t positions = 0;
     for (int l = 0; l < thread; ++l) {
-      points += args.levels.points[l];
+      points += args.levels.points_per_level[l];
       tiles += static_cast<int64_t>(ceil_shift(table.height[l], tile_height_log2)) *
                ceil_shift(table.width[l], args.tile_width_log2);
       positions += static_cast<int64_t>(table.height[l]) * table.width[l];
@@ -253,7 +253,7 @@ __device__ __forceinline__ void pixel_steps(const DeformAttnArgs& args, const Le
   if constexpr (kFromOffsets) {
     if (args.reference_size == 4) {
       const int64_t size = sampler.reference + level * args.reference.k + 2;
-      const A scale = static_cast<A>(args.offset_scale) / args.levels.points[level];
+      const A scale = static_cast<A>(args.offset_scale) / args.levels.points_per_level[level];
       step_x *= load_scalar<A>(args.reference.data, args.reference.dtype, size) * scale;
       step_y *= load_scalar<A>(args.reference.data, args.reference.dtype, size + 1) * scale;
     } else {

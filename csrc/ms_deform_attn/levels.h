@@ -9,8 +9,8 @@ constexpr int kMaxLevels = 16;
 
 struct Levels {
   int count;
-  int points_total;        // K: the sum of points over levels
-  int points[kMaxLevels];  // points of each level, per query and head
+  int points_total;                  // K: the sum of points over levels
+  int points_per_level[kMaxLevels];  // of each query and head
   int64_t height[kMaxLevels];
   int64_t width[kMaxLevels];
   int64_t start[kMaxLevels];  // first position in value

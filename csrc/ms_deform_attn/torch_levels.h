@@ -19,7 +19,7 @@ inline Levels read_levels(const std::vector<int64_t>& levels, const std::optiona
   for (int64_t l = 0; l < count; ++l) {
     STD_TORCH_CHECK(points_per_level[l] >= 1 && points_per_level[l] <= INT32_MAX,
                     "points_per_level: expected counts of at least 1 and less than 2^31");
-    out.points[l] = static_cast<int>(points_per_level[l]);
+    out.points_per_level[l] = static_cast<int>(points_per_level[l]);
     points_total += points_per_level[l];
   }
   STD_TORCH_CHECK(points_total <= INT32_MAX / 4, "points_per_level: expected fewer than 2^29 points in all");

@@ -69,7 +69,7 @@ struct Problem {
     args.queries = static_cast<int>(points.first.shape(1));
     args.levels.count = static_cast<int>(points_per_level.size());
     for (int l = 0; l < args.levels.count; ++l) {
-      args.levels.points[l] = points_per_level[l];
+      args.levels.points_per_level[l] = points_per_level[l];
       args.levels.points_total += points_per_level[l];
       shapes_.insert(shapes_.end(), {levels[3 * l], levels[3 * l + 1]});
       starts_.push_back(levels[3 * l + 2]);

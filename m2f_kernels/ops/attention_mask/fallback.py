@@ -26,8 +26,8 @@ def resize_mask_features(mask_features: Tensor, sizes: Sequence[int]) -> list[Te
     pairs = list(zip(sizes[::2], sizes[1::2], strict=True))
     if mask_features.numel() == 0:
         return [mask_features.new_empty(*mask_features.shape[:2], h, w) for h, w in pairs]
-    exact = mask_features.to(accumulation_dtype(mask_features.dtype))
-    resized = (F.interpolate(exact, size=pair, mode="bilinear", align_corners=False) for pair in pairs)
+    features = mask_features.to(accumulation_dtype(mask_features.dtype))
+    resized = (F.interpolate(features, size=pair, mode="bilinear", align_corners=False) for pair in pairs)
     return [level.to(mask_features.dtype) for level in resized]
 
 

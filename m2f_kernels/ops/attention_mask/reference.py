@@ -29,9 +29,9 @@ def resize_mask_features(mask_features: Tensor, sizes: Sequence[int]) -> Tensor:
     if mask_features.numel() == 0:  # PyTorch refuses no channels
         total = sum(h * w for h, w in zip(sizes[::2], sizes[1::2], strict=True))
         return mask_features.new_empty(*mask_features.shape[:2], total)
-    exact = mask_features.to(accumulation_dtype(mask_features.dtype))
+    features = mask_features.to(accumulation_dtype(mask_features.dtype))
     levels = [
-        F.interpolate(exact, size=(h, w), mode="bilinear", align_corners=False).flatten(2)
+        F.interpolate(features, size=(h, w), mode="bilinear", align_corners=False).flatten(2)
         for h, w in zip(sizes[::2], sizes[1::2], strict=True)
     ]
     return torch.cat(levels, 2).to(mask_features.dtype)

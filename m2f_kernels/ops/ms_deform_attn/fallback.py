@@ -30,17 +30,17 @@ def _images(value: Tensor, levels: Sequence[int]) -> Sequence[Tensor]:
     return [value[..., start : start + size] for start, size in zip(starts, sizes, strict=True)]
 
 
-def _attend(value: Tensor, levels: Sequence[int], grid: Tensor, weights: Tensor, points: Sequence[int]) -> Tensor:
+def _attend(value: Tensor, levels: Sequence[int], grid: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
     """value [N, S, H, D], grid [N, Q, H, K, 2] in `grid_sample`'s coordinates, weights [N, Q, H, K] -> [N, Q, H*D]."""
     n, _, heads, d = value.shape
     q = weights.shape[1]
     sampled = []
     images = _images(value.permute(0, 2, 3, 1), levels)
-    for level, level_grid in enumerate(grid.transpose(1, 2).split(list(points), 3)):
+    for level, level_grid in enumerate(grid.transpose(1, 2).split(list(counts), 3)):
         h, w, _ = levels[3 * level : 3 * level + 3]
         image = images[level].reshape(n * heads, d, h, w)
         # Autograd of flatten would copy the gradient once more than that of reshape.
-        level_grid = level_grid.reshape(n * heads, q, points[level], 2)
+        level_grid = level_grid.reshape(n * heads, q, counts[level], 2)
         sampled.append(F.grid_sample(image, level_grid, align_corners=False))
     samples = sampled[0] if len(sampled) == 1 else torch.cat(sampled, -1)  # [N*H, D, Q, K]
     weights = weights.transpose(1, 2).reshape(n * heads, 1, q, -1)

@@ -100,18 +100,18 @@ def ms_deform_attn(
     n, _, heads, _ = value.shape
     levels = resolve_levels(spatial_shapes, level_start_index, value)
     count = levels.num_levels
-    locations, points = _flatten_points("sampling_locations", sampling_locations, count, points_per_level, ", 2")
+    locations, counts = _flatten_points("sampling_locations", sampling_locations, count, points_per_level, ", 2")
     weights, _ = _flatten_points("attention_weights", attention_weights, count, points_per_level, "")
     q = locations.shape[1]
-    check_shape("sampling_locations", locations, "[N, Q, H, K, 2]", (n, q, heads, sum(points), 2))
-    check_shape("attention_weights", weights, "[N, Q, H, K]", (n, q, heads, sum(points)))
+    check_shape("sampling_locations", locations, "[N, Q, H, K, 2]", (n, q, heads, sum(counts), 2))
+    check_shape("attention_weights", weights, "[N, Q, H, K]", (n, q, heads, sum(counts)))
     _check_heads(value)
     check_same_device("sampling_locations", locations, "value", value)
     check_same_device("attention_weights", weights, "value", value)
     value = autocast(value)
     if (plain := dispatch.plain("ms_deform_attn", value)) is not None:
-        return _PLAIN[plain].ms_deform_attn(value, read_levels(*levels), locations, weights, points)
-    return call("ms_deform_attn", value, *levels, locations, weights, points)
+        return _PLAIN[plain].ms_deform_attn(value, read_levels(*levels), locations, weights, counts)
+    return call("ms_deform_attn", value, *levels, locations, weights, counts)
 
 
 def ms_deform_attn_from_offsets(
@@ -151,14 +151,14 @@ def ms_deform_attn_from_offsets(
     n, _, heads, _ = value.shape
     levels = resolve_levels(spatial_shapes, level_start_index, value)
     count = levels.num_levels
-    offsets, points = _flatten_points("sampling_offsets", sampling_offsets, count, points_per_level, ", 2")
+    offsets, counts = _flatten_points("sampling_offsets", sampling_offsets, count, points_per_level, ", 2")
     if isinstance(attention_logits, Tensor) and attention_logits.dim() == 4:
         logits = check_floating("attention_logits", attention_logits, "[N, Q, H, K]")
     else:
         logits, _ = _flatten_points("attention_logits", attention_logits, count, points_per_level, "")
     q = offsets.shape[1]
-    check_shape("sampling_offsets", offsets, "[N, Q, H, K, 2]", (n, q, heads, sum(points), 2))
-    check_shape("attention_logits", logits, "[N, Q, H, K]", (n, q, heads, sum(points)))
+    check_shape("sampling_offsets", offsets, "[N, Q, H, K, 2]", (n, q, heads, sum(counts), 2))
+    check_shape("attention_logits", logits, "[N, Q, H, K]", (n, q, heads, sum(counts)))
     check_floating("reference_points", reference_points, "[N, Q, L, 2 or 4]")
     if reference_points.shape[-1] not in (2, 4):
         raise ValueError(
@@ -175,9 +175,9 @@ def ms_deform_attn_from_offsets(
     value = autocast(value)
     if (plain := dispatch.plain("ms_deform_attn_from_offsets", value)) is not None:
         return _PLAIN[plain].ms_deform_attn_from_offsets(
-            value, read_levels(*levels), reference_points, offsets, logits, points, offset_scale
+            value, read_levels(*levels), reference_points, offsets, logits, counts, offset_scale
         )
-    return call("ms_deform_attn_from_offsets", value, *levels, reference_points, offsets, logits, points, offset_scale)
+    return call("ms_deform_attn_from_offsets", value, *levels, reference_points, offsets, logits, counts, offset_scale)
 
 
 def _flatten_points(
@@ -193,16 +193,16 @@ def _flatten_points(
             )
         return tensor.flatten(3, 4), [host_size(tensor.shape[4])] * levels
     try:
-        points = list(points_per_level)
+        counts = list(points_per_level)
     except TypeError:
         raise TypeError(
             f"points_per_level: expected {levels} counts, one per level; got {describe(points_per_level)}"
         ) from None
-    if len(points) != levels or any(not isinstance(p, int) or p < 1 for p in points):
+    if len(counts) != levels or any(not isinstance(p, int) or p < 1 for p in counts):
         raise ValueError(
             f"points_per_level: expected {levels} counts of at least 1, one per level; got {describe(points_per_level)}"
         )
-    return check_floating(name, tensor, f"[N, Q, H, K{tail}]"), points
+    return check_floating(name, tensor, f"[N, Q, H, K{tail}]"), counts
 
 
 def _check_heads(value: Tensor) -> None:
@@ -231,11 +231,11 @@ def _ms_deform_attn_plain(
     level_start_index: Tensor | None,
     locations: Tensor,
     weights: Tensor,
-    points: list[int],
+    counts: list[int],
 ) -> Tensor:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     module = _plain_module("ms_deform_attn", value)
-    out: Tensor = module.ms_deform_attn(value, sizes, locations, weights, points)
+    out: Tensor = module.ms_deform_attn(value, sizes, locations, weights, counts)
     return out
 
 
@@ -247,14 +247,14 @@ def _ms_deform_attn_backward_plain(
     level_start_index: Tensor | None,
     locations: Tensor,
     weights: Tensor,
-    points: list[int],
+    counts: list[int],
     needs_value: bool,
     needs_sampling: bool,
 ) -> tuple[Tensor, ...]:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     module = _plain_module("ms_deform_attn", value, needs_value)
     return reference_gradients(
-        lambda v, x, a: module.ms_deform_attn(v, sizes, x, a, points),
+        lambda v, x, a: module.ms_deform_attn(v, sizes, x, a, counts),
         grad_output,
         [value, locations, weights],
         [needs_value, needs_sampling, needs_sampling],
@@ -269,13 +269,13 @@ def _from_offsets_plain(
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    points: list[int],
+    counts: list[int],
     offset_scale: float,
 ) -> Tensor:
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     module = _plain_module("ms_deform_attn_from_offsets", value)
     out: Tensor = module.ms_deform_attn_from_offsets(
-        value, sizes, reference_points, offsets, logits, points, offset_scale
+        value, sizes, reference_points, offsets, logits, counts, offset_scale
     )
     return out
 
@@ -289,7 +289,7 @@ def _from_offsets_backward_plain(
     reference_points: Tensor,
     offsets: Tensor,
     logits: Tensor,
-    points: list[int],
+    counts: list[int],
     offset_scale: float,
     needs_value: bool,
     needs_reference: bool,
@@ -298,7 +298,7 @@ def _from_offsets_backward_plain(
     sizes = read_levels(levels, spatial_shapes, level_start_index)
     module = _plain_module("ms_deform_attn_from_offsets", value, needs_value)
     return reference_gradients(
-        lambda v, r, o, a: module.ms_deform_attn_from_offsets(v, sizes, r, o, a, points, offset_scale),
+        lambda v, r, o, a: module.ms_deform_attn_from_offsets(v, sizes, r, o, a, counts, offset_scale),
         grad_output,
         [value, reference_points, offsets, logits],
         [needs_value, needs_reference, needs_sampling, needs_sampling],

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from m2f_kernels._dtypes import accumulation_dtype
-from m2f_kernels.ops.points.masks import chunk_bounds, exact, mask_bytes, product_chunks
+from m2f_kernels.ops.points.masks import chunk_bounds, in_accumulation_dtype, mask_bytes, product_chunks
 
 
 @torch.no_grad()
@@ -71,7 +71,7 @@ def backward(
     starts = list(itertools.accumulate(counts, initial=0))
     with torch.autocast(embed.device.type, enabled=False):
         for image in range(n):
-            features = exact(mask_features[image]).to(dtype)
+            features = in_accumulation_dtype(mask_features[image]).to(dtype)
             total = grad_features[image] if grad_features.dtype == dtype else embed.new_empty(c, h * w)
             grad_rows = embed.new_empty(counts[image], c)
             if counts[image] == 0:

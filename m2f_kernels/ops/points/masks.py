@@ -52,7 +52,7 @@ def multiply(embed: Tensor, features: Tensor, out: Tensor | None = None) -> Tens
         return torch.mm(embed, features, out=None if transformed() else out)  # torch.vmap knows no out=
 
 
-def exact(features: Tensor) -> Tensor:
+def in_accumulation_dtype(features: Tensor) -> Tensor:
     """One image's features [C, h, w] as [C, h*w] in the accumulation dtype: a view where they have it already."""
     return features.flatten(1).to(accumulation_dtype(features.dtype))
 
@@ -105,7 +105,7 @@ def product_chunks(
     features, held = None, -1
     for image, first, last in bounds:
         if features is None or image != held:
-            features, held = exact(mask_features[image]).to(dtype), image
+            features, held = in_accumulation_dtype(mask_features[image]).to(dtype), image
         logits = multiply(embed[first:last], features, out=buffer[: last - first])
         yield Chunk(image, first, embed[first:last], logits.view(-1, h, w))
 

@@ -18,7 +18,7 @@ from m2f_kernels._dtypes import without_autocast
 from m2f_kernels._triton import MAX_GRID, architecture, block_id, dot, in_parts, launch, rows_and_blocks
 from m2f_kernels.constants import ConstantCache
 from m2f_kernels.masks import Targets, grouped
-from m2f_kernels.ops.points.masks import CHUNK_BYTES, chunk_bounds, exact, mask_bytes, product_chunks
+from m2f_kernels.ops.points.masks import CHUNK_BYTES, chunk_bounds, in_accumulation_dtype, mask_bytes, product_chunks
 from m2f_kernels.ops.points.triton_bookkeeping import (
     criterion_losses,
     criterion_losses_backward,
@@ -484,7 +484,7 @@ def factored_point_mask_loss_backward(
                 if _tuning.CRITERION != "fused":
                     grad_embed[image].zero_()
                 continue
-            features = exact(mask_features[image])
+            features = in_accumulation_dtype(mask_features[image])
             gathered = grad_features[image] if grad_features.dtype == torch.float32 else embed.new_empty(c, h * w)
             for _, first, last in (chunk for chunk in bounds if chunk[0] == image):
                 here = slice(first, last)
