@@ -71,9 +71,9 @@ def test_the_page_is_followed_to_the_end(tree):
     """Its own tests, those that every operator is put to, and its benchmark."""
     tests = (
         "tests/ops/test_mask_area.py", "tests/fuzz", "tests/test_dispatch.py", "tests/test_fallbacks.py",
-        "tests/test_benchmarks.py", "tests/test_docs.py", "tests/test_plain_english.py", "benchmarks/test_operators.py",
+        "tests/test_benchmarks.py", "tests/test_docs.py", "benchmarks/test_operators.py",
     )  # fmt: skip
-    selected = "mask_area or registered_exists or has_a_row or reference_lists or plain_english"
+    selected = "mask_area or registered_exists or has_a_row or reference_lists"
     options = ("-n", "0", "-q", "--benchmark-disable", "-k", selected)
     found = run(tree, sys.executable, "-m", "pytest", *tests, *options)
     assert int(re.search(r"(\d+) passed", found)[1]) >= 90

@@ -67,7 +67,7 @@ def _one_key(
     key_ptr, value_ptr, bits_ptr, row_any_ptr, key_s, value_s, queries, masked, exists, place, num_words,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Which queries attend to one key, one bool for each; the key and its value."""
+    """One bool per query, true where it attends to one key; the key and its value."""
     attend = exists
     if MASKED:
         word = tl.load(bits_ptr + queries * num_words + place // _WORD, mask=queries < masked, other=0)
