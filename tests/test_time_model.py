@@ -95,6 +95,7 @@ SLOW_BARS = {
     "masks of 9 layers, 1024², fp32": 330,
     "masked_attention fp32": 148,
     "uncertain_points, 100 masks": 146,
+    "point_sample backward": 124,
 }
 
 

@@ -504,6 +504,20 @@ def points_kept(masks_: int = 100, selection: str = "histogram") -> tuple[list[K
         return triton_kernels(op.uncertain_points, arguments, _trips), 0
 
 
+#: Launches of PyTorch that sort points: four of a sort (`launches.KERNELS`), bounds, and their search.
+_SORTING = 6
+
+
+def points_gradient() -> tuple[list[Kernel], int]:
+    """Launches of `point_sample`'s gradient: 256 channels of a 256 x 256 map, 12544 points anywhere. Of PyTorch's sort
+    only the starts are modelled."""
+    from benchmarks import static
+    from m2f_kernels.ops.points import triton_sampling as op
+
+    given = static.meta(1, 256, 12544, dtype=torch.float32), static.meta(1, 12544, 2, dtype=torch.float32)
+    return triton_kernels(op.point_sample_backward, (*given, 256, 256), _trips), _SORTING
+
+
 #: Microseconds of forwards with other configurations on an H200: benchmarks/results/nvidia-h200/configurations.txt.
 #: (BLOCK_Q, BLOCK_K, warps, stages, waves) -> N=1 Q=100, N=2 Q=100, N=1 Q=200.
 CONFIGURATIONS = {
@@ -547,6 +561,7 @@ def _calls(nvcc: str | None) -> Iterator[tuple[str, float | None, Callable[[], t
         for (images, queries), time in zip(((1, 100), (2, 100), (1, 200)), times, strict=True):
             name = f"masked_attention bf16, N={images} Q={queries}, {change}"
             yield name, time, partial(attention, low, images, queries, settings)
+    yield "point_sample backward", 162.4, points_gradient
 
 
 def rows(nvcc: str | None, select: str = "") -> Iterator[Row]:
