@@ -195,8 +195,8 @@ def biased_backward(
     """The same of the two backward kernels. Larger tiles spill in the one of queries, on AMD in both."""
     channels = padded(d)
     if element_size == 4:
-        # Each spills with the other number of warps.
-        warps = 4 if device.capability in (86, 89, 120) else 8
+        # Each spills with another number of warps.
+        warps = 4 if device.capability in (86, 89, 120) else 16 if device.capability >= 90 and channels == 32 else 8
         config = {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": warps, "num_stages": 1}
     else:
         queries = 64 if channels <= 32 and device.capability // 10 != 10 else 32
