@@ -45,7 +45,7 @@ class Problem:
     run: Callable[[], tuple[Tensor, ...]]
 
 
-def problems(capability: int, device: torch.device) -> Iterator[Problem]:
+def problems(device: torch.device) -> Iterator[Problem]:
     """Every kernel that has a table, for the sizes that models use."""
     g = torch.Generator(device).manual_seed(0)
     for dtype in _TOLERANCE:
@@ -74,7 +74,7 @@ def problems(capability: int, device: torch.device) -> Iterator[Problem]:
                 )
                 output, logsumexp = torch.ops.m2f.masked_attention(*inputs, d**-0.5)
                 saved = (torch.ones_like(output), *inputs, output, logsumexp)
-                default = attention_configs.default_backward(capability, size, q, d)
+                default = attention_configs.default_backward(size, q, d)
                 yield Problem(
                     attention_configs.BACKWARD,
                     key,
@@ -108,22 +108,22 @@ def batches(found: Iterator[Problem], size: int = 8) -> list[Batch]:
     return parts
 
 
-def compile_batch(batch: Batch, capability: int, device: str) -> None:
+def compile_batch(batch: Batch, device: str) -> None:
     """Call the operator with each of the candidates. A candidate that fails here is reported when it is measured."""
     index, candidates = batch
-    problem = next(islice(problems(capability, torch.device(device)), index, None))
+    problem = next(islice(problems(torch.device(device)), index, None))
     for candidate in candidates:
         # Whatever Triton raises: too much shared memory, an assembler that gives up. `fastest` meets it again.
         with _tuning.forced(problem.kernel, problem.key, candidate), contextlib.suppress(Exception):
             problem.run()
 
 
-def compile_ahead(parts: Sequence[Batch], capability: int, device: str, jobs: int, log: Callable[[str], None]) -> None:
+def compile_ahead(parts: Sequence[Batch], device: str, jobs: int, log: Callable[[str], None]) -> None:
     """Fill Triton's cache from `jobs` processes; without it the same is compiled later, one kernel after another."""
     total, done = sum(len(candidates) for _, candidates in parts), 0
     failures = []
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting = {pool.submit(compile_batch, part, capability, device): len(part[1]) for part in parts}
+        waiting = {pool.submit(compile_batch, part, device): len(part[1]) for part in parts}
         for future in as_completed(waiting):
             if error := future.exception():  # a process ran out of memory, or died with its compiler
                 failures.append(f"{type(error).__name__}: {error}")
@@ -196,9 +196,9 @@ def main() -> int:
     major, minor = torch.cuda.get_device_capability()
     capability = 10 * major + minor
     path = options.output or _tuning.DIRECTORY / f"sm_{capability}.json"
-    compile_ahead(batches(problems(capability, torch.device("cuda"))), capability, "cuda", options.jobs, print)
+    compile_ahead(batches(problems(torch.device("cuda"))), "cuda", options.jobs, print)
     wrong = []
-    for problem in problems(capability, torch.device("cuda")):
+    for problem in problems(torch.device("cuda")):
         best, right = fastest(problem, milliseconds, print)
         if not right:
             wrong.append(f"{problem.kernel}, {problem.key}")

@@ -71,7 +71,7 @@ def test_candidates(element_size, q):
     lists = [mask_configs.candidates(element_size, q)]
     for d in (16, 32, 64, 128):
         lists.append(configs.candidates(configs.default_forward(element_size, q, d)))
-        lists.append(configs.candidates(configs.default_backward(90, element_size, q, d)))
+        lists.append(configs.candidates(configs.default_backward(element_size, q, d)))
     for found in lists:
         assert len(found) > 5
         assert all(one.keys() == found[0].keys() for one in found)
@@ -88,7 +88,7 @@ def test_one_key_has_one_default(element_size):
         for d in (8, 16, 20, 32, 64, 128):
             key = configs.key(element_size, q, d)
             found.setdefault((key, "forward"), []).append(configs.default_forward(element_size, q, d))
-            found.setdefault((key, "backward"), []).append(configs.default_backward(90, element_size, q, d))
+            found.setdefault((key, "backward"), []).append(configs.default_backward(element_size, q, d))
     for key, defaults in found.items():
         assert all(one == defaults[0] for one in defaults), key
 
@@ -121,7 +121,7 @@ def test_the_fastest_right_candidate_wins():
 
 def test_batches_name_every_kernel_once():
     """`waves` alone makes no other kernel."""
-    default = configs.default_backward(90, 2, 100, 32)
+    default = configs.default_backward(2, 100, 32)
     problems = [tune.Problem("k", str(d), configs.candidates({**default, "BLOCK_Q": d}), tuple) for d in (64, 128)]
     parts = tune.batches(iter(problems))
     assert {index for index, _ in parts} == {0, 1}
@@ -137,7 +137,7 @@ def test_candidates_are_compiled_in_other_processes():
     """On CPU nothing is compiled, but the operators are called the same way."""
     default = mask_configs.default(4, 20)
     lines = []
-    tune.compile_ahead([(0, [default, default]), (1, [default])], 90, "cpu", 2, lines.append)
+    tune.compile_ahead([(0, [default, default]), (1, [default])], "cpu", 2, lines.append)
     assert len(lines) == 2
     assert lines[-1] == "tried 3 of 3 candidates"
 
@@ -153,14 +153,14 @@ def test_a_candidate_that_fails_stops_no_other(monkeypatch):
 
     candidates = [{"i": i} for i in range(3)]
     monkeypatch.setattr(tune, "problems", lambda *_: iter([tune.Problem("k", "x", candidates, run)]))
-    tune.compile_batch((0, candidates), 90, "cpu")
+    tune.compile_batch((0, candidates), "cpu")
     assert tried == [0, 1, 2]
 
 
 def test_compiling_that_fails_is_named():
     """It is done again later, one by one: slower, not wrong."""
     lines = []
-    tune.compile_ahead([(0, [{}, {}])], 90, "no such device", 1, lines.append)
+    tune.compile_ahead([(0, [{}, {}])], "no such device", 1, lines.append)
     assert len(lines) == 1
     assert lines[0].startswith("2 candidates wait until they are measured: RuntimeError: ")
 
@@ -181,7 +181,7 @@ def test_problems_are_calls_of_the_operators(monkeypatch):
     monkeypatch.setattr(tune, "CHANNELS", 8)
     monkeypatch.setattr(tune, "HEADS", 1)
     seen = set()
-    for problem in tune.problems(90, torch.device("cpu")):
+    for problem in tune.problems(torch.device("cpu")):
         result = problem.run()
         outputs = result if isinstance(result, tuple) else (result,)
         assert tune.agree(outputs, problem.run())

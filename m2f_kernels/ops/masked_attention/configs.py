@@ -64,7 +64,7 @@ def default_forward(element_size: int, num_queries: int, d: int) -> Configuratio
     }
 
 
-def default_backward(capability: int, element_size: int, num_queries: int, d: int) -> Configuration:
+def default_backward(element_size: int, num_queries: int, d: int) -> Configuration:
     """Heuristic. Keys are the rows of every product but dQ's.
 
     With 32 channels two blocks of 64 queries are faster than one of 128, which spills with most versions of Triton.
@@ -130,7 +130,7 @@ def backward(
     device: Architecture, version: tuple[int, int], element_size: int, num_queries: int, d: int
 ) -> Configuration:
     """The configuration to launch with; `version` is Triton's."""
-    default = default_backward(device.capability, element_size, num_queries, d)
+    default = default_backward(element_size, num_queries, d)
     default = _fitted(device, version, default, element_size, padded(d))
     return _tuning.configuration(device.capability, BACKWARD, key(element_size, num_queries, d), default)
 

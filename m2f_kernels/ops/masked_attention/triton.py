@@ -198,6 +198,18 @@ def _store_forward(
 
 
 @triton.jit
+def _add_key(scores, attend, v, maximum, total, acc):
+    """A step of online softmax with one key: its score for each query, in base 2, and its value."""
+    new_maximum = tl.maximum(maximum, scores)
+    shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+    weights = tl.exp2(scores - shift)
+    decay = tl.exp2(maximum - shift)
+    total = total * decay + weights
+    acc = acc * decay[:, None] + tl.where(attend[:, None], weights[:, None] * v, 0.0)
+    return new_maximum, total, acc
+
+
+@triton.jit
 def _forward_one_by_one(
     query, key, value, bits, rows, exists, empty, query_q, key_s, value_s, first_query, num_queries, first_key, end,
     num_words, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
@@ -216,13 +228,7 @@ def _forward_one_by_one(
         v = _load_row(value, j, value_s, D, BLOCK_D)
         q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D).to(tl.float32)
         scores = tl.where(attend, tl.sum(q * k, axis=1) * scale_log2, float("-inf"))
-        new_maximum = tl.maximum(maximum, scores)
-        shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-        weights = tl.exp2(scores - shift)
-        decay = tl.exp2(maximum - shift)
-        total = total * decay + weights
-        acc = acc * decay[:, None] + tl.where(attend[:, None], weights[:, None] * v, 0.0)
-        maximum = new_maximum
+        maximum, total, acc = _add_key(scores, attend, v, maximum, total, acc)
     return maximum, total, acc
 
 

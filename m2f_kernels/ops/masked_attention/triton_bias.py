@@ -21,6 +21,7 @@ from m2f_kernels._triton import MAX_GRID, VERSION, architecture, contiguous_last
 from m2f_kernels.masks import WORD
 from m2f_kernels.ops.masked_attention import configs
 from m2f_kernels.ops.masked_attention.triton import (
+    _add_key,
     _any_non_finite,
     _combine_kernel,
     _expand,
@@ -190,13 +191,7 @@ def _biased_forward_one_by_one(
             bias = _bias_of(by_row_ptr, row_q, queries, exists, row, row_k)
             bias += _bias_of(by_column_ptr, column_q, queries, exists, column, column_k)
             scores = tl.where(attend, tl.sum(q * k, axis=1) * scale_log2 + bias, float("-inf"))
-            new_maximum = tl.maximum(maximum, scores)
-            shift = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            weights = tl.exp2(scores - shift)
-            decay = tl.exp2(maximum - shift)
-            total = total * decay + weights
-            acc = acc * decay[:, None] + tl.where(attend[:, None], weights[:, None] * v, 0.0)
-            maximum = new_maximum
+            maximum, total, acc = _add_key(scores, attend, v, maximum, total, acc)
     return maximum, total, acc
 
 

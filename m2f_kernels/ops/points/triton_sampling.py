@@ -54,17 +54,24 @@ def axis(coordinate, size):
 
 
 @triton.jit
-def bilinear(plane, x, y, height, width, inside, id=0, MAP: tl.constexpr = False):
-    """Samples of dense planes at points where `inside`; zero elsewhere. Bytes are masks: any value but 0 is 1.
-
-    MAP: a pixel is 1 where it holds `id`, else 0.
-    """
+def _corners(plane, x, y, height, width, inside):
+    """Address of the pixel above and left of points, the fractions beyond it, and which columns and rows exist."""
     column, fx, in_x = axis(x, width)
     row, fy, in_y = axis(y, height)
     inside = inside & in_x & in_y
     at = plane + row * width + column
     left, right = inside & (column >= 0), inside & (column + 1 < width)
     top, bottom = row >= 0, row + 1 < height
+    return at, fx, fy, left, right, top, bottom
+
+
+@triton.jit
+def bilinear(plane, x, y, height, width, inside, id=0, MAP: tl.constexpr = False):
+    """Samples of dense planes at points where `inside`; zero elsewhere. Bytes are masks: any value but 0 is 1.
+
+    MAP: a pixel is 1 where it holds `id`, else 0.
+    """
+    at, fx, fy, left, right, top, bottom = _corners(plane, x, y, height, width, inside)
     a = tl.load(at, mask=left & top, other=0)
     b = tl.load(at + 1, mask=right & top, other=0)
     c = tl.load(at + width, mask=left & bottom, other=0)
@@ -127,12 +134,7 @@ def bilinear_runs(ends, count, run_height, x, y, height, width, inside, steps):
 @triton.jit
 def scatter(plane, x, y, height, width, gradient, inside):
     """Adds the terms of fixed-point gradients to planes of int64."""
-    column, fx, in_x = axis(x, width)
-    row, fy, in_y = axis(y, height)
-    inside = inside & in_x & in_y
-    at = plane + row * width + column
-    left, right = inside & (column >= 0), inside & (column + 1 < width)
-    top, bottom = row >= 0, row + 1 < height
+    at, fx, fy, left, right, top, bottom = _corners(plane, x, y, height, width, inside)
     upper, lower = gradient * (1 - fy), gradient * fy
     tl.atomic_add(at, fixed(upper * (1 - fx)), mask=left & top, sem="relaxed")
     tl.atomic_add(at + 1, fixed(upper * fx), mask=right & top, sem="relaxed")
