@@ -802,3 +802,30 @@ def test_on_a_gpu(model):
         x = torch.randn(n, 4, device="cuda")
         assert torch.equal(graphs(x)["y"], model(x)["y"])
     assert graphs.captures == 2
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_threads_with_streams_of_their_own(model):
+    """Graphs share their memory, so that a replay waits for the one before it, on whatever stream that was."""
+    graphs = CudaGraphs(model.cuda(), entries=2)
+    inputs = [torch.randn(n, 4, device="cuda") for n in (1, 2, 3)]
+    with torch.no_grad():
+        expected = [model(x)["y"] for x in inputs]
+    torch.cuda.synchronize()
+    wrong = []
+
+    @torch.no_grad()
+    def work(order):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [(i, graphs(inputs[i])["y"]) for i in order * 20]
+        torch.cuda.synchronize()
+        wrong.extend(i for i, y in found if not torch.equal(y, expected[i]))
+
+    threads = [threading.Thread(target=work, args=([i % 3, (i + 1) % 3],)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert graphs.reason is None

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import threading
 
 import pytest
 import torch
@@ -207,6 +208,25 @@ def test_hooks_see_convolution_and_norm_apart():
     given = pixels.clone(memory_format=torch.channels_last)
     assert torch.equal(seen[0], convolution._conv_forward(given, convolution.weight, convolution.bias))
     handle.remove()
+
+
+def test_threads_fold_at_once():
+    model, pixels = backbone(), torch.randn(1, 3, 64, 64)
+    expected, found = unfolded(model, pixels), []
+
+    @torch.no_grad()
+    def work():
+        found.append(model(pixels))
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4
+    for maps in found:
+        for a, b in zip(maps, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 * float(b.abs().max()))
 
 
 def test_folded_weights_are_not_saved():
