@@ -33,20 +33,27 @@ def synchronise_batch_norm(model: Mask2Former, device: torch.device) -> None:
 
 
 class Losses(nn.Module):
-    """The weighted losses of `model` by name; with `graphs` its passes are replayed, and matching and loss run between.
+    """The weighted losses of `model` [number of losses]; with `graphs` its passes are replayed, and matching and loss
+    run between.
 
-    It returns nothing else: DistributedDataParallel copies all results of its module, and mask features are large.
+    It returns nothing else: DistributedDataParallel copies each result of its module, and mask features are large.
+
+    Attributes:
+        names: those of the losses of the last call.
     """
 
     def __init__(self, model: Mask2Former, graphs: CudaGraphs | None = None) -> None:
         super().__init__()
         self.model, self.graphs = model, graphs
+        self.names: list[str] = []
 
-    def forward(self, pixels: Tensor, targets: Targets) -> dict[str, Tensor]:
-        if self.graphs is not None:
-            return losses_of(self.model.criterion, self.graphs(pixels).predictions, targets)
-        losses: dict[str, Tensor] = self.model(pixels, targets).losses
-        return losses
+    def forward(self, pixels: Tensor, targets: Targets) -> Tensor:
+        if self.graphs is None:
+            losses: dict[str, Tensor] = self.model(pixels, targets).losses
+        else:
+            losses = losses_of(self.model.criterion, self.graphs(pixels).predictions, targets)
+        self.names = list(losses)
+        return torch.stack(list(losses.values()))
 
 
 def parallelise(losses: Losses, kind: str, device: torch.device) -> nn.Module:
@@ -58,10 +65,10 @@ def parallelise(losses: Losses, kind: str, device: torch.device) -> nn.Module:
     synchronise_batch_norm(model, device)
     if kind == "ddp":
         # A batch without targets leaves the mask head without gradients. Gradients are exchanged outside of graphs.
-        # Frozen statistics are the same everywhere; writing them would make what is computed from them invalid.
-        return DistributedDataParallel(
-            losses, find_unused_parameters=True, broadcast_buffers=not model.config.frozen_batch_norm
-        )
+        parallel = DistributedDataParallel(losses, find_unused_parameters=True)
+        # Frozen statistics are sent once. To write them in every step would make what is computed from them invalid.
+        parallel.broadcast_buffers = not model.config.frozen_batch_norm
+        return parallel
     for tensor in model.state_dict().values():
         dist.broadcast(tensor, 0)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))

@@ -29,7 +29,6 @@ from torch.utils.tensorboard import SummaryWriter
 
 from m2f_kernels import CudaGraphs
 from m2f_model.config import Mask2FormerConfig
-from m2f_model.criterion import total_loss
 from m2f_model.data import Batch, Batches, Dataset, Guarded, Relabelled, Steps, identity
 from m2f_model.evaluate import evaluate, evaluate_semantic
 from m2f_model.files import remove_leftovers, write_atomically
@@ -317,10 +316,10 @@ class Trainer:
         model.to(self.process.device).train()
         model.set_activation_checkpointing(recipe.activation_checkpointing)
         self.graphs = CudaGraphs(model, training=True, clone=False) if recipe.cuda_graphs else None
-        losses = Losses(model, self.graphs)
-        self.parallel: nn.Module = losses
+        self._losses = Losses(model, self.graphs)
+        self.parallel: nn.Module = self._losses
         if self.process.world_size > 1:
-            self.parallel = parallelise(losses, recipe.parallel, self.process.device)
+            self.parallel = parallelise(self._losses, recipe.parallel, self.process.device)
         self.sharded = self.process.world_size > 1 and recipe.parallel == "fsdp"
         self.optimizer = build_optimizer(model, recipe)
         self.dtype = AUTOCAST[recipe.autocast]
@@ -435,11 +434,14 @@ class Trainer:
         statistics = self._statistics()
         with torch.autocast(device.type, self.dtype, enabled=self.dtype is not None):
             out = self.parallel(pixels, targets)
-        losses = out.losses if self.sharded else out
+        if self.sharded:
+            losses, total = out.losses, training_loss(out.losses, out.masks)
+        else:
+            losses, total = dict(zip(self._losses.names, out.detach().unbind(), strict=True)), out.sum()
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.recipe.learning_rate(self.step)
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(training_loss(losses, out.masks) if self.sharded else total_loss(losses)).backward()
+        self.scaler.scale(total).backward()
         self.scaler.unscale_(self.optimizer)
         norm = whole(nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip))
         self.scaler.step(self.optimizer)
