@@ -306,7 +306,7 @@ def per_sample(function: Callable[..., Any], arguments: tuple[Any, ...]) -> floa
     from benchmarks import static
 
     ((launch, compiled, _),) = static.compiled_launches(function, arguments)
-    n, queries, heads = launch.arguments["value"].shape[0], launch.arguments["queries"], launch.arguments["HEADS"]
+    n, queries, heads = launch.arguments["value_ptr"].shape[0], launch.arguments["queries"], launch.arguments["HEADS"]
     samples = n * queries * heads * launch.arguments["FIRST"][-1]
     return longest_path(compiled.asm["sass"]) * launch.num_warps * math.prod(launch.grid) / samples
 
