@@ -16,6 +16,7 @@ from m2f_kernels._triton import (
     in_parts,
     launch,
     rows_and_blocks,
+    strides,
 )
 from m2f_kernels.masks import WORD, empty_flags
 from m2f_kernels.ops.attention_mask import configs
@@ -28,14 +29,14 @@ _WORD = tl.constexpr(WORD)
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_words"])
 def _pack_kernel(
-    mask, bits, row_any, stride_n, stride_q, stride_s, num_queries, num_keys, num_words,
+    mask_ptr, bits_ptr, row_any_ptr, stride_n, stride_q, stride_s, num_queries, num_keys, num_words,
     IS_BOOL: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """One program packs WORDS words of one row."""
     row = tl.program_id(0).to(tl.int64)
     words = block_id() * WORDS + tl.arange(0, WORDS)
     keys = words[:, None] * _WORD + tl.arange(0, _WORD)[None, :]
-    start = mask + (row // num_queries) * stride_n + (row % num_queries) * stride_q
+    start = mask_ptr + (row // num_queries) * stride_n + (row % num_queries) * stride_q
     value = tl.load(start + keys.to(tl.int64) * stride_s, mask=keys < num_keys, other=0)
     if IS_BOOL:
         attend = value != 0
@@ -44,9 +45,9 @@ def _pack_kernel(
         attend = (value.to(tl.float32) < 0) == 0
     attend = attend & (keys < num_keys)
     packed = tl.sum(attend.to(tl.int32) << tl.arange(0, _WORD)[None, :], axis=1)
-    tl.store(bits + row * num_words + words, packed, mask=words < num_words)
+    tl.store(bits_ptr + row * num_words + words, packed, mask=words < num_words)
     if tl.max((packed != 0).to(tl.int32), axis=0) != 0:
-        tl.store(row_any + row, True)
+        tl.store(row_any_ptr + row, True)
 
 
 def pack_attention_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,8 +61,8 @@ def pack_attention_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
     block = min(triton.next_power_of_2(words), 32)
     grid = rows_and_blocks(n * q, triton.cdiv(words, block))
     launch(
-        _pack_kernel, grid, mask, bits, row_any, *mask.stride(), q, s, words,
-        IS_BOOL=mask.dtype == torch.bool, WORDS=block, num_warps=4,
+        _pack_kernel, grid, mask_ptr=mask, bits_ptr=bits, row_any_ptr=row_any, **strides("stride", mask, "nqs"),
+        num_queries=q, num_keys=s, num_words=words, IS_BOOL=mask.dtype == torch.bool, WORDS=block, num_warps=4,
     )  # fmt: skip
     return bits, row_any
 
@@ -71,7 +72,7 @@ def pack_attention_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_words"])
 def _predict_kernel(
-    embed, features, bits, row_any, embed_n, embed_q, embed_c, features_n, features_c, features_s,
+    embed_ptr, features_ptr, bits_ptr, row_any_ptr, embed_n, embed_q, embed_c, features_n, features_c, features_s,
     num_queries, num_keys, num_words, C: tl.constexpr,
     BLOCK_S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -80,8 +81,8 @@ def _predict_kernel(
     keys = tl.program_id(0) * BLOCK_S + tl.arange(0, BLOCK_S)
     queries = tl.program_id(1) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     channels = tl.arange(0, BLOCK_C)
-    embed_at = embed + n * embed_n + queries.to(tl.int64)[:, None] * embed_q + channels[None, :] * embed_c
-    features_at = features + n * features_n + channels.to(tl.int64)[:, None] * features_c
+    embed_at = embed_ptr + n * embed_n + queries.to(tl.int64)[:, None] * embed_q + channels[None, :] * embed_c
+    features_at = features_ptr + n * features_n + channels.to(tl.int64)[:, None] * features_c
     features_at += keys.to(tl.int64)[None, :] * features_s
     logits = tl.zeros((BLOCK_S, BLOCK_Q), tl.float32)
     for start in range(0, C, BLOCK_C):
@@ -102,10 +103,10 @@ def _predict_kernel(
     words = tl.program_id(0) * (BLOCK_S // _WORD) + tl.arange(0, BLOCK_S // _WORD)
     rows = n * num_queries + queries
     stored = (words[:, None] < num_words) & (queries[None, :] < num_queries)
-    tl.store(bits + rows[None, :] * num_words + words[:, None], packed, mask=stored)
+    tl.store(bits_ptr + rows[None, :] * num_words + words[:, None], packed, mask=stored)
     some = tl.max((packed != 0).to(tl.int32), axis=0) != 0
     # Every program that stores here stores True: no atomics.
-    tl.store(row_any + rows, some, mask=some & (queries < num_queries))
+    tl.store(row_any_ptr + rows, some, mask=some & (queries < num_queries))
 
 
 def predict_attention_mask(mask_embed: Tensor, level_features: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +131,9 @@ def predict_attention_mask_with_flags(mask_embed: Tensor, level_features: Tensor
         return bits
     launch(
         _predict_kernel, (triton.cdiv(s, config["BLOCK_S"]), triton.cdiv(q, config["BLOCK_Q"]), n),
-        mask_embed, level_features, bits, row_any, *mask_embed.stride(), *level_features.stride(),
-        q, s, bits.shape[2], C=c, **config,
+        embed_ptr=mask_embed, features_ptr=level_features, bits_ptr=bits, row_any_ptr=row_any,
+        **strides("embed", mask_embed, "nqc"), **strides("features", level_features, "ncs"),
+        num_queries=q, num_keys=s, num_words=bits.shape[2], C=c, **config,
     )  # fmt: skip
     return bits
 
@@ -141,7 +143,7 @@ def predict_attention_mask_with_flags(mask_embed: Tensor, level_features: Tensor
 
 @triton.jit(do_not_specialize=["num_flags", "start_2", "start_4", "start_8"])
 def _shrink_kernel(
-    features, out, flags, stride_n, stride_c, stride_h, num_channels, groups, width, total, num_flags,
+    features_ptr, out_ptr, flags_ptr, stride_n, stride_c, stride_h, num_channels, groups, width, total, num_flags,
     start_2, start_4, start_8, GROUP: tl.constexpr, BLOCK_W: tl.constexpr, FLAGS: tl.constexpr,
 ):  # fmt: skip
     """One program reads GROUP rows of one channel and writes the rows of every level that depend on them.
@@ -153,7 +155,7 @@ def _shrink_kernel(
     """
     plane = (tl.program_id(0) // groups).to(tl.int64)
     group = tl.program_id(0) % groups
-    start = features + (plane // num_channels) * stride_n + (plane % num_channels) * stride_c
+    start = features_ptr + (plane // num_channels) * stride_n + (plane % num_channels) * stride_c
     start += (group * GROUP).to(tl.int64) * stride_h
     columns = tl.program_id(1) * BLOCK_W + tl.arange(0, BLOCK_W)
     if FLAGS:
@@ -161,21 +163,21 @@ def _shrink_kernel(
             step = tl.num_programs(0).to(tl.int64) * FLAGS
             for first in range(tl.program_id(0).to(tl.int64) * FLAGS, num_flags, step):
                 at = first + tl.arange(0, FLAGS)
-                tl.store(flags + at, tl.zeros((FLAGS,), tl.int1), mask=at < num_flags)
-    out += plane * total
+                tl.store(flags_ptr + at, tl.zeros((FLAGS,), tl.int1), mask=at < num_flags)
+    out_ptr += plane * total
     if start_2 >= 0:
-        _shrink(start, out + start_2, stride_h, columns, group, width, 2, GROUP, BLOCK_W)
+        _shrink(start, out_ptr + start_2, stride_h, columns, group, width, 2, GROUP, BLOCK_W)
     if GROUP >= 4:
         if start_4 >= 0:
-            _shrink(start, out + start_4, stride_h, columns, group, width, 4, GROUP, BLOCK_W)
+            _shrink(start, out_ptr + start_4, stride_h, columns, group, width, 4, GROUP, BLOCK_W)
     if GROUP >= 8:
         if start_8 >= 0:
-            _shrink(start, out + start_8, stride_h, columns, group, width, 8, GROUP, BLOCK_W)
+            _shrink(start, out_ptr + start_8, stride_h, columns, group, width, 8, GROUP, BLOCK_W)
 
 
 @triton.jit
 def _shrink(
-    start, out, stride_h, columns, group, width, RATIO: tl.constexpr, GROUP: tl.constexpr, BLOCK_W: tl.constexpr
+    start_ptr, out_ptr, stride_h, columns, group, width, RATIO: tl.constexpr, GROUP: tl.constexpr, BLOCK_W: tl.constexpr
 ):  # fmt: skip
     """The rows that one level has of a group; each reads its two centre rows whole, in order."""
     inside = columns < width
@@ -183,17 +185,17 @@ def _shrink(
     centre = (column == RATIO // 2 - 1) | (column == RATIO // 2)
     to = tl.program_id(1) * (BLOCK_W // RATIO) + tl.arange(0, BLOCK_W // RATIO)
     for i in tl.static_range(GROUP // RATIO):
-        upper = start + (i * RATIO + RATIO // 2 - 1) * stride_h + columns
+        upper = start_ptr + (i * RATIO + RATIO // 2 - 1) * stride_h + columns
         sums = tl.load(upper, mask=inside, other=0.0).to(tl.float32)
         sums += tl.load(upper + stride_h, mask=inside, other=0.0).to(tl.float32)
         means = tl.sum(tl.reshape(tl.where(centre, sums, 0.0), (BLOCK_W // RATIO, RATIO)), axis=1) * 0.25
-        row = out + (group * (GROUP // RATIO) + i) * (width // RATIO)
-        tl.store(row + to, means.to(out.dtype.element_ty), mask=to < width // RATIO)
+        row = out_ptr + (group * (GROUP // RATIO) + i) * (width // RATIO)
+        tl.store(row + to, means.to(out_ptr.dtype.element_ty), mask=to < width // RATIO)
 
 
 @triton.jit
 def _interpolate_kernel(
-    features, out, stride_n, stride_c, stride_h, stride_w, num_channels, height, width, h, w, start, total,
+    features_ptr, out_ptr, stride_n, stride_c, stride_h, stride_w, num_channels, height, width, h, w, start, total,
     WIDE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program writes BLOCK pixels of one channel of one level: bilinear, any size."""
@@ -202,7 +204,7 @@ def _interpolate_kernel(
     y, dy, below = _coordinate(pixels // w, height, h, WIDE)
     x, dx, right = _coordinate(pixels % w, width, w, WIDE)
     inside = pixels < h * w
-    at = features + (plane // num_channels) * stride_n + (plane % num_channels) * stride_c
+    at = features_ptr + (plane // num_channels) * stride_n + (plane % num_channels) * stride_c
     at = at + y.to(tl.int64) * stride_h + x.to(tl.int64) * stride_w
     below = below.to(tl.int64) * stride_h
     right = right.to(tl.int64) * stride_w
@@ -213,7 +215,7 @@ def _interpolate_kernel(
     top = (1 - dx) * top_left + dx * top_right
     bottom = (1 - dx) * bottom_left + dx * bottom_right
     value = (1 - dy) * top + dy * bottom
-    tl.store(out + plane * total + start + pixels, value.to(out.dtype.element_ty), mask=inside)
+    tl.store(out_ptr + plane * total + start + pixels, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -267,8 +269,8 @@ def _resize(mask_features: Tensor, sizes: list[int], flags: Tensor | None) -> Te
             block = min(triton.next_power_of_2(h * w), 512)
             grid = rows_and_blocks(n * c, triton.cdiv(h * w, block))
             launch(
-                _interpolate_kernel, grid, features, out, *features.stride(),
-                c, height, width, h, w, start, total,
+                _interpolate_kernel, grid, features_ptr=features, out_ptr=out, **strides("stride", features, "nchw"),
+                num_channels=c, height=height, width=width, h=h, w=w, start=start, total=total,
                 WIDE=2 * max(h * height, w * width) >= 2**31, BLOCK=block, num_warps=4,
             )  # fmt: skip
     if flags is not None and not shrunk:
@@ -283,9 +285,10 @@ def _resize(mask_features: Tensor, sizes: list[int], flags: Tensor | None) -> Te
         # 16 bytes per thread and row.
         warps = min(max(block * features.element_size() // 512, 1), 4)
         launch(
-            _shrink_kernel, (n * c * (height // group), triton.cdiv(width, block)), features, out,
-            out if flags is None else flags, *features.stride()[:3], c, height // group, width, total,
-            num_flags, *(shrunk.get(r, -1) for r in (2, 4, 8)),
+            _shrink_kernel, (n * c * (height // group), triton.cdiv(width, block)),
+            features_ptr=features, out_ptr=out, flags_ptr=out if flags is None else flags,
+            **strides("stride", features, "nch"), num_channels=c, groups=height // group, width=width, total=total,
+            num_flags=num_flags, **{f"start_{ratio}": shrunk.get(ratio, -1) for ratio in (2, 4, 8)},
             GROUP=group, BLOCK_W=block, FLAGS=0 if flags is None else 256, num_warps=warps,
         )  # fmt: skip
     return out
