@@ -30,7 +30,13 @@ def cacheable(tensor: Tensor) -> bool:
         or type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor)
         or transformed()
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+        # What is made of a real tensor in such a mode is fake, and of no use later.
+        or (not isinstance(tensor, FakeTensor) and _fake_mode_is_on())
     )
+
+
+def _fake_mode_is_on() -> bool:
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
 def capturing(device: torch.device) -> bool:

@@ -19,5 +19,5 @@ def linear_relu(linear: nn.Module, x: Tensor) -> Tensor:
     if not own or not x.is_cuda or torch.is_grad_enabled() or torch.is_autocast_enabled("cuda"):
         return F.relu(linear(x), inplace=not hooked)  # a hook may keep what it sees
     assert isinstance(linear, nn.Linear)
-    found: Tensor = torch._addmm_activation(linear.bias, x.flatten(0, -2), linear.weight.t())
-    return found.view(*x.shape[:-1], -1)
+    found: Tensor = torch._addmm_activation(linear.bias, x.reshape(-1, x.shape[-1]), linear.weight.t())
+    return found.view(*x.shape[:-1], linear.out_features)
