@@ -16,20 +16,20 @@ _ELEMENTS = 2048
 
 
 @triton.jit
-def _softmax_of_rows(logits, row, inside, num_classes, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def _softmax_of_rows(logits_ptr, row, inside, num_classes, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """The largest logit of each row, and the sum of exponentials above it; NaN where a logit is NaN."""
     largest = tl.full((BLOCK_R,), float("-inf"), tl.float32)
     for start in range(0, num_classes, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         read = inside[:, None] & (c < num_classes)[None, :]
-        x = tl.load(logits + row[:, None] * num_classes + c[None, :], mask=read, other=float("-inf"))
+        x = tl.load(logits_ptr + row[:, None] * num_classes + c[None, :], mask=read, other=float("-inf"))
         largest = tl.maximum(largest, tl.max(x, axis=1))
     largest = tl.where(inside, largest, 0.0)
     total = tl.zeros((BLOCK_R,), tl.float32)
     for start in range(0, num_classes, BLOCK_C):
         c = start + tl.arange(0, BLOCK_C)
         read = inside[:, None] & (c < num_classes)[None, :]
-        x = tl.load(logits + row[:, None] * num_classes + c[None, :], mask=read, other=float("-inf"))
+        x = tl.load(logits_ptr + row[:, None] * num_classes + c[None, :], mask=read, other=float("-inf"))
         total += tl.sum(tl.exp(x - largest[:, None]), axis=1)
     return largest, tl.where(inside, total, 1.0)
 
@@ -44,8 +44,9 @@ def _blocks(classes: int) -> dict[str, int]:
 
 @triton.jit(do_not_specialize=["first", "lines", "num_queries", "image", "images", "num_targets", "num_classes"])
 def _matching_costs_kernel(
-    logits, labels, cross_entropy, dice, costs, sent_labels, first, lines, num_queries, image, images, num_targets,
-    num_classes, cost_class, cost_mask, cost_dice, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    logits_ptr, labels_ptr, cross_entropy_ptr, dice_ptr, costs_ptr, sent_labels_ptr, first, lines, num_queries, image,
+    images, num_targets, num_classes, cost_class, cost_mask, cost_dice,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program: the costs of BLOCK_R queries and BLOCK_T targets of one image. Queries are numbered over outputs;
     this block of them begins at `first`."""
@@ -54,20 +55,20 @@ def _matching_costs_kernel(
     number = first + line
     row = ((number // num_queries) * images + image) * num_queries + number % num_queries
     row = tl.where(inside, row, 0).to(tl.int64)
-    largest, total = _softmax_of_rows(logits, row, inside, num_classes, BLOCK_R, BLOCK_C)
+    largest, total = _softmax_of_rows(logits_ptr, row, inside, num_classes, BLOCK_R, BLOCK_C)
     t = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
-    label = tl.load(labels + t, mask=t < num_targets, other=0)
+    label = tl.load(labels_ptr + t, mask=t < num_targets, other=0)
     chosen = tl.minimum(tl.maximum(label, 0), num_classes - 2)
     both = inside[:, None] & (t < num_targets)[None, :]
-    x = tl.load(logits + row[:, None] * num_classes + chosen[None, :], mask=both, other=0.0)
+    x = tl.load(logits_ptr + row[:, None] * num_classes + chosen[None, :], mask=both, other=0.0)
     probability = tl.exp(x - largest[:, None]) / total[:, None]
     pair = line.to(tl.int64)[:, None] * num_targets + t[None, :]
-    masks = cost_mask * tl.load(cross_entropy + pair, mask=both, other=0.0)
-    masks += cost_dice * tl.load(dice + pair, mask=both, other=0.0)
-    to = costs + number.to(tl.int64)[:, None] * num_targets + t[None, :]
+    masks = cost_mask * tl.load(cross_entropy_ptr + pair, mask=both, other=0.0)
+    masks += cost_dice * tl.load(dice_ptr + pair, mask=both, other=0.0)
+    to = costs_ptr + number.to(tl.int64)[:, None] * num_targets + t[None, :]
     tl.store(to, masks - cost_class * probability, mask=both)
     if (first == 0) & (tl.program_id(0) == 0):
-        tl.store(sent_labels + t, label.to(tl.float32), mask=t < num_targets)
+        tl.store(sent_labels_ptr + t, label.to(tl.float32), mask=t < num_targets)
 
 
 def matching_costs(
@@ -94,9 +95,12 @@ def matching_costs(
         while count and first < lines:
             one, two = next(blocks)
             grid = triton.cdiv(len(one), block["BLOCK_R"]), triton.cdiv(count, block["BLOCK_T"])
-            given = class_logits, label.contiguous(), one.contiguous(), two.contiguous(), cost, end
-            numbers = first, len(one), queries, image, images, count, classes
-            launch(_matching_costs_kernel, grid, *given, *numbers, cost_class, cost_mask, cost_dice, **block)
+            launch(
+                _matching_costs_kernel, grid, logits_ptr=class_logits, labels_ptr=label.contiguous(),
+                cross_entropy_ptr=one.contiguous(), dice_ptr=two.contiguous(), costs_ptr=cost, sent_labels_ptr=end,
+                first=first, lines=len(one), num_queries=queries, image=image, images=images, num_targets=count,
+                num_classes=classes, cost_class=cost_class, cost_mask=cost_mask, cost_dice=cost_dice, **block,
+            )  # fmt: skip
             first += len(one)
     return sent
 
@@ -106,8 +110,9 @@ def matching_costs(
 
 @triton.jit(do_not_specialize=["rows", "num_classes", "num_masks"])
 def _losses_kernel(
-    logits, labels, class_weights, cross_entropy, dice, output_of_mask, classes, masks, dices, weights, rows,
-    num_classes, num_masks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    logits_ptr, labels_ptr, class_weights_ptr, cross_entropy_ptr, dice_ptr, output_of_mask_ptr, classes_ptr, masks_ptr,
+    dices_ptr, weights_ptr, rows, num_classes, num_masks,
+    BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: the class loss of one output, and its sums over masks."""
     output = tl.program_id(0)
@@ -117,24 +122,24 @@ def _losses_kernel(
         r = start + tl.arange(0, BLOCK_R)
         inside = r < rows
         row = (output * rows + r).to(tl.int64)
-        label = tl.load(labels + row, mask=inside, other=0)
-        largest, total = _softmax_of_rows(logits, row, inside, num_classes, BLOCK_R, BLOCK_C)
-        x = tl.load(logits + row * num_classes + label, mask=inside, other=0.0)
-        own = tl.load(class_weights + label, mask=inside, other=0.0)
+        label = tl.load(labels_ptr + row, mask=inside, other=0)
+        largest, total = _softmax_of_rows(logits_ptr, row, inside, num_classes, BLOCK_R, BLOCK_C)
+        x = tl.load(logits_ptr + row * num_classes + label, mask=inside, other=0.0)
+        own = tl.load(class_weights_ptr + label, mask=inside, other=0.0)
         loss += tl.where(inside, own * (tl.log(total) - (x - largest)), 0.0)
         weight += own
     weight_sum = tl.maximum(tl.sum(weight, axis=0), _LEAST_WEIGHT)
-    tl.store(classes + output, tl.sum(loss, axis=0) / weight_sum)
-    tl.store(weights + output, weight_sum)
+    tl.store(classes_ptr + output, tl.sum(loss, axis=0) / weight_sum)
+    tl.store(weights_ptr + output, weight_sum)
     first = tl.zeros((BLOCK_M,), tl.float32)
     second = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, num_masks, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        mine = tl.load(output_of_mask + m, mask=m < num_masks, other=-1) == output
-        first += tl.load(cross_entropy + m, mask=mine, other=0.0)
-        second += tl.load(dice + m, mask=mine, other=0.0)
-    tl.store(masks + output, tl.sum(first, axis=0))
-    tl.store(dices + output, tl.sum(second, axis=0))
+        mine = tl.load(output_of_mask_ptr + m, mask=m < num_masks, other=-1) == output
+        first += tl.load(cross_entropy_ptr + m, mask=mine, other=0.0)
+        second += tl.load(dice_ptr + m, mask=mine, other=0.0)
+    tl.store(masks_ptr + output, tl.sum(first, axis=0))
+    tl.store(dices_ptr + output, tl.sum(second, axis=0))
 
 
 def criterion_losses(
@@ -147,20 +152,22 @@ def criterion_losses(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`m2f::criterion_losses`."""
     (outputs, rows), classes = labels.shape, class_logits.shape[2]
-    found = [class_logits.new_empty(outputs) for _ in range(4)]
-    given = (x.contiguous() for x in (class_logits, labels, class_weights, cross_entropy, dice, output_of_mask))
+    of_classes, of_masks, of_dices, weights = (class_logits.new_empty(outputs) for _ in range(4))
     launch(
-        _losses_kernel, (outputs,), *given, *found, rows, classes, len(dice), **_blocks(classes), BLOCK_M=256,
-        num_warps=8,
+        _losses_kernel, (outputs,), logits_ptr=class_logits.contiguous(), labels_ptr=labels.contiguous(),
+        class_weights_ptr=class_weights.contiguous(), cross_entropy_ptr=cross_entropy.contiguous(),
+        dice_ptr=dice.contiguous(), output_of_mask_ptr=output_of_mask.contiguous(), classes_ptr=of_classes,
+        masks_ptr=of_masks, dices_ptr=of_dices, weights_ptr=weights, rows=rows, num_classes=classes,
+        num_masks=len(dice), **_blocks(classes), BLOCK_M=256, num_warps=8,
     )  # fmt: skip
-    return found[0], found[1], found[2], found[3]
+    return of_classes, of_masks, of_dices, weights
 
 
 @triton.jit(do_not_specialize=["row_blocks", "all_rows", "rows", "num_classes", "num_masks"])
 def _losses_backward_kernel(
-    grad_classes, grad_masks, grad_dices, logits, labels, class_weights, weights, output_of_mask, grad_logits,
-    grad_cross_entropy, grad_dice, row_blocks, all_rows, rows, num_classes, num_masks, BLOCK_R: tl.constexpr,
-    BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
+    grad_classes_ptr, grad_masks_ptr, grad_dices_ptr, logits_ptr, labels_ptr, class_weights_ptr, weights_ptr,
+    output_of_mask_ptr, grad_logits_ptr, grad_cross_entropy_ptr, grad_dice_ptr, row_blocks, all_rows, rows, num_classes,
+    num_masks, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BLOCK_R rows of class logits, or after those of the losses of BLOCK_M masks."""
     block = tl.program_id(0)
@@ -168,24 +175,24 @@ def _losses_backward_kernel(
         r = block * BLOCK_R + tl.arange(0, BLOCK_R)
         inside = r < all_rows
         row = r.to(tl.int64)
-        largest, total = _softmax_of_rows(logits, row, inside, num_classes, BLOCK_R, BLOCK_C)
-        label = tl.load(labels + row, mask=inside, other=0)
+        largest, total = _softmax_of_rows(logits_ptr, row, inside, num_classes, BLOCK_R, BLOCK_C)
+        label = tl.load(labels_ptr + row, mask=inside, other=0)
         output = r // rows
-        scale = tl.load(grad_classes + output, mask=inside, other=0.0) * tl.load(class_weights + label)
-        scale /= tl.load(weights + output, mask=inside, other=1.0)
+        scale = tl.load(grad_classes_ptr + output, mask=inside, other=0.0) * tl.load(class_weights_ptr + label)
+        scale /= tl.load(weights_ptr + output, mask=inside, other=1.0)
         for start in range(0, num_classes, BLOCK_C):
             c = start + tl.arange(0, BLOCK_C)
             both = inside[:, None] & (c < num_classes)[None, :]
             at = row[:, None] * num_classes + c[None, :]
-            x = tl.load(logits + at, mask=both, other=0.0)
+            x = tl.load(logits_ptr + at, mask=both, other=0.0)
             gradient = tl.exp(x - largest[:, None]) / total[:, None]
             gradient -= tl.where(c[None, :] == label[:, None], 1.0, 0.0)
-            tl.store(grad_logits + at, gradient * scale[:, None], mask=both)
+            tl.store(grad_logits_ptr + at, gradient * scale[:, None], mask=both)
     else:
         m = (block - row_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-        own = tl.load(output_of_mask + m, mask=m < num_masks, other=0)
-        tl.store(grad_cross_entropy + m, tl.load(grad_masks + own), mask=m < num_masks)
-        tl.store(grad_dice + m, tl.load(grad_dices + own), mask=m < num_masks)
+        own = tl.load(output_of_mask_ptr + m, mask=m < num_masks, other=0)
+        tl.store(grad_cross_entropy_ptr + m, tl.load(grad_masks_ptr + own), mask=m < num_masks)
+        tl.store(grad_dice_ptr + m, tl.load(grad_dices_ptr + own), mask=m < num_masks)
 
 
 def criterion_losses_backward(
@@ -201,18 +208,21 @@ def criterion_losses_backward(
     """`m2f::criterion_losses_backward`."""
     class_logits, labels = class_logits.contiguous(), labels.contiguous()
     gradient = torch.empty_like(class_logits)
-    masks = [class_logits.new_empty(len(output_of_mask)) for _ in range(2)]
+    of_cross_entropy, of_dice = (class_logits.new_empty(len(output_of_mask)) for _ in range(2))
     block = _blocks(class_logits.shape[2]) | {"BLOCK_M": 256}
     row_blocks = triton.cdiv(labels.numel(), block["BLOCK_R"])
-    given = (x.contiguous() for x in (grad_classes, grad_cross_entropy, grad_dice))
     blocks = row_blocks + triton.cdiv(len(output_of_mask), block["BLOCK_M"])
     if blocks:
         launch(
-            _losses_backward_kernel, (blocks,), *given, class_logits, labels, class_weights.contiguous(), weights,
-            output_of_mask.contiguous(), gradient, *masks, row_blocks, labels.numel(), labels.shape[1],
-            class_logits.shape[2], len(output_of_mask), **block,
+            _losses_backward_kernel, (blocks,), grad_classes_ptr=grad_classes.contiguous(),
+            grad_masks_ptr=grad_cross_entropy.contiguous(), grad_dices_ptr=grad_dice.contiguous(),
+            logits_ptr=class_logits, labels_ptr=labels, class_weights_ptr=class_weights.contiguous(),
+            weights_ptr=weights, output_of_mask_ptr=output_of_mask.contiguous(), grad_logits_ptr=gradient,
+            grad_cross_entropy_ptr=of_cross_entropy, grad_dice_ptr=of_dice, row_blocks=row_blocks,
+            all_rows=labels.numel(), rows=labels.shape[1], num_classes=class_logits.shape[2],
+            num_masks=len(output_of_mask), **block,
         )  # fmt: skip
-    return gradient, masks[0], masks[1]
+    return gradient, of_cross_entropy, of_dice
 
 
 # ---------------------------------------------------------------- chosen rows
@@ -220,7 +230,7 @@ def criterion_losses_backward(
 
 @triton.jit(do_not_specialize=["num_chosen", "channels"])
 def _rows_backward_kernel(
-    grad, rows, out, num_chosen, channels, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
+    grad_ptr, rows_ptr, out_ptr, num_chosen, channels, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr
 ):  # fmt: skip
     """One program: BLOCK_C channels of one row's gradient, the sum over all places that it was chosen for, in order."""
     row = tl.program_id(0)
@@ -228,16 +238,19 @@ def _rows_backward_kernel(
     total = tl.zeros((BLOCK_C,), tl.float32)
     for start in range(0, num_chosen, BLOCK_M):
         m = start + tl.arange(0, BLOCK_M)
-        mine = tl.load(rows + m, mask=m < num_chosen, other=-1) == row
+        mine = tl.load(rows_ptr + m, mask=m < num_chosen, other=-1) == row
         before = start - 1
         for _ in range(tl.sum(mine.to(tl.int32), axis=0)):
             before = tl.min(tl.where(mine & (m > before), m, 0x7FFFFFFF), axis=0)
-            total += tl.load(grad + before.to(tl.int64) * channels + c, mask=c < channels, other=0.0)
-    tl.store(out + row.to(tl.int64) * channels + c, narrow(total, out.dtype.element_ty), mask=c < channels)
+            total += tl.load(grad_ptr + before.to(tl.int64) * channels + c, mask=c < channels, other=0.0)
+    tl.store(out_ptr + row.to(tl.int64) * channels + c, narrow(total, out_ptr.dtype.element_ty), mask=c < channels)
 
 
 def rows_backward(grad: Tensor, rows: Tensor, out: Tensor) -> None:
     """Writes the gradient of x [R, C] into `out`, where `grad` [M, C] is that of x[rows]."""
     block = min(triton.next_power_of_2(out.shape[1]), 256)
     grid = out.shape[0], triton.cdiv(out.shape[1], block)
-    launch(_rows_backward_kernel, grid, grad, rows, out, len(rows), out.shape[1], BLOCK_M=256, BLOCK_C=block)
+    launch(
+        _rows_backward_kernel, grid, grad_ptr=grad, rows_ptr=rows, out_ptr=out, num_chosen=len(rows),
+        channels=out.shape[1], BLOCK_M=256, BLOCK_C=block,
+    )  # fmt: skip
