@@ -157,7 +157,8 @@ def open_backward(device: Architecture, version: tuple[int, int], element_size: 
     """The same of the two backward kernels."""
     channels = padded(d)
     if element_size == 4:
-        queries, warps = (32, 8) if channels < 128 else (16, 16)
+        queries = 32 if channels < 128 else 16
+        warps = 8 if channels < 128 or device.capability // 10 == 8 else 16
         config = {"BLOCK_Q": queries, "BLOCK_K": 32, "num_warps": warps, "num_stages": 1}
     else:
         config = {"BLOCK_Q": 64 if channels <= 32 else 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}
@@ -182,6 +183,8 @@ def biased_forward(
     if element_size == 4:
         warps = 16 if wide and not device.gfx.startswith("gfx9") else 8
         config = {**_in_float32(channels), "num_warps": warps}
+        if device.capability // 10 == 8:  # larger tiles spill there
+            config = {**config, "BLOCK_Q": 32 if channels == 32 else 16}
     else:
         config = {"BLOCK_Q": 64, "BLOCK_K": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
     # gfx11 spills wide rows in half precision, not in float32.
@@ -196,7 +199,8 @@ def biased_backward(
     channels = padded(d)
     if element_size == 4:
         # Each spills with another number of warps.
-        warps = 4 if device.capability in (86, 89, 120) else 16 if device.capability >= 90 and channels == 32 else 8
+        few = device.capability in (86, 89, 120) or (device.capability >= 90 and channels == 32)
+        warps = 4 if few else 8
         config = {"BLOCK_Q": 16, "BLOCK_K": 32, "num_warps": warps, "num_stages": 1}
     else:
         queries = 64 if channels <= 32 and device.capability // 10 != 10 else 32
