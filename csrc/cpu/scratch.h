@@ -1,4 +1,4 @@
-// Pieces memory of a task, cut into aligned pieces.
+// Memory of a task, cut into aligned pieces.
 #pragma once
 
 #include <cstddef>

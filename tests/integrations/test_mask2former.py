@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import m2f_kernels
 from m2f_kernels.integrations.transformers import mask2former, patch, unpatch
+from m2f_kernels.integrations.transformers.mask_classification import _num_masks
 from m2f_kernels.integrations.transformers.pixel_decoder import clamp_overflow
 from m2f_kernels.nn import HungarianMatcher
 from tests.integrations.published import (
@@ -306,6 +307,22 @@ def test_masks_are_counted_as_accelerate_does(pixels, generator, monkeypatch):
         assert_same(before, accelerated(pixels, **labels).loss)
         monkeypatch.setattr(published, "reduce", lambda x: x * 2)
         assert accelerated(pixels, **labels).loss > 1.5 * before
+
+
+@pytest.mark.parametrize(("processes", "device"), [(1, "cpu"), (2, "meta")])
+def test_masks_of_several_processes_are_counted_on_the_labels_device(processes, device, monkeypatch):
+    """A derived criterion may sum over processes with a backend that takes a GPU's tensors only."""
+    given = []
+
+    class Derived:
+        def get_num_masks(self, class_labels, device):
+            given.append(device.type)
+            return torch.as_tensor(len(class_labels[0]), dtype=torch.float32, device=device)
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: processes)
+    assert _num_masks(Derived(), [torch.zeros(3, device="meta")]).device.type == "meta"
+    assert given == [device]
 
 
 # ---------------------------------------------------------------- dtypes

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -509,9 +510,11 @@ def _num_masks(published: Any, class_labels: Sequence[Tensor]) -> Tensor:
     """The number that losses are divided by, as `published` computes it, on the labels' device. Of one process it is
     filled in there, not copied."""
     device = class_labels[0].device
-    accelerate: Any = sys.modules.get("accelerate")  # without it transformers' losses are those of one process
+    accelerate: Any = sys.modules.get("accelerate")
+    # Without it transformers' losses are those of one process; a derived class may add up over torch.distributed's.
     processes = 1 if accelerate is None else accelerate.PartialState._shared_state.get("num_processes", 1)
-    found: Tensor = published.get_num_masks(class_labels, device=device if processes > 1 else torch.device("cpu"))
+    several = processes > 1 or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1)
+    found: Tensor = published.get_num_masks(class_labels, device=device if several else torch.device("cpu"))
     return found if found.device == device else torch.full(found.shape, float(found), dtype=found.dtype, device=device)
 
 
