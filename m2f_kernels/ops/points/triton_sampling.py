@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import MAX_GRID, architecture, block_id, in_parts, launch, rows_and_blocks
+from m2f_kernels._triton import MAX_GRID, architecture, block_id, in_parts, launch, rows_and_blocks, strides
 from m2f_kernels.ops.points.reference import sample_dtype
 
 #: Bits of a fixed-point gradient below the largest single term.
@@ -54,24 +54,24 @@ def axis(coordinate, size):
 
 
 @triton.jit
-def _corners(plane, x, y, height, width, inside):
+def _corners(plane_ptr, x, y, height, width, inside):
     """Address of the pixel above and left of points, the fractions beyond it, and which columns and rows exist."""
     column, fx, in_x = axis(x, width)
     row, fy, in_y = axis(y, height)
     inside = inside & in_x & in_y
-    at = plane + row * width + column
+    at = plane_ptr + row * width + column
     left, right = inside & (column >= 0), inside & (column + 1 < width)
     top, bottom = row >= 0, row + 1 < height
     return at, fx, fy, left, right, top, bottom
 
 
 @triton.jit
-def bilinear(plane, x, y, height, width, inside, id=0, MAP: tl.constexpr = False):
+def bilinear(plane_ptr, x, y, height, width, inside, id=0, MAP: tl.constexpr = False):
     """Samples of dense planes at points where `inside`; zero elsewhere. Bytes are masks: any value but 0 is 1.
 
     MAP: a pixel is 1 where it holds `id`, else 0.
     """
-    at, fx, fy, left, right, top, bottom = _corners(plane, x, y, height, width, inside)
+    at, fx, fy, left, right, top, bottom = _corners(plane_ptr, x, y, height, width, inside)
     a = tl.load(at, mask=left & top, other=0)
     b = tl.load(at + 1, mask=right & top, other=0)
     c = tl.load(at + width, mask=left & bottom, other=0)
@@ -94,14 +94,14 @@ def weigh(a, b, c, d, fx, fy):
 
 
 @triton.jit
-def runs_of(runs, target, num_targets):
+def runs_of(runs_ptr, target, num_targets):
     """The height of columns, the address of the ends of a target's runs, and their number; see `masks.RunLengths`."""
-    first = tl.load(runs + 1 + target)
-    return tl.load(runs), runs + num_targets + 2 + first, tl.load(runs + 2 + target) - first
+    first = tl.load(runs_ptr + 1 + target)
+    return tl.load(runs_ptr), runs_ptr + num_targets + 2 + first, tl.load(runs_ptr + 2 + target) - first
 
 
 @triton.jit
-def _foreground(ends, count, run_height, row, column, steps):
+def _foreground(ends_ptr, count, run_height, row, column, steps):
     """1 for pixels (row, column) in a run of foreground, else 0; and the same for the pixels below them.
 
     Bisection counts the ends at or before a pixel.
@@ -110,9 +110,9 @@ def _foreground(ends, count, run_height, row, column, steps):
     before = tl.zeros_like(pixel) + 0 * count
     for step in range(steps):
         probe = before + (1 << (steps - 1 - step))
-        end = tl.load(ends + probe - 1, mask=probe <= count, other=0)
+        end = tl.load(ends_ptr + probe - 1, mask=probe <= count, other=0)
         before = tl.where((probe <= count) & (end <= pixel), probe, before)
-    end = tl.load(ends + before, mask=before < count, other=0)
+    end = tl.load(ends_ptr + before, mask=before < count, other=0)
     below = before + ((before < count) & (end <= pixel + 1)).to(tl.int32)
     exists = (column >= 0) & (row < run_height)
     return (
@@ -122,19 +122,19 @@ def _foreground(ends, count, run_height, row, column, steps):
 
 
 @triton.jit
-def bilinear_runs(ends, count, run_height, x, y, height, width, inside, steps):
+def bilinear_runs(ends_ptr, count, run_height, x, y, height, width, inside, steps):
     """Samples of run lengths at points where `inside`, zero elsewhere; 2^steps is more than there are ends."""
     column, fx, in_x = axis(x, width)
     row, fy, in_y = axis(y, height)
-    a, c = _foreground(ends, count, run_height, row, column, steps)
-    b, d = _foreground(ends, count, run_height, row, column + 1, steps)
+    a, c = _foreground(ends_ptr, count, run_height, row, column, steps)
+    b, d = _foreground(ends_ptr, count, run_height, row, column + 1, steps)
     return tl.where(inside & in_x & in_y, weigh(a, b, c, d, fx, fy), 0.0)
 
 
 @triton.jit
-def scatter(plane, x, y, height, width, gradient, inside):
+def scatter(plane_ptr, x, y, height, width, gradient, inside):
     """Adds the terms of fixed-point gradients to planes of int64."""
-    at, fx, fy, left, right, top, bottom = _corners(plane, x, y, height, width, inside)
+    at, fx, fy, left, right, top, bottom = _corners(plane_ptr, x, y, height, width, inside)
     upper, lower = gradient * (1 - fy), gradient * fy
     tl.atomic_add(at, fixed(upper * (1 - fx)), mask=left & top, sem="relaxed")
     tl.atomic_add(at + 1, fixed(upper * fx), mask=right & top, sem="relaxed")
@@ -153,21 +153,21 @@ def fixed(value):
 
 @triton.jit(do_not_specialize=["num_channels", "num_points"])
 def _sample_kernel(
-    pixels, points, out, stride_n, stride_c, points_n, points_k, points_d, num_channels, num_points, height, width,
-    BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    pixels_ptr, points_ptr, out_ptr, stride_n, stride_c, points_n, points_k, points_d, num_channels, num_points,
+    height, width, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_K points in BLOCK_C channels of one image."""
     n = tl.program_id(2).to(tl.int64)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    at = points + n * points_n + k.to(tl.int64) * points_k
+    at = points_ptr + n * points_n + k.to(tl.int64) * points_k
     x = tl.load(at, mask=k < num_points, other=0.0)
     y = tl.load(at + points_d, mask=k < num_points, other=0.0)
-    planes = pixels + n * stride_n + c.to(tl.int64) * stride_c
+    planes = pixels_ptr + n * stride_n + c.to(tl.int64) * stride_c
     inside = (c < num_channels)[:, None] & (k < num_points)[None, :]
     value = bilinear(planes[:, None], x[None, :], y[None, :], height, width, inside)
-    to = out + (n * num_channels + c.to(tl.int64))[:, None] * num_points + k[None, :]
-    tl.store(to, value.to(out.dtype.element_ty), mask=inside)
+    to = out_ptr + (n * num_channels + c.to(tl.int64))[:, None] * num_points + k[None, :]
+    tl.store(to, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def point_sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
@@ -184,31 +184,32 @@ def point_sample(input: Tensor, points: Tensor, exact: bool) -> Tensor:
     pixels = dense_planes(input)
     block_c = min(triton.next_power_of_2(c), 8)
     launch(
-        _sample_kernel, (triton.cdiv(k, 128), triton.cdiv(c, block_c), n), pixels, points, out, *pixels.stride()[:2],
-        *points.stride(), c, k, height, width, BLOCK_C=block_c, BLOCK_K=128, num_warps=4,
+        _sample_kernel, (triton.cdiv(k, 128), triton.cdiv(c, block_c), n), pixels_ptr=pixels, points_ptr=points,
+        out_ptr=out, **strides("stride", pixels, "nc"), **strides("points", points, "nkd"), num_channels=c,
+        num_points=k, height=height, width=width, BLOCK_C=block_c, BLOCK_K=128, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["num_targets", "num_points", "steps"])
 def _sample_targets_kernel(
-    pixels, marks, points, out, points_k, points_d, num_targets, num_points, height, width, steps,
+    pixels_ptr, marks_ptr, points_ptr, out_ptr, points_k, points_d, num_targets, num_points, height, width, steps,
     BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_K points of BLOCK_T targets, of a map of ids or (RUNS) of run lengths."""
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     t = (tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T))[:, None]
-    at = points + k.to(tl.int64) * points_k
+    at = points_ptr + k.to(tl.int64) * points_k
     x = tl.load(at, mask=k < num_points, other=0.0)[None, :]
     y = tl.load(at + points_d, mask=k < num_points, other=0.0)[None, :]
     inside = (t < num_targets) & (k < num_points)[None, :]
     if RUNS:
-        run_height, ends, count = runs_of(marks, tl.minimum(t, num_targets - 1), num_targets)
+        run_height, ends, count = runs_of(marks_ptr, tl.minimum(t, num_targets - 1), num_targets)
         value = bilinear_runs(ends, count, run_height, x, y, height, width, inside, steps)
     else:
-        id = tl.load(marks + t, mask=t < num_targets, other=0)
-        value = bilinear(pixels, x, y, height, width, inside, id, True)
-    tl.store(out + t.to(tl.int64) * num_points + k[None, :], value, mask=inside)
+        id = tl.load(marks_ptr + t, mask=t < num_targets, other=0)
+        value = bilinear(pixels_ptr, x, y, height, width, inside, id, True)
+    tl.store(out_ptr + t.to(tl.int64) * num_points + k[None, :], value, mask=inside)
 
 
 def bisections(marks: Tensor) -> int:
@@ -225,40 +226,41 @@ def sample_targets(pixels: Tensor, marks: Tensor, points: Tensor) -> Tensor:
     runs = marks.dtype == torch.int32
     block_t = min(triton.next_power_of_2(t), 8)
     launch(
-        _sample_targets_kernel, (triton.cdiv(k, 128), triton.cdiv(t, block_t)), marks if runs else pixels[0], marks,
-        points, out, *points.stride(), t, k, height, width, bisections(marks) if runs else 0, BLOCK_T=block_t,
-        BLOCK_K=128, RUNS=runs, num_warps=4,
+        _sample_targets_kernel, (triton.cdiv(k, 128), triton.cdiv(t, block_t)),
+        pixels_ptr=marks if runs else pixels[0], marks_ptr=marks, points_ptr=points, out_ptr=out,
+        **strides("points", points, "kd"), num_targets=t, num_points=k, height=height, width=width,
+        steps=bisections(marks) if runs else 0, BLOCK_T=block_t, BLOCK_K=128, RUNS=runs, num_warps=4,
     )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["num_channels", "num_points"])
 def _sample_backward_kernel(
-    grad, scale, points, sums, points_n, points_k, points_d, num_channels, num_points, height, width,
+    grad_ptr, scale_ptr, points_ptr, sums_ptr, points_n, points_k, points_d, num_channels, num_points, height, width,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_K points in one channel of one image."""
     plane = tl.program_id(0).to(tl.int64)
     k = block_id() * BLOCK_K + tl.arange(0, BLOCK_K)
-    at = points + plane // num_channels * points_n + k.to(tl.int64) * points_k
+    at = points_ptr + plane // num_channels * points_n + k.to(tl.int64) * points_k
     x = tl.load(at, mask=k < num_points, other=0.0)
     y = tl.load(at + points_d, mask=k < num_points, other=0.0)
-    g = tl.load(grad + plane * num_points + k, mask=k < num_points, other=0.0).to(tl.float32)
-    target = sums + plane * height * width
-    scatter(target, x, y, height, width, scale_up(g, scale + 2 * plane), k < num_points)
+    g = tl.load(grad_ptr + plane * num_points + k, mask=k < num_points, other=0.0).to(tl.float32)
+    target = sums_ptr + plane * height * width
+    scatter(target, x, y, height, width, scale_up(g, scale_ptr + 2 * plane), k < num_points)
 
 
 @triton.jit(do_not_specialize=["num_pixels"])
-def _float_kernel(sums, scale, out, num_pixels, CLEAR: tl.constexpr, BLOCK: tl.constexpr):
+def _float_kernel(sums_ptr, scale_ptr, out_ptr, num_pixels, CLEAR: tl.constexpr, BLOCK: tl.constexpr):
     """Fixed-point planes back to floating point; a plane whose scale is NaN becomes NaN."""
     plane = tl.program_id(0).to(tl.int64)
     i = block_id() * BLOCK + tl.arange(0, BLOCK)
     at = plane * num_pixels + i
-    value = tl.load(sums + at, mask=i < num_pixels, other=0).to(tl.float32)
-    value = value / tl.load(scale + 2 * plane) / tl.load(scale + 2 * plane + 1)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=i < num_pixels)
+    value = tl.load(sums_ptr + at, mask=i < num_pixels, other=0).to(tl.float32)
+    value = value / tl.load(scale_ptr + 2 * plane) / tl.load(scale_ptr + 2 * plane + 1)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=i < num_pixels)
     if CLEAR:
-        tl.store(sums + at, tl.zeros((BLOCK,), tl.int64), mask=i < num_pixels)
+        tl.store(sums_ptr + at, tl.zeros((BLOCK,), tl.int64), mask=i < num_pixels)
 
 
 def fixed_point_scale(largest: Tensor) -> Tensor:
@@ -272,9 +274,9 @@ def fixed_point_scale(largest: Tensor) -> Tensor:
 
 
 @triton.jit
-def scale_up(gradient, scale):
-    """`gradient` times both factors that `scale` points at."""
-    return gradient * tl.load(scale) * tl.load(scale + 1)
+def scale_up(gradient, scale_ptr):
+    """`gradient` times both factors that `scale_ptr` points at."""
+    return gradient * tl.load(scale_ptr) * tl.load(scale_ptr + 1)
 
 
 def to_float(sums: Tensor, scale: Tensor, dtype: torch.dtype, clear: bool = False) -> Tensor:
@@ -283,23 +285,26 @@ def to_float(sums: Tensor, scale: Tensor, dtype: torch.dtype, clear: bool = Fals
     out = torch.empty_like(sums, dtype=dtype)
     if out.numel():
         grid = rows_and_blocks(planes, triton.cdiv(height * width, 1024))
-        launch(_float_kernel, grid, sums, scale, out, height * width, CLEAR=clear, BLOCK=1024, num_warps=4)
+        launch(
+            _float_kernel, grid, sums_ptr=sums, scale_ptr=scale, out_ptr=out, num_pixels=height * width, CLEAR=clear,
+            BLOCK=1024, num_warps=4,
+        )  # fmt: skip
     return out
 
 
 @triton.jit(do_not_specialize=["num_points"])
 def _cell_kernel(
-    points, cells, points_n, points_k, points_d, num_points, height, width, BLOCK_K: tl.constexpr
+    points_ptr, cells_ptr, points_n, points_k, points_d, num_points, height, width, BLOCK_K: tl.constexpr
 ):  # fmt: skip
     """One program: BLOCK_K points of one image. A cell is what lies between four pixels: there are `height` + 1 rows of
     `width` + 1, and one more for points that contribute nothing."""
     n = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    at = points + n * points_n + k.to(tl.int64) * points_k
+    at = points_ptr + n * points_n + k.to(tl.int64) * points_k
     column, _, in_x = axis(tl.load(at, mask=k < num_points, other=0.0), width)
     row, _, in_y = axis(tl.load(at + points_d, mask=k < num_points, other=0.0), height)
     cell = tl.where(in_x & in_y, (row + 1) * (width + 1) + column + 1, (height + 1) * (width + 1))
-    tl.store(cells + n * num_points + k, cell, mask=k < num_points)
+    tl.store(cells_ptr + n * num_points + k, cell, mask=k < num_points)
 
 
 @triton.jit
@@ -312,21 +317,21 @@ def _weight(coordinate, size, pixel):
 
 @triton.jit
 def _gather_rows(
-    total, grad, points, order, first, n, c, row, column, points_n, points_k, points_d, num_channels, num_points,
-    height, width, inside, BELOW: tl.constexpr,
+    total, grad_ptr, points_ptr, order_ptr, first_ptr, n, c, row, column, points_n, points_k, points_d, num_channels,
+    num_points, height, width, inside, BELOW: tl.constexpr,
 ):  # fmt: skip
     """Adds to `total` [C, P] the terms of the two cells above (BELOW: below) each pixel."""
     cell = (row + BELOW) * (width + 1) + column
-    first += n * ((height + 1) * (width + 1) + 1)
-    start = tl.load(first + cell, mask=inside, other=0)
-    count = tl.load(first + cell + 2, mask=inside, other=0) - start
+    first_ptr += n * ((height + 1) * (width + 1) + 1)
+    start = tl.load(first_ptr + cell, mask=inside, other=0)
+    count = tl.load(first_ptr + cell + 2, mask=inside, other=0) - start
     for i in range(tl.max(count, axis=0)):
         taken = i < count
-        k = tl.load(order + n * num_points + start + i, mask=taken, other=0)
-        at = points + n * points_n + k * points_k
+        k = tl.load(order_ptr + n * num_points + start + i, mask=taken, other=0)
+        at = points_ptr + n * points_n + k * points_k
         weight = _weight(tl.load(at, mask=taken, other=0.0), width, column)
         weight *= _weight(tl.load(at + points_d, mask=taken, other=0.0), height, row)
-        from_ = grad + (n * num_channels + c)[:, None] * num_points + k[None, :]
+        from_ = grad_ptr + (n * num_channels + c)[:, None] * num_points + k[None, :]
         g = tl.load(from_, mask=(c < num_channels)[:, None] & taken[None, :], other=0.0).to(tl.float32)
         total += tl.where(taken[None, :], g * weight[None, :], 0.0)
     return total
@@ -334,8 +339,8 @@ def _gather_rows(
 
 @triton.jit(do_not_specialize=["num_channels", "num_points"])
 def _gather_backward_kernel(
-    grad, points, order, first, out, points_n, points_k, points_d, num_channels, num_points, height, width,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    grad_ptr, points_ptr, order_ptr, first_ptr, out_ptr, points_n, points_k, points_d, num_channels, num_points,
+    height, width, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P pixels in BLOCK_C channels of one image."""
     n = tl.program_id(2).to(tl.int64)
@@ -345,11 +350,11 @@ def _gather_backward_kernel(
     total = tl.zeros((BLOCK_C, BLOCK_P), tl.float32)
     for below in tl.static_range(2):
         total = _gather_rows(
-            total, grad, points, order, first, n, c, row, column, points_n, points_k, points_d, num_channels,
-            num_points, height, width, inside, below,
+            total, grad_ptr, points_ptr, order_ptr, first_ptr, n, c, row, column, points_n, points_k, points_d,
+            num_channels, num_points, height, width, inside, below,
         )  # fmt: skip
-    to = out + ((n * num_channels + c) * height * width)[:, None] + p[None, :]
-    tl.store(to, total.to(out.dtype.element_ty), mask=(c < num_channels)[:, None] & inside[None, :])
+    to = out_ptr + ((n * num_channels + c) * height * width)[:, None] + p[None, :]
+    tl.store(to, total.to(out_ptr.dtype.element_ty), mask=(c < num_channels)[:, None] & inside[None, :])
 
 
 def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> Tensor:
@@ -365,8 +370,8 @@ def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> T
         return parts[0]
     cells = torch.empty(n, k, dtype=torch.int32, device=grad.device)
     launch(
-        _cell_kernel, (triton.cdiv(k, 256), n), points, cells, *points.stride(), k, height, width, BLOCK_K=256,
-        num_warps=4,
+        _cell_kernel, (triton.cdiv(k, 256), n), points_ptr=points, cells_ptr=cells, **strides("points", points, "nkd"),
+        num_points=k, height=height, width=width, BLOCK_K=256, num_warps=4,
     )  # fmt: skip
     # Stable: equals keep their order, and so does the sum of their terms.
     sorted_cells, order = cells.sort(dim=1, stable=True)
@@ -374,8 +379,9 @@ def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> T
     first = torch.searchsorted(sorted_cells, bounds.expand(n, -1).contiguous(), out_int32=True)
     out = torch.empty(n, c, height, width, dtype=grad.dtype, device=grad.device)
     launch(
-        _gather_backward_kernel, (triton.cdiv(height * width, 64), triton.cdiv(c, 8), n), grad, points, order, first,
-        out, *points.stride(), c, k, height, width, BLOCK_C=8, BLOCK_P=64, num_warps=2,
+        _gather_backward_kernel, (triton.cdiv(height * width, 64), triton.cdiv(c, 8), n), grad_ptr=grad,
+        points_ptr=points, order_ptr=order, first_ptr=first, out_ptr=out, **strides("points", points, "nkd"),
+        num_channels=c, num_points=k, height=height, width=width, BLOCK_C=8, BLOCK_P=64, num_warps=2,
     )  # fmt: skip
     return out
 
@@ -391,8 +397,9 @@ def point_sample_backward(grad_output: Tensor, points: Tensor, height: int, widt
     if grad.numel():
         scale = fixed_point_scale(grad.float().abs().amax(1))
         launch(
-            _sample_backward_kernel, rows_and_blocks(n * c, triton.cdiv(k, 256)), grad, scale, points, sums,
-            *points.stride(), c, k, height, width, BLOCK_K=256, num_warps=4,
+            _sample_backward_kernel, rows_and_blocks(n * c, triton.cdiv(k, 256)), grad_ptr=grad, scale_ptr=scale,
+            points_ptr=points, sums_ptr=sums, **strides("points", points, "nkd"), num_channels=c, num_points=k,
+            height=height, width=width, BLOCK_K=256, num_warps=4,
         )  # fmt: skip
     return to_float(sums, scale, grad.dtype).view(n, c, height, width)
 
@@ -413,28 +420,28 @@ def uniform_point(seed, stream, k):
 
 @triton.jit(do_not_specialize=["first_stream", "candidates"])
 def _candidates_kernel(
-    logits, stride, rows, seed, keys, first_stream, candidates, height, width, BLOCK: tl.constexpr
+    logits_ptr, stride, rows_ptr, seed_ptr, keys_ptr, first_stream, candidates, height, width, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program: the keys of BLOCK candidates of one mask, which have the order of |logit|; 0 for NaN."""
     m = tl.program_id(0)
     k = block_id() * BLOCK + tl.arange(0, BLOCK)
-    x, y = uniform_point(tl.load(seed), first_stream + m, k)
-    plane = logits + tl.load(rows + m) * stride
+    x, y = uniform_point(tl.load(seed_ptr), first_stream + m, k)
+    plane = logits_ptr + tl.load(rows_ptr + m) * stride
     value = bilinear(plane, x, y, height, width, k < candidates)
     key = (value.to(tl.int32, bitcast=True) & 0x7FFFFFFF) + 1
     key = tl.where(value == value, key, 0)
-    tl.store(keys + m.to(tl.int64) * candidates + k, key, mask=k < candidates)
+    tl.store(keys_ptr + m.to(tl.int64) * candidates + k, key, mask=k < candidates)
 
 
 @triton.jit
 def _narrow(
-    keys, count, prefix, wanted, ABOVE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+    keys_ptr, count, prefix, wanted, ABOVE: tl.constexpr, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The next BITS bits of the key of rank `wanted` among those that begin with `prefix`, and its rank among those."""
     bins = tl.zeros((_BINS,), tl.int32)
     for start in range(0, count, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        key = tl.load(keys + k, mask=k < count, other=0)
+        key = tl.load(keys_ptr + k, mask=k < count, other=0)
         found = (k < count) & ((key >> ABOVE) == prefix)
         # Other keys are counted in the last bin, which 10 bits never reach, and in which 11 bits have no key.
         bins += tl.histogram(tl.where(found, (key >> SHIFT) & ((1 << BITS) - 1), _BINS - 1), _BINS)
@@ -446,7 +453,7 @@ def _narrow(
 
 @triton.jit
 def _narrow_by_digit(
-    keys, count, prefix, wanted, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
+    keys_ptr, count, prefix, wanted, SHIFT: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """As `_narrow`, of at most 3 bits, without a histogram.
 
@@ -460,7 +467,7 @@ def _narrow_by_digit(
         fields = tl.zeros((BLOCK,), tl.int32)
         for start in range(first, tl.minimum(first + TILES * BLOCK, count), BLOCK):
             k = start + tl.arange(0, BLOCK)
-            key = tl.load(keys + k, mask=k < count, other=-1)  # begins with no prefix
+            key = tl.load(keys_ptr + k, mask=k < count, other=-1)  # begins with no prefix
             field = 1 << (((key >> SHIFT) & ((1 << BITS) - 1)) * 4)
             fields += tl.where((key >> (SHIFT + BITS)) == prefix, field, 0)
         for digit in tl.static_range(4):
@@ -474,56 +481,56 @@ def _narrow_by_digit(
 
 
 @triton.jit
-def _write_kept(keys, seed, out, stream, candidates, threshold, equal, BLOCK: tl.constexpr):
+def _write_kept(keys_ptr, seed_ptr, out_ptr, stream, candidates, threshold, equal, BLOCK: tl.constexpr):
     """The points of the keys below `threshold`, and of the first `equal` that equal it, in order."""
     kept = 0
     ties = 0
     for start in range(0, candidates, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        key = tl.load(keys + k, mask=k < candidates, other=0x7FFFFFFF)
+        key = tl.load(keys_ptr + k, mask=k < candidates, other=0x7FFFFFFF)
         tie = (key == threshold).to(tl.int32)
         tie_rank = ties + tl.cumsum(tie, 0)
         chosen = ((key < threshold) | ((tie == 1) & (tie_rank <= equal))).to(tl.int32)
         position = kept + tl.cumsum(chosen, 0) - 1
-        x, y = uniform_point(tl.load(seed), stream, k)
-        tl.store(out + 2 * position, x, mask=chosen == 1)
-        tl.store(out + 2 * position + 1, y, mask=chosen == 1)
+        x, y = uniform_point(tl.load(seed_ptr), stream, k)
+        tl.store(out_ptr + 2 * position, x, mask=chosen == 1)
+        tl.store(out_ptr + 2 * position + 1, y, mask=chosen == 1)
         kept += tl.sum(chosen, axis=0)
         ties += tl.sum(tie, axis=0)
 
 
 @triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
-def _keep_kernel(keys, seed, points, first_stream, candidates, keep, total, BLOCK: tl.constexpr):
+def _keep_kernel(keys_ptr, seed_ptr, points_ptr, first_stream, candidates, keep, total, BLOCK: tl.constexpr):
     """One program: the `keep` smallest keys of one mask, by radix selection, and their points in order."""
     m = tl.program_id(0)
-    keys += m.to(tl.int64) * candidates
-    prefix, wanted = _narrow(keys, candidates, 0, keep, 31, 20, 11, BLOCK)
-    prefix, wanted = _narrow(keys, candidates, prefix, wanted, 20, 10, 10, BLOCK)
-    threshold, equal = _narrow(keys, candidates, prefix, wanted, 10, 0, 10, BLOCK)
-    out = points + m.to(tl.int64) * total * 2
-    _write_kept(keys, seed, out, first_stream + m, candidates, threshold, equal, BLOCK)
+    keys_ptr += m.to(tl.int64) * candidates
+    prefix, wanted = _narrow(keys_ptr, candidates, 0, keep, 31, 20, 11, BLOCK)
+    prefix, wanted = _narrow(keys_ptr, candidates, prefix, wanted, 20, 10, 10, BLOCK)
+    threshold, equal = _narrow(keys_ptr, candidates, prefix, wanted, 10, 0, 10, BLOCK)
+    out = points_ptr + m.to(tl.int64) * total * 2
+    _write_kept(keys_ptr, seed_ptr, out, first_stream + m, candidates, threshold, equal, BLOCK)
 
 
 @triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
-def _keep_by_digits_kernel(keys, seed, points, first_stream, candidates, keep, total, BLOCK: tl.constexpr):
+def _keep_by_digits_kernel(keys_ptr, seed_ptr, points_ptr, first_stream, candidates, keep, total, BLOCK: tl.constexpr):
     """The same by eleven digits of three bits (the last of one)."""
     m = tl.program_id(0)
-    keys += m.to(tl.int64) * candidates
-    prefix, wanted = _narrow_by_digit(keys, candidates, 0, keep, 28, 3, BLOCK)
+    keys_ptr += m.to(tl.int64) * candidates
+    prefix, wanted = _narrow_by_digit(keys_ptr, candidates, 0, keep, 28, 3, BLOCK)
     for i in tl.static_range(9):
-        prefix, wanted = _narrow_by_digit(keys, candidates, prefix, wanted, 25 - 3 * i, 3, BLOCK)
-    threshold, equal = _narrow_by_digit(keys, candidates, prefix, wanted, 0, 1, BLOCK)
-    out = points + m.to(tl.int64) * total * 2
-    _write_kept(keys, seed, out, first_stream + m, candidates, threshold, equal, BLOCK)
+        prefix, wanted = _narrow_by_digit(keys_ptr, candidates, prefix, wanted, 25 - 3 * i, 3, BLOCK)
+    threshold, equal = _narrow_by_digit(keys_ptr, candidates, prefix, wanted, 0, 1, BLOCK)
+    out = points_ptr + m.to(tl.int64) * total * 2
+    _write_kept(keys_ptr, seed_ptr, out, first_stream + m, candidates, threshold, equal, BLOCK)
 
 
 @triton.jit(do_not_specialize=["first_stream", "candidates", "keep"])
-def _fresh_kernel(seed, points, first_stream, candidates, keep, fresh, BLOCK: tl.constexpr):
+def _fresh_kernel(seed_ptr, points_ptr, first_stream, candidates, keep, fresh, BLOCK: tl.constexpr):
     """One program: BLOCK of a mask's uniform points."""
     m = tl.program_id(0)
     k = block_id() * BLOCK + tl.arange(0, BLOCK)
-    x, y = uniform_point(tl.load(seed), first_stream + m, candidates + k)
-    out = points + (m.to(tl.int64) * (keep + fresh) + keep + k) * 2
+    x, y = uniform_point(tl.load(seed_ptr), first_stream + m, candidates + k)
+    out = points_ptr + (m.to(tl.int64) * (keep + fresh) + keep + k) * 2
     tl.store(out, x, mask=k < fresh)
     tl.store(out + 1, y, mask=k < fresh)
 
@@ -553,8 +560,9 @@ def launch_kept(
         return
     logits = dense_planes(mask_logits)
     launch(
-        _candidates_kernel, rows_and_blocks(m, triton.cdiv(candidates, 512)), logits, logits.stride(0), rows, seed,
-        keys, first_stream, candidates, height, width, BLOCK=512, num_warps=4,
+        _candidates_kernel, rows_and_blocks(m, triton.cdiv(candidates, 512)), logits_ptr=logits,
+        stride=logits.stride(0), rows_ptr=rows, seed_ptr=seed, keys_ptr=keys, first_stream=first_stream,
+        candidates=candidates, height=height, width=width, BLOCK=512, num_warps=4,
     )  # fmt: skip
     # The cost of a histogram is its 2048 bins, so blocks are few and large. With 16 warps the largest spills with
     # Triton 3.6 and 3.7.
@@ -562,8 +570,9 @@ def launch_kept(
     largest = 8192 if by_digits and architecture(rows.device).capability >= 90 else 4096  # elsewhere 8192 keys spill
     block = min(max(triton.next_power_of_2(candidates), 1024), largest)
     launch(
-        _keep_by_digits_kernel if by_digits else _keep_kernel, (m,), keys, seed, points, first_stream, candidates, keep,
-        total, BLOCK=block, num_warps=16 if block == 8192 else 8,
+        _keep_by_digits_kernel if by_digits else _keep_kernel, (m,), keys_ptr=keys, seed_ptr=seed, points_ptr=points,
+        first_stream=first_stream, candidates=candidates, keep=keep, total=total, BLOCK=block,
+        num_warps=16 if block == 8192 else 8,
     )  # fmt: skip
 
 
@@ -573,7 +582,7 @@ def launch_fresh(
     """Write the uniform points to the end of `points` [m, keep + fresh, 2]."""
     if fresh:
         launch(
-            _fresh_kernel, rows_and_blocks(points.shape[0], triton.cdiv(fresh, 256)), seed, points, first_stream,
-            candidates, keep,
-            fresh, BLOCK=256, num_warps=4,
+            _fresh_kernel, rows_and_blocks(points.shape[0], triton.cdiv(fresh, 256)), seed_ptr=seed,
+            points_ptr=points, first_stream=first_stream, candidates=candidates, keep=keep, fresh=fresh,
+            BLOCK=256, num_warps=4,
         )  # fmt: skip
