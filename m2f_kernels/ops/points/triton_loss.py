@@ -15,7 +15,7 @@ from torch import Tensor
 
 from m2f_kernels import _tuning
 from m2f_kernels._dtypes import without_autocast
-from m2f_kernels._triton import MAX_GRID, architecture, block_id, dot, in_parts, launch, rows_and_blocks
+from m2f_kernels._triton import MAX_GRID, architecture, block_id, dot, in_parts, launch, rows_and_blocks, strides
 from m2f_kernels.constants import ConstantCache
 from m2f_kernels.masks import Targets, grouped
 from m2f_kernels.ops.points.masks import CHUNK_BYTES, chunk_bounds, in_accumulation_dtype, mask_bytes, product_chunks
@@ -79,8 +79,8 @@ def sigmoid_softplus(x):
 
 @triton.jit(do_not_specialize=["num_queries", "num_targets", "num_points", "part"])
 def _cost_kernel(
-    logits, labels, products, sums, label_sums, logits_q, labels_t, num_queries, num_targets, num_points, part,
-    BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
+    logits_ptr, labels_ptr, products_ptr, sums_ptr, label_sums_ptr, logits_q, labels_t, num_queries, num_targets,
+    num_points, part, BLOCK_Q: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program: both products of BLOCK_Q queries with BLOCK_T targets over one part of the points."""
     q = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -95,9 +95,9 @@ def _cost_kernel(
     for start in range(first, last, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         inside = (q < num_queries)[:, None] & (k < last)[None, :]
-        x = tl.load(logits + q.to(tl.int64)[:, None] * logits_q + k[None, :], mask=inside, other=0.0)
+        x = tl.load(logits_ptr + q.to(tl.int64)[:, None] * logits_q + k[None, :], mask=inside, other=0.0)
         y = tl.load(
-            labels + t.to(tl.int64)[:, None] * labels_t + k[None, :],
+            labels_ptr + t.to(tl.int64)[:, None] * labels_t + k[None, :],
             mask=(t < num_targets)[:, None] & (k < last)[None, :], other=0.0,
         )  # fmt: skip
         sigmoid, softplus = sigmoid_softplus(x)
@@ -107,29 +107,30 @@ def _cost_kernel(
         y = tl.trans(y)
         x_total += dot(x, y)
         sigmoid_total += dot(sigmoid, y)
-    to = products + (split * 2 * num_queries + q)[:, None] * num_targets + t[None, :]
+    to = products_ptr + (split * 2 * num_queries + q)[:, None] * num_targets + t[None, :]
     stored = (q < num_queries)[:, None] & (t < num_targets)[None, :]
     tl.store(to, x_total, mask=stored)
     tl.store(to + num_queries.to(tl.int64) * num_targets, sigmoid_total, mask=stored)
     if tl.program_id(1) == 0:
-        tl.store(sums + split * 2 * num_queries + q, softplus_sum, mask=q < num_queries)
-        tl.store(sums + (split * 2 + 1) * num_queries + q, sigmoid_sum, mask=q < num_queries)
+        tl.store(sums_ptr + split * 2 * num_queries + q, softplus_sum, mask=q < num_queries)
+        tl.store(sums_ptr + (split * 2 + 1) * num_queries + q, sigmoid_sum, mask=q < num_queries)
     if tl.program_id(0) == 0:
         # A separate loop, whose loads hit the cache: in the loop above these sums made registers spill.
         label_sum = tl.zeros((BLOCK_T,), tl.float32)
         for start in range(first, last, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             y = tl.load(
-                labels + t.to(tl.int64)[:, None] * labels_t + k[None, :],
+                labels_ptr + t.to(tl.int64)[:, None] * labels_t + k[None, :],
                 mask=(t < num_targets)[:, None] & (k < last)[None, :], other=0.0,
             )  # fmt: skip
             label_sum += tl.sum(y, axis=1)
-        tl.store(label_sums + split * num_targets + t, label_sum, mask=t < num_targets)
+        tl.store(label_sums_ptr + split * num_targets + t, label_sum, mask=t < num_targets)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_targets", "num_points", "parts"])
 def _cost_of_parts_kernel(
-    products, sums, label_sums, cross_entropy, dice, num_queries, num_targets, num_points, parts, BLOCK: tl.constexpr
+    products_ptr, sums_ptr, label_sums_ptr, cross_entropy_ptr, dice_ptr, num_queries, num_targets, num_points, parts,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: both costs of BLOCK pairs of a query and a target, summed over the parts."""
     pair = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -141,13 +142,13 @@ def _cost_of_parts_kernel(
     softplus_sum = tl.zeros((BLOCK,), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     for part in range(parts):
-        x_product += tl.load(products + 2 * part * pairs + pair, mask=inside, other=0.0)
-        sigmoid_product += tl.load(products + (2 * part + 1) * pairs + pair, mask=inside, other=0.0)
-        softplus_sum += tl.load(sums + 2 * part * num_queries + q, mask=inside, other=0.0)
-        total += tl.load(sums + (2 * part + 1) * num_queries + q, mask=inside, other=0.0)
-        total += tl.load(label_sums + part * num_targets + t, mask=inside, other=0.0)
-    tl.store(cross_entropy + pair, (softplus_sum - x_product) / num_points, mask=inside)
-    tl.store(dice + pair, 1 - (2 * sigmoid_product + 1) / (total + 1), mask=inside)
+        x_product += tl.load(products_ptr + 2 * part * pairs + pair, mask=inside, other=0.0)
+        sigmoid_product += tl.load(products_ptr + (2 * part + 1) * pairs + pair, mask=inside, other=0.0)
+        softplus_sum += tl.load(sums_ptr + 2 * part * num_queries + q, mask=inside, other=0.0)
+        total += tl.load(sums_ptr + (2 * part + 1) * num_queries + q, mask=inside, other=0.0)
+        total += tl.load(label_sums_ptr + part * num_targets + t, mask=inside, other=0.0)
+    tl.store(cross_entropy_ptr + pair, (softplus_sum - x_product) / num_points, mask=inside)
+    tl.store(dice_ptr + pair, 1 - (2 * sigmoid_product + 1) / (total + 1), mask=inside)
 
 
 def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -170,14 +171,16 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     products, sums = logits.new_empty(parts, 2, q, t), logits.new_empty(parts, 2, q)
     label_sums = logits.new_empty(parts, t)
     launch(
-        _cost_kernel, (triton.cdiv(q, block_q), triton.cdiv(t, block_t), parts), logits, labels, products, sums,
-        label_sums, logits.stride(0), labels.stride(0), q, t, k, part,
+        _cost_kernel, (triton.cdiv(q, block_q), triton.cdiv(t, block_t), parts), logits_ptr=logits, labels_ptr=labels,
+        products_ptr=products, sums_ptr=sums, label_sums_ptr=label_sums, **strides("logits", logits, "q"),
+        **strides("labels", labels, "t"), num_queries=q, num_targets=t, num_points=k, part=part,
         BLOCK_Q=block_q, BLOCK_T=block_t, BLOCK_K=block_k, num_warps=warps,
     )  # fmt: skip
     cross_entropy, dice = logits.new_empty(q, t), logits.new_empty(q, t)
     launch(
-        _cost_of_parts_kernel, (triton.cdiv(q * t, 256),), products, sums, label_sums, cross_entropy, dice, q, t, k,
-        parts, BLOCK=256, num_warps=4,
+        _cost_of_parts_kernel, (triton.cdiv(q * t, 256),), products_ptr=products, sums_ptr=sums,
+        label_sums_ptr=label_sums, cross_entropy_ptr=cross_entropy, dice_ptr=dice, num_queries=q, num_targets=t,
+        num_points=k, parts=parts, BLOCK=256, num_warps=4,
     )  # fmt: skip
     return cross_entropy, dice
 
@@ -187,35 +190,35 @@ def mask_matching_cost(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 @triton.jit(do_not_specialize=["first_target", "last_target", "num_points", "steps"])
 def _loss_kernel(
-    logits, stride, rows, targets, target_stride, marks, target_rows, points, probability, labels, sums,
-    first_target, last_target, num_points, height, width, target_height, target_width, steps, BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
+    logits_ptr, stride, rows_ptr, targets_ptr, target_stride, marks_ptr, target_rows_ptr, points_ptr, probability_ptr,
+    labels_ptr, sums_ptr, first_target, last_target, num_points, height, width, target_height, target_width, steps,
+    BLOCK: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK points of one mask, if its target belongs to this image: a mask, or by KIND of a map of ids
     (1), or run lengths (2)."""
     m = tl.program_id(0).to(tl.int64)
-    target = tl.load(target_rows + m)
+    target = tl.load(target_rows_ptr + m)
     if (target >= first_target) & (target < last_target):
         k = block_id() * BLOCK + tl.arange(0, BLOCK)
         inside = k < num_points
         at = m * num_points + k
-        x = tl.load(points + 2 * at, mask=inside, other=0.0)
-        y = tl.load(points + 2 * at + 1, mask=inside, other=0.0)
-        logit = bilinear(logits + tl.load(rows + m) * stride, x, y, height, width, inside)
+        x = tl.load(points_ptr + 2 * at, mask=inside, other=0.0)
+        y = tl.load(points_ptr + 2 * at + 1, mask=inside, other=0.0)
+        logit = bilinear(logits_ptr + tl.load(rows_ptr + m) * stride, x, y, height, width, inside)
         number = target - first_target
-        plane = targets + number * target_stride
+        plane = targets_ptr + number * target_stride
         if KIND == 2:
-            run_height, ends, count = runs_of(marks, number, last_target - first_target)
+            run_height, ends, count = runs_of(marks_ptr, number, last_target - first_target)
             label = bilinear_runs(ends, count, run_height, x, y, target_height, target_width, inside, steps)
         elif KIND == 1:
-            id = tl.load(marks + number)
-            label = bilinear(targets, x, y, target_height, target_width, inside, id, True)
+            id = tl.load(marks_ptr + number)
+            label = bilinear(targets_ptr, x, y, target_height, target_width, inside, id, True)
         else:
             label = bilinear(plane, x, y, target_height, target_width, inside)
         sigmoid, softplus = sigmoid_softplus(logit)
-        tl.store(probability + at, sigmoid, mask=inside)
-        tl.store(labels + at, label, mask=inside)
-        to = sums + (m * tl.num_programs(1) * tl.num_programs(2) + block_id()) * 4
+        tl.store(probability_ptr + at, sigmoid, mask=inside)
+        tl.store(labels_ptr + at, label, mask=inside)
+        to = sums_ptr + (m * tl.num_programs(1) * tl.num_programs(2) + block_id()) * 4
         tl.store(to, tl.sum(tl.where(inside, softplus - logit * label, 0.0), axis=0))
         sigmoid = tl.where(inside, sigmoid, 0.0)
         tl.store(to + 1, tl.sum(sigmoid, axis=0))
@@ -224,20 +227,20 @@ def _loss_kernel(
 
 
 @triton.jit(do_not_specialize=["num_points", "blocks"])
-def _loss_of_blocks_kernel(sums, cross_entropy, dice, num_points, blocks, BLOCK: tl.constexpr):
+def _loss_of_blocks_kernel(sums_ptr, cross_entropy_ptr, dice_ptr, num_points, blocks, BLOCK: tl.constexpr):
     """One program: both losses of one mask, from the sums over its blocks of points."""
     m = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK, 4), tl.float32)
     for start in range(0, blocks, BLOCK):
         block = start + tl.arange(0, BLOCK)[:, None]
-        at = sums + (m * blocks + block) * 4 + tl.arange(0, 4)[None, :]
+        at = sums_ptr + (m * blocks + block) * 4 + tl.arange(0, 4)[None, :]
         total += tl.load(at, mask=block < blocks, other=0.0)
     total = tl.sum(total, axis=0)
     which = tl.arange(0, 4)
     both = tl.sum(tl.where(which == 3, total, 0.0), axis=0)
     others = tl.sum(tl.where((which == 1) | (which == 2), total, 0.0), axis=0)
-    tl.store(cross_entropy + m, tl.sum(tl.where(which == 0, total, 0.0), axis=0) / num_points)
-    tl.store(dice + m, 1 - (2 * both + 1) / (others + 1))
+    tl.store(cross_entropy_ptr + m, tl.sum(tl.where(which == 0, total, 0.0), axis=0) / num_points)
+    tl.store(dice_ptr + m, 1 - (2 * both + 1) / (others + 1))
 
 
 def _loss_of_blocks(sums: Tensor, points: int) -> tuple[Tensor, Tensor]:
@@ -245,7 +248,10 @@ def _loss_of_blocks(sums: Tensor, points: int) -> tuple[Tensor, Tensor]:
     m, blocks, _ = sums.shape
     cross_entropy, dice = sums.new_empty(m), sums.new_empty(m)
     if m:
-        launch(_loss_of_blocks_kernel, (m,), sums, cross_entropy, dice, points, blocks, BLOCK=64, num_warps=1)
+        launch(
+            _loss_of_blocks_kernel, (m,), sums_ptr=sums, cross_entropy_ptr=cross_entropy, dice_ptr=dice,
+            num_points=points, blocks=blocks, BLOCK=64, num_warps=1,
+        )  # fmt: skip
     return cross_entropy, dice
 
 
@@ -271,8 +277,9 @@ def _blocks(points: int) -> int:
 
 
 def _launch_loss(
-    mask_logits: Tensor, rows: Tensor, targets: Targets, first: int, target_rows: Tensor, points: Tensor, *outs: Tensor
-) -> None:
+    mask_logits: Tensor, rows: Tensor, targets: Targets, first: int, target_rows: Tensor, points: Tensor,
+    probability: Tensor, labels: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
     """Launches the loss of the masks in `rows` whose targets are those of one image, numbered from `first`."""
     (m, k), (pixels, marks) = points.shape[:2], targets
     count, height, width = pixels.shape
@@ -286,16 +293,19 @@ def _launch_loss(
             kind = 1
         logits = dense_planes(mask_logits)
         launch(
-            _loss_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)), logits, logits.stride(0), rows, pixels,
-            pixels.stride(0), marks, target_rows, points, *outs, first, first + count, k, *logits.shape[1:], height,
-            width, steps, BLOCK=_POINTS, KIND=kind, num_warps=8 if kind == 2 else 4,  # 4 spill with Triton 3.6
+            _loss_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)), logits_ptr=logits, stride=logits.stride(0),
+            rows_ptr=rows, targets_ptr=pixels, target_stride=pixels.stride(0), marks_ptr=marks,
+            target_rows_ptr=target_rows, points_ptr=points, probability_ptr=probability, labels_ptr=labels,
+            sums_ptr=sums, first_target=first, last_target=first + count, num_points=k, height=logits.shape[1],
+            width=logits.shape[2], target_height=height, target_width=width, steps=steps, BLOCK=_POINTS, KIND=kind,
+            num_warps=8 if kind == 2 else 4,  # 4 spill with Triton 3.6
         )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_points"])
 def _sums_kernel(
-    probability, labels, grad_cross_entropy, grad_dice, both, total, largest, num_points, SCALED: tl.constexpr,
-    BITS: tl.constexpr, BLOCK: tl.constexpr,
+    probability_ptr, labels_ptr, grad_cross_entropy_ptr, grad_dice_ptr, both_ptr, total_ptr, largest_ptr, num_points,
+    SCALED: tl.constexpr, BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: the sums that the gradient of one mask needs, and a bound on its terms or (SCALED) their scale."""
     m = tl.program_id(0).to(tl.int64)
@@ -303,45 +313,46 @@ def _sums_kernel(
     total_sum = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, num_points, BLOCK):
         k = start + tl.arange(0, BLOCK)
-        s = tl.load(probability + m * num_points + k, mask=k < num_points, other=0.0)
-        t = tl.load(labels + m * num_points + k, mask=k < num_points, other=0.0)
+        s = tl.load(probability_ptr + m * num_points + k, mask=k < num_points, other=0.0)
+        t = tl.load(labels_ptr + m * num_points + k, mask=k < num_points, other=0.0)
         both_sum += s * t
         total_sum += s + t
     sum = tl.sum(total_sum, axis=0)
-    tl.store(both + m, tl.sum(both_sum, axis=0))
-    tl.store(total + m, sum)
+    tl.store(both_ptr + m, tl.sum(both_sum, axis=0))
+    tl.store(total_ptr + m, sum)
     # No term is larger: |s - t| <= 1, s (1 - s) <= 1/4, and |N / D - 2 t| <= 2.
-    bound = tl.abs(tl.load(grad_cross_entropy + m)) / num_points + tl.abs(tl.load(grad_dice + m)) / (2 * (sum + 1))
+    bound = tl.abs(tl.load(grad_cross_entropy_ptr + m)) / num_points
+    bound += tl.abs(tl.load(grad_dice_ptr + m)) / (2 * (sum + 1))
     if SCALED:  # as `fixed_point_scale` has it
         first = tl.minimum(2.0**BITS / bound, 2.0**100)
         second = tl.where(bound - bound == 0, tl.minimum(2.0**BITS / first / bound, 2.0**100), float("nan"))
-        tl.store(largest + 2 * m, first)
-        tl.store(largest + 2 * m + 1, second)
+        tl.store(largest_ptr + 2 * m, first)
+        tl.store(largest_ptr + 2 * m + 1, second)
     else:
-        tl.store(largest + m, bound)
+        tl.store(largest_ptr + m, bound)
 
 
 @triton.jit(do_not_specialize=["num_points"])
 def _loss_backward_kernel(
-    grad_cross_entropy, grad_dice, rows, points, probability, labels, both, total, scale, sums, num_points, height,
-    width, BLOCK: tl.constexpr,
+    grad_cross_entropy_ptr, grad_dice_ptr, rows_ptr, points_ptr, probability_ptr, labels_ptr, both_ptr, total_ptr,
+    scale_ptr, sums_ptr, num_points, height, width, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK points of one mask. Gradients as in `csrc/point_loss/cpu_kernel.cpp`."""
     m = tl.program_id(0).to(tl.int64)
     k = block_id() * BLOCK + tl.arange(0, BLOCK)
     inside = k < num_points
     at = m * num_points + k
-    s = tl.load(probability + at, mask=inside, other=0.0)
-    t = tl.load(labels + at, mask=inside, other=0.0)
-    x = tl.load(points + 2 * at, mask=inside, other=0.0)
-    y = tl.load(points + 2 * at + 1, mask=inside, other=0.0)
-    denominator = tl.load(total + m) + 1
-    ratio = (2 * tl.load(both + m) + 1) / denominator
-    gradient = (s - t) * (tl.load(grad_cross_entropy + m) / num_points)
-    gradient += s * (1 - s) * (ratio - 2 * t) * (tl.load(grad_dice + m) / denominator)
-    row = tl.load(rows + m)
-    plane = sums + row * height * width
-    scatter(plane, x, y, height, width, scale_up(gradient, scale + 2 * row), inside)
+    s = tl.load(probability_ptr + at, mask=inside, other=0.0)
+    t = tl.load(labels_ptr + at, mask=inside, other=0.0)
+    x = tl.load(points_ptr + 2 * at, mask=inside, other=0.0)
+    y = tl.load(points_ptr + 2 * at + 1, mask=inside, other=0.0)
+    denominator = tl.load(total_ptr + m) + 1
+    ratio = (2 * tl.load(both_ptr + m) + 1) / denominator
+    gradient = (s - t) * (tl.load(grad_cross_entropy_ptr + m) / num_points)
+    gradient += s * (1 - s) * (ratio - 2 * t) * (tl.load(grad_dice_ptr + m) / denominator)
+    row = tl.load(rows_ptr + m)
+    plane = sums_ptr + row * height * width
+    scatter(plane, x, y, height, width, scale_up(gradient, scale_ptr + 2 * row), inside)
 
 
 def point_mask_loss_backward(
@@ -376,19 +387,23 @@ def _sums(
     both, total = (torch.empty(m, dtype=torch.float32, device=labels.device) for _ in range(2))
     largest = torch.empty((m, 2) if scaled else (m,), dtype=torch.float32, device=labels.device)
     launch(
-        _sums_kernel, (m,), probability, labels, grad_cross_entropy, grad_dice, both, total, largest, k,
+        _sums_kernel, (m,), probability_ptr=probability, labels_ptr=labels, grad_cross_entropy_ptr=grad_cross_entropy,
+        grad_dice_ptr=grad_dice, both_ptr=both, total_ptr=total, largest_ptr=largest, num_points=k,
         SCALED=scaled, BITS=FRACTION_BITS, BLOCK=1024, num_warps=4,
     )  # fmt: skip
     return both, total, largest
 
 
 def _launch_backward(
-    grad_cross_entropy: Tensor, grad_dice: Tensor, rows: Tensor, points: Tensor, *rest: Tensor
-) -> None:
+    grad_cross_entropy: Tensor, grad_dice: Tensor, rows: Tensor, points: Tensor, probability: Tensor, labels: Tensor,
+    both: Tensor, total: Tensor, scale: Tensor, sums: Tensor,
+) -> None:  # fmt: skip
     m, k = points.shape[:2]
     launch(
-        _loss_backward_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)), grad_cross_entropy, grad_dice, rows, points,
-        *rest, k, *rest[-1].shape[1:], BLOCK=_POINTS, num_warps=4,
+        _loss_backward_kernel, rows_and_blocks(m, triton.cdiv(k, _POINTS)),
+        grad_cross_entropy_ptr=grad_cross_entropy, grad_dice_ptr=grad_dice, rows_ptr=rows, points_ptr=points,
+        probability_ptr=probability, labels_ptr=labels, both_ptr=both, total_ptr=total, scale_ptr=scale,
+        sums_ptr=sums, num_points=k, height=sums.shape[1], width=sums.shape[2], BLOCK=_POINTS, num_warps=4,
     )  # fmt: skip
 
 
@@ -490,8 +505,8 @@ def factored_point_mask_loss_backward(
                 here = slice(first, last)
                 planes = buffer[: last - first]
                 _launch_backward(
-                    *(x[here] for x in grads), own[: last - first],
-                    *(x[here] for x in (points, probability, labels, both, total, scale)), planes,
+                    grads[0][here], grads[1][here], own[: last - first], points[here], probability[here], labels[here],
+                    both[here], total[here], scale[here], planes,
                 )  # fmt: skip
                 gradient = to_float(planes, scale[here], torch.float32, clear=True).flatten(1)
                 torch.mm(gradient, features.T, out=grad_rows[here])
