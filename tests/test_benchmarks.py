@@ -1,5 +1,7 @@
 """The benchmark suite measures what it says: checks reject, counters count, peers compute the same, figures exist."""
 
+import subprocess
+import sys
 from dataclasses import fields, replace
 from functools import partial
 
@@ -338,3 +340,11 @@ def test_every_form_of_the_module_is_right(monkeypatch):
         verdict = check_relative_l2(case, implementation, data, implementation.decode(run(), data))
         assert verdict.right, implementation.name
         case.bind(implementation, masked_attention.shrink(data))()
+
+
+@pytest.mark.parametrize("command", ["fallbacks", "readme", "sass"])
+def test_commands_without_arguments_have_help(command):
+    """And do nothing then: `readme` would write README."""
+    run = [sys.executable, "-m", f"benchmarks.{command}", "--help"]
+    shown = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    assert shown.startswith("usage:")

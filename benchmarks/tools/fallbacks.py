@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
 from benchmarks import memory, of_operators
+from benchmarks.arguments import arguments
 from benchmarks.formats import markdown
 from benchmarks.ops.ms_deform_attn import grid_sample_form as published_ms_deform_attn
 from m2f_kernels import FactoredMasks, PackedMask
@@ -422,4 +423,5 @@ def table(of: Iterable[Row]) -> str:
 
 
 if __name__ == "__main__":
+    arguments(__doc__, {})
     print(table(rows()))

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks import models, tables
+from benchmarks.arguments import arguments
 from benchmarks.cases import OURS, Row
 from benchmarks.compare import read
 from benchmarks.formats import markdown, number
@@ -130,4 +131,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    arguments(__doc__, {})
     main()

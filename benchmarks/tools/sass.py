@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from benchmarks.arguments import arguments
+
 
 @dataclass(frozen=True)
 class Multiprocessor:
@@ -338,4 +340,5 @@ def deformops_per_sample(dtype: Any) -> float:
 
 
 if __name__ == "__main__":
+    arguments(__doc__, {})
     main()
