@@ -124,7 +124,8 @@ def _fuses(x: Tensor, convolution: nn.Conv2d, activation: nn.Module | None) -> b
     """True if cuDNN is to add a convolution's bias and apply the activation."""
     relu = type(activation) is nn.ReLU and not _hooked(activation)
     padded = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
-    return CONVOLUTION == "fused" and relu and padded and _on_cudnn(x)
+    taken = x.numel() > 0 and x.dtype != torch.float64  # by cuDNN
+    return CONVOLUTION == "fused" and relu and padded and taken and _on_cudnn(x)
 
 
 def _on_cudnn(x: Tensor) -> bool:

@@ -298,6 +298,14 @@ def test_fused_convolutions_are_separate_ones(make, fused):
         assert model(pixels)[-1].dtype == torch.bfloat16
 
 
+def test_no_images_and_float64_are_not_fused(fused):
+    model = backbone()
+    with torch.no_grad():
+        assert model(torch.randn(0, 3, 64, 64))[0].shape[0] == 0
+        model.double()(torch.randn(1, 3, 64, 64, dtype=torch.float64))
+    assert not fused.calls
+
+
 def test_hooks_see_what_is_not_fused(fused):
     model, pixels, seen = backbone(), torch.randn(1, 3, 64, 64), []
     layer = next(x for x in model.modules() if isinstance(x, ResidualLayer))

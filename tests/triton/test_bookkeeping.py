@@ -38,6 +38,14 @@ def test_matching_costs(kernels, device, generator, classes):
     assert relative_error(plain.to(device), expected) < 1e-6
 
 
+def test_labels_are_sent_without_queries(kernels, device, monkeypatch):
+    empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *size, **how: empty(self, *size, **how).fill_(7e7))
+    labels = [torch.tensor([2, 0], device=device)]
+    found = kernels.matching_costs(torch.zeros(3, 1, 0, 6, device=device), labels, [], [], 2.0, 5.0, 3.0)
+    assert found.tolist() == [2, 0]
+
+
 def inputs(generator, device, classes, masks=300):
     outputs, rows = 3, 14
     logits = 3 * torch.randn(outputs, rows, classes, generator=generator)

@@ -92,6 +92,8 @@ def matching_costs(
     for image, (label, cost, end) in enumerate(parts):
         count, first = len(label), 0
         block = _blocks(classes) | {"BLOCK_T": min(max(triton.next_power_of_2(count), 16), 64)}
+        if not lines:  # no kernel copies the labels
+            end.copy_(label)
         while count and first < lines:
             one, two = next(blocks)
             grid = triton.cdiv(len(one), block["BLOCK_R"]), triton.cdiv(count, block["BLOCK_T"])
