@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from m2f_kernels._triton import MAX_GRID, VERSION, architecture, contiguous_last, dot, in_parts, launch
+from m2f_kernels._triton import MAX_GRID, VERSION, architecture, contiguous_last, dot, in_parts, launch, strides
 from m2f_kernels.masks import WORD
 from m2f_kernels.ops.masked_attention import configs
 
@@ -23,10 +23,12 @@ _LN2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
-def _load_words(bits, rows, exists, empty, first_word, num_words, num_keys, WORDS: tl.constexpr, AXIS: tl.constexpr):
+def _load_words(
+    bits_ptr, rows, exists, empty, first_word, num_words, num_keys, WORDS: tl.constexpr, AXIS: tl.constexpr
+):
     """Mask words of some queries with the row rule applied; zero beyond the last key and the last query."""
     words = first_word + tl.arange(0, WORDS)
-    at = bits + tl.expand_dims(rows, AXIS) * num_words + tl.expand_dims(words, 1 - AXIS)
+    at = bits_ptr + tl.expand_dims(rows, AXIS) * num_words + tl.expand_dims(words, 1 - AXIS)
     stored = tl.load(at, mask=tl.expand_dims(exists, AXIS) & (tl.expand_dims(words, 1 - AXIS) < num_words), other=0)
     left = tl.minimum(tl.maximum(num_keys - words * _WORD, 0), _WORD)
     every = tl.where(left == _WORD, -1, (1 << tl.minimum(left, _WORD - 1)) - 1)
@@ -46,14 +48,14 @@ def _expand(words, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, AXIS: tl.conste
 
 @triton.jit
 def _active_tiles(
-    bits, rows, exists, empty, first_key, num_words, num_keys, TILES: tl.constexpr, BLOCK_K: tl.constexpr
+    bits_ptr, rows, exists, empty, first_key, num_words, num_keys, TILES: tl.constexpr, BLOCK_K: tl.constexpr
 ):
     """The tiles of keys, of TILES, that any query attends to: a scalar with one bit for each, and their number.
 
     Known before the loop over tiles, so that the loop has no branch and its loads can be issued ahead.
     """
     WORDS: tl.constexpr = BLOCK_K // _WORD
-    words = _load_words(bits, rows, exists, empty, first_key // _WORD, num_words, num_keys, TILES * WORDS, 1)
+    words = _load_words(bits_ptr, rows, exists, empty, first_key // _WORD, num_words, num_keys, TILES * WORDS, 1)
     some = tl.max((words != 0).to(tl.int32), axis=0)
     tiles = tl.max(tl.reshape(some, (TILES, WORDS)), axis=1)
     return tl.sum(tiles << tl.arange(0, TILES), axis=0), tl.sum(tiles, axis=0)
@@ -66,11 +68,11 @@ def _lowest_bit(active):
 
 
 @triton.jit
-def _load_rows(start, first, stride, num_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_rows(start_ptr, first, stride, num_rows, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr):
     """Rows `first` and following of a matrix with D columns, as [BLOCK, BLOCK_D], zero outside."""
     rows = tl.arange(0, BLOCK)
     channels = tl.arange(0, BLOCK_D)
-    at = start + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + channels[None, :]
+    at = start_ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + channels[None, :]
     inside = first + rows[:, None] < num_rows
     if D != BLOCK_D:
         inside = inside & (channels[None, :] < D)
@@ -78,10 +80,10 @@ def _load_rows(start, first, stride, num_rows, D: tl.constexpr, BLOCK: tl.conste
 
 
 @triton.jit
-def _load_row(start, row, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _load_row(start_ptr, row, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """One row, as float32 [1, BLOCK_D]."""
     channels = tl.arange(0, BLOCK_D)
-    return tl.load(start + tl.cast(row, tl.int64) * stride + channels, mask=channels < D, other=0.0).to(tl.float32)[
+    return tl.load(start_ptr + tl.cast(row, tl.int64) * stride + channels, mask=channels < D, other=0.0).to(tl.float32)[
         None, :
     ]
 
@@ -97,7 +99,7 @@ def _any_non_finite(x):
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "query_blocks"])
 def _forward_kernel(
-    query, key, value, bits, row_any, output, logsumexp, sums, statistics,
+    query_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, output_ptr, logsumexp_ptr, sums_ptr, statistics_ptr,
     query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s,
     num_queries, num_keys, num_words, query_blocks, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
@@ -116,14 +118,14 @@ def _forward_kernel(
     queries = first_query + tl.arange(0, BLOCK_Q)
     exists = queries < num_queries
     # From here on offsets within this image: 32 bits, which take half the registers.
-    bits += n * num_queries * num_words
-    empty = tl.load(row_any + n * num_queries + queries, mask=exists, other=1).to(tl.int32) == 0
-    active, count = _active_tiles(bits, queries, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
+    bits_ptr += n * num_queries * num_words
+    empty = tl.load(row_any_ptr + n * num_queries + queries, mask=exists, other=1).to(tl.int32) == 0
+    active, count = _active_tiles(bits_ptr, queries, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
 
-    key += n * key_n + h.to(tl.int64) * key_h
-    value += n * value_n + h.to(tl.int64) * value_h
-    query += n * query_n + h.to(tl.int64) * query_h
-    q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
+    key_ptr += n * key_n + h.to(tl.int64) * key_h
+    value_ptr += n * value_n + h.to(tl.int64) * value_h
+    query_ptr += n * query_n + h.to(tl.int64) * query_h
+    q = _load_rows(query_ptr, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
     AXIS: tl.constexpr = 0 if KEYS_FIRST else 1
     maximum = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
@@ -135,10 +137,10 @@ def _forward_kernel(
         first = first_key + _lowest_bit(active) * BLOCK_K
         active = active & (active - 1)
         words = _load_words(
-            bits, queries, exists, empty, first // _WORD, num_words, num_keys, BLOCK_K // _WORD, AXIS
+            bits_ptr, queries, exists, empty, first // _WORD, num_words, num_keys, BLOCK_K // _WORD, AXIS
         )  # fmt: skip
-        k = _load_rows(key, first, key_s, num_keys, D, BLOCK_K, BLOCK_D)
-        v = _load_rows(value, first, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+        k = _load_rows(key_ptr, first, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+        v = _load_rows(value_ptr, first, value_s, num_keys, D, BLOCK_K, BLOCK_D)
         if KEYS_FIRST:
             scores = dot(k, tl.trans(q))
         else:
@@ -161,20 +163,21 @@ def _forward_kernel(
     if _any_non_finite(acc):
         # A value that is not finite spoils its whole column, also for queries that do not attend to it.
         maximum, total, acc = _forward_one_by_one(
-            query, key, value, bits, queries, exists, empty, query_q, key_s, value_s, first_query, num_queries,
-            first_key, tl.minimum(first_key + TILES * BLOCK_K, num_keys), num_words, scale_log2, D, BLOCK_D, BLOCK_Q,
+            query_ptr, key_ptr, value_ptr, bits_ptr, queries, exists, empty, query_q, key_s, value_s, first_query,
+            num_queries, first_key, tl.minimum(first_key + TILES * BLOCK_K, num_keys), num_words, scale_log2,
+            D, BLOCK_D, BLOCK_Q,
         )  # fmt: skip
 
     _store_forward(
-        output, logsumexp, sums, statistics, maximum, total, acc, split, query_blocks, n, queries, exists, num_queries,
-        count, D, BLOCK_D, DIRECT,
+        output_ptr, logsumexp_ptr, sums_ptr, statistics_ptr, maximum, total, acc, split, query_blocks, n, queries,
+        exists, num_queries, count, D, BLOCK_D, DIRECT,
     )  # fmt: skip
 
 
 @triton.jit
 def _store_forward(
-    output, logsumexp, sums, statistics, maximum, total, acc, split, query_blocks, n, queries, exists, num_queries,
-    count, D: tl.constexpr, BLOCK_D: tl.constexpr, DIRECT: tl.constexpr,
+    output_ptr, logsumexp_ptr, sums_ptr, statistics_ptr, maximum, total, acc, split, query_blocks, n, queries, exists,
+    num_queries, count, D: tl.constexpr, BLOCK_D: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
     """Store what a program of the forward found in `count` tiles of keys: the result, or its part of it."""
     h = tl.program_id(1)
@@ -182,19 +185,19 @@ def _store_forward(
     channels = tl.arange(0, BLOCK_D)
     stored = exists[:, None] & (channels[None, :] < D)
     if DIRECT:
-        at = output + ((n * num_queries + queries) * heads + h)[:, None] * D + channels[None, :]
-        tl.store(at, (acc / total[:, None]).to(output.dtype.element_ty), mask=stored)
+        at = output_ptr + ((n * num_queries + queries) * heads + h)[:, None] * D + channels[None, :]
+        tl.store(at, (acc / total[:, None]).to(output_ptr.dtype.element_ty), mask=stored)
         shift = tl.where(maximum == float("-inf"), 0.0, maximum)
-        tl.store(logsumexp + (n * heads + h) * num_queries + queries, (shift + tl.log2(total)) * _LN2, mask=exists)
+        tl.store(logsumexp_ptr + (n * heads + h) * num_queries + queries, (shift + tl.log2(total)) * _LN2, mask=exists)
     else:
         images = tl.num_programs(2)
         # [splits, N, H, Q]; the two statistics one after the other.
         row = ((split * images + n) * heads + h) * num_queries + queries
         everything = (tl.num_programs(0) // query_blocks).to(tl.int64) * images * heads * num_queries
-        tl.store(statistics + row, maximum, mask=exists)
-        tl.store(statistics + everything + row, total, mask=exists)
+        tl.store(statistics_ptr + row, maximum, mask=exists)
+        tl.store(statistics_ptr + everything + row, total, mask=exists)
         if count > 0:
-            tl.store(sums + row[:, None] * D + channels[None, :], acc, mask=stored)
+            tl.store(sums_ptr + row[:, None] * D + channels[None, :], acc, mask=stored)
 
 
 @triton.jit
@@ -211,8 +214,8 @@ def _add_key(scores, attend, v, maximum, total, acc):
 
 @triton.jit
 def _forward_one_by_one(
-    query, key, value, bits, rows, exists, empty, query_q, key_s, value_s, first_query, num_queries, first_key, end,
-    num_words, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, bits_ptr, rows, exists, empty, query_q, key_s, value_s, first_query, num_queries,
+    first_key, end, num_words, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """The same sums computed key by key: only products with keys that are attended to are added.
 
@@ -222,11 +225,11 @@ def _forward_one_by_one(
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
     for j in range(first_key, end):
-        word = tl.load(bits + rows * num_words + (j >> 5), mask=exists, other=0)
+        word = tl.load(bits_ptr + rows * num_words + (j >> 5), mask=exists, other=0)
         attend = (((word >> (j & 31)) & 1) != 0) | empty
-        k = _load_row(key, j, key_s, D, BLOCK_D)
-        v = _load_row(value, j, value_s, D, BLOCK_D)
-        q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D).to(tl.float32)
+        k = _load_row(key_ptr, j, key_s, D, BLOCK_D)
+        v = _load_row(value_ptr, j, value_s, D, BLOCK_D)
+        q = _load_rows(query_ptr, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D).to(tl.float32)
         scores = tl.where(attend, tl.sum(q * k, axis=1) * scale_log2, float("-inf"))
         maximum, total, acc = _add_key(scores, attend, v, maximum, total, acc)
     return maximum, total, acc
@@ -234,7 +237,7 @@ def _forward_one_by_one(
 
 @triton.jit(do_not_specialize=["num_queries", "num_splits"])
 def _combine_kernel(
-    sums, statistics, output, logsumexp, num_queries, num_splits,
+    sums_ptr, statistics_ptr, output_ptr, logsumexp_ptr, num_queries, num_splits,
     D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One program combines the splits of one query of one head, CHUNK of them at a time."""
@@ -248,7 +251,7 @@ def _combine_kernel(
     top = float("-inf")
     for first in range(0, num_splits, CHUNK):
         splits = first + tl.arange(0, CHUNK)
-        maxima = tl.load(statistics + splits * all_rows + row, mask=splits < num_splits, other=float("-inf"))
+        maxima = tl.load(statistics_ptr + splits * all_rows + row, mask=splits < num_splits, other=float("-inf"))
         top = tl.maximum(top, tl.max(maxima, axis=0))
     top = tl.where(top == float("-inf"), 0.0, top)
     total = 0.0
@@ -257,17 +260,17 @@ def _combine_kernel(
         splits = first + tl.arange(0, CHUNK)
         at = splits * all_rows + row
         exists = splits < num_splits
-        maxima = tl.load(statistics + at, mask=exists, other=float("-inf"))
-        totals = tl.load(statistics + num_splits * all_rows + at, mask=exists, other=0.0)
+        maxima = tl.load(statistics_ptr + at, mask=exists, other=float("-inf"))
+        totals = tl.load(statistics_ptr + num_splits * all_rows + at, mask=exists, other=0.0)
         weights = tl.exp2(maxima - top)
         # A split without a key of this query has written nothing.
         read = (totals != 0)[:, None] & (channels[None, :] < D)
-        parts = tl.load(sums + at[:, None] * D + channels[None, :], mask=read, other=0.0)
+        parts = tl.load(sums_ptr + at[:, None] * D + channels[None, :], mask=read, other=0.0)
         total += tl.sum(weights * totals, axis=0)
         acc += tl.sum(weights[:, None] * parts, axis=0)
-    to = output + ((n * num_queries + q) * heads + h) * D + channels
-    tl.store(to, (acc / total).to(output.dtype.element_ty), mask=channels < D)
-    tl.store(logsumexp + row, (top + tl.log2(total)) * _LN2)
+    to = output_ptr + ((n * num_queries + q) * heads + h) * D + channels
+    tl.store(to, (acc / total).to(output_ptr.dtype.element_ty), mask=channels < D)
+    tl.store(logsumexp_ptr + row, (top + tl.log2(total)) * _LN2)
 
 
 def _loads_vectors(*tensors: Tensor) -> bool:
@@ -275,6 +278,15 @@ def _loads_vectors(*tensors: Tensor) -> bool:
     have to be multiples of 16, those of axes with one element too."""
     address = (x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr() for x in tensors)
     return all(a % 16 == 0 for a in address) and all(s % 16 == 0 for x in tensors for s in x.stride()[:3])
+
+
+def _inputs(query: Tensor, key: Tensor, value: Tensor, bits: Tensor, row_any: Tensor) -> dict[str, Any]:
+    """The arguments that forward and backward kernels take, by name: inputs, their strides and sizes."""
+    return {
+        "query_ptr": query, "key_ptr": key, "value_ptr": value, "bits_ptr": bits, "row_any_ptr": row_any,
+        **strides("query", query, "nhq"), **strides("key", key, "nhs"), **strides("value", value, "nhs"),
+        "num_queries": query.shape[2], "num_keys": key.shape[2], "num_words": bits.shape[2],
+    }  # fmt: skip
 
 
 def masked_attention(
@@ -331,18 +343,17 @@ def masked_attention(
 
         kernel, options = _forward_lean_kernel, {}
     launch(
-        kernel, (splits * query_blocks, heads, n),
-        query, key, value, bits, row_any, output, logsumexp, sums, statistics,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        q, s, bits.shape[2], query_blocks, scale * math.log2(math.e),
+        kernel, (splits * query_blocks, heads, n), **_inputs(query, key, value, bits, row_any),
+        output_ptr=output, logsumexp_ptr=logsumexp, sums_ptr=sums, statistics_ptr=statistics,
+        query_blocks=query_blocks, scale_log2=scale * math.log2(math.e),
         D=d, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k, TILES=owned, DIRECT=direct, **options,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     if not direct:
         chunk = min(triton.next_power_of_2(splits), max(2048 // block_d, 1))
         launch(
-            _combine_kernel, (q, heads, n), sums, statistics, output, logsumexp, q, splits,
-            D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4,
+            _combine_kernel, (q, heads, n), sums_ptr=sums, statistics_ptr=statistics, output_ptr=output,
+            logsumexp_ptr=logsumexp, num_queries=q, num_splits=splits, D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4,
         )  # fmt: skip
     return output, logsumexp
 
@@ -352,16 +363,16 @@ def masked_attention(
 
 @triton.jit
 def _load_query_block(
-    query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads,
+    query_ptr, grad_ptr, output_ptr, logsumexp_ptr, first_query, query_q, grad_q, num_queries, heads,
     D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The inputs of the backward for a block of queries of one head: q, the output's gradient, the log-sum-exp of the
     scores (base 2) and delta = rowsum(gradient * output)."""
     queries = first_query + tl.arange(0, BLOCK_Q)
-    q = _load_rows(query, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
-    g = _load_rows(grad, first_query, grad_q, num_queries, D, BLOCK_Q, BLOCK_D)
-    o = _load_rows(output, first_query, heads * D, num_queries, D, BLOCK_Q, BLOCK_D)
-    lse2 = tl.load(logsumexp + queries, mask=queries < num_queries, other=0.0) / _LN2
+    q = _load_rows(query_ptr, first_query, query_q, num_queries, D, BLOCK_Q, BLOCK_D)
+    g = _load_rows(grad_ptr, first_query, grad_q, num_queries, D, BLOCK_Q, BLOCK_D)
+    o = _load_rows(output_ptr, first_query, heads * D, num_queries, D, BLOCK_Q, BLOCK_D)
+    lse2 = tl.load(logsumexp_ptr + queries, mask=queries < num_queries, other=0.0) / _LN2
     return q, g, lse2, tl.sum(g.to(tl.float32) * o.to(tl.float32), axis=1)
 
 
@@ -390,20 +401,20 @@ def _backward_tile(
 
 @triton.jit
 def _store_rows(
-    start, first, stride, num_rows, x, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
+    start_ptr, first, stride, num_rows, x, D: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
     """The counterpart of `_load_rows`."""
     rows = tl.arange(0, BLOCK)
     channels = tl.arange(0, BLOCK_D)
-    at = start + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + channels[None, :]
-    tl.store(at, x.to(start.dtype.element_ty), mask=(first + rows[:, None] < num_rows) & (channels[None, :] < D))
+    at = start_ptr + tl.cast(first, tl.int64) * stride + rows[:, None] * stride + channels[None, :]
+    tl.store(at, x.to(start_ptr.dtype.element_ty), mask=(first + rows[:, None] < num_rows) & (channels[None, :] < D))
 
 
 @triton.jit
 def _query_gradient_one_by_one(
-    parts, query, grad, output, logsumexp, key, value, bits, row_any, query_q, grad_q, key_s, value_s,
-    first_query, end_query, num_queries, heads, first_key, end_key, num_words, scale, scale_log2,
-    D: tl.constexpr, BLOCK_D: tl.constexpr,
+    parts_ptr, query_ptr, grad_ptr, output_ptr, logsumexp_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, query_q,
+    grad_q, key_s, value_s, first_query, end_query, num_queries, heads, first_key, end_key, num_words,
+    scale, scale_log2, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """dQ of some queries computed key by key: only products with keys that are attended to are added.
 
@@ -414,26 +425,28 @@ def _query_gradient_one_by_one(
     for first in range(first_query, tl.minimum(end_query, num_queries), BLOCK):
         queries = first + tl.arange(0, BLOCK)
         exists = queries < num_queries
-        empty = tl.load(row_any + queries, mask=exists, other=1).to(tl.int32) == 0
+        empty = tl.load(row_any_ptr + queries, mask=exists, other=1).to(tl.int32) == 0
         dq = tl.zeros((BLOCK, BLOCK_D), tl.float32)
         for j in range(first_key, end_key):
-            word = tl.load(bits + queries * num_words + (j >> 5), mask=exists, other=0)
+            word = tl.load(bits_ptr + queries * num_words + (j >> 5), mask=exists, other=0)
             attend = (((word >> (j & 31)) & 1) != 0) | empty
-            k = _load_row(key, j, key_s, D, BLOCK_D)
-            v = _load_row(value, j, value_s, D, BLOCK_D)
+            k = _load_row(key_ptr, j, key_s, D, BLOCK_D)
+            v = _load_row(value_ptr, j, value_s, D, BLOCK_D)
             q, g, lse2, delta = _load_query_block(
-                query, grad, output, logsumexp, first, query_q, grad_q, num_queries, heads, D, BLOCK, BLOCK_D
+                query_ptr, grad_ptr, output_ptr, logsumexp_ptr, first, query_q, grad_q, num_queries, heads, D, BLOCK,
+                BLOCK_D,
             )  # fmt: skip
             exponent = tl.sum(q.to(tl.float32) * k, axis=1) * scale_log2 - lse2
             weights = tl.exp2(tl.where(exponent > 0, 0.0, exponent))
             ds = weights * (tl.sum(g.to(tl.float32) * v, axis=1) - delta)
             dq += tl.where(attend[:, None], ds[:, None] * k, 0.0)
-        _store_rows(parts, first, D, num_queries, dq * scale, D, BLOCK, BLOCK_D)
+        _store_rows(parts_ptr, first, D, num_queries, dq * scale, D, BLOCK, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def _backward_kernel(
-    query, key, value, bits, row_any, grad, output, logsumexp, dkey, dvalue, parts,
+    query_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr, grad_ptr, output_ptr, logsumexp_ptr, dkey_ptr, dvalue_ptr,
+    parts_ptr,
     query_n, query_h, query_q, key_n, key_h, key_s, value_n, value_h, value_s, grad_n, grad_h, grad_q,
     num_queries, num_keys, num_words, scale, scale_log2,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILES: tl.constexpr,
@@ -451,66 +464,67 @@ def _backward_kernel(
     first_key = split * (TILES * BLOCK_K)
     end = tl.minimum(first_key + TILES * BLOCK_K, num_keys)
     WORDS: tl.constexpr = BLOCK_K // _WORD
-    key += n * key_n + h * key_h
-    value += n * value_n + h * value_h
-    query += n * query_n + h * query_h
-    grad += n * grad_n + h * grad_h
+    key_ptr += n * key_n + h * key_h
+    value_ptr += n * value_n + h * value_h
+    query_ptr += n * query_n + h * query_h
+    grad_ptr += n * grad_n + h * grad_h
     # dK, dV [N, S, H, D]; output [N, Q, H, D]; parts [splits, N, H, Q, D].
-    dkey += (n * num_keys * heads + h) * D
-    dvalue += (n * num_keys * heads + h) * D
-    output += (n * num_queries * heads + h) * D
-    logsumexp += (n * heads + h) * num_queries
-    bits += n * num_queries * num_words
-    row_any += n * num_queries
-    parts += (((split * tl.num_programs(2) + n) * heads + h) * num_queries) * D
+    dkey_ptr += (n * num_keys * heads + h) * D
+    dvalue_ptr += (n * num_keys * heads + h) * D
+    output_ptr += (n * num_queries * heads + h) * D
+    logsumexp_ptr += (n * heads + h) * num_queries
+    bits_ptr += n * num_queries * num_words
+    row_any_ptr += n * num_queries
+    parts_ptr += (((split * tl.num_programs(2) + n) * heads + h) * num_queries) * D
 
     if ONE_BLOCK:
         queries = tl.arange(0, BLOCK_Q)
         exists = queries < num_queries
-        empty = tl.load(row_any + queries, mask=exists, other=1).to(tl.int32) == 0
-        active, count = _active_tiles(bits, queries, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
+        empty = tl.load(row_any_ptr + queries, mask=exists, other=1).to(tl.int32) == 0
+        active, count = _active_tiles(bits_ptr, queries, exists, empty, first_key, num_words, num_keys, TILES, BLOCK_K)
         # Their gradient is zero; those beyond the last key store nothing.
         for tile in range(TILES):
             if ((active >> tile) & 1) == 0:
                 first = first_key + tile * BLOCK_K
                 nothing = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
-                _store_rows(dkey, first, heads * D, num_keys, nothing, D, BLOCK_K, BLOCK_D)
-                _store_rows(dvalue, first, heads * D, num_keys, nothing, D, BLOCK_K, BLOCK_D)
+                _store_rows(dkey_ptr, first, heads * D, num_keys, nothing, D, BLOCK_K, BLOCK_D)
+                _store_rows(dvalue_ptr, first, heads * D, num_keys, nothing, D, BLOCK_K, BLOCK_D)
         q, g, lse2, delta = _load_query_block(
-            query, grad, output, logsumexp, 0, query_q, grad_q, num_queries, heads, D, BLOCK_Q, BLOCK_D
+            query_ptr, grad_ptr, output_ptr, logsumexp_ptr, 0, query_q, grad_q, num_queries, heads, D, BLOCK_Q, BLOCK_D
         )  # fmt: skip
         dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
         for _ in range(count):
             first = first_key + _lowest_bit(active) * BLOCK_K
             active = active & (active - 1)
-            words = _load_words(bits, queries, exists, empty, first // _WORD, num_words, num_keys, WORDS, 0)
-            k = _load_rows(key, first, key_s, num_keys, D, BLOCK_K, BLOCK_D)
-            v = _load_rows(value, first, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+            words = _load_words(bits_ptr, queries, exists, empty, first // _WORD, num_words, num_keys, WORDS, 0)
+            k = _load_rows(key_ptr, first, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+            v = _load_rows(value_ptr, first, value_s, num_keys, D, BLOCK_K, BLOCK_D)
             dk, dv, more = _backward_tile(q, g, lse2, delta, k, v, words, scale_log2, BLOCK_Q, BLOCK_K)
             dq += more
-            _store_rows(dkey, first, heads * D, num_keys, dk * scale, D, BLOCK_K, BLOCK_D)
-            _store_rows(dvalue, first, heads * D, num_keys, dv, D, BLOCK_K, BLOCK_D)
+            _store_rows(dkey_ptr, first, heads * D, num_keys, dk * scale, D, BLOCK_K, BLOCK_D)
+            _store_rows(dvalue_ptr, first, heads * D, num_keys, dv, D, BLOCK_K, BLOCK_D)
         if _any_non_finite(dq):
             _query_gradient_one_by_one(
-                parts, query, grad, output, logsumexp, key, value, bits, row_any, query_q, grad_q, key_s, value_s,
-                0, BLOCK_Q, num_queries, heads, first_key, end, num_words, scale, scale_log2, D, BLOCK_D,
+                parts_ptr, query_ptr, grad_ptr, output_ptr, logsumexp_ptr, key_ptr, value_ptr, bits_ptr, row_any_ptr,
+                query_q, grad_q, key_s, value_s, 0, BLOCK_Q, num_queries, heads, first_key, end, num_words,
+                scale, scale_log2, D, BLOCK_D,
             )  # fmt: skip
         else:
-            _store_rows(parts, 0, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
+            _store_rows(parts_ptr, 0, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
     else:
-        k = _load_rows(key, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
-        v = _load_rows(value, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
+        k = _load_rows(key_ptr, first_key, key_s, num_keys, D, BLOCK_K, BLOCK_D)
+        v = _load_rows(value_ptr, first_key, value_s, num_keys, D, BLOCK_K, BLOCK_D)
         all_dk = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
         all_dv = tl.zeros((BLOCK_K, BLOCK_D), tl.float32)
         for first_query in range(0, num_queries, BLOCK_Q):
             queries = first_query + tl.arange(0, BLOCK_Q)
             exists = queries < num_queries
-            empty = tl.load(row_any + queries, mask=exists, other=1).to(tl.int32) == 0
-            words = _load_words(bits, queries, exists, empty, first_key // _WORD, num_words, num_keys, WORDS, 0)
+            empty = tl.load(row_any_ptr + queries, mask=exists, other=1).to(tl.int32) == 0
+            words = _load_words(bits_ptr, queries, exists, empty, first_key // _WORD, num_words, num_keys, WORDS, 0)
             dq = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
             if tl.max(tl.max((words != 0).to(tl.int32), axis=1), axis=0) != 0:
                 q, g, lse2, delta = _load_query_block(
-                    query, grad, output, logsumexp, first_query, query_q, grad_q, num_queries, heads,
+                    query_ptr, grad_ptr, output_ptr, logsumexp_ptr, first_query, query_q, grad_q, num_queries, heads,
                     D, BLOCK_Q, BLOCK_D,
                 )  # fmt: skip
                 dk, dv, dq = _backward_tile(q, g, lse2, delta, k, v, words, scale_log2, BLOCK_Q, BLOCK_K)
@@ -518,19 +532,19 @@ def _backward_kernel(
                 all_dv += dv
             if _any_non_finite(dq):
                 _query_gradient_one_by_one(
-                    parts, query, grad, output, logsumexp, key, value, bits, row_any, query_q, grad_q, key_s, value_s,
-                    first_query, first_query + BLOCK_Q, num_queries, heads, first_key, end, num_words,
-                    scale, scale_log2, D, BLOCK_D,
+                    parts_ptr, query_ptr, grad_ptr, output_ptr, logsumexp_ptr, key_ptr, value_ptr, bits_ptr,
+                    row_any_ptr, query_q, grad_q, key_s, value_s, first_query, first_query + BLOCK_Q, num_queries,
+                    heads, first_key, end, num_words, scale, scale_log2, D, BLOCK_D,
                 )  # fmt: skip
             else:
-                _store_rows(parts, first_query, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
-        _store_rows(dkey, first_key, heads * D, num_keys, all_dk * scale, D, BLOCK_K, BLOCK_D)
-        _store_rows(dvalue, first_key, heads * D, num_keys, all_dv, D, BLOCK_K, BLOCK_D)
+                _store_rows(parts_ptr, first_query, D, num_queries, dq * scale, D, BLOCK_Q, BLOCK_D)
+        _store_rows(dkey_ptr, first_key, heads * D, num_keys, all_dk * scale, D, BLOCK_K, BLOCK_D)
+        _store_rows(dvalue_ptr, first_key, heads * D, num_keys, all_dv, D, BLOCK_K, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_splits"])
 def _sum_kernel(
-    parts, dquery, num_queries, num_splits, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr
+    parts_ptr, dquery_ptr, num_queries, num_splits, D: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr
 ):  # fmt: skip
     """One program sums the parts of dQ of one query of one head, always in the same order."""
     q = tl.program_id(0)
@@ -543,10 +557,10 @@ def _sum_kernel(
     dq = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(0, num_splits, CHUNK):
         splits = first + tl.arange(0, CHUNK)
-        at = parts + (splits * all_rows + row)[:, None] * D + channels[None, :]
+        at = parts_ptr + (splits * all_rows + row)[:, None] * D + channels[None, :]
         dq += tl.sum(tl.load(at, mask=(splits < num_splits)[:, None] & (channels[None, :] < D), other=0.0), axis=0)
-    to = dquery + ((n * num_queries + q) * heads + h) * D + channels
-    tl.store(to, dq.to(dquery.dtype.element_ty), mask=channels < D)
+    to = dquery_ptr + ((n * num_queries + q) * heads + h) * D + channels
+    tl.store(to, dq.to(dquery_ptr.dtype.element_ty), mask=channels < D)
 
 
 def masked_attention_backward(
@@ -603,18 +617,17 @@ def masked_attention_backward(
     splits = triton.cdiv(tiles, owned)
     block_d = configs.padded(d)
     parts = query.new_empty(splits, n, heads, q, d, dtype=torch.float32)
-    grad_n, grad_q, grad_h, _ = grad.stride()
     launch(
-        _backward_kernel, (splits, heads, n),
-        query, key, value, bits, row_any, grad, output, logsumexp, dkey, dvalue, parts,
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], grad_n, grad_h, grad_q,
-        q, s, bits.shape[2], float(scale), scale * math.log2(math.e),
+        _backward_kernel, (splits, heads, n), **_inputs(query, key, value, bits, row_any),
+        grad_ptr=grad, output_ptr=output, logsumexp_ptr=logsumexp, dkey_ptr=dkey, dvalue_ptr=dvalue, parts_ptr=parts,
+        **strides("grad", grad, "nqh"), scale=float(scale), scale_log2=scale * math.log2(math.e),
         D=d, BLOCK_D=block_d, BLOCK_Q=block_q, BLOCK_K=block_k, TILES=owned, ONE_BLOCK=one_block,
         num_warps=config["num_warps"], num_stages=config["num_stages"],
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(splits), max(2048 // block_d, 1))
     launch(
-        _sum_kernel, (q, heads, n), parts, dquery, q, splits, D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4
+        _sum_kernel, (q, heads, n), parts_ptr=parts, dquery_ptr=dquery, num_queries=q, num_splits=splits,
+        D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return dquery, dkey, dvalue
 

@@ -443,8 +443,8 @@ def masked_attention_with_bias(
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(splits), max(2048 // block_d, 1))
     launch(
-        _combine_kernel, (q, heads, n), sums, statistics, output, logsumexp, q, splits,
-        D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4,
+        _combine_kernel, (q, heads, n), sums_ptr=sums, statistics_ptr=statistics, output_ptr=output,
+        logsumexp_ptr=logsumexp, num_queries=q, num_splits=splits, D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return output, logsumexp
 
@@ -502,6 +502,7 @@ def masked_attention_with_bias_backward(
     )  # fmt: skip
     chunk = min(triton.next_power_of_2(splits), max(2048 // block_d, 1))
     launch(
-        _sum_kernel, (q, heads, n), parts, dquery, q, splits, D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4
+        _sum_kernel, (q, heads, n), parts_ptr=parts, dquery_ptr=dquery, num_queries=q, num_splits=splits,
+        D=d, BLOCK_D=block_d, CHUNK=chunk, num_warps=4,
     )  # fmt: skip
     return dquery, dkey, dvalue, _summed(drow, by_row.dtype), _summed(dcolumn, by_column.dtype)
