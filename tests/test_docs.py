@@ -40,6 +40,19 @@ def test_pictures_of_the_pages_exist():
         assert (page.parent / name).exists(), f"{page.name}: {name}"
 
 
+def test_tests_of_the_pages_exist():
+    """Those that pages cite as proof. The worked example names files that are to be written."""
+    pages = [*(ROOT / "docs").rglob("*.md"), *ROOT.glob("*.md")]
+    cited = {
+        (page.name, name)
+        for page in pages
+        if page.name not in ("adding_an_operator.md", "CONTRIBUTING.md")
+        for name in re.findall(r"tests/[a-z_/0-9]+\.py", page.read_text())
+    }
+    assert cited
+    assert not [(page, name) for page, name in sorted(cited) if not (ROOT / name).exists()]
+
+
 def test_every_page_is_in_the_navigation():
     """The navigation is written by hand but for docs/integrations, which docs/hooks.py adds."""
     text = (ROOT / "mkdocs.yml").read_text()
