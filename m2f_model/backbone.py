@@ -99,8 +99,8 @@ class ResidualLayer(nn.Module):
             and isinstance(last.activation, nn.Identity)
         ):
             convolve: Any = last.convolution
-            folded = _folded(convolve, last.normalization)
-            if folded is not None and _fuses(x, convolve, self.activation):
+            folded = _folded(convolve, last.normalization) if _fuses(x, convolve, self.activation) else None
+            if folded is not None:
                 residual, (weight, bias) = self.shortcut(x), folded
                 for part in first:
                     x = part(x)
@@ -122,10 +122,12 @@ def _geometry(convolution: nn.Conv2d) -> tuple[Any, ...]:
 
 def _fuses(x: Tensor, convolution: nn.Conv2d, activation: nn.Module | None) -> bool:
     """True if cuDNN is to add a convolution's bias and apply the activation."""
+    if CONVOLUTION != "fused":
+        return False
     relu = type(activation) is nn.ReLU and not _hooked(activation)
     padded = convolution.padding_mode == "zeros" and not isinstance(convolution.padding, str)
     taken = x.numel() > 0 and x.dtype != torch.float64  # by cuDNN
-    return CONVOLUTION == "fused" and relu and padded and taken and _on_cudnn(x)
+    return relu and padded and taken and _on_cudnn(x)
 
 
 def _on_cudnn(x: Tensor) -> bool:
