@@ -121,17 +121,14 @@ def architecture(device: torch.device) -> Architecture:
     return ARCHITECTURES[90]
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, num_warps: int = 4, num_stages: int = 1, **named: Any
-) -> None:
-    """`kernel[grid](*args, **named)` on the device of the first tensor among them, and its current stream.
+def launch(kernel: Any, grid: tuple[int, ...], *, num_warps: int = 4, num_stages: int = 1, **arguments: Any) -> None:
+    """`kernel[grid](**arguments)` on the device of the first tensor among them, and its current stream.
 
     Args:
         kernel: what `triton.jit` returned.
         grid: numbers of programs, all positive; axis 0 may be as large as 2^31 - 1, the others `MAX_GRID`.
-        args: leading parameters of the kernel, by position: strides.
         num_warps, num_stages: Triton's options.
-        named: its other parameters, by name: tensors, numbers and constants.
+        arguments: the kernel's parameters: tensors, numbers and constants.
 
     Raises:
         ValueError: the grid is larger.
@@ -139,20 +136,19 @@ def launch(
     if any(count > (MAX_GRID if axis else 2**31 - 1) for axis, count in enumerate(grid)):
         raise ValueError(f"{kernel.__name__}: expected at most 2^31 - 1 x {MAX_GRID} x {MAX_GRID} programs; got {grid}")
     if _recording is not None:
-        given = {**dict(zip(kernel.arg_names, args, strict=False)), **named}
-        arguments = {name: given[name] for name in kernel.arg_names if name in given}
-        _recording[1].append(Launch(kernel, arguments, grid, num_warps, num_stages))
+        in_order = {name: arguments[name] for name in kernel.arg_names if name in arguments}
+        _recording[1].append(Launch(kernel, in_order, grid, num_warps, num_stages))
         return
-    device: torch.device = next(x for x in (*args, *named.values()) if isinstance(x, Tensor)).device
+    device: torch.device = next(x for x in arguments.values() if isinstance(x, Tensor)).device
     if INTERPRETED:
-        kernel[grid](*args, **named)
+        kernel[grid](**arguments)
         return
     options = {"num_warps": num_warps, "num_stages": num_stages, **OPTIONS}
     if device.index != torch.cuda.current_device():
         with torch.cuda.device(device):
-            kernel[grid](*args, **named, **options)
+            kernel[grid](**arguments, **options)
     else:
-        kernel[grid](*args, **named, **options)
+        kernel[grid](**arguments, **options)
 
 
 def strides(name: str, tensor: Tensor, axes: str) -> dict[str, int]:
