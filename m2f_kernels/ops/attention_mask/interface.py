@@ -224,6 +224,7 @@ def _writes_flags(op: str, tensor: Tensor) -> bool:
 
 
 def _count(name: str, value: int) -> int:
+    value = host_size(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an integer; got {describe(value)}")
     if value < 0:
