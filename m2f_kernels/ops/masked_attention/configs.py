@@ -91,6 +91,7 @@ def _fitted(
 
     - sm_75 and gfx11 multiply with operands in registers (Triton has no matrix instructions there, or wide ones only).
     - sm_86, sm_89 and sm_120 have less shared memory for stages.
+    - gfx9 spills wide rows in half precision with more warps.
     - Before 3.8 Triton fails on the expanded mask words in the tensor memory of sm_100, with an internal error.
       Products of fewer than 64 rows do not use that memory.
     """
@@ -104,6 +105,8 @@ def _fitted(
         return {**config, **shape}
     if device.capability in (86, 89, 120):
         return {**config, "num_stages": min(config["num_stages"], 2)}
+    if device.gfx.startswith("gfx9") and channels >= 128 and element_size == 2 and "KEYS_FIRST" in config:
+        return {**config, "num_warps": 4}
     if device.capability // 10 == 10 and version < (3, 8):
         tile = {name: min(config[name], 32) for name in ("BLOCK_Q", "BLOCK_K")}
         return {**config, **tile}
