@@ -47,7 +47,8 @@ $(STAMP)-lint: $(STAMP)-venv
 	@touch $@
 
 # In as many processes as there are cores, at most eight: each takes about 1.5 GiB. JOBS=0 runs in one, for a debugger.
-JOBS ?= $(shell cores=$$(nproc 2>/dev/null || echo 1); echo $$(( cores > 8 ? 8 : cores )))
+# OMP_NUM_THREADS, which nproc would take for the number of cores, is about threads.
+JOBS ?= $(shell cores=$$(env -u OMP_NUM_THREADS nproc 2>/dev/null || echo 1); echo $$(( cores > 8 ? 8 : cores )))
 test: $(STAMP)-package
 	$(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 

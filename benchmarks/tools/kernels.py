@@ -128,7 +128,7 @@ def _points(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     if m2f_kernels.explain("uncertain_points", logits).backend == "triton":
 
         def by_digits() -> object:
-            with static.selecting_by_digits():
+            with static.choosing("points.triton_sampling", "SELECTION", "digits"):
                 return m2f_kernels.uncertain_points(logits, POINTS)
 
         yield "uncertain_points, 100 masks, by digits", by_digits

@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -82,27 +82,15 @@ def deterministically() -> Iterator[None]:
 
 
 @contextmanager
-def selecting_by_digits() -> Iterator[None]:
-    """With the other kernel that selects uncertain points."""
-    from m2f_kernels.ops.points import triton_sampling as op
-
-    before, op.SELECTION = op.SELECTION, "digits"
+def choosing(module: str, name: str, value: str) -> Iterator[None]:
+    """With another kernel: `name` of that module of `m2f_kernels.ops` has this value."""
+    op = importlib.import_module(f"m2f_kernels.ops.{module}")
+    before = getattr(op, name)
+    setattr(op, name, value)
     try:
         yield
     finally:
-        op.SELECTION = before
-
-
-@contextmanager
-def attending_lean() -> Iterator[None]:
-    """With the successor of masked attention's forward kernel."""
-    from m2f_kernels.ops.masked_attention import configs
-
-    before, configs.KERNEL = configs.KERNEL, "lean"
-    try:
-        yield
-    finally:
-        configs.KERNEL = before
+        setattr(op, name, before)
 
 
 def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -173,7 +161,7 @@ CASES = [
         "masked_attention",
         lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5),
         (32, 16, 64, 128, 80),
-        chosen=attending_lean,
+        chosen=partial(choosing, "masked_attention.configs", "KERNEL", "lean"),
     ),
     Case(
         _ATTENTION,
@@ -307,6 +295,13 @@ CASES += [
         "point_sample_backward",
         lambda dtype, _: (meta(1, 256, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
     ),
+    Case(
+        _SAMPLE,
+        "point_sample_backward",
+        lambda dtype, _: (meta(1, 256, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
+        representative=False,
+        chosen=partial(choosing, "points.triton_sampling", "GATHER", "chunks"),
+    ),
     # With few channels another kernel serves.
     Case(
         _SAMPLE,
@@ -340,7 +335,7 @@ CASES += [
         "uncertain_points",
         lambda dtype, _: (*matched(dtype)[:2], meta(1, dtype=torch.int64), 0, 37632, 9408, 3136),
         representative=False,
-        chosen=selecting_by_digits,
+        chosen=partial(choosing, "points.triton_sampling", "SELECTION", "digits"),
     ),
     Case(
         _LOSS,

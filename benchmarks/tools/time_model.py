@@ -500,7 +500,7 @@ def points_kept(masks_: int = 100, selection: str = "histogram") -> tuple[list[K
 
     rows, seed = static.meta(masks_, dtype=torch.int32), static.meta(1, dtype=torch.int64)
     arguments = (static.meta(masks_, 256, 256, dtype=torch.float32), rows, seed, 0, 37632, 9408, 3136)
-    with static.selecting_by_digits() if selection == "digits" else nullcontext():
+    with static.choosing("points.triton_sampling", "SELECTION", "digits") if selection == "digits" else nullcontext():
         return triton_kernels(op.uncertain_points, arguments, _trips), 0
 
 

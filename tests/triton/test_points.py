@@ -118,9 +118,11 @@ def test_sample_backward(kernels, device, generator, dtype, magnitude, c):
     assert relative_error(actual, expected) <= tolerance(GRADIENT, dtype, dtype)
 
 
+@pytest.mark.parametrize("gather", ["single", "chunks"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 200)], ids=str)
-def test_sample_backward_of_crowded_points(kernels, device, generator, size, c):
+def test_sample_backward_of_crowded_points(kernels, device, generator, size, c, gather, monkeypatch):
     """Strided points, many of them on the same spot, on edges and nowhere; the same result for the same call."""
+    monkeypatch.setattr("m2f_kernels.ops.points.triton_sampling.GATHER", gather)
     points = torch.rand(2, 300, 2, generator=generator).mul(1.6).sub(0.3)
     points[:, :40] = points[:, 40:41]
     points[1, 100:110] = torch.tensor([0.0, 1.0])
@@ -145,6 +147,16 @@ def test_non_finite_gradients_stay_visible(kernels, device, generator, c):
     finite = actual.isfinite().flatten(2).all(2)
     assert finite[:, :3].tolist() == [[False, True, True], [True, True, False]]
     assert finite[:, 3:].all()
+
+
+def test_non_finite_gradients_of_a_crowd_reach_its_pixels_only(kernels, device, monkeypatch):
+    monkeypatch.setattr("m2f_kernels.ops.points.triton_sampling.GATHER", "chunks")
+    points = torch.full((1, 200, 2), 0.52, device=device)
+    points[:, 199] = 0.1
+    upstream = torch.ones(1, 64, 200, device=device)
+    upstream[0, 3, 70] = float("inf")
+    finite = kernels["point_sample_backward"](upstream, points, 8, 8).isfinite()[0]
+    assert finite.flatten(1).sum(1).tolist() == [64 - 4 * (i == 3) for i in range(64)]
 
 
 # ---------------------------------------------------------------- uncertain_points

@@ -27,6 +27,13 @@ _BINS = tl.constexpr(2048)
 SELECTION = os.environ.get("M2F_SELECTION", "histogram")
 if SELECTION not in ("histogram", "digits"):
     raise ValueError(f"M2F_SELECTION: expected 'histogram' or 'digits'; got {SELECTION!r}")
+#: How a pixel gathers its gradient: point after point ("single"), which GPUs have run, or ("chunks") many at once where
+#: they crowd, which none has.
+GATHER = os.environ.get("M2F_GATHER", "single")
+if GATHER not in ("single", "chunks"):
+    raise ValueError(f"M2F_GATHER: expected 'single' or 'chunks'; got {GATHER!r}")
+#: Points that a pixel has in two neighbouring cells before it takes this many at once.
+_CHUNK = tl.constexpr(32)
 
 
 def dense_planes(tensor: Tensor) -> Tensor:
@@ -316,15 +323,50 @@ def _weight(coordinate, size, pixel):
 
 
 @triton.jit
+def _gather_pixel(
+    total, grad_ptr, points_ptr, order_ptr, n, c, row, column, start, length, points_n, points_k, points_d,
+    num_channels, num_points, height, width,
+):  # fmt: skip
+    """The terms [C] of `length` sorted points from `start` for one pixel, `_CHUNK` points at once."""
+    part = tl.zeros((total.shape[0], _CHUNK), tl.float32)
+    for first in range(0, length, _CHUNK):
+        i = first + tl.arange(0, _CHUNK)
+        taken = i < length
+        k = tl.load(order_ptr + n * num_points + start + i, mask=taken, other=0)
+        at = points_ptr + n * points_n + k * points_k
+        weight = _weight(tl.load(at, mask=taken, other=0.0), width, column)
+        weight *= _weight(tl.load(at + points_d, mask=taken, other=0.0), height, row)
+        from_ = grad_ptr + (n * num_channels + c)[:, None] * num_points + k[None, :]
+        g = tl.load(from_, mask=(c < num_channels)[:, None] & taken[None, :], other=0.0).to(tl.float32)
+        part += tl.where(taken[None, :], g * weight[None, :], 0.0)
+    return tl.sum(part, axis=1)
+
+
+@triton.jit
 def _gather_rows(
     total, grad_ptr, points_ptr, order_ptr, first_ptr, n, c, row, column, points_n, points_k, points_d, num_channels,
-    num_points, height, width, inside, BELOW: tl.constexpr,
+    num_points, height, width, inside, BELOW: tl.constexpr, CHUNKS: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     """Adds to `total` [C, P] the terms of the two cells above (BELOW: below) each pixel."""
     cell = (row + BELOW) * (width + 1) + column
     first_ptr += n * ((height + 1) * (width + 1) + 1)
     start = tl.load(first_ptr + cell, mask=inside, other=0)
     count = tl.load(first_ptr + cell + 2, mask=inside, other=0) - start
+    if CHUNKS:
+        crowded = tl.where(count > _CHUNK, count, 0)
+        if tl.max(crowded, axis=0) > 0:
+            for j in range(BLOCK_P):
+                here = tl.arange(0, BLOCK_P) == j
+                length = tl.sum(tl.where(here, crowded, 0), axis=0)
+                if length > 0:
+                    pixel_sum = _gather_pixel(
+                        total, grad_ptr, points_ptr, order_ptr, n, c, tl.sum(tl.where(here, row, 0), axis=0),
+                        tl.sum(tl.where(here, column, 0), axis=0), tl.sum(tl.where(here, start, 0), axis=0), length,
+                        points_n, points_k, points_d, num_channels, num_points, height, width,
+                    )  # fmt: skip
+                    # Not as a product with zero: the sum may not be finite.
+                    total += tl.where(here[None, :], pixel_sum[:, None], 0.0)
+        count -= crowded
     for i in range(tl.max(count, axis=0)):
         taken = i < count
         k = tl.load(order_ptr + n * num_points + start + i, mask=taken, other=0)
@@ -340,7 +382,7 @@ def _gather_rows(
 @triton.jit(do_not_specialize=["num_channels", "num_points"])
 def _gather_backward_kernel(
     grad_ptr, points_ptr, order_ptr, first_ptr, out_ptr, points_n, points_k, points_d, num_channels, num_points,
-    height, width, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    height, width, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, CHUNKS: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P pixels in BLOCK_C channels of one image."""
     n = tl.program_id(2).to(tl.int64)
@@ -351,7 +393,7 @@ def _gather_backward_kernel(
     for below in tl.static_range(2):
         total = _gather_rows(
             total, grad_ptr, points_ptr, order_ptr, first_ptr, n, c, row, column, points_n, points_k, points_d,
-            num_channels, num_points, height, width, inside, below,
+            num_channels, num_points, height, width, inside, below, CHUNKS, BLOCK_P,
         )  # fmt: skip
     to = out_ptr + ((n * num_channels + c) * height * width)[:, None] + p[None, :]
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=(c < num_channels)[:, None] & inside[None, :])
@@ -381,7 +423,8 @@ def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> T
     launch(
         _gather_backward_kernel, (triton.cdiv(height * width, 64), triton.cdiv(c, 8), n), grad_ptr=grad,
         points_ptr=points, order_ptr=order, first_ptr=first, out_ptr=out, **strides("points", points, "nkd"),
-        num_channels=c, num_points=k, height=height, width=width, BLOCK_C=8, BLOCK_P=64, num_warps=2,
+        num_channels=c, num_points=k, height=height, width=width, BLOCK_C=8, BLOCK_P=64,
+        CHUNKS=GATHER == "chunks", num_warps=4 if GATHER == "chunks" else 2,
     )  # fmt: skip
     return out
 
