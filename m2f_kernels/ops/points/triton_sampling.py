@@ -32,8 +32,8 @@ if SELECTION not in ("histogram", "digits"):
 GATHER = os.environ.get("M2F_GATHER", "single")
 if GATHER not in ("single", "chunks"):
     raise ValueError(f"M2F_GATHER: expected 'single' or 'chunks'; got {GATHER!r}")
-#: Points that a pixel has in two neighbouring cells before it takes this many at once.
-_CHUNK = tl.constexpr(32)
+#: A pixel with more points than `_FEW` in two neighbouring cells takes `_CHUNK` of them at once.
+_FEW, _CHUNK = tl.constexpr(64), tl.constexpr(256)
 
 
 def dense_planes(tensor: Tensor) -> Tensor:
@@ -353,7 +353,7 @@ def _gather_rows(
     start = tl.load(first_ptr + cell, mask=inside, other=0)
     count = tl.load(first_ptr + cell + 2, mask=inside, other=0) - start
     if CHUNKS:
-        crowded = tl.where(count > _CHUNK, count, 0)
+        crowded = tl.where(count > _FEW, count, 0)
         if tl.max(crowded, axis=0) > 0:
             for j in range(BLOCK_P):
                 here = tl.arange(0, BLOCK_P) == j
