@@ -149,6 +149,8 @@ def open_forward(device: Architecture, version: tuple[int, int], element_size: i
     channels = padded(d)
     if element_size == 4:
         config = _in_float32(channels)
+        if channels == 32 and device.capability >= 100:  # more warps spill there
+            config = {**config, "num_warps": 4}
     else:
         config = {"BLOCK_Q": 128 if channels <= 64 else 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}
         if channels >= 128:
@@ -189,7 +191,8 @@ def biased_forward(
         if device.capability // 10 == 8:  # larger tiles spill there
             config = {**config, "BLOCK_Q": 32 if channels == 32 else 16}
     else:
-        config = {"BLOCK_Q": 64, "BLOCK_K": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+        queries = 32 if device.capability == 120 and not wide else 64  # larger tiles spill there
+        config = {"BLOCK_Q": queries, "BLOCK_K": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
     # gfx11 spills wide rows in half precision, not in float32.
     config["IN_FLOAT"] = int(wide and element_size == 2 and device.gfx.startswith("gfx11"))
     return _biased(device, version, config, element_size, num_queries, channels, width)

@@ -610,7 +610,7 @@ def launch_kept(
     # The cost of a histogram is its 2048 bins, so blocks are few and large. With 16 warps the largest spills with
     # Triton 3.6 and 3.7.
     by_digits = SELECTION == "digits"
-    largest = 8192 if by_digits and architecture(rows.device).capability >= 90 else 4096  # elsewhere 8192 keys spill
+    largest = 8192 if by_digits and architecture(rows.device).capability in (90, 100) else 4096  # elsewhere that spills
     block = min(max(triton.next_power_of_2(candidates), 1024), largest)
     launch(
         _keep_by_digits_kernel if by_digits else _keep_kernel, (m,), keys_ptr=keys, seed_ptr=seed, points_ptr=points,
