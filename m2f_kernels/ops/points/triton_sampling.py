@@ -323,6 +323,21 @@ def _weight(coordinate, size, pixel):
 
 
 @triton.jit
+def _gather_terms(
+    grad_ptr, points_ptr, order_ptr, i, taken, n, c, row, column, points_n, points_k, points_d, num_channels,
+    num_points, height, width,
+):  # fmt: skip
+    """The terms [C, P] of points `i` in the order from `order_ptr` on for pixels; zero where they are not `taken`."""
+    k = tl.load(order_ptr + i, mask=taken, other=0)
+    at = points_ptr + n * points_n + k * points_k
+    weight = _weight(tl.load(at, mask=taken, other=0.0), width, column)
+    weight *= _weight(tl.load(at + points_d, mask=taken, other=0.0), height, row)
+    from_ = grad_ptr + (n * num_channels + c)[:, None] * num_points + k[None, :]
+    g = tl.load(from_, mask=(c < num_channels)[:, None] & taken[None, :], other=0.0).to(tl.float32)
+    return tl.where(taken[None, :], g * weight[None, :], 0.0)
+
+
+@triton.jit
 def _gather_pixel(
     total, grad_ptr, points_ptr, order_ptr, n, c, row, column, start, length, points_n, points_k, points_d,
     num_channels, num_points, height, width,
@@ -332,13 +347,10 @@ def _gather_pixel(
     for first in range(0, length, _CHUNK):
         i = first + tl.arange(0, _CHUNK)
         taken = i < length
-        k = tl.load(order_ptr + n * num_points + start + i, mask=taken, other=0)
-        at = points_ptr + n * points_n + k * points_k
-        weight = _weight(tl.load(at, mask=taken, other=0.0), width, column)
-        weight *= _weight(tl.load(at + points_d, mask=taken, other=0.0), height, row)
-        from_ = grad_ptr + (n * num_channels + c)[:, None] * num_points + k[None, :]
-        g = tl.load(from_, mask=(c < num_channels)[:, None] & taken[None, :], other=0.0).to(tl.float32)
-        part += tl.where(taken[None, :], g * weight[None, :], 0.0)
+        part += _gather_terms(
+            grad_ptr, points_ptr, order_ptr + n * num_points + start, i, taken, n, c, row, column, points_n, points_k,
+            points_d, num_channels, num_points, height, width,
+        )  # fmt: skip
     return tl.sum(part, axis=1)
 
 
@@ -369,13 +381,10 @@ def _gather_rows(
         count -= crowded
     for i in range(tl.max(count, axis=0)):
         taken = i < count
-        k = tl.load(order_ptr + n * num_points + start + i, mask=taken, other=0)
-        at = points_ptr + n * points_n + k * points_k
-        weight = _weight(tl.load(at, mask=taken, other=0.0), width, column)
-        weight *= _weight(tl.load(at + points_d, mask=taken, other=0.0), height, row)
-        from_ = grad_ptr + (n * num_channels + c)[:, None] * num_points + k[None, :]
-        g = tl.load(from_, mask=(c < num_channels)[:, None] & taken[None, :], other=0.0).to(tl.float32)
-        total += tl.where(taken[None, :], g * weight[None, :], 0.0)
+        total += _gather_terms(
+            grad_ptr, points_ptr, order_ptr + n * num_points + start, i, taken, n, c, row, column, points_n, points_k,
+            points_d, num_channels, num_points, height, width,
+        )  # fmt: skip
     return total
 
 
