@@ -518,9 +518,12 @@ class _Call:
         arch = architecture(value.device)
         self.block_d = min(triton.next_power_of_2(self.channels), per_lane * arch.warp_size)
         lanes = self.block_d // math.gcd(per_lane, self.align, self.block_d)
-        self.num_warps, self.block_q = _block(arch, lanes, self.batch * self.heads, self.queries)
-        self.blocks = self.batch * triton.cdiv(self.queries, self.block_q) * self.heads
         self.chunks = triton.cdiv(self.channels, self.block_d)
+        warps = 4
+        if arch.capability // 10 == 10 and self.channels >= 64:  # the assembler spills two registers with 4
+            warps = 2 if grad_output is None and self.chunks == 1 and lanes == arch.warp_size else 8
+        self.num_warps, self.block_q = _block(arch, warps, lanes, self.batch * self.heads, self.queries)
+        self.blocks = self.batch * triton.cdiv(self.queries, self.block_q) * self.heads
         first = tuple(itertools.accumulate(points_per_level, initial=0))
         reach = max(
             (self.positions - 1) * value_strides[1] + self.channels, self.positions * self.heads * self.channels
@@ -579,9 +582,10 @@ def _pack(points: Tensor) -> tuple[Tensor, str | None]:
     return points.as_strided(points.shape, [s - s % 2 for s in points.stride()[:-1]] + [1]).view(integer)[..., 0], name
 
 
-def _block(arch: Architecture, lanes: int, groups: int, queries: int) -> tuple[int, int]:
-    """Warps and queries of a program. Few queries, as in a decoder: smaller programs reach more multiprocessors."""
-    for num_warps in (4, 2, 1):
+def _block(arch: Architecture, warps: int, lanes: int, groups: int, queries: int) -> tuple[int, int]:
+    """Warps, at most `warps`, and queries of a program. Few queries, as in a decoder: smaller programs reach more
+    multiprocessors."""
+    for num_warps in (n for n in (8, 4, 2, 1) if n <= warps):
         block = max(1, num_warps * arch.warp_size // lanes)
         if groups * triton.cdiv(queries, block) >= 4 * arch.multiprocessors:
             break
