@@ -144,7 +144,8 @@ def points() -> Figure:
 def before_after() -> Figure:
     """Time and peak memory of this package as shares of those of `transformers`: README's table as bars."""
     figure, panels = plt.subplots(1, 2, figsize=(8.6, 3.2), sharey=True)
-    rows = [(one.row(one.before), one.row(one.after)) for one in readme.HEADLINES]
+    found = readme.headlines()
+    rows = [(old, new) for _, old, new in found]
     places = np.arange(len(rows))[::-1]
     for panel, title, unit, column in (
         (panels[0], "time", "ms", "median_ms"),
@@ -159,7 +160,7 @@ def before_after() -> Figure:
             )
             panel.text(0.99, place, f"{a:.3g} {unit}" if a < 1000 else f"{a:.0f} {unit}", ha="right", va="center")
         panel.set(xlim=(0, 1), xlabel=f"{title} / transformers'")
-        panel.set_yticks(places, [one.label.replace("`", "") for one in readme.HEADLINES])
+        panel.set_yticks(places, [label.replace("`", "") for label, *_ in found])
         panel.spines[["top", "right"]].set_visible(False)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="upper center", ncols=2, frameon=False)
     figure.tight_layout(rect=(0, 0, 1, 0.93))

@@ -1,10 +1,7 @@
 """The rule by which `benchmarks.launches` counts kernels without a GPU, and bounds on what is launched."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections import Counter
 
 import pytest
@@ -15,6 +12,7 @@ from benchmarks import launches
 from benchmarks.launches import Launches
 from m2f_kernels import attention_mask_levels, predict_attention_mask
 from tests.model.peers import their_model
+from tests.processes import python
 
 
 def counted(run):
@@ -128,7 +126,7 @@ assert not torch.is_autocast_enabled("cuda")
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="fake CUDA tensors need a device guard compiled by g++")
 def test_fake_cuda_tensors_follow_autocast():
-    done = subprocess.run([sys.executable, "-c", FAKE_CUDA], capture_output=True, text=True, check=False)
+    done = python("-c", FAKE_CUDA)
     assert done.returncode == 0, done.stderr
 
 
@@ -190,8 +188,7 @@ for what, bound in json.loads(sys.argv[1]).items():
 )
 def test_inference(convolution, most):
     """R50 at 512 x 512: not more launches than when this was written, no copy and no wait."""
-    command, environment = [sys.executable, "-c", MODEL, json.dumps(most)], {"M2F_CONVOLUTION": convolution}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    done = python("-c", MODEL, json.dumps(most), M2F_CONVOLUTION=convolution)
     assert done.returncode == 0, done.stderr
 
 

@@ -22,10 +22,10 @@ import m2f_kernels
 from benchmarks import memory, of_operators
 from benchmarks.arguments import arguments
 from benchmarks.formats import markdown
+from benchmarks.ops.masked_attention import multihead_core
 from benchmarks.ops.ms_deform_attn import grid_sample_form as published_ms_deform_attn
 from m2f_kernels import FactoredMasks, PackedMask
-from m2f_kernels.ops.ms_deform_attn import fallback as ms_deform_attn
-from m2f_kernels.ops.points import fallback as point_sample
+from m2f_kernels.ops.points.fallback import most_uncertain
 
 #: Limits, as ratios to the published form.
 OPERATIONS, BYTES = 1.25, 1.1
@@ -65,9 +65,9 @@ def count(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Count:
     return Count(found.names, found.written, sum(storage.nbytes() for storage in saved.values()))
 
 
-def meta(*shape: int, grad: bool = True) -> Tensor:
+def meta(*shape: int, grad: bool = True, dtype: torch.dtype = torch.float32) -> Tensor:
     """A tensor that has no memory."""
-    return torch.empty(shape, device="meta", requires_grad=grad)
+    return torch.empty(shape, dtype=dtype, device="meta", requires_grad=grad and dtype.is_floating_point)
 
 
 # ---------------------------------------------------------------- published forms
@@ -94,6 +94,11 @@ def published_from_offsets(
 HEADS = 8
 
 
+def _heads(x: Tensor) -> Tensor:
+    """[N, L, C] -> [N, H, L, D]."""
+    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+
 def published_mask(embed: Tensor, features: Tensor, size: tuple[int, int]) -> Tensor:
     """Mask2Former's attention mask of one layer, bool [N*H, Q, S], True = blocked."""
     logits = torch.einsum("nqc,nchw->nqhw", embed, features)
@@ -114,15 +119,8 @@ def published_row_rule(blocked: Tensor) -> Tensor:
 
 def published_attention(query: Tensor, key: Tensor, value: Tensor, blocked: Tensor) -> Tensor:
     """`torch.nn.MultiheadAttention` between its projections: [Q, N, C] and [S, N, C], blocked [N*H, Q, S]."""
-    q, n, c = query.shape
-    d = c // HEADS
-    query, key, value = (x.view(-1, n * HEADS, d).transpose(0, 1) for x in (query, key, value))
-    blocked = published_row_rule(blocked)
-    bias = torch.zeros_like(blocked, dtype=query.dtype).masked_fill_(blocked, float("-inf"))
-    weights = torch.baddbmm(bias, query * d**-0.5, key.transpose(1, 2)).softmax(-1)
-    output = torch.bmm(weights, value).transpose(0, 1).contiguous().view(q, n, c)
-    weights.view(n, HEADS, q, -1).mean(1)  # returned, too
-    return output
+    given = {name: _heads(x.transpose(0, 1)) for name, x in (("query", query), ("key", key), ("value", value))}
+    return multihead_core(given | {"mask": published_row_rule(blocked)}).permute(2, 0, 1, 3).flatten(2)
 
 
 def published_biased_attention(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: Tensor) -> Tensor:
@@ -136,7 +134,7 @@ def published_biased_attention(query: Tensor, key: Tensor, value: Tensor, by_row
 def published_self_attention(query: Tensor, key: Tensor, value: Tensor, attend: Tensor) -> Tensor:
     """EoMT's: a mask for some queries and keys in one for all, and PyTorch's attention. [N, L, C], attend [N, R, M]."""
     n, length, _ = query.shape
-    query, key, value = (x.unflatten(-1, (HEADS, -1)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = map(_heads, (query, key, value))
     mask = torch.ones(n, length, length, dtype=torch.bool, device=query.device)
     mask[:, : attend.shape[1], length - attend.shape[2] :] = attend
     mask = mask[:, None].expand(-1, HEADS, -1, -1)
@@ -211,25 +209,7 @@ class Row:
     def counts(self) -> tuple[Count, Count]:
         """The counts of the published code and of the fallback."""
         own = self.inputs if self.own_inputs is None else self.own_inputs
-        return count(self.published, self.inputs), count(forced(self.fallback), own)
-
-
-def forced(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` where no kernel serves."""
-
-    def call(*inputs: Any) -> Any:
-        with m2f_kernels.use_backend("fallback"):
-            return function(*inputs)
-
-    return call
-
-
-def _levels(sizes: list[tuple[int, int]]) -> list[int]:
-    flat, start = [], 0
-    for h, w in sizes:
-        flat += [h, w, start]
-        start += h * w
-    return flat
+        return count(self.published, self.inputs), count(m2f_kernels.use_backend("fallback")(self.fallback), own)
 
 
 #: An encoder layer's: two images of 1024 x 1024 pixels, strides 32, 16, 8, 8 heads of 32 channels, 4 points.
@@ -237,45 +217,26 @@ SIZES = [(32, 32), (64, 64), (128, 128)]
 
 
 def _attention_rows() -> Iterator[Row]:
-    s = sum(h * w for h, w in SIZES)
-    for q, sizes in ((s, SIZES), (300, SIZES), (300, [(100, 100)])):
-        s = sum(h * w for h, w in sizes)
-        count, levels = len(sizes), _levels(sizes)
-        points = [4] * count
-        value, samples = meta(2, s, 8, 32), meta(2, q, 8, count, 4, 2)
-
-        def from_locations(v: Tensor, x: Tensor, a: Tensor, levels: Any = levels, points: Any = points) -> Tensor:
-            return ms_deform_attn.ms_deform_attn(v, levels, x.flatten(3, 4), a.flatten(3), points)
-
-        def from_offsets(
-            v: Tensor, r: Tensor, o: Tensor, a: Tensor, levels: Any = levels, points: Any = points
-        ) -> Tensor:
-            return ms_deform_attn.ms_deform_attn_from_offsets(v, levels, r, o.flatten(3, 4), a, points, 0.5)
-
+    for q, sizes in ((21504, SIZES), (300, SIZES), (300, [(100, 100)])):
+        s, levels = sum(h * w for h, w in sizes), len(sizes)
+        value, samples = meta(2, s, 8, 32), meta(2, q, 8, levels, 4, 2)
         yield Row(
-            "ms_deform_attn", f"{count} levels, {q} queries",
-            lambda v, x, a, sizes=sizes: published_ms_deform_attn(v, sizes, x, a), from_locations,
-            (value, samples, meta(2, q, 8, count, 4)),
+            "ms_deform_attn", f"{levels} levels, {q} queries",
+            lambda v, x, a, sizes=sizes: published_ms_deform_attn(v, sizes, x, a),
+            lambda v, x, a, sizes=sizes: m2f_kernels.ms_deform_attn(v, sizes, None, x, a),
+            (value, samples, meta(2, q, 8, levels, 4)),
         )  # fmt: skip
         for coordinates in (2, 4):
             yield Row(
-                "ms_deform_attn_from_offsets", f"{count} levels, {q} queries, {coordinates}-d",
-                lambda v, r, o, a, sizes=sizes: published_from_offsets(v, sizes, r, o, a), from_offsets,
-                (value, meta(2, q, count, coordinates), samples, meta(2, q, 8, 4 * count)),
+                "ms_deform_attn_from_offsets", f"{levels} levels, {q} queries, {coordinates}-d",
+                lambda v, r, o, a, sizes=sizes: published_from_offsets(v, sizes, r, o, a),
+                lambda v, r, o, a, sizes=sizes: m2f_kernels.ms_deform_attn_from_offsets(v, sizes, r, o, a),
+                (value, meta(2, q, levels, coordinates), samples, meta(2, q, 8, 4 * levels)),
             )  # fmt: skip
 
 
-def _heads(x: Tensor) -> Tensor:
-    """[N, L, C] -> [N, H, L, D]."""
-    return x.unflatten(-1, (HEADS, -1)).transpose(1, 2)
-
-
-def flags(*shape: int, dtype: torch.dtype = torch.bool) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
 def packed(n: int, q: int, s: int) -> PackedMask:
-    return PackedMask(flags(n, q, -(-s // 32), dtype=torch.int32), flags(n, q), s)
+    return PackedMask(meta(n, q, -(-s // 32), dtype=torch.int32), meta(n, q, dtype=torch.bool), s)
 
 
 def _mask_rows() -> Iterator[Row]:
@@ -288,10 +249,9 @@ def _mask_rows() -> Iterator[Row]:
     )  # fmt: skip
     for h, w in (*SIZES, (25, 25)):
         s = h * w
-        level = meta(n, c, h, w, grad=False)
         yield Row(
             "predict_attention_mask", f"{s} keys", lambda e, x, size=(h, w): published_mask(e, x, size),
-            m2f_kernels.predict_attention_mask, (embed, features), (embed, level),
+            m2f_kernels.predict_attention_mask, (embed, features), (embed, meta(n, c, h, w, grad=False)),
         )  # fmt: skip
         yield Row(
             "pack_attention_mask", f"logits, {s} keys, row rule",
@@ -301,7 +261,7 @@ def _mask_rows() -> Iterator[Row]:
     yield Row(
         "pack_attention_mask", "bool, row rule",
         lambda x: published_row_rule(~x.unsqueeze(1).repeat(1, HEADS, 1, 1)), m2f_kernels.pack_attention_mask,
-        (flags(n, q, s),),
+        (meta(n, q, s, dtype=torch.bool),),
     )  # fmt: skip
 
 
@@ -320,12 +280,12 @@ def _masked_attention_rows() -> Iterator[Row]:
         x = tuple(meta(length, n, c) for length in (q, s, s))
         yield Row(
             "masked_attention", f"{n} images, {s} keys", published_attention, attend,
-            (*x, flags(n * HEADS, q, s)), (*x, packed(n, q, s)),
+            (*x, meta(n * HEADS, q, s, dtype=torch.bool)), (*x, packed(n, q, s)),
         )  # fmt: skip
     yield Row(
         "masked_attention", f"{n} images, {s} keys, bool",
         lambda q, k, v, m: published_attention(q, k, v, ~m.repeat_interleave(HEADS, 0)), attend,
-        (*x, flags(n, q, s)),
+        (*x, meta(n, q, s, dtype=torch.bool)),
     )  # fmt: skip
     heads = tuple(meta(1, length, HEADS, 32).transpose(1, 2) for length in (201, 5184, 5184))
     yield Row(
@@ -338,7 +298,7 @@ def _masked_attention_rows() -> Iterator[Row]:
     x = tuple(meta(2, 1805, c) for _ in range(3))
     yield Row(
         "masked_attention", "encoder-only, 1805 keys", published_self_attention,
-        attend_all, (*x, flags(2, 200, 1600)), (*x, packed(2, 200, 1600)),
+        attend_all, (*x, meta(2, 200, 1600, dtype=torch.bool)), (*x, packed(2, 200, 1600)),
     )  # fmt: skip
 
 
@@ -356,16 +316,16 @@ def _point_rows() -> Iterator[Row]:
         yield Row(
             "point_sample", f"{dtype} masks".removeprefix("torch."),
             lambda x, p: published_point_sample(x.float(), p), m2f_kernels.point_sample,
-            (flags(2, 20, 1024, 1024, dtype=dtype), points),
+            (meta(2, 20, 1024, 1024, dtype=dtype), points),
         )  # fmt: skip
     m, keep = 30, 9408
     logits = meta(m, 256, 256, grad=False)
     random = [meta(m, k, 2, grad=False) for k in (3 * POINTS, POINTS - keep)]
-    rows = flags(m, dtype=torch.int64)
+    rows = meta(m, dtype=torch.int64)
     yield Row(
         "uncertain_points", "of given random points",
         lambda x, drawn, fresh, rows: published_uncertain(x[rows], drawn, fresh, keep),
-        lambda x, drawn, fresh, rows: point_sample.most_uncertain(x, rows, drawn, fresh, keep), (logits, *random, rows),
+        lambda x, drawn, fresh, rows: most_uncertain(x, rows, drawn, fresh, keep), (logits, *random, rows),
     )  # fmt: skip
 
     def published(x: Tensor) -> Tensor:
@@ -382,8 +342,8 @@ def _loss_rows() -> Iterator[Row]:
     n, q, c, counts = 2, 100, 256, (20, 12)
     embed, features, logits = meta(n, q, c), meta(n, c, 256, 256), meta(n, q, 256, 256)
     points, own = meta(n, POINTS, 2, grad=False), meta(sum(counts), POINTS, 2, grad=False)
-    matches = [(flags(m, dtype=torch.int64), flags(m, dtype=torch.int64)) for m in counts]
-    same = [flags(m, 1024, 1024) for m in counts]
+    matches = [(meta(m, dtype=torch.int64), meta(m, dtype=torch.int64)) for m in counts]
+    same = [meta(m, 1024, 1024, dtype=torch.bool) for m in counts]
 
     def loss(x: Any, t: Any, m: Any, p: Tensor) -> Any:
         return m2f_kernels.point_mask_loss(x, t, p, matches=m)

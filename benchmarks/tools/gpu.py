@@ -25,10 +25,12 @@ import tarfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.arguments import arguments
+from benchmarks.formats import markdown
 
 ROOT = Path(__file__).parents[2]
 #: What `make gpu-bundle` prepares: plan.json, wheels/, lib/, old/.
@@ -128,15 +130,13 @@ def _python(*arguments: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def _tests(name: str, chosen: Callable[[Context], list[str]], *few: str) -> Command:
-    """A run of tests that notes each outcome, and leaves out those that have passed; `few` in a rehearsal."""
-
-    def command(context: Context, seconds: float) -> list[str]:
-        found = _python("-m", "pytest", "-p", "benchmarks.tools.resume", "-q", "-rfE", "--tb=short", "-m", "not slow")
-        found += [f"--resume-from={context.logs / name}.outcomes", *(few if context.rehearsal else chosen(context))]
-        return found if context.workers < 2 else [*found, "-n", str(context.workers)]
-
-    return command
+def _tests(context: Context, seconds: float, name: str, every: str = "", few: Sequence[str] = ()) -> list[str]:
+    """A run of tests, those of the change or `every`, that notes each outcome, and leaves out those that have passed;
+    `few` in a rehearsal."""
+    chosen = few if context.rehearsal else [every] if every else context.tests
+    command = _python("-m", "pytest", "-p", "benchmarks.tools.resume", "-q", "-rfE", "--tb=short", "-m", "not slow")
+    command += [f"--resume-from={context.logs / name}.outcomes", *chosen]
+    return command if context.workers < 2 else [*command, "-n", str(context.workers)]
 
 
 def _tuner(context: Context, seconds: float) -> list[str]:
@@ -161,45 +161,35 @@ def _old_new(context: Context, seconds: float) -> list[str]:
     return [*command, "--rounds", rounds, "--seconds", str(seconds), "--output", str(context.logs)]
 
 
-def _benchmark(*arguments: str) -> Command:
-    def command(context: Context, seconds: float) -> list[str]:
-        base = _python("-m", "benchmarks.run", "--device", context.device, *arguments)
-        if context.rehearsal:
-            return [*base, "--quick", "--op", "attention_mask", "--output", str(context.logs)]
-        return [*base, "--output", str(context.logs.parents[1])]
-
-    return command
+def _benchmark(context: Context, seconds: float, *, arguments: Sequence[str]) -> list[str]:
+    base = _python("-m", "benchmarks.run", "--device", context.device, *arguments)
+    if context.rehearsal:
+        return [*base, "--quick", "--op", "attention_mask", "--output", str(context.logs)]
+    return [*base, "--output", str(context.logs.parents[1])]
 
 
-def _sanitizer(tool: str, *tests: str) -> Command:
-    def command(context: Context, seconds: float) -> list[str]:
-        chosen = list(tests) or [t for t in context.tests if t.startswith("tests/ops")] or ["tests/ops"]
-        run = _python("-m", "pytest", *chosen, "-m", "cuda and not slow", "-k", "sanitize", "-q")
-        if context.rehearsal:
-            return [*run, "--collect-only", "-q"]
-        return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *run]
-
-    return command
+def _sanitizer(context: Context, seconds: float, *, tool: str, tests: Sequence[str] = ()) -> list[str]:
+    chosen = tests or [t for t in context.tests if t.startswith("tests/ops")] or ["tests/ops"]
+    run = _python("-m", "pytest", *chosen, "-m", "cuda and not slow", "-k", "sanitize", "-q")
+    if context.rehearsal:
+        return [*run, "--collect-only", "-q"]
+    return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *run]
 
 
 #: In the order of their worth. The limits of the first seven fit into nine minutes together.
 STEPS = (
     Step("build", 90, _build),
-    Step(
-        "changed",
-        150,
-        _tests("changed", lambda context: context.tests, "tests/ops/test_point_sample.py", "-k", "gradcheck"),
-    ),
+    Step("changed", 150, partial(_tests, name="changed", few=("tests/ops/test_point_sample.py", "-k", "gradcheck"))),
     Step("old_new", 110, _old_new),
-    Step("headline", 130, _benchmark("--op", "end_to_end", "--skip", "compiled")),
-    Step("memcheck", 60, _sanitizer("memcheck")),
+    Step("headline", 130, partial(_benchmark, arguments=("--op", "end_to_end", "--skip", "compiled"))),
+    Step("memcheck", 60, partial(_sanitizer, tool="memcheck")),
     # CUDA C++ only: the shared memory of Triton's kernels is the compiler's, a vector that a layout repeats is stored
     # by several threads, and PyTorch's own attention is reported on Hopper too.
-    Step("racecheck", 40, _sanitizer("racecheck", "tests/ops/test_ms_deform_attn_cuda.py")),
+    Step("racecheck", 40, partial(_sanitizer, tool="racecheck", tests=("tests/ops/test_ms_deform_attn_cuda.py",))),
     Step("tuner", 240, _tuner),
-    Step("suite", 400, _tests("suite", lambda context: ["tests"], "tests/test_readme.py")),
-    Step("bench", 300, _benchmark("--skip", "compiled")),
-    Step("bench_full", 540, _benchmark("--full")),
+    Step("suite", 400, partial(_tests, name="suite", every="tests", few=("tests/test_readme.py",))),
+    Step("bench", 300, partial(_benchmark, arguments=("--skip", "compiled"))),
+    Step("bench_full", 540, partial(_benchmark, arguments=("--full",))),
 )
 
 
@@ -281,16 +271,12 @@ def predicted_and_measured(predictions: Path, measured: Path) -> str:
         missing = [path.name for path in (predictions, measured) if not path.exists()]
         return f"No table of predictions: {' and '.join(missing)} not there."
     expected, found = json.loads(predictions.read_text()), json.loads(measured.read_text())
-    lines = [
-        "| operator | dtype | predicted, µs | measured, µs | measured / predicted | why |",
-        "|---|---|---:|---:|---:|---|",
-    ]
-    for op, by_dtype in expected.items():
-        for dtype, prediction in by_dtype.items():
-            value = found.get(f"{op}, {dtype}")
-            shown = ("", "") if value is None else (f"{value:.1f}", f"{value / prediction['us']:.2f}")
-            lines.append(f"| {op} | {dtype} | {prediction['us']:.1f} | {shown[0]} | {shown[1]} | {prediction['why']} |")
-    return "\n".join(lines)
+    lines = []
+    for op, dtype, prediction in ((op, *one) for op, by_dtype in expected.items() for one in by_dtype.items()):
+        value, us = found.get(f"{op}, {dtype}"), prediction["us"]
+        shown = ("", "") if value is None else (f"{value:.1f}", f"{value / us:.2f}")
+        lines.append([op, dtype, f"{us:.1f}", *shown, prediction["why"]])
+    return markdown(["operator", "dtype", "predicted, µs", "measured, µs", "measured / predicted", "why"], lines)
 
 
 # ---------------------------------------------------------------- the machine
@@ -371,16 +357,14 @@ def main() -> int:
         options.refuse(f"--seconds: expected more than 0; got {options.seconds:g}")
     try:
         environment = prepare()
-        device, (slug, architecture, workers) = (
-            ("cpu", ("rehearsal", "", 1)) if options.rehearse else ("cuda", _device(environment))
-        )
+        slug, architecture, workers = ("rehearsal", "", 1) if options.rehearse else _device(environment)
     except RuntimeError as error:
         print(f"make gpu: {error}", file=sys.stderr)
         return 2
     commit, changed = plan()
     logs = (options.output / slug / "run").resolve()
     logs.mkdir(parents=True, exist_ok=True)
-    context = Context(device, slug, architecture, logs, tests_of(changed), workers)
+    context = Context("cpu" if options.rehearse else "cuda", slug, architecture, logs, tests_of(changed), workers)
     state = State.read(logs / "state.json", commit)
     print(f"make gpu on {slug}, commit {commit}, {options.seconds:.0f} s; results in {logs.parent}", flush=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is ended and results are kept

@@ -25,6 +25,7 @@ from benchmarks.tools.gpu import BUNDLE, ROOT
 
 #: What the tests and benchmarks need beyond what images with PyTorch usually hold.
 WHEELS = ("transformers>=5.23,<6", "pycocotools>=2.0.8", "kernels>=0.16", "deformops", "pytest-xdist", "execnet")
+_PLATFORMS = [f"--platform=manylinux{version}_x86_64" for version in ("_2_34", "_2_28", "_2_17", "2014")]
 _OLD = ("m2f_kernels", "m2f_model", "benchmarks", "csrc", "CMakeLists.txt")
 
 
@@ -59,16 +60,8 @@ def download(wheels: list[str], python: str, target: Path) -> list[str]:
     missing = []
     for wheel in wheels:
         command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "-d", str(target)]
-        command += ["--python-version", python, "--implementation", "cp"]
-        for platform in (
-            "manylinux_2_34_x86_64",
-            "manylinux_2_28_x86_64",
-            "manylinux_2_17_x86_64",
-            "manylinux2014_x86_64",
-        ):
-            command += ["--platform", platform]
-        done = subprocess.run([*command, wheel], capture_output=True, text=True)
-        if done.returncode != 0:
+        command += ["--python-version", python, "--implementation", "cp", *_PLATFORMS, wheel]
+        if subprocess.run(command, capture_output=True).returncode != 0:
             missing.append(wheel)
     return missing
 

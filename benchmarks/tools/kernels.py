@@ -126,12 +126,8 @@ def _points(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     logits = torch.randn(1, 100, size // 4, size // 4, device=device)
     yield "uncertain_points, 100 masks", lambda: m2f_kernels.uncertain_points(logits, POINTS)
     if m2f_kernels.explain("uncertain_points", logits).backend == "triton":
-
-        def by_digits() -> object:
-            with static.choosing("points.triton_sampling", "SELECTION", "digits"):
-                return m2f_kernels.uncertain_points(logits, POINTS)
-
-        yield "uncertain_points, 100 masks, by digits", by_digits
+        by_digits = static.choosing("points.triton_sampling", "SELECTION", "digits")
+        yield "uncertain_points, 100 masks, by digits", by_digits(lambda: m2f_kernels.uncertain_points(logits, POINTS))
 
 
 PARTS = {"deformable": _deformable, "masks": _masks, "attention": _attention, "points": _points}

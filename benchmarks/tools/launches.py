@@ -36,12 +36,17 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+import m2f_kernels
+from benchmarks import old_new
 from benchmarks.arguments import arguments
 from benchmarks.formats import markdown
 from m2f_kernels import _transfer, dispatch
+from m2f_model import Mask2Former, bench
+from m2f_model.criterion import total_loss
 
 # ---------------------------------------------------------------- with a GPU
 
@@ -175,8 +180,7 @@ class Launches(TorchDispatchMode):
             self.waits["_local_scalar_dense"] += 1
             return _scalar(given[0])
         if name == "_to_copy" and _on_device(args[0]) and torch.device(kwargs.get("device") or "meta").type == "cpu":
-            self.copies["down"] += 1
-            self.waits["copy to the host"] += 1
+            self._copy(args[0])
             return _host_values(args[0], kwargs.get("dtype"))
         out = func(*args, **kwargs)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
@@ -307,30 +311,21 @@ def fake_cuda() -> None:
         command += [f"-L{root / 'lib'}", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
         try:
             subprocess.run(command, input=_GUARD, text=True, capture_output=True, check=True)
-        except FileNotFoundError:
-            raise RuntimeError("counting on fake CUDA tensors needs a C++ compiler: no g++ on PATH") from None
-        except subprocess.CalledProcessError as error:
-            raise RuntimeError(f"the fake device guard did not compile:\n{error.stderr[-2000:]}") from None
+        except (FileNotFoundError, subprocess.CalledProcessError) as error:
+            why = str(getattr(error, "stderr", error))[-2000:]
+            raise RuntimeError(f"counting on fake CUDA tensors needs g++, to compile a device guard:\n{why}") from None
         ctypes.CDLL(library)
 
 
 @contextlib.contextmanager
 def cuda_autocast(dtype: torch.dtype | None) -> Iterator[None]:
-    """CUDA's autocast, which `torch.autocast` refuses to switch on without a GPU; nothing for None."""
-    if dtype is None:
+    """CUDA's autocast, which `torch.autocast` switches on only where it sees a GPU; nothing for None."""
+    with (
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        torch.autocast("cuda", dtype, enabled=dtype is not None),
+    ):
         yield
-        return
-    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)
-    torch.set_autocast_dtype("cuda", dtype)
-    torch.autocast_increment_nesting()
-    try:
-        yield
-    finally:
-        if torch.autocast_decrement_nesting() == 0:
-            torch.clear_autocast_cache()
-        torch.set_autocast_enabled("cuda", before[0])
-        torch.set_autocast_dtype("cuda", before[1])
 
 
 # ---------------------------------------------------------------- the model
@@ -343,8 +338,8 @@ INFERENCE = {
     "transformers, fp32": ("transformers", None, None),
     "accelerated, fp32": ("accelerated", None, None),
 }
-#: Side of the image, batch, targets per image.
-LOSSES = ((512, 1, 10), (1024, 1, 30), (1024, 2, 20))
+#: Stage -> the module of this package's model whose children are counted apart.
+_LAYERS = {"encoder layers": "pixel_decoder.layers", "decoder layers": "transformer_decoder.layers"}
 
 
 def inference(what: str, size: int = 512, backbone: str = "r50", batch: int = 1) -> Launches:
@@ -356,16 +351,11 @@ def inference(what: str, size: int = 512, backbone: str = "r50", batch: int = 1)
         backbone: as in `m2f bench`.
         batch: images.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    from m2f_model import bench
-
     implementation, dtype, autocast = INFERENCE[what]
     fake_cuda()
-    with FakeTensorMode() as mode, torch.no_grad(), warnings.catch_warnings():
-        mode.allow_non_fake_inputs = True
-        model = _build(bench.Case(backbone), implementation)
-        _convert(model, dtype)
+    model = _build(backbone, implementation).to(dtype=dtype)
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cuda:0")
         pixels = torch.empty(batch, 3, size, size, device="cuda:0", dtype=dtype)
         with cuda_autocast(autocast):
             model(pixels)
@@ -376,66 +366,31 @@ def inference(what: str, size: int = 512, backbone: str = "r50", batch: int = 1)
     return launches
 
 
-def _build(case: Any, implementation: str) -> nn.Module:
-    import transformers
-
-    import m2f_kernels
-    from m2f_model.model import Mask2Former
-
-    if implementation == "m2f":
-        return Mask2Former(case.config).eval()
-    model: nn.Module = transformers.Mask2FormerForUniversalSegmentation(case.config.to_transformers()).eval()
+def _build(backbone: str, implementation: str) -> Any:
+    """A model on the meta device."""
+    whose = "m2f" if implementation == "m2f" else "transformers"
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there, weights are not copied
+        model = bench.build(bench.Case(backbone, device="meta"), whose)
     return m2f_kernels.accelerate(model).model if implementation == "accelerated" else model
 
 
-def _convert(model: nn.Module, dtype: torch.dtype | None) -> None:
-    """`model.to("cuda:0", dtype)`, which fake parameters refuse."""
-    for module in model.modules():
-        for name, x in module._parameters.items():
-            if x is not None:
-                module._parameters[name] = nn.Parameter(x.detach().to("cuda:0", dtype), x.requires_grad)
-        for name, buffer in module._buffers.items():
-            if buffer is not None:
-                module._buffers[name] = buffer.to("cuda:0", dtype if buffer.is_floating_point() else None)
-
-
-def watch_stages(launches: Launches, model: Any) -> None:
+def watch_stages(launches: Launches, model: nn.Module) -> None:
     """The parts of this package's model or of `transformers`'."""
-    from m2f_model import bench
-
-    stages = bench.STAGES["m2f" if hasattr(model, "transformer_decoder") else "transformers"]
-    for stage, path in stages.items():
+    ours = isinstance(model, Mask2Former)
+    for stage, path in bench.STAGES["m2f" if ours else "transformers"].items():
         launches.watch(model.get_submodule(path), stage)
-    if hasattr(model, "transformer_decoder"):
-        for layer in model.pixel_decoder.layers:
-            launches.watch(layer, "encoder layers")
-        for layer in model.transformer_decoder.layers:
-            launches.watch(layer, "decoder layers")
+    for stage, path in _LAYERS.items() if ours else ():
+        for layer in model.get_submodule(path).children():
+            launches.watch(layer, stage)
 
 
 def loss(size: int, batch: int, targets: int, backbone: str = "r50") -> Launches:
     """The kernels of matching, loss and their gradients for given predictions, on the meta device."""
-    from m2f_kernels import FactoredMasks
-    from m2f_model import bench
-    from m2f_model.criterion import build_criterion, total_loss
-
-    config = bench.Case(backbone).config
-    with torch.device("meta"):
-        criterion = build_criterion(config)
-        channels, q = config.mask_feature_size, config.num_queries
-        features = torch.empty(batch, channels, size // 4, size // 4, requires_grad=True)
-        predictions = [
-            {
-                "class_logits": torch.empty(batch, q, config.num_labels + 1, requires_grad=True),
-                "masks": FactoredMasks(torch.empty(batch, q, channels, requires_grad=True), features),
-            }
-            for _ in range(config.decoder_layers + 1)
-        ]
-        masks = torch.empty(targets, size, size, dtype=torch.bool)
-        truth = [{"labels": torch.empty(targets, dtype=torch.int64), "masks": masks}] * batch
+    losses = old_new.loss_part(size, batch, targets, "meta", backbone)
     with _meta_as_device(), Launches().counting() as launches:
         launches.stage = "forward"
-        total = total_loss(criterion(predictions, truth))
+        total = total_loss(losses())
         launches.stage = "backward"
         total.backward()
     return launches
@@ -444,43 +399,34 @@ def loss(size: int, batch: int, targets: int, backbone: str = "r50") -> Launches
 def training(implementation: str = "m2f", size: int = 512, batch: int = 1, targets: int = 10) -> Launches:
     """The kernels of a training step of R50 in fp32, without the optimiser's, on the meta device: forward passes of
     model and loss, and the backward pass of both."""
-    from m2f_model import bench
-    from m2f_model.criterion import losses_of, total_loss
-
+    model = _build("r50", implementation).train()
     with torch.device("meta"):
-        model: Any = _build(bench.Case("r50"), implementation).to("meta")
         pixels = torch.empty(batch, 3, size, size)
         masks = [torch.empty(targets, size, size, dtype=torch.bool)] * batch
         labels = [torch.empty(targets, dtype=torch.int64)] * batch
-    model.train()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
-            module.eval().requires_grad_(False)
+            module.eval()
     launches = Launches()
+    launches.watch(model, "model")
+    launches.watch(model.criterion, "loss")
 
     def forward() -> Tensor:
-        launches.stage = "model"
+        launches.stage = "loss"  # of which the sum is outside the model
         if implementation == "m2f":
-            predictions = model(pixels).predictions
-            launches.stage = "loss"
-            return total_loss(losses_of(model.criterion, predictions, _targets(masks, labels)))
+            given = [{"labels": y, "masks": x} for x, y in zip(masks, labels, strict=True)]
+            return total_loss(model(pixels, given).losses)
         loss: Tensor = model(pixels, mask_labels=masks, class_labels=labels).loss
         return loss
 
     with _meta_as_device():
         with Launches().counting():
             forward()  # what is computed once is left out
-        if implementation != "m2f":
-            launches.watch(model.criterion, "loss")
         with launches.counting():
             found = forward()
             launches.stage = "backward"
             found.backward()
     return launches
-
-
-def _targets(masks: list[Tensor], labels: list[Tensor]) -> list[dict[str, Tensor]]:
-    return [{"labels": y, "masks": x} for x, y in zip(masks, labels, strict=True)]
 
 
 # ---------------------------------------------------------------- the command
@@ -506,7 +452,7 @@ def main() -> None:
     ]
     print(f"Kernels of one forward pass, {options.backbone}, {options.size}²\n")
     print(markdown(["", "all", *stages, "casts of parameters", "copies; waits"], rows), "\n")
-    losses = {f"{size}² N={n} T={t}": loss(size, n, t, options.backbone) for size, n, t in LOSSES}
+    losses = {f"{size}² N={n} T={t}": loss(size, n, t, options.backbone) for size, n, t in old_new.LOSSES.values()}
     rows = [[k, x.total, x.of("forward"), x.of("backward"), _traffic(x)] for k, x in losses.items()]
     print("Kernels of matching, loss and their gradients\n")
     print(markdown(["", "all", "forward", "backward", "copies; waits"], rows), "\n")

@@ -25,12 +25,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-
-from benchmarks.arguments import arguments
 
 ROOT = Path(__file__).parents[2]
 #: Side of the image, whether it is a training step, batch.
@@ -77,18 +76,18 @@ def _integration(name: str, device: str) -> Callable[[], Any]:
     return partial(call, usual)
 
 
-def _loss(name: str, device: str) -> Callable[[], Any]:
+def loss_part(size: int, batch: int, count: int, device: str, backbone: str = "r50") -> Callable[[], dict[str, Any]]:
+    """A call of the criterion: the losses of random predictions, for `count` targets of each image, by name."""
     import torch
 
     from m2f_kernels import FactoredMasks
     from m2f_model import bench
     from m2f_model.criterion import build_criterion
 
-    size, batch, count = LOSSES[name]
-    config, generator = bench.Case().config, torch.Generator().manual_seed(0)
+    config, generator = bench.Case(backbone).config, torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(device)
+        return torch.randn(shape, generator=generator, device="cpu").to(device)
 
     channels, q = config.mask_feature_size, config.num_queries
     features = random(batch, channels, size // 4, size // 4).requires_grad_()
@@ -96,22 +95,31 @@ def _loss(name: str, device: str) -> Callable[[], Any]:
         (random(batch, q, config.num_labels + 1).requires_grad_(), random(batch, q, channels).requires_grad_())
         for _ in range(config.decoder_layers + 1)
     ]
-    masks = random(count, size, size) > 1
-    targets = [{"labels": torch.arange(count, device=device), "masks": masks}] * batch
+    targets = [{"labels": torch.arange(count, device=device), "masks": random(count, size, size) > 1}] * batch
     criterion = build_criterion(config).to(device)
 
-    def run() -> tuple[()]:
-        predictions = [{"class_logits": logits, "masks": FactoredMasks(embed, features)} for logits, embed in heads]
+    def losses() -> dict[str, torch.Tensor]:
         for leaf in (features, *(x for pair in heads for x in pair)):
             leaf.grad = None
-        sum(criterion(predictions, targets).values()).backward()
+        predictions = [{"class_logits": logits, "masks": FactoredMasks(embed, features)} for logits, embed in heads]
+        found: dict[str, torch.Tensor] = criterion(predictions, targets)
+        return found
+
+    return losses
+
+
+def _loss(name: str, device: str) -> Callable[[], tuple[()]]:
+    losses = loss_part(*LOSSES[name], device)
+
+    def run() -> tuple[()]:
+        sum(losses().values()).backward()
         return ()
 
     return run
 
 
 def worker(task: str, name: str, device: str) -> None:
-    """One answer in JSON for each line that is read: of "peak" the figure, of "wall" or "cpu" milliseconds of a call.
+    """One number for each line that is read: of "peak" MiB, of "wall" or "cpu" milliseconds of a call.
 
     The latter are those in which its threads work.
     """
@@ -121,22 +129,27 @@ def worker(task: str, name: str, device: str) -> None:
     from m2f_model import bench
 
     case = bench.Case("r50", *CALLS[name], device=device) if name in CALLS else None
-    if task == "peak":
-        if name in LOSSES:
-            _loss(next(iter(LOSSES)), device)()  # loads code, starts threads
-        run = None if case else _loss(name, device) if name in LOSSES else _integration(name, device)
-        print(json.dumps(bench.measure_peak(case, "m2f") if case else memory.peak_mib(run, device)[0]), flush=True)
-        return
-    clock = time.perf_counter if task == "wall" else time.process_time
-    run = bench.call(case, bench.build(case, "m2f")) if case else _integration(name, device)
-    for _ in range(2):
-        run()
-    for _ in sys.stdin:
+    make = partial(_loss if name in LOSSES else _integration, name, device)
+    clock = time.process_time if task == "cpu" else time.perf_counter
+    if task == "peak" and name in LOSSES:
+        _loss(next(iter(LOSSES)), device)()  # loads code, starts threads
+    elif task != "peak":
+        run = bench.call(case, bench.build(case, "m2f")) if case else make()
+        for _ in range(2):
+            run()
+
+    def peak() -> float:
+        return bench.measure_peak(case, "m2f") if case else memory.peak_mib(make(), device)[0]
+
+    def milliseconds() -> float:
         start = clock()
         run()
         if device == "cuda":
             torch.cuda.synchronize()
-        print(json.dumps((clock() - start) * 1e3), flush=True)
+        return (clock() - start) * 1e3
+
+    for _ in sys.stdin:
+        print(peak() if task == "peak" else milliseconds(), flush=True)
 
 
 # ---------------------------------------------------------------- one measurement of a tree
@@ -174,41 +187,34 @@ def kernels(tree: Path, parts: Sequence[str] = (), setting: str = "") -> dict[st
         return parse(output.read_text(), setting)
 
 
-class Process:
-    """A process that runs `worker` in a tree."""
+@contextmanager
+def process(tree: Path, task: str, name: str, device: str) -> Iterator[Callable[[], dict[str, float]]]:
+    """A process that runs `worker` in a tree; what it gives asks for the next measurement, under its name."""
+    # By its path, since the older tree need not have it; imports are found in that tree.
+    path, quiet = str(Path(__file__)), "transformers.logging.set_verbosity_error()"
+    code = f"import runpy, transformers; {quiet}; runpy.run_path({path!r})['worker'](*{[task, name, device]!r})"
+    fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if task == "peak" else {}
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=tree, env=_environment(tree, **fixed), text=True,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    ) as running:  # fmt: skip
 
-    def __init__(self, tree: Path, task: str, name: str, device: str) -> None:
-        # By its path, since the older tree need not have it; imports are found in that tree.
-        self.tree, self.name, path = tree, name, str(Path(__file__))
-        quiet = "transformers.logging.set_verbosity_error()"
-        code = f"import runpy, transformers; {quiet}; runpy.run_path({path!r})['worker'](*{[task, name, device]!r})"
-        fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if task == "peak" else {}
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", code], cwd=tree, env=_environment(tree, **fixed), text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+        def ask() -> dict[str, float]:
+            print(file=running.stdin, flush=True)
+            if not (line := running.stdout.readline()):
+                raise RuntimeError(f"{tree}: the process that measures it ended with {running.wait()}")
+            return {name: float(line)}
 
-    def ask(self) -> dict[str, float]:
-        """The next measurement, under its name."""
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        line = self.process.stdout.readline()
-        if not line:
-            raise RuntimeError(f"{self.tree}: the process that measures it ended with {self.process.wait()}")
-        return {self.name: float(line)}
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+        try:
+            yield ask
+        finally:
+            running.kill()
 
 
 def fresh(tree: Path, name: str, device: str) -> dict[str, float]:
     """The peak of a call in a process of its own, in MiB."""
-    process = Process(tree, "peak", name, device)
-    try:
-        return process.ask()
-    finally:
-        process.end()
+    with process(tree, "peak", name, device) as ask:
+        return ask()
 
 
 # ---------------------------------------------------------------- old against new
@@ -280,18 +286,17 @@ def compare_kernels(options: argparse.Namespace, trees: Sequence[Path]) -> None:
 def compare_models(options: argparse.Namespace, trees: Sequence[Path], names: Sequence[str]) -> None:
     for name in names:
         if name not in LOSSES and options.rounds:
-            processes = [Process(tree, options.clock, name, options.device) for tree in trees]
-            try:
-                found = in_turn([process.ask for process in processes], options.rounds)
-            finally:
-                for process in processes:
-                    process.end()
+            old, new = (process(tree, options.clock, name, options.device) for tree in trees)
+            with old as ask_old, new as ask_new:
+                found = in_turn((ask_old, ask_new), options.rounds)
             print("\n".join(lines(f"{options.clock} ms", *found)), flush=True)
         found = in_turn([partial(fresh, tree, name, options.device) for tree in trees], options.runs)
         print("\n".join(lines("peak MiB", *found)), flush=True)
 
 
 def main() -> int:
+    from benchmarks.arguments import arguments  # which older trees lack, where `worker` runs
+
     options = arguments(
         __doc__,
         {

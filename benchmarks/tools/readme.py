@@ -43,58 +43,37 @@ class Block:
         return "\n\n".join([*parts, f"Measured on {self.device}: {links}.", *shown])
 
 
-@dataclass(frozen=True)
-class Headline:
-    """A row of the headline table: one case of a run, before and after."""
-
-    device: str
-    op: str
-    case: str
-    before: str
-    after: str
-    label: str
-
-    def row(self, implementation: str) -> Row:
-        return next(
-            row
-            for row in read(RESULTS / f"{self.device}.csv")
-            if (row.run, row.op, row.case, row.implementation) == ("default", self.op, self.case, implementation)
-            and row.setting in ("default", "cuda")
-        )
-
-
 _MODELS = (models.BEFORE, models.AFTER)
 _OURS = (end_to_end.TRANSFORMERS, end_to_end.OURS)
 _LOSS = (point_loss.TRANSFORMERS, OURS)
-HEADLINES = (
-    Headline(
-        _CPU, "integrations", "Mask2Former Swin-T, 1024²", *_MODELS, "CPU, Mask2Former Swin-T 1024², `accelerate`"
-    ),
-    Headline(
-        _CPU, "integrations", "Deformable DETR ResNet-50, 800²", *_MODELS, "CPU, Deformable DETR 800², `accelerate`"
-    ),
-    Headline(_CPU, "end_to_end", "R50 inference 1024²", *_OURS, "CPU, Mask2Former R50 1024², `m2f_model`"),
-    Headline(_CPU, "end_to_end", "R50 training step 512²", *_OURS, "CPU, training step R50 512², `m2f_model`"),
-    Headline(_CPU, "point_loss", "loss part 1024² T=30", *_LOSS, "CPU, matching and loss at 12544 points, 1024²"),
-    Headline(_GPU, "end_to_end", "R50 inference 1024²", *_OURS, "GPU, Mask2Former R50 1024², `m2f_model`"),
-    Headline(
-        _GPU, "end_to_end", "R50 training step 1024² N=2", *_OURS, "GPU, training step R50 1024², batch 2, `m2f_model`"
-    ),
-    Headline(_GPU, "point_loss", "loss part 1024² T=30", *_LOSS, "GPU, matching and loss at 12544 points, 1024²"),
-)
+#: Device, operator and case of a run, and what is before and after; the row of the table.
+HEADLINES = {
+    (_CPU, "integrations", "Mask2Former Swin-T, 1024²", *_MODELS): "CPU, Mask2Former Swin-T 1024², `accelerate`",
+    (_CPU, "integrations", "Deformable DETR ResNet-50, 800²", *_MODELS): "CPU, Deformable DETR 800², `accelerate`",
+    (_CPU, "end_to_end", "R50 inference 1024²", *_OURS): "CPU, Mask2Former R50 1024², `m2f_model`",
+    (_CPU, "end_to_end", "R50 training step 512²", *_OURS): "CPU, training step R50 512², `m2f_model`",
+    (_CPU, "point_loss", "loss part 1024² T=30", *_LOSS): "CPU, matching and loss at 12544 points, 1024²",
+    (_GPU, "end_to_end", "R50 inference 1024²", *_OURS): "GPU, Mask2Former R50 1024², `m2f_model`",
+    (_GPU, "end_to_end", "R50 training step 1024² N=2", *_OURS): "GPU, training step R50 1024², batch 2, `m2f_model`",
+    (_GPU, "point_loss", "loss part 1024² T=30", *_LOSS): "GPU, matching and loss at 12544 points, 1024²",
+}
+
+
+def headlines() -> list[tuple[str, Row, Row]]:
+    """The rows of the headline table: its label, and what was measured before and after."""
+    rows = {(device, r.op, r.case, r.implementation): r
+            for device in (_CPU, _GPU) for r in read(RESULTS / f"{device}.csv")
+            if r.run == "default" and r.setting in ("default", "cuda")}  # fmt: skip
+    return [(label, rows[(*case, x)], rows[(*case, y)]) for (*case, x, y), label in HEADLINES.items()]
 
 
 def headline() -> str:
     """The README's table of results: `transformers` before, this package after."""
     lines = []
-    for one in HEADLINES:
-        before, after = one.row(one.before), one.row(one.after)
-        cells = [
-            (number(old), number(new), f"**{number(old / new)}x**")
-            for old, new in ((before.median_ms, after.median_ms), (before.memory_extra_mib, after.memory_extra_mib))
-            if old is not None and new is not None
-        ]
-        lines.append([one.label, *cells[0], *cells[1]])
+    for label, old, new in headlines():
+        lines.append([label])
+        for x, y in ((old.median_ms, new.median_ms), (old.memory_extra_mib, new.memory_extra_mib)):
+            lines[-1] += [number(x), number(y), f"**{number(x / y)}x**"]
     head = ["", "`transformers`, ms", "m2f, ms", "faster", "`transformers`, peak MiB", "m2f, peak MiB", "smaller"]
     return markdown(head, lines)
 

@@ -18,44 +18,33 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--resume-from", type=Path, help="file of the outcomes so far; those that passed are left out")
 
 
-def outcomes(path: Path) -> dict[str, str]:
-    """The last outcome of each test in the file, by name; empty without the file."""
-    if not path.exists():
-        return {}
-    lines = [line.split(" ", 1) for line in path.read_text().splitlines() if " " in line]
-    return {name: outcome for outcome, name in lines}
+class Resume:
+    """The outcomes so far of the tests in a file, by name; `writes` those of this run to it."""
 
+    def __init__(self, path: Path, writes: bool) -> None:
+        self.path, self.writes = path, writes
+        lines = path.read_text().splitlines() if path.exists() else []
+        self.outcomes = {name: outcome for outcome, _, name in (line.partition(" ") for line in lines)}
 
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    path = config.getoption("resume_from")
-    if path is None:
-        return
-    done = {name for name, outcome in outcomes(path).items() if outcome in FINISHED}
-    left_out = [item for item in items if item.nodeid in done]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item.nodeid not in done]
-
-
-class _Writer:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.known = bool(outcomes(path))
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
+        left_out = {item for item in items if self.outcomes.get(item.nodeid) in FINISHED}
+        config.hook.pytest_deselected(items=list(left_out))
+        items[:] = [item for item in items if item not in left_out]
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         # A test passes when its call does; it fails in any phase.
-        if report.when == "call" or not report.passed:
+        if self.writes and (report.when == "call" or not report.passed):
             with self.path.open("a") as file:
                 file.write(f"{report.outcome} {report.nodeid}\n")
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.known:
+        if self.writes and self.outcomes and exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
             session.exitstatus = pytest.ExitCode.OK
 
 
 def pytest_configure(config: pytest.Config) -> None:
     path = config.getoption("resume_from")
-    if path is not None and not hasattr(config, "workerinput"):
+    if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        config.pluginmanager.register(_Writer(path), "resume-writer")
+        config.pluginmanager.register(Resume(path, writes=not hasattr(config, "workerinput")), "resume")
