@@ -172,6 +172,8 @@ class Runner:
 
 
 def _interrupt(*_: object) -> None:
+    # `timeout` sends its signal twice, to the process and to its group: the second must not end the writing of results.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 

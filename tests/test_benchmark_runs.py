@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -60,8 +61,10 @@ def test_an_interrupted_run_keeps_what_it_measured(tmp_path):
         lines.append(line)
         cases += [line] if "attention_mask, default: " in line else []
         if len(cases) == 3:  # so two have rows
-            process.send_signal(signal.SIGTERM)
             break
+    while process.poll() is None:  # `timeout` sends it twice
+        process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)
     lines += process.stdout.readlines()
     assert process.wait(timeout=60) == 1
     assert "Failed: interrupted" in "".join(lines)

@@ -76,10 +76,14 @@ def test_a_cut_off_step_is_asked_first_and_its_children_end_too(tmp_path):
     """A benchmark writes what it has when it is asked to end."""
     code = (
         "import signal, subprocess, sys, time\n"
+        "def end(*_):\n"
+        "    signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"  # as benchmarks do: it is sent twice
+        "    kept.write('rows')\n"
+        "    sys.exit(1)\n"
         "child = subprocess.Popen(['sleep', '1000'])\n"
         "print(child.pid, flush=True)\n"
         f"kept = open({str(tmp_path / 'kept')!r}, 'w')\n"
-        "signal.signal(signal.SIGTERM, lambda *_: (kept.write('rows'), sys.exit(1)))\n"
+        "signal.signal(signal.SIGTERM, end)\n"
         "time.sleep(60)\n"
     )
     _, left, _ = _run(tmp_path, [_step("bench", code, seconds=6.0)])

@@ -196,6 +196,12 @@ STEPS = (
 # ---------------------------------------------------------------- running them
 
 
+def _end(*_: object) -> None:
+    """Ends this process so that the running step is ended and results are kept, if a second signal comes, too."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(143)
+
+
 def run_step(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> tuple[str, float, str]:
     """Run a command in a process group of its own; what it prints goes to the log as it comes.
 
@@ -367,7 +373,7 @@ def main() -> int:
     context = Context("cpu" if options.rehearse else "cuda", slug, architecture, logs, tests_of(changed), workers)
     state = State.read(logs / "state.json", commit)
     print(f"make gpu on {slug}, commit {commit}, {options.seconds:.0f} s; results in {logs.parent}", flush=True)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the running step is ended and results are kept
+    signal.signal(signal.SIGTERM, _end)
     left: list[str] = []
 
     def keep() -> None:
