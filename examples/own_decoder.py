@@ -147,12 +147,13 @@ def draw(model: Decoder, path: Path) -> None:
     colours = torch.tensor([plt.cm.tab20(i)[:3] for i in range(QUERIES)])
     figure, axes = plt.subplots(4, 1 + len(outputs), figsize=(6.5, 5.2))
     for row, image in zip(axes, range(4), strict=True):
-        row[0].imshow(pixels[image].permute(1, 2, 0).clamp(0, 1))
+        row[0].imshow(pixels[image].permute(1, 2, 0).clamp(0, 1).numpy())
         for axis, output in zip(row[1:], outputs, strict=True):
             shown = (output["class_logits"][image].argmax(-1) == 0)[:, None, None] & (
                 output["masks"].logits()[image] > 0
             )
-            axis.imshow(torch.where(shown[..., None], colours[:, None, None], torch.zeros(3)).amax(0))
+            painted = torch.where(shown[..., None], colours[:, None, None], torch.zeros(3)).amax(0)
+            axis.imshow(painted.numpy())
     titles = ["image", "queries", *(f"layer {i + 1}" for i in range(LAYERS))]
     for axis, title in zip(axes[0], titles, strict=True):
         axis.set_title(title, fontsize=9)
