@@ -70,10 +70,11 @@ def test_wide_rows_of_gfx11_are_multiplied_in_float32(kernels, device, monkeypat
 
 
 @pytest.mark.parametrize("masked", [0, None])
-@pytest.mark.parametrize("sides", [(1, 1), (1, 70), (70, 1), (5, 31), (3, 32), (3, 33), (2, 72), (2, 130)], ids=str)
+@pytest.mark.parametrize("sides", [(1, 1), (1, 70), (40, 1), (5, 31), (3, 32), (3, 33), (2, 72), (2, 130)], ids=str)
 def test_rows_and_columns(kernels, device, sides, masked):
     """Tiles of keys as wide as a row, and several for each row; without a mask and with one."""
-    case = make_case(n=2, h=1, q=9, d=16, density=0.4 if masked is None else 1.0, sides=sides)
+    n = 2 if sides == (5, 31) else 1
+    case = make_case(n=n, h=1, q=9, d=16, density=0.4 if masked is None else 1.0, sides=sides)
     assert_matches(kernels, device, case, masked=masked)
 
 
@@ -99,11 +100,11 @@ def test_mask_of_the_first_queries(kernels, device):
 
 def test_splits(kernels, device, monkeypatch):
     """Many rows and columns for each program, and one for each: the same results."""
-    case = make_case(n=1, h=1, q=20, d=16, sides=(20, 70))
+    case = make_case(n=1, h=1, q=20, d=16, sides=(8, 70))
     expected = truth(case)
     from m2f_kernels.ops.masked_attention import triton_bias
 
-    for rows in (1, 3, 20):
+    for rows in (1, 3, 8):
         monkeypatch.setattr(triton_bias, "_rows_per_program", lambda *_, rows=rows, **__: rows)
         _, logsumexp = assert_matches(kernels, device, case, expected)
         q, k, _, by_row, by_column = (x.double() for x in case.tensors.values())
