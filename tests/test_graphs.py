@@ -4,13 +4,11 @@ import copy
 import gc
 import inspect
 import pickle
-import socket
 import threading
 import weakref
 
 import pytest
 import torch
-import torch.multiprocessing
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import register_pytree_node, tree_leaves
@@ -24,6 +22,7 @@ from m2f_model.criterion import losses_of, total_loss
 from tests.integrations import test_eomt, test_oneformer
 from tests.integrations.families import FAMILIES, modeling
 from tests.model.peers import fix_points, their_model
+from tests.ranks import in_processes
 from tests.recorded import Device, Recorder
 
 
@@ -748,9 +747,8 @@ def test_other_families_train_by_parts(monkeypatch, family):
     assert models[0].forward.captures == 2
 
 
-def in_a_process(rank, port, directory):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
+def in_a_process(rank, directory):
+    torch.distributed.init_process_group("gloo")
     fix_points(setattr)
     models = accelerated_pair(pytest.MonkeyPatch())
     wrapped = [DistributedDataParallel(m, find_unused_parameters=True) for m in models]
@@ -763,16 +761,12 @@ def in_a_process(rank, port, directory):
         assert_same_gradients(*models)
     assert (models[0].forward.captures, models[0].forward.reason) == (1, None)
     torch.save([p.grad for p in models[0].parameters()], directory / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_data_parallel_training_of_an_accelerated_model(tmp_path):
     """Both processes have the gradients that they have without graphs, which are those of both batches."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(in_a_process, (port, tmp_path), nprocs=2)
+    in_processes(in_a_process, tmp_path)
     for a, b in zip(*(torch.load(tmp_path / f"{rank}.pt") for rank in range(2)), strict=True):
         assert (a is None) == (b is None)
         assert a is None or torch.equal(a, b)

@@ -1,13 +1,10 @@
 """FSDP2 with decoder layers sharded one by one, on two processes: the gradients of the untouched model."""
 
-import os
-import socket
 import sys
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -16,6 +13,7 @@ from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.parallel import whole
 from tests.integrations.families import FAMILIES
 from tests.integrations.published import BEFORE_LISTS_OF_SIZES
+from tests.ranks import in_processes
 
 PROCESSES = 2
 
@@ -122,10 +120,8 @@ def differences(expected, found, times):
     return wrong
 
 
-def work(rank, port, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(PROCESSES))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=PROCESSES)
+def work(rank, results):
+    dist.init_process_group("gloo")
     plan = [("mask2former", "before", scenario, False) for scenario in SCENARIOS]
     plan += [("mask2former", "after", scenario, False) for scenario in ("accumulate", "evaluate first", "two forwards")]
     plan += [("mask2former", "before", scenario, True) for scenario in ("accumulate", "two forwards")]
@@ -145,15 +141,11 @@ def work(rank, port, results):
         found[f"{name}, accelerated {order}, {scenario}, reshard {reshard}"] = wrong[:3]
     if rank == 0:
         torch.save(found, results)
-    dist.destroy_process_group()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo processes are started on Linux")
 def test_gradients_of_layers_sharded_one_by_one(tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(work, (port, str(tmp_path / "found.pt")), nprocs=PROCESSES)
+    in_processes(work, str(tmp_path / "found.pt"), count=PROCESSES)
     found = torch.load(tmp_path / "found.pt")
     assert len(found) == 14
     assert not {case: wrong for case, wrong in found.items() if wrong}

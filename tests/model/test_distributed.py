@@ -3,12 +3,9 @@
 import dataclasses
 import os
 import signal
-import socket
-import sys
 
 import pytest
 import torch
-import torch.multiprocessing
 
 import m2f_kernels.graphs
 from m2f_model import Mask2Former, Mask2FormerConfig
@@ -16,6 +13,7 @@ from m2f_model.data import Shapes
 from m2f_model.parallel import PARALLEL, whole
 from m2f_model.train import Process, Recipe, Trainer
 from tests.model.peers import fix_points, photograph
+from tests.ranks import in_processes
 from tests.recorded import Device
 
 #: Ways to train on two processes.
@@ -66,6 +64,7 @@ def quiet(_):
 
 def one_step(rank, directory, parallel):
     fix_points(setattr)
+    m2f_kernels.graphs.CudaDevice = Device  # stands for CUDA
     with Process.joined("cpu") as process:
         # Another seed in the other process: the model of the first one is what counts.
         trainer = Trainer(model_of(rank), Shapes(8), recipe_of(parallel), directory / "run", process=process, log=quiet)
@@ -103,15 +102,6 @@ def recipe_of(parallel):
     return dataclasses.replace(RECIPE, parallel=kind, cuda_graphs=bool(graphs))
 
 
-def _start(rank, function, port, directory, root, parallel):
-    sys.path.insert(0, root)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
-    m2f_kernels.graphs.CudaDevice = Device  # stands for CUDA
-    function(rank, directory, parallel)
-
-
 def interrupted(rank, directory, parallel):
     """The second process alone is told to stop, in its third step."""
     with Process.joined("cpu") as process:
@@ -130,17 +120,10 @@ def interrupted(rank, directory, parallel):
             (directory / f"ended{rank}").write_text(f"{trainer.step} {error.code}")
 
 
-def in_two_processes(function, directory, parallel):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_start, (function, port, directory, os.getcwd(), parallel), nprocs=2)
-
-
 @pytest.mark.parametrize("parallel", WAYS)
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 def test_loss_and_gradients_are_those_of_one_process(tmp_path, monkeypatch, parallel):
-    in_two_processes(one_step, tmp_path, parallel)
+    in_processes(one_step, tmp_path, parallel)
     parts = [torch.load(tmp_path / f"step{rank}.pt") for rank in range(2)]
     fix_points(monkeypatch.setattr)
     alone = Trainer(model_of(0), Shapes(8), RECIPE, tmp_path / "alone", log=quiet)
@@ -159,7 +142,7 @@ def test_loss_and_gradients_are_those_of_one_process(tmp_path, monkeypatch, para
 
 @pytest.mark.parametrize("parallel", PARALLEL)
 def test_two_processes_go_on_exactly(tmp_path, parallel):
-    in_two_processes(whole_and_parts, tmp_path, parallel)
+    in_processes(whole_and_parts, tmp_path, parallel)
     (whole_state, resumed), (other, _) = (torch.load(tmp_path / f"states{rank}.pt") for rank in range(2))
     assert [k for k in whole_state if not torch.equal(whole_state[k], resumed[k])] == []
     assert [k for k in whole_state if not torch.equal(whole_state[k], other[k])] == []
@@ -170,6 +153,6 @@ def test_two_processes_go_on_exactly(tmp_path, parallel):
 
 
 def test_processes_stop_together(tmp_path):
-    in_two_processes(interrupted, tmp_path, "ddp")
+    in_processes(interrupted, tmp_path, "ddp")
     assert [(tmp_path / f"ended{rank}").read_text() for rank in range(2)] == ["3 143"] * 2
     assert torch.load(tmp_path / "run" / "checkpoint.pth", weights_only=True)["step"] == 3
