@@ -248,11 +248,9 @@ inline bool launch_gathered_value_gradient(DeformAttnArgs args, const DeviceTrai
   args.queries_log2 = kGatherQueriesLog2;
   args.tile_width_log2 = kGatherQueriesLog2 / 2;
   const dim3 grid = tile_grid(args);
-  switch (args.dtype) {
-    case DType::kFloat32: launch_gathered<float>(args, grid, shared_bytes, device, stream); break;
-    case DType::kBFloat16: launch_gathered<__nv_bfloat16>(args, grid, shared_bytes, device, stream); break;
-    default: launch_gathered<__half>(args, grid, shared_bytes, device, stream); break;
-  }
+  with_type(args.dtype, [&](auto type) {
+    launch_gathered<typename decltype(type)::Type>(args, grid, shared_bytes, device, stream);
+  });
   return true;
 }
 

@@ -451,14 +451,12 @@ inline void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& devic
     args.grad_value = nullptr;
     if (args.grad_points == nullptr && args.grad_reference == nullptr) return;
   }
-  switch (args.dtype) {
-    case DType::kFloat64:
-      return args.grad_output == nullptr ? launch_forward<double, 1>(args, from_offsets, device, stream)
-                                         : launch_backward<double, 1>(args, from_offsets, device, stream);
-    case DType::kFloat32: return launch_widest<float>(args, device, from_offsets, stream);
-    case DType::kBFloat16: return launch_widest<__nv_bfloat16>(args, device, from_offsets, stream);
-    case DType::kFloat16: return launch_widest<__half>(args, device, from_offsets, stream);
+  if (args.dtype == DType::kFloat64) {
+    return args.grad_output == nullptr ? launch_forward<double, 1>(args, from_offsets, device, stream)
+                                       : launch_backward<double, 1>(args, from_offsets, device, stream);
   }
+  with_type(args.dtype,
+            [&](auto type) { launch_widest<typename decltype(type)::Type>(args, device, from_offsets, stream); });
 }
 
 inline dim3 grid_for(int64_t threads, const DeviceTraits& device) {

@@ -371,11 +371,8 @@ inline bool launch_lean_forward(DeformAttnArgs args, const DeviceTraits& device,
   unsigned tiles = 0;
   if (!lean_tiles(args, threads, lean, tiles)) return false;
   const dim3 grid(static_cast<unsigned>(args.heads), tiles, static_cast<unsigned>(args.batch));
-  switch (args.dtype) {
-    case DType::kFloat32: launch_lean<float, float>(lean, args, grid, threads, stream); break;
-    case DType::kBFloat16: launch_lean<__nv_bfloat16>(lean, args, grid, threads, stream); break;
-    default: launch_lean<__half>(lean, args, grid, threads, stream); break;
-  }
+  with_type(args.dtype,
+            [&](auto type) { launch_lean<typename decltype(type)::Type>(lean, args, grid, threads, stream); });
   return true;
 }
 

@@ -148,6 +148,21 @@ __device__ __forceinline__ void atomic_add(A* address, const A (&x)[kCount]) {
   for (int i = 0; i < kCount; ++i) reduce_add(address + i, x[i]);
 }
 
+template <typename T>
+struct TypeOf {
+  using Type = T;
+};
+
+// call(TypeOf<T>{}) with the element type of a dtype that vectors are made of: any but float64.
+template <typename Call>
+void with_type(DType dtype, const Call& call) {
+  switch (dtype) {
+    case DType::kFloat32: return call(TypeOf<float>{});
+    case DType::kBFloat16: return call(TypeOf<__nv_bfloat16>{});
+    default: return call(TypeOf<__half>{});
+  }
+}
+
 // Scalars whose dtype is a kernel argument. All threads take the same branch, and no kernel per dtype is needed.
 template <typename A>
 __device__ __forceinline__ A load_scalar(const void* data, DType dtype, int64_t index) {
