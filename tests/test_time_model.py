@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from benchmarks import static_cuda, time_model
-
-ROOT = Path(__file__).parents[1]
+from tests.processes import python
 
 
 def line(code: str, wait: str = "--", write: str = "-", stall: int = 1) -> str:
@@ -71,7 +66,8 @@ def test_control_codes_are_decoded() -> None:
         f"        /*0000*/   LDG.E R4, [R2.64] ;   /* 0x0000000000000001 */\n   /* 0x{control:016x} */\n"
         f"        /*0010*/   @P0 BRA 0x0 ;         /* 0x0000000000000001 */\n   /* 0x{control:016x} */\n"
     )
-    assert static_cuda.control_codes(dump) == "LBB0:\n05:-:1:-:4\tLDG.E R4, [R2.64] ;\n05:-:1:-:4\t@P0 BRA LBB0 ;\n"
+    decoded = "LBB0:\n05:-:1:-:4\tLDG.E R4, [R2.64] ;\nLBB16:\n05:-:1:-:4\t@P0 BRA LBB0 ;\n"
+    assert static_cuda.control_codes(dump) == decoded
 
 
 def test_how_far_to_believe_it() -> None:
@@ -99,20 +95,13 @@ SLOW_BARS = {
 }
 
 
-def modelled(names: list[str]) -> dict[str, float]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    select = "|".join(f"^{re.escape(name)}$" for name in names)
-    command = [sys.executable, "-m", "benchmarks.time_model", "--select", select]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    found = re.findall(r"^\| ([^|]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
-    return {name: float(time) for name, time in found}
-
-
 @pytest.mark.parametrize("bars", [BARS, pytest.param(SLOW_BARS, marks=pytest.mark.slow)], ids=["", "slow"])
 def test_modelled_times_do_not_grow(bars: dict[str, float]) -> None:
     if static_cuda.compiler() is None:
         bars = {name: bar for name, bar in bars.items() if "deform" not in name}
-    found = modelled(list(bars))
+    done = python("-m", "benchmarks.time_model", "--select", "|".join(f"^{re.escape(name)}$" for name in bars))
+    assert done.returncode == 0, done.stderr
+    table = re.findall(r"^\| ([^|]+) \| ([\d.]+) \|", done.stdout, re.MULTILINE)
+    found = {name: float(time) for name, time in table}
     assert found.keys() == bars.keys()
     assert {name: time for name, time in found.items() if time > bars[name]} == {}

@@ -12,7 +12,10 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from typing import Any
+
+import torch
 
 from benchmarks.arguments import arguments
 
@@ -209,35 +212,30 @@ def longest_trace(code: str, trips: Sequence[int] = ()) -> list[str]:
         raise ValueError(f"trips: expected one number for each of {len(loops)} loops; got {list(trips)}")
     repeats = dict(zip(sorted(loops), trips, strict=True))
 
-    def longest(begin: int, end: int) -> list[int] | None:
-        """The path from `begin` to `end`, or back to `begin`; None where there is none."""
-        found: dict[int, tuple[int, list[int], int | None]] = {}  # length, own instructions, the next
+    def longest(begin: int, end: int) -> list[int]:
+        """The path from `begin` to `end`, or back to `begin`; empty where there is none."""
+        found: dict[int, Any] = {}  # from an instruction on: length, the first instructions, and the rest likewise
         for i in range(end, begin - 1, -1):
+            own, targets = [i], set(successors[i])
             if i in loops and i != begin and loops[i] <= end:
                 # As a whole: its body as often as it runs, then any way out.
-                own = (longest(i, loops[i]) or []) * repeats[i]
+                own = longest(i, loops[i]) * repeats[i]
                 targets = {t for j in range(i, loops[i] + 1) for t in successors[j] if t > loops[i]}
-            else:
-                own, targets = [i], set(successors[i])
-            after: list[int | None] = [t for t in targets if begin < t <= end and t in found]
+            after = [found[t] for t in targets if begin < t <= end and t in found]
             if i == end or (begin in loops and end == loops[begin] and begin in targets):
-                after.append(None)  # leaves
+                after.append((0, [], None))  # leaves
             if after:
-                best = max(after, key=lambda t: 0 if t is None else found[t][0])
-                found[i] = (len(own) + (0 if best is None else found[best][0]), own, best)
-        if begin not in found:
-            return None
-        path: list[int] = []
-        at: int | None = begin
-        while at is not None:
-            path += found[at][1]
-            at = found[at][2]
+                rest = max(after, key=itemgetter(0))
+                found[i] = (len(own) + rest[0], own, rest)
+        path, at = [], found.get(begin)
+        while at:
+            path += at[1]
+            at = at[2]
         return path
 
-    path = longest(0, last)
-    if path is None:
-        raise ValueError("code: expected a way from the entry to the last EXIT")
-    return [lines[i] for i in path]
+    if path := longest(0, last):
+        return [lines[i] for i in path]
+    raise ValueError("code: expected a way from the entry to the last EXIT")
 
 
 def longest_path(code: str, trips: Sequence[int] = ()) -> int:
@@ -261,9 +259,10 @@ def compiled_per_sample(nvcc: str, header: str = "ms_deform_attn/cuda_kernels.cu
     holds, on sm_90."""
     from benchmarks import static_cuda
 
-    code = {k.name.removeprefix("ms_deform_attn_"): k.code for k in static_cuda.compiled(nvcc, "90", header)}
+    compiled = static_cuda.compiled(nvcc, "90", header)
+    code = {k["kernel"].removeprefix("ms_deform_attn_"): k["code"] for k in compiled}
     return {
-        name: longest_path(code[name], trips) / (12 * queries)
+        name: longest_path(static_cuda.control_codes(code[name]), trips) / (12 * queries)
         for name, (trips, queries) in COMPILED.items()
         if name in code
     }
@@ -274,25 +273,24 @@ def main() -> None:
 
     python -m benchmarks.sass
     """
-    import torch
     import triton
 
-    from benchmarks import static, static_cuda
+    from benchmarks import static_cuda
     from m2f_kernels.ops.ms_deform_attn import triton as deformable
 
     print("| forward of deformable attention, Triton, sm_90 | executed instructions of a warp per (query, sample) |")
     print("|---|---:|")
-    for name, function, inputs in (
-        ("locations", deformable.ms_deform_attn, static.deformable_inputs),
-        ("offsets, 2-d", deformable.ms_deform_attn_from_offsets, partial(static.deformable_inputs, coordinates=2)),
+    for name, count in (
+        ("locations", partial(per_sample, deformable.ms_deform_attn, 0)),
+        ("offsets, 2-d", partial(per_sample, deformable.ms_deform_attn_from_offsets, 2)),
+        ("deformops, locations", deformops_per_sample),
     ):
         for dtype in (torch.bfloat16, torch.float32):
-            print(f"| {name}, {str(dtype).removeprefix('torch.')} | {per_sample(function, inputs(dtype, 32)):.1f} |")
-    for dtype in (torch.bfloat16, torch.float32):
-        try:
-            print(f"| deformops, locations, {str(dtype).removeprefix('torch.')} | {deformops_per_sample(dtype):.1f} |")
-        except ModuleNotFoundError:
-            print(f"| deformops, locations, {str(dtype).removeprefix('torch.')} | not installed |")
+            try:
+                shown = f"{count(dtype):.1f}"
+            except ModuleNotFoundError:
+                shown = "not installed"
+            print(f"| {name}, {str(dtype).removeprefix('torch.')} | {shown} |")
     nvcc = static_cuda.compiler()
     if nvcc is None:
         print("\nNo nvcc here: the kernels of the CUDA library are not counted.")
@@ -303,36 +301,33 @@ def main() -> None:
     print(f"\ntriton {triton.__version__}; N = 2, 21504 queries, 8 heads of 32 channels, 3 levels of 4 points")
 
 
-def per_sample(function: Callable[..., Any], arguments: tuple[Any, ...]) -> float:
+def per_sample(function: Callable[..., Any], coordinates: int, dtype: torch.dtype) -> float:
     """Instructions that the warps of the launch execute, compiled for sm_90, per sample of each query and head."""
     from benchmarks import static
 
-    ((launch, compiled, _),) = static.compiled_launches(function, arguments)
+    ((launch, compiled, _),) = static.compiled_launches(function, static.deformable_inputs(dtype, 32, coordinates))
     n, queries, heads = launch.arguments["value_ptr"].shape[0], launch.arguments["queries"], launch.arguments["HEADS"]
     samples = n * queries * heads * launch.arguments["FIRST"][-1]
     return longest_path(compiled.asm["sass"]) * launch.num_warps * math.prod(launch.grid) / samples
 
 
-def deformops_per_sample(dtype: Any) -> float:
+def deformops_per_sample(dtype: torch.dtype) -> float:
     """The same of deformops' Triton kernel, with locations and weights in value's dtype as it wants them.
 
     Raises:
         ModuleNotFoundError: deformops is not installed.
     """
-    import torch
     from deformops.backends.triton._kernels.msda_query_tiled import msda_forward_kernel as kernel
     from deformops.backends.triton._launch import DEFAULT_TILES as TILES
 
     from benchmarks import static
 
     n, queries, heads, d, levels, points = 2, 21504, 8, 32, 3, 4
-    value = static.meta(n, queries, heads, d, dtype=dtype)
-    locations = static.meta(n, queries, heads, levels, points, 2, dtype=dtype)
-    weights = static.meta(n, queries, heads, levels, points, dtype=dtype)
-    output = static.meta(n, queries, heads, d, dtype=dtype)
-    given = [value, static.meta(levels, 2, dtype=torch.int64), static.meta(levels, dtype=torch.int64)]
-    given += [locations, weights, output, n, queries, heads, levels, points, d]
-    given += [stride for x in (value, locations, weights, output) for stride in x.stride()]
+    value, locations, weights, output, *index = static.tensors(
+        "x[2,21504,8,32] x[2,21504,8,3,4,2] x[2,21504,8,3,4] x[2,21504,8,32] i64[3,2] i64[3]", dtype
+    )
+    strides = [stride for x in (value, locations, weights, output) for stride in x.stride()]
+    given = [value, *index, locations, weights, output, n, queries, heads, levels, points, d, *strides]
     given += [TILES.block_size_q, d, 0]
     code = static.compile_kernel(kernel, dict(zip(kernel.arg_names, given, strict=True)), 90, {}).asm["sass"]
     warps = 4 * math.ceil(queries / TILES.block_size_q) * heads * n  # Triton's default is 4 a program

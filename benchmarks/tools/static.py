@@ -13,7 +13,9 @@ Nothing here is measured.
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import itertools
 import math
 import os
 import re
@@ -23,17 +25,19 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from torch import Tensor
 
 from benchmarks import memory, of_operators, sass
 from benchmarks.arguments import arguments
-from benchmarks.cases import write_csv
+from benchmarks.cases import DTYPES, write_csv
 from benchmarks.formats import markdown
 
 #: Target (compute capability, or AMD's name) -> bytes of shared memory that one program may have.
@@ -41,9 +45,10 @@ SHARED_LIMITS: dict[int | str, int] = {
     75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10,
     "gfx90a": 64 << 10, "gfx942": 64 << 10, "gfx1100": 64 << 10,
 }  # fmt: skip
+#: The same by the names of tables, such as "sm_90".
+_LIMITS = {name if isinstance(name, str) else f"sm_{name}": limit for name, limit in SHARED_LIMITS.items()}
 #: The data centre parts, which the reports in this folder are about.
-DATA_CENTRE: tuple[int | str, ...] = (80, 90, 100)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DATA_CENTRE = ("sm_80", "sm_90", "sm_100")
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class Case:
     head_dims: tuple[int, ...] = (32,)
     targets: tuple[int | str, ...] = tuple(SHARED_LIMITS)
     representative: bool = True
-    chosen: Callable[[], AbstractContextManager[None]] = nullcontext
+    chosen: Callable[[], AbstractContextManager[Any]] = nullcontext
     flops: Callable[[int], dict[str, int]] = lambda d: {}
 
 
@@ -81,35 +86,40 @@ def deterministically() -> Iterator[None]:
         torch.use_deterministic_algorithms(False)
 
 
-@contextmanager
-def choosing(module: str, name: str, value: str) -> Iterator[None]:
-    """With another kernel: `name` of that module of `m2f_kernels.ops` has this value."""
-    op = importlib.import_module(f"m2f_kernels.ops.{module}")
-    before = getattr(op, name)
-    setattr(op, name, value)
-    try:
-        yield
-    finally:
-        setattr(op, name, before)
+def choosing(module: str, name: str, value: Any) -> AbstractContextManager[Any]:
+    """A context with another kernel: `name` of that module of `m2f_kernels.ops` has this value."""
+    return mock.patch(f"m2f_kernels.ops.{module}.{name}", value)
 
 
-def meta(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     """A tensor that has no memory."""
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def attention_inputs(dtype: torch.dtype, d: int, queries: int = 100) -> tuple[Any, ...]:
-    """One image, 8 heads, 128 x 128 keys; heads cut out of [N, *, H*D] as the model has them."""
+def tensors(shapes: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Tensors without memory, from shapes such as "x[1,100,256] i64[30]", in which `dtype` is called x."""
+    names = {"x": dtype, "f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
+    found = re.findall(r"(\w+)\[([\d,]+)\]", shapes)
+    return [meta(*map(int, shape.split(",")), dtype=names[name]) for name, shape in found]
+
+
+def given(shapes: str, *others: Any) -> Callable[..., tuple[Any, ...]]:
+    """The arguments of a case: `tensors(shapes)` of its dtype, and others that are the same in all."""
+    return lambda dtype=torch.float32, _=0: (*tensors(shapes, dtype), *others)
+
+
+def attention_inputs(dtype: torch.dtype, d: int, queries: int = 100, images: int = 1) -> tuple[Any, ...]:
+    """8 heads, 128 x 128 keys; heads cut out of [N, *, H*D] as the model has them."""
     query, key, value = (
-        meta(1, rows, 8 * d, dtype=dtype).unflatten(-1, (8, d)).transpose(1, 2) for rows in (queries, 16384, 16384)
+        meta(images, rows, 8 * d, dtype=dtype).unflatten(-1, (8, d)).transpose(1, 2) for rows in (queries, 16384, 16384)
     )
-    return query, key, value, meta(1, queries, 512, dtype=torch.int32), meta(1, queries, dtype=torch.bool)
+    return query, key, value, *tensors(f"i32[{images},{queries},512] bool[{images},{queries}]")
 
 
 def self_attention_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
     """One image of 640 x 640 in an encoder-only model: 200 queries under a mask, 5 prefix tokens, 1600 patches."""
     x = meta(1, 1805, 16 * d, dtype=dtype).unflatten(-1, (16, d)).transpose(1, 2)
-    return x, x, x, meta(1, 200, 57, dtype=torch.int32), meta(1, 200, dtype=torch.bool)
+    return x, x, x, *tensors("i32[1,200,57] bool[1,200]")
 
 
 def with_gradient(given: tuple[Any, ...], d: int) -> tuple[Any, ...]:
@@ -131,7 +141,7 @@ def biased_inputs(dtype: torch.dtype, d: int, masked: int, backward: bool) -> tu
 _MASK = "m2f_kernels.ops.attention_mask.triton"
 _ATTENTION = "m2f_kernels.ops.masked_attention.triton"
 CASES = [
-    Case(_MASK, "pack_attention_mask", lambda dtype, _: (meta(1, 100, 16384, dtype=dtype),)),
+    Case(_MASK, "pack_attention_mask", given("x[1,100,16384]")),
     Case(
         _MASK,
         "predict_attention_mask",
@@ -142,12 +152,12 @@ CASES = [
     Case(
         _MASK,
         "resize_mask_features",
-        lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128, 100, 100]),
+        given("x[1,256,256,256]", [32, 32, 64, 64, 128, 128, 100, 100]),
     ),
     Case(
         _MASK,
         "resize_mask_features_with_flags",
-        lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), [32, 32, 64, 64, 128, 128], 9, 100),
+        given("x[1,256,256,256]", [32, 32, 64, 64, 128, 128], 9, 100),
     ),
     Case(
         _ATTENTION,
@@ -205,143 +215,64 @@ CASES += [
 ]
 
 
-def matched(dtype: torch.dtype) -> tuple[Any, ...]:
+def loss_inputs(dtype: torch.dtype, targets: list[Tensor]) -> tuple[Any, ...]:
     """A chunk of 100 matched masks at stride 4 of a 1024 x 1024 image, and K = 12544 points of each."""
-    indices = meta(100, dtype=torch.int64)
-    return meta(100, 256, 256, dtype=dtype), indices, indices, meta(100, 12544, 2, dtype=torch.float32)
-
-
-def loss_inputs(dtype: torch.dtype, targets: list[torch.Tensor]) -> tuple[Any, ...]:
-    logits, rows, target_rows, points = matched(dtype)
+    logits, rows, target_rows, points = tensors("x[100,256,256] i64[100] i64[100] f32[100,12544,2]", dtype)
     return logits, rows, targets, target_rows, points
 
 
-def marked_targets(kind: torch.dtype | None) -> list[torch.Tensor]:
+def marked_targets(kind: torch.dtype | None) -> list[Tensor]:
     """30 targets of an image in a map of ids of a dtype, or (None) as run lengths."""
     if kind is None:
         return [meta(1, 1, 1, dtype=torch.bool).expand(30, 1024, 1024), meta(40000, dtype=torch.int32)]
     return [meta(1024, 1024, dtype=kind).expand(30, -1, -1), meta(30, dtype=torch.int64)]
 
 
-def loss_backward_inputs() -> tuple[Any, ...]:
-    _, rows, _, points = matched(torch.float32)
-    grad, kept = meta(100, dtype=torch.float32), meta(100, 12544, dtype=torch.float32)
-    return grad, grad, rows, points, kept, kept, 100, 256, 256
-
-
 def factored_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
-    _, rows, targets, target_rows, _ = loss_inputs(dtype, [meta(30, 1024, 1024, dtype=torch.bool)])
-    factors = meta(1, 100, 256, dtype=dtype), meta(1, 256, 256, 256, dtype=dtype)
-    return *factors, rows, [100], targets, target_rows, None, meta(1, dtype=torch.int64), 37632, 9408, 3136
+    embed, features, rows, target_rows, seed = tensors("x[1,100,256] x[1,256,256,256] i64[100] i64[100] i64[1]", dtype)
+    targets = tensors("bool[30,1024,1024]")
+    return embed, features, rows, [100], targets, target_rows, None, seed, 37632, 9408, 3136
 
 
 def factored_backward_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
-    grad, _, _, points, kept, *_ = loss_backward_inputs()
-    return grad, grad, *factored_inputs(dtype)[:3], [100], points, kept, kept
-
-
-def criterion_inputs() -> tuple[Any, ...]:
-    """Class logits and labels of ten outputs of two images, weights of classes, and the output of each of 400 masks."""
-    logits, labels = meta(10, 200, 134, dtype=torch.float32), meta(10, 200, dtype=torch.int64)
-    return logits, labels, meta(134, dtype=torch.float32), meta(400, dtype=torch.int64)
-
-
-def criterion_losses_inputs() -> tuple[Any, ...]:
-    logits, labels, weights, outputs = criterion_inputs()
-    return logits, labels, weights, meta(400, dtype=torch.float32), meta(400, dtype=torch.float32), outputs
-
-
-def criterion_backward_inputs() -> tuple[Any, ...]:
-    logits, labels, weights, outputs = criterion_inputs()
-    of_output = meta(10, dtype=torch.float32)
-    return of_output, of_output, of_output, logits, labels, weights, of_output, outputs
-
-
-def matching_costs_inputs() -> tuple[Any, ...]:
-    logits, labels = meta(10, 1, 100, 134, dtype=torch.float32), meta(30, dtype=torch.int64)
-    costs = meta(1000, 30, dtype=torch.float32)
-    return logits, [labels], [costs], [costs], 2.0, 5.0, 5.0
-
-
-def chosen_rows(dtype: torch.dtype) -> tuple[Any, ...]:
-    return meta(300, 256, dtype=torch.float32), meta(300, dtype=torch.int64), meta(1000, 256, dtype=dtype)
+    gradients, *others = tensors("f32[100] f32[100,12544,2] f32[100,12544] f32[100,12544]")
+    return gradients, gradients, *factored_inputs(dtype)[:3], [100], *others
 
 
 _SAMPLE = "m2f_kernels.ops.points.triton_sampling"
 _LOSS = "m2f_kernels.ops.points.triton_loss"
-_POINTS = (1, 12544, 2)
+#: 100 masks; 12544 points, of which 9408 are the most uncertain of 37632.
+_UNCERTAIN = given("x[100,256,256] i64[100] i64[1]", 0, 37632, 9408, 3136)
 CASES += [
-    Case(
-        _SAMPLE,
-        "point_sample",
-        lambda dtype, _: (meta(1, 256, 256, 256, dtype=dtype), meta(*_POINTS, dtype=torch.float32), True),
-    ),
-    Case(
-        _SAMPLE,
-        "point_sample",
-        lambda dtype, _: (meta(1, 30, 1024, 1024, dtype=torch.bool), meta(*_POINTS, dtype=torch.float32), True),
-    ),
+    Case(_SAMPLE, "point_sample", given("x[1,256,256,256] f32[1,12544,2]", True)),
+    Case(_SAMPLE, "point_sample", given("bool[1,30,1024,1024] f32[1,12544,2]", True)),
     # A map of ids, and run lengths, in place of 30 masks.
     *(
         Case(
-            _SAMPLE,
-            "sample_targets",
+            _SAMPLE, "sample_targets",
             lambda dtype, _, marked=marked: (*marked_targets(marked), meta(12544, 2, dtype=torch.float32)),
         )
         for marked in (torch.int64, torch.int32, torch.int16, torch.uint8, None)
     ),
+    Case(_SAMPLE, "point_sample_backward", given("x[1,256,12544] f32[1,12544,2]", 256, 256)),
     Case(
-        _SAMPLE,
-        "point_sample_backward",
-        lambda dtype, _: (meta(1, 256, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
-    ),
-    Case(
-        _SAMPLE,
-        "point_sample_backward",
-        lambda dtype, _: (meta(1, 256, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
-        representative=False,
+        _SAMPLE, "point_sample_backward", given("x[1,256,12544] f32[1,12544,2]", 256, 256), representative=False,
         chosen=partial(choosing, "points.triton_sampling", "GATHER", "chunks"),
     ),
     # With few channels another kernel serves.
-    Case(
-        _SAMPLE,
-        "point_sample_backward",
-        lambda dtype, _: (meta(1, 1, 12544, dtype=dtype), meta(*_POINTS, dtype=torch.float32), 256, 256),
-    ),
+    Case(_SAMPLE, "point_sample_backward", given("x[1,1,12544] f32[1,12544,2]", 256, 256)),
     # Sizes of 1 are constants to the compiler.
+    *(Case(_SAMPLE, "point_sample", given(f"x[1,5,{h},{w}] f32[1,70,2]", True)) for h, w in ((1, 1), (1, 9), (9, 1))),
     *(
-        Case(
-            _SAMPLE,
-            "point_sample",
-            lambda dtype, _, h=h, w=w: (meta(1, 5, h, w, dtype=dtype), meta(1, 70, 2, dtype=torch.float32), True),
-        )
+        Case(_SAMPLE, "point_sample_backward", given("x[1,64,70] f32[1,70,2]", h, w))
         for h, w in ((1, 1), (1, 9), (9, 1))
     ),
-    *(
-        Case(
-            _SAMPLE,
-            "point_sample_backward",
-            lambda dtype, _, h=h, w=w: (meta(1, 64, 70, dtype=dtype), meta(1, 70, 2, dtype=torch.float32), h, w),
-        )
-        for h, w in ((1, 1), (1, 9), (9, 1))
-    ),
+    Case(_SAMPLE, "uncertain_points", _UNCERTAIN),
     Case(
-        _SAMPLE,
-        "uncertain_points",
-        lambda dtype, _: (*matched(dtype)[:2], meta(1, dtype=torch.int64), 0, 37632, 9408, 3136),
-    ),
-    Case(
-        _SAMPLE,
-        "uncertain_points",
-        lambda dtype, _: (*matched(dtype)[:2], meta(1, dtype=torch.int64), 0, 37632, 9408, 3136),
-        representative=False,
+        _SAMPLE, "uncertain_points", _UNCERTAIN, representative=False,
         chosen=partial(choosing, "points.triton_sampling", "SELECTION", "digits"),
     ),
-    Case(
-        _LOSS,
-        "mask_matching_cost",
-        lambda dtype, _: (meta(1000, 12544, dtype=torch.float32), meta(30, 12544, dtype=torch.float32)),
-    ),
+    Case(_LOSS, "mask_matching_cost", given("f32[1000,12544] f32[30,12544]")),
     *(
         Case(
             _LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, [meta(30, 1024, 1024, dtype=kind)])
@@ -352,14 +283,24 @@ CASES += [
         Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, marked_targets(kind)))
         for kind in (torch.int64, torch.int32, torch.int16, torch.uint8, None)
     ),
-    Case(_LOSS, "point_mask_loss_backward", lambda dtype, _: loss_backward_inputs()),
+    Case(
+        _LOSS, "point_mask_loss_backward",
+        given("f32[100] f32[100] i64[100] f32[100,12544,2] f32[100,12544] f32[100,12544]", 100, 256, 256),
+    ),
     Case(_LOSS, "factored_point_mask_loss", lambda dtype, _: factored_inputs(dtype)),
     Case(_LOSS, "factored_point_mask_loss_backward", lambda dtype, _: factored_backward_inputs(dtype)),
-    Case(_LOSS, "matching_costs", lambda dtype, _: matching_costs_inputs()),
-    Case(_LOSS, "criterion_losses", lambda dtype, _: criterion_losses_inputs()),
-    Case(_LOSS, "criterion_losses_backward", lambda dtype, _: criterion_backward_inputs()),
-    Case(_LOSS, "rows_backward", lambda dtype, _: chosen_rows(dtype)),
-]
+    Case(
+        _LOSS, "matching_costs",
+        given("f32[10,1,100,134]", *map(tensors, ("i64[30]", "f32[1000,30]", "f32[1000,30]")), 2.0, 5.0, 5.0),
+    ),
+    # Class logits and labels of ten outputs of two images, weights of classes, and the output of each of 400 masks.
+    Case(_LOSS, "criterion_losses", given("f32[10,200,134] i64[10,200] f32[134] f32[400] f32[400] i64[400]")),
+    Case(
+        _LOSS, "criterion_losses_backward",
+        given("f32[10] f32[10] f32[10] f32[10,200,134] i64[10,200] f32[134] f32[10] i64[400]"),
+    ),
+    Case(_LOSS, "rows_backward", given("f32[300,256] i64[300] x[1000,256]")),
+]  # fmt: skip
 
 
 _DEFORMABLE = "m2f_kernels.ops.ms_deform_attn.triton"
@@ -417,112 +358,22 @@ def cases() -> list[Case]:
     return [*CASES, *of_operators("static_cases")]
 
 
-@dataclass(frozen=True)
-class Resources:
-    """One compiled kernel: registers and stack bytes per thread, shared memory bytes per program.
-
-    `spills` counts the instructions that read or write local memory; on AMD the registers that its compiler reports as
-    spilled to memory. A stack alone is no spill: the assembler keeps a frame without using it. `seconds` of processor
-    time went into compiling it; next to none where Triton's cache had it.
-    """
-
-    function: str
-    kernel: str
-    dtype: str
-    head_dim: int
-    architecture: str
-    constants: str
-    num_warps: int
-    num_stages: int
-    shared: int
-    shared_limit: int
-    registers: int
-    stack: int
-    spills: int
-    capability: int = 90
-    programs: int = 0
-    bytes_moved: int = 0
-    flops: int = 0
-    mix: sass.Mix | None = None
-    seconds: float = field(default=0.0, compare=False, repr=False)
-
-    @property
-    def occupancy(self) -> float | None:
-        """Share of a multiprocessor's warps that fit; None where its limits are not known here."""
-        if self.capability not in sass.MULTIPROCESSORS or not self.registers:
-            return None
-        return sass.occupancy(self.capability, self.num_warps, self.registers, self.shared)
-
-    @property
-    def waves(self) -> float:
-        """The number of waves: programs of the launch over those that the GPU holds at once."""
-        part = sass.MULTIPROCESSORS[self.capability]
-        fit = sass.blocks_per_multiprocessor(self.capability, self.num_warps, self.registers, self.shared)
-        return self.programs / max(1, fit * part.count)
-
-    def floor(self) -> str:
-        """The least microseconds of the launch, and what bounds it."""
-        part = sass.MULTIPROCESSORS[self.capability]
-        bounds = [(self.bytes_moved / part.bandwidth * 1e6, "bandwidth")]
-        if self.dtype != "fp32":
-            bounds.append((self.flops / part.tensor_flops * 1e6, "products"))
-        least, bound = max(bounds)
-        return f"{least:.2g} ({bound})"
-
-    @property
-    def may_spill(self) -> bool:
-        """True if spills are listed but are no error: in backward kernels on GPUs that they are not tuned for."""
-        data_centre = [f"sm_{target}" for target in DATA_CENTRE]
-        return self.function.endswith("backward") and self.architecture not in data_centre
-
-    def problems(self) -> list[str]:
-        name = f"{self.kernel} ({self.dtype}, D={self.head_dim}, {self.constants}) on {self.architecture}"
-        found = []
-        if self.spills and not self.may_spill:
-            found.append(f"{name} spills: {self.spills} instructions, {self.stack} bytes of stack per thread")
-        if self.shared > self.shared_limit:
-            found.append(f"{name} wants {self.shared} bytes of shared memory; a program may have {self.shared_limit}")
-        return found
+#: A compiled kernel and its launch, by column of the table; what is printed in another form is made by `lines`.
+Line = dict[str, Any]
 
 
-def specialise(
-    kernel: Any, arguments: dict[str, Any]
-) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[Any]]]]:
-    """The signature, constants and attributes that Triton's launcher would derive from a call's arguments."""
-    signature: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list[list[Any]]] = {}
-    aligned = [["tt.divisibility", 16]]
-    names = {torch.bool: "i1", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64"}
-    names.update({torch.int16: "i16", torch.float64: "fp64"})
-    names.update({dtype: name for name, dtype in DTYPES.items()})
-    for index, parameter in enumerate(kernel.params):
-        value = arguments[parameter.name]
-        if parameter.is_constexpr or value is None or (_is_int(value) and value == 1 and _specialised(parameter)):
-            signature[parameter.name], constants[parameter.name] = "constexpr", value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = f"*{names[value.dtype]}"
-            if value.storage_offset() * value.element_size() % 16 == 0:
-                attributes[(index,)] = aligned
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp32"
-        elif isinstance(value, tuple):  # of integers whose values nothing depends on
-            signature[parameter.name] = tuple("i32" if -(2**31) <= v < 2**31 else "i64" for v in value)
-        elif _is_int(value):
-            signature[parameter.name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and _specialised(parameter):
-                attributes[(index,)] = aligned
-        else:
-            raise TypeError(f"{parameter.name}: expected a tensor, a float, an int or None; got {value!r}")
-    return signature, constants, attributes
+def problems(line: Line) -> list[str]:
+    """Sentences about spills and about shared memory beyond what a program may have.
 
-
-def _is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _specialised(parameter: Any) -> bool:
-    return not parameter.do_not_specialize
+    Backward kernels may spill on GPUs that they are not tuned for: there that is listed, and no error."""
+    name = f"{line['kernel']} ({line['dtype']}, D={line['D']}, {line['constants']}) on {line['architecture']}"
+    limit, found = _LIMITS[line["architecture"]], []
+    may_spill = line["operator"].endswith("backward") and line["architecture"] not in _DATA_CENTRE
+    if line["spills"] and not may_spill:
+        found.append(f"{name} spills: {line['spills']} instructions, {line['stack']} bytes of stack per thread")
+    if line["shared"] > limit:
+        found.append(f"{name} wants {line['shared']} bytes of shared memory; a program may have {limit}")
+    return found
 
 
 def amd_usage(assembly: str) -> tuple[int, int, int]:
@@ -555,16 +406,28 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def compile_kernel(kernel: Any, arguments: dict[str, Any], target: int | str, options: dict[str, Any]) -> Any:
-    """A Triton kernel compiled as for a launch with these arguments."""
+    """A Triton kernel compiled as for a launch with these arguments.
+
+    Triton's own launcher says which of them are constants, or divisible by 16. What it says of numbers in tuples, on
+    which no code depends, and on AMD of tensors below 2 GiB is left out: one kernel is compiled for all."""
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from triton.compiler import ASTSource, make_backend
+    from triton.runtime.jit import create_function_from_signature
 
     from m2f_kernels._triton import ARCHITECTURES
 
     one = ARCHITECTURES[target]
-    compiler = GPUTarget("hip", one.gfx, one.warp_size) if one.gfx else GPUTarget("cuda", one.capability, 32)
-    return triton.compile(ASTSource(kernel, *specialise(kernel, arguments)), target=compiler, options=options)
+    gpu = GPUTarget("hip", one.gfx, one.warp_size) if one.gfx else GPUTarget("cuda", one.capability, 32)
+    backend = make_backend(gpu)
+    bound, specialization, given = create_function_from_signature(kernel.signature, kernel.params, backend)(
+        **arguments, **options
+    )
+    _, signature, constants, attributes = kernel._pack_args(backend, given, bound, specialization, given)
+    divisible = {
+        at: [x for x in found if x[0] == "tt.divisibility"] for at, found in attributes.items() if len(at) == 1
+    }
+    return triton.compile(ASTSource(kernel, signature, constants, divisible), target=gpu, options=options)
 
 
 def compiled_launches(
@@ -585,13 +448,13 @@ def compiled_launches(
         yield launch, compiled, sum(os.times()[:4]) - before
 
 
-def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> list[Resources]:
+def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> list[Line]:
     """Compile every kernel that `cases()[index]` launches."""
     from m2f_kernels._triton import ARCHITECTURES
 
     case, architecture = cases()[index], ARCHITECTURES[target]
     function = getattr(importlib.import_module(case.module), case.function)
-    results: dict[str, Resources] = {}
+    results: dict[str, Line] = {}
     with case.chosen():
         launches = list(compiled_launches(function, case.arguments(DTYPES[dtype], head_dim), target))
     for launch, compiled, seconds in launches:
@@ -602,19 +465,16 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
             registers, stack = resource_usage(compiled.asm["cubin"])
             spills = len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"]))
             mix = sass.mix(compiled.asm["sass"])
-        # Small letters are arguments that happened to be 1, not choices.
-        constants = specialise(launch.kernel, launch.arguments)[1]
-        shown = ", ".join(f"{name}={value}" for name, value in constants.items() if name.isupper())
-        result = Resources(
-            function=case.function, kernel=launch.kernel.__name__, dtype=dtype, head_dim=head_dim,
-            architecture=architecture.name, constants=shown, num_warps=launch.num_warps,
-            num_stages=launch.num_stages, shared=compiled.metadata.shared, shared_limit=SHARED_LIMITS[target],
-            registers=registers, stack=stack, spills=spills,
-            capability=architecture.capability, programs=math.prod(launch.grid),
-            bytes_moved=memory.bytes_of(launch.arguments.values()),
-            flops=case.flops(head_dim).get(launch.kernel.__name__, 0), mix=mix, seconds=seconds,
-        )  # fmt: skip
-        results.setdefault(f"{result}", result)
+        constants = ", ".join(f"{name}={value}" for name, value in launch.arguments.items() if name.isupper())
+        line = {
+            "operator": case.function, "kernel": launch.kernel.__name__, "dtype": dtype, "D": head_dim,
+            "architecture": architecture.name, "constants": constants,
+            "warps": launch.num_warps, "stages": launch.num_stages, "shared": compiled.metadata.shared,
+            "registers": registers, "stack": stack, "spills": spills, "capability": architecture.capability,
+            "programs": math.prod(launch.grid), "bytes": memory.bytes_of(launch.arguments.values()),
+            "flops": case.flops(head_dim).get(launch.kernel.__name__, 0), "mix": mix,
+        }  # fmt: skip
+        results.setdefault(f"{line}", line | {"seconds": seconds})
     return list(results.values())
 
 
@@ -633,49 +493,58 @@ def jobs(
     ]
 
 
-def compile_all(work: list[tuple[int, str, int, int | str]], processes: int) -> list[Resources]:
+def compile_all(work: list[tuple[int, str, int, int | str]], processes: int) -> list[Line]:
     """Compile in parallel processes."""
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         return [result for results in pool.map(compile_case, *zip(*work, strict=True)) for result in results]
 
 
-def lines(results: list[Resources]) -> Iterator[dict[str, Any]]:
-    """Yields the resources of each kernel, by column; for one number of channels per head, its first, also what it
-    consists of and the least that its launch can take."""
+def lines(results: list[Line]) -> Iterator[Line]:
+    """Yields the resources of each kernel as they are printed; for one number of channels per head, its first, also
+    what it consists of and the least that its launch can take."""
     import triton
 
-    first = {(r.function, r.kernel): r.head_dim for r in reversed(results)}
+    first = {(r["operator"], r["kernel"]): r["D"] for r in reversed(results)}
     for r in results:
-        part = sass.MULTIPROCESSORS.get(r.capability)
-        known = r.mix if part and part.bandwidth and r.head_dim == first[r.function, r.kernel] else None
-        yield {
-            "operator": r.function, "kernel": r.kernel, "dtype": r.dtype, "D": r.head_dim,
-            "architecture": r.architecture, "constants": r.constants, "warps": r.num_warps, "stages": r.num_stages,
-            "shared": r.shared, "registers": r.registers, "stack": r.stack, "spills": r.spills,
-            "occupancy": "" if r.occupancy is None else f"{r.occupancy:.0%}",
-            "programs (waves)": f"{r.programs} ({r.waves:.1f})" if known else "",
-            "MiB": f"{r.bytes_moved / 2**20:.2f}" if known else "", "least µs": r.floor() if known else "",
-            "instructions": known.text() if known else "",
-            "accesses to global memory": known.memory() if known else "", "compiler": f"triton {triton.__version__}",
-        }  # fmt: skip
+        part, mix = sass.MULTIPROCESSORS.get(r["capability"]), r["mix"]
+        takes = r["capability"], r["warps"], r["registers"], r["shared"]
+        shown = dict(itertools.islice(r.items(), 12))
+        shown["occupancy"] = f"{sass.occupancy(*takes):.0%}" if part and r["registers"] else ""
+        shown |= dict.fromkeys(("programs (waves)", "MiB", "least µs", "instructions", "accesses to global memory"), "")
+        if part and part.bandwidth and r["D"] == first[r["operator"], r["kernel"]]:
+            waves = r["programs"] / max(1, sass.blocks_per_multiprocessor(*takes) * part.count)
+            products = r["flops"] if r["dtype"] != "fp32" else 0
+            least, bound = max((r["bytes"] / part.bandwidth, "bandwidth"), (products / part.tensor_flops, "products"))
+            shown |= {
+                "programs (waves)": f"{r['programs']} ({waves:.1f})", "MiB": f"{r['bytes'] / 2**20:.2f}",
+                "least µs": f"{least * 1e6:.2g} ({bound})", "instructions": mix.text(),
+                "accesses to global memory": mix.memory(),
+            }  # fmt: skip
+        yield shown | {"compiler": f"triton {triton.__version__}"}
 
 
-def summary(results: Iterable[Resources]) -> str:
+def summary(results: list[Line]) -> str:
     """A Markdown table of kernels by targets: spills of the worst compiled variant, the number of variants, and the CPU
     seconds of the slowest."""
-    results = list(results)
-    targets = [name for name in _names() if any(r.architecture == name for r in results)]
+    targets = [name for name in _LIMITS if any(r["architecture"] == name for r in results)]
     lines = []
-    for function, kernel in dict.fromkeys((r.function, r.kernel) for r in results):
-        of = [r for r in results if (r.function, r.kernel) == (function, kernel)]
-        by_target = [[r.spills for r in of if r.architecture == target] for target in targets]
+    for function, kernel in dict.fromkeys((r["operator"], r["kernel"]) for r in results):
+        of = [r for r in results if (r["operator"], r["kernel"]) == (function, kernel)]
+        by_target = [[r["spills"] for r in of if r["architecture"] == target] for target in targets]
         cells = [f"{max(spills)} ({len(spills)})" if spills else "" for spills in by_target]
-        lines.append([function, f"`{kernel}`", *cells, f"{max(r.seconds for r in of):.1f}"])
+        lines.append([function, f"`{kernel}`", *cells, f"{max(r['seconds'] for r in of):.1f}"])
     return markdown(["operator", "kernel", *targets, "seconds"], lines)
 
 
-def _names() -> list[str]:
-    return [f"sm_{target}" if isinstance(target, int) else target for target in SHARED_LIMITS]
+def report(made: list[Line], counted: str, wrong: list[str], options: argparse.Namespace, shown: str = "") -> int:
+    """The exit status, after printing lines (or what is `shown` in place of them), their number and what is wrong, and
+    writing them to the file that the options name."""
+    print(f"{shown or markdown(list(made[0]), [line.values() for line in made])}\n{counted}")
+    if options.output is not None:
+        write_csv(options.output, made)
+    for problem in wrong:
+        print(f"wrong: {problem}", file=sys.stderr)
+    return int(options.check and bool(wrong))
 
 
 def main() -> int:
@@ -712,16 +581,9 @@ def main() -> int:
     if not work:
         options.refuse(f"--select: no operator's name contains {options.select!r}")
     results = compile_all(work, options.processes)
-    problems = [problem for result in results for problem in result.problems()]
-    counted = f"{len(results)} kernels, {len(problems)} of them with spills or too much shared memory."
-    made = list(lines(results))
-    shown = summary(results) if options.summary else markdown(list(made[0]), [x.values() for x in made])
-    print(f"{shown}\n{counted}")
-    if options.output is not None:
-        write_csv(options.output, made)
-    for problem in problems:
-        print(f"benchmarks.static: {problem}", file=sys.stderr)
-    return 1 if options.check and problems else 0
+    wrong = [problem for result in results for problem in problems(result)]
+    counted = f"{len(results)} kernels, {len(wrong)} of them with spills or too much shared memory."
+    return report(list(lines(results)), counted, wrong, options, summary(results) if options.summary else "")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cache, partial
 from statistics import geometric_mean
@@ -32,7 +31,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import sass
+from benchmarks import inputs, sass, static, static_cuda
 from benchmarks.arguments import arguments
 from m2f_kernels import _tuning
 
@@ -210,11 +209,6 @@ class Estimate:
     def binding(self) -> str:
         return max(self.bounds, key=lambda name: self.bounds[name])
 
-    @property
-    def floor(self) -> float:
-        """Without latency and starts: what the work itself takes."""
-        return max(value for name, value in self.bounds.items() if name != "latency")
-
 
 def cycles_together(waiting: float, demands: Sequence[float], warps: float) -> float:
     """Cycles until `warps` equal warps have ended that share units.
@@ -282,8 +276,6 @@ def triton_kernels(
         trips: of the loops, from the kernel's name, its arguments and the number of loops.
         traffic: by kernel; where missing, each tensor is moved once.
     """
-    from benchmarks import static
-
     kernels = []
     for launch, compiled, _ in static.compiled_launches(function, arguments):
         name, code = launch.kernel.__name__, compiled.asm["sass"]
@@ -297,19 +289,6 @@ def triton_kernels(
             )
         )  # fmt: skip
     return kernels
-
-
-def compiled_kernels(nvcc: str, names: dict[str, tuple[Sequence[int], int, int, Traffic]]) -> list[Kernel]:
-    """Kernels of the CUDA library for sm_90, from name -> trips, blocks, bytes of shared memory, traffic."""
-    from benchmarks import static_cuda
-
-    built = static_cuda.compiled(nvcc, "90", "ms_deform_attn/cuda_kernels.cuh")
-    by_name = {kernel.name.removeprefix("ms_deform_attn_"): kernel for kernel in built}
-    return [
-        Kernel(name, k.code, trips, static_cuda.THREADS // _WARP, k.registers, shared, blocks, traffic)
-        for name, (trips, blocks, shared, traffic) in names.items()
-        if (k := by_name.get(name))
-    ]
 
 
 @dataclass(frozen=True)
@@ -327,10 +306,9 @@ class Gather:
     pair_rows: int
 
 
+@cache
 def gather(where: str, heads: int = 8, points: int = 4, size: int = 1024, images: int = 2) -> Gather:
     """Counted from the coordinates of the benchmark: "local" or "random". One image is counted."""
-    from benchmarks import inputs
-
     sizes = [(size // s, size // s) for s in (32, 16, 8)]
     locations = (
         inputs.local_locations(sizes, 1, heads, points)
@@ -343,31 +321,23 @@ def gather(where: str, heads: int = 8, points: int = 4, size: int = 1024, images
 def touched(locations: torch.Tensor, sizes: Sequence[tuple[int, int]], images: int = 1) -> Gather:
     """Counted from an encoder's sampling locations [Q, H, L, P, 2] of one image, times `images`; Q is even."""
     queries, heads, _, points, _ = locations.shape
-    starts = [0, *torch.tensor([h * w for h, w in sizes]).cumsum(0).tolist()]
-    order, tiles = [], []
-    for level, (h, w) in enumerate(sizes):
+    tiles: list[torch.Tensor] = []
+    for h, w in sizes:
         y, x = torch.meshgrid(torch.arange(h), torch.arange(w), indexing="ij")
-        tile = (y // 8 * (-(-w // 8)) + x // 8).flatten() + (int(tiles[-1].max()) + 1 if tiles else 0)
-        order.append(int(starts[level]) + (y * w + x).flatten())
-        tiles.append(tile)
-    tile_of = torch.cat(tiles)[torch.cat(order).argsort()]
-    corners = tile_rows = pair_rows = 0
-    for level, ((h, w), start) in enumerate(zip(sizes, starts, strict=False)):
-        pixel = (locations[:, :, level] * torch.tensor([w, h]) - 0.5).floor().long()
-        for corner in range(4):
-            cx, cy = pixel[..., 0] + (corner & 1), pixel[..., 1] + (corner >> 1)
-            inside = (cx >= 0) & (cx < w) & (cy >= 0) & (cy < h)
-            row = torch.where(inside, int(start) + cy * w + cx, -1)
-            corners += int(inside.sum())
-            pairs = row.view(queries // 2, 2, heads, points)
-            pair_rows += int((pairs[:, 0] >= 0).sum() + ((pairs[:, 1] >= 0) & (pairs[:, 1] != pairs[:, 0])).sum())
-            if corner == 0:
-                found = []
-            found.append(row)
-        # Distinct (tile, head, row) over the level's points and corners.
-        rows = torch.stack(found, -1)
-        key = (tile_of[:, None, None, None] * heads + torch.arange(heads)[:, None, None]) * queries + rows
-        tile_rows += int(torch.unique(key[rows >= 0]).numel())
+        tiles.append((y // 8 * -(-w // 8) + x // 8).flatten() + (int(tiles[-1].max()) + 1 if tiles else 0))
+    place = (torch.cat(tiles)[:, None] * heads + torch.arange(heads))[:, :, None, None]  # a tile and a head
+    corners = tile_rows = pair_rows = start = 0
+    for level, (h, w) in enumerate(sizes):
+        size = torch.tensor([w, h])
+        pixels = (locations[:, :, level] * size - 0.5).floor().long()
+        corner = pixels.unsqueeze(-2) + torch.tensor([[0, 0], [1, 0], [0, 1], [1, 1]])
+        inside = ((corner >= 0) & (corner < size)).all(-1)  # [Q, H, P, 4]
+        row = torch.where(inside, start + corner[..., 1] * w + corner[..., 0], -1)
+        first, second = row.view(queries // 2, 2, heads, points, 4).unbind(1)
+        corners += int(inside.sum())
+        pair_rows += int((first >= 0).sum() + ((second >= 0) & (second != first)).sum())
+        tile_rows += int(torch.unique((place * queries + row)[inside]).numel())
+        start += h * w
     return Gather(corners * images, tile_rows * images, pair_rows * images)
 
 
@@ -376,26 +346,27 @@ def touched(locations: torch.Tensor, sizes: Sequence[tuple[int, int]], images: i
 #: Deformable attention: N = 2, 21504 queries, 8 heads of 32, three levels of four points.
 _QUERIES, _HEADS, _SAMPLES = 21504, 8, 12
 _TILES = _QUERIES // 64 * _HEADS * 2
-#: Loops of the CUDA library's kernels for that case: see `sass.COMPILED`.
+#: The shared memory of a block, in bytes; the general kernel has a table besides.
 _DEFORMABLE_TABLE, _DEFORMABLE_SHARED = 352, 32 * 256
 
 
-@cache
-def deformable(nvcc: str, where: str) -> dict[str, Kernel]:
-    """The forwards of deformable attention in the CUDA library, by name; samples "local" or "random"."""
+def deformable(nvcc: str, where: str, instance: str) -> Launches:
+    """The launch of a forward of deformable attention in the CUDA library, by what its name begins with; samples
+    "local" or "random". Its loops: see `sass.COMPILED`."""
     touched = gather(where)
+    (name,) = (name for name in sass.COMPILED if name.startswith(instance) and name.endswith("false>"))
+    compiled = static_cuda.compiled(nvcc, "90", "ms_deform_attn/cuda_kernels.cuh")
+    (kernel,) = (kernel for kernel in compiled if kernel["kernel"].removeprefix("ms_deform_attn_") == name)
+    element, sampling = (4, 4) if "<float" in name else (2, 2 if "true" in name else 4)
     pairs = _QUERIES * _HEADS * 2
-    names = {}
-    for name, (trips, _) in sass.COMPILED.items():
-        element, sampling = (4, 4) if "<float" in name else (2, 2 if "true" in name else 4)
-        value = pairs * 32 * element  # as many positions as queries
-        memory = 2 * value + pairs * _SAMPLES * 3 * sampling
-        l2 = touched.tile_rows * 32 * element + pairs * 32 * element + pairs * _SAMPLES * 3 * sampling
-        # A quarter of a warp reads 128 bytes, of fp32 in different banks; of bfloat16 two rows' 64 bytes in the same.
-        waves = touched.corners if element == 4 else touched.pair_rows
-        shared = _DEFORMABLE_SHARED + (0 if "lean" in name else _DEFORMABLE_TABLE)
-        names[name] = (trips, _TILES, shared, Traffic(memory, l2, waves))
-    return {kernel.name: kernel for kernel in compiled_kernels(nvcc, names)}
+    rows, samples = pairs * 32 * element, pairs * _SAMPLES * 3 * sampling  # as many positions as queries
+    # A quarter of a warp reads 128 bytes, of fp32 in different banks; of bfloat16 two rows' 64 bytes in the same.
+    waves = touched.corners if element == 4 else touched.pair_rows
+    traffic = Traffic(2 * rows + samples, touched.tile_rows * 32 * element + rows + samples, waves)
+    shared = _DEFORMABLE_SHARED + (0 if "lean" in name else _DEFORMABLE_TABLE)
+    warps, trips = static_cuda.THREADS // _WARP, sass.COMPILED[name][0]
+    code = static_cuda.control_codes(kernel["code"])
+    return [Kernel(name, code, trips, warps, kernel["registers"], shared, _TILES, traffic)], 0
 
 
 def _by_digits(a: dict[str, Any], count: int) -> list[int]:
@@ -421,101 +392,63 @@ def _trips(name: str, arguments: dict[str, Any], count: int) -> list[int]:
     return TRIPS.get(name, lambda _, n: [1] * n)(arguments, count) if count else []
 
 
-#: Bytes of a fill of flags: a launch and nothing else.
-_FILL = Estimate(H200.start)
+#: The kernels that an operator launches, and the number of PyTorch's, of which only the starts are modelled.
+Launches = tuple[list[Kernel], int]
 
 
-@dataclass(frozen=True)
-class Row:
-    """An operator's call, its launches, and what an H200 took, in microseconds, by a committed file."""
-
-    name: str
-    kernels: list[Kernel]
-    fills: int
-    measured: float | None
-
-    @property
-    def modelled(self) -> float:
-        return (sum(estimate(kernel).seconds for kernel in self.kernels) + self.fills * _FILL.seconds) * 1e6
-
-    @property
-    def binding(self) -> str:
-        slowest = max((estimate(kernel) for kernel in self.kernels), key=lambda e: e.seconds)
-        return slowest.binding
-
-
-def masks(dtype: torch.dtype, side: int, layers: int, fills: bool = True) -> tuple[list[Kernel], int]:
-    """Launches of the masks of `layers` per level, of an image of side * 4 pixels, and how many fills go with them: one
-    for each mask, or none where the kernel that resizes fills the flags of all."""
-    from benchmarks import static
+def masks(dtype: torch.dtype, side: int, layers: int, fills: bool = True) -> Launches:
+    """Launches of the masks of `layers` per level, of an image of side * 4 pixels; with `fills`, one of flags for each
+    mask, which otherwise the kernel that resizes fills."""
     from m2f_kernels.ops.attention_mask import triton as op
 
-    total = sum((side // r) ** 2 for r in (8, 4, 2))
-    sizes = [side // r for r in (8, 4, 2) for _ in range(2)]
-    features = static.meta(1, 256, side, side, dtype=dtype)
+    sizes = [side // ratio for ratio in (8, 4, 2)]
+    total = sum(size**2 for size in sizes)
+    features, embed, resized = static.tensors(f"x[1,256,{side},{side}] x[1,100,256] x[1,256,{total}]", dtype)
     kernels = triton_kernels(
         op.resize_mask_features if fills else op.resize_mask_features_with_flags,
-        (features, sizes, *(() if fills else (3 * layers, 100))), _trips,
+        (features, [size for size in sizes for _ in range(2)], *(() if fills else (3 * layers, 100))), _trips,
         {"_shrink_kernel": Traffic(float(256 * (side**2 + total) * dtype.itemsize))},
     )  # fmt: skip
-    resized = static.meta(1, 256, total, dtype=dtype)
-    embed = static.meta(1, 100, 256, dtype=dtype)
-    start = 0
-    for ratio in (8, 4, 2):
-        s = (side // ratio) ** 2
-        traffic = Traffic(float((256 * s + 100 * 256) * dtype.itemsize + 100 * s // 8))
-        one = triton_kernels(
-            op.predict_attention_mask, (embed, resized[:, :, start : start + s]), _trips, {"_predict_kernel": traffic}
+    for level in resized.split([size**2 for size in sizes], 2):
+        traffic = Traffic(float((level.numel() + embed.numel()) * dtype.itemsize + 100 * level.shape[2] // 8))
+        kernels += layers * triton_kernels(
+            op.predict_attention_mask, (embed, level), _trips, {"_predict_kernel": traffic}
         )
-        kernels += one * layers
-        start += s
     return kernels, 3 * layers if fills else 0
 
 
 def attention(
     dtype: torch.dtype, images: int, queries: int, change: dict[str, int] | None = None, kernel: str = "general"
-) -> tuple[list[Kernel], int]:
+) -> Launches:
     """Launches of a forward of masked attention over 128 x 128 keys, with another configuration if one is given."""
-    from benchmarks import static
     from m2f_kernels.ops.masked_attention import configs
     from m2f_kernels.ops.masked_attention import triton as op
 
-    query, key = (
-        static.meta(images, rows, 256, dtype=dtype).unflatten(-1, (8, 32)).transpose(1, 2) for rows in (queries, 16384)
-    )
-    bits = static.meta(images, queries, 512, dtype=torch.int32)
-    flags = static.meta(images, queries, dtype=torch.bool)
-    before = configs.forward, configs.KERNEL
-    configs.forward, configs.KERNEL = (lambda *a: {**before[0](*a), **(change or {})}), kernel
-    try:
+    query, key, _, bits, flags = static.attention_inputs(dtype, 32, queries, images)
+    chosen, usual = partial(static.choosing, "masked_attention.configs"), configs.forward
+    with chosen("KERNEL", kernel), chosen("forward", lambda *a: {**usual(*a), **(change or {})}):
         return triton_kernels(op.masked_attention, (query, key, key, bits, flags, 32**-0.5), _trips), 0
-    finally:
-        configs.forward, configs.KERNEL = before
 
 
-def points_kept(masks_: int = 100, selection: str = "histogram") -> tuple[list[Kernel], int]:
+def points_kept(masks_: int = 100, selection: str = "histogram") -> Launches:
     """Launches of `uncertain_points` for 12544 points of masks of 256 x 256, by one of the kernels that select them."""
-    from benchmarks import static
     from m2f_kernels.ops.points import triton_sampling as op
 
-    rows, seed = static.meta(masks_, dtype=torch.int32), static.meta(1, dtype=torch.int64)
-    arguments = (static.meta(masks_, 256, 256, dtype=torch.float32), rows, seed, 0, 37632, 9408, 3136)
-    with static.choosing("points.triton_sampling", "SELECTION", "digits") if selection == "digits" else nullcontext():
-        return triton_kernels(op.uncertain_points, arguments, _trips), 0
+    given = static.given(f"f32[{masks_},256,256] i32[{masks_}] i64[1]", 0, 37632, 9408, 3136)
+    with static.choosing("points.triton_sampling", "SELECTION", selection):
+        return triton_kernels(op.uncertain_points, given(), _trips), 0
 
 
 #: Launches of PyTorch that sort points: four of a sort (`launches.KERNELS`), bounds, and their search.
 _SORTING = 6
 
 
-def points_gradient() -> tuple[list[Kernel], int]:
-    """Launches of `point_sample`'s gradient: 256 channels of a 256 x 256 map, 12544 points anywhere. Of PyTorch's sort
-    only the starts are modelled."""
-    from benchmarks import static
+def points_gradient() -> Launches:
+    """Launches of `point_sample`'s gradient: 256 channels of a 256 x 256 map, 12544 points anywhere."""
     from m2f_kernels.ops.points import triton_sampling as op
 
-    given = static.meta(1, 256, 12544, dtype=torch.float32), static.meta(1, 12544, 2, dtype=torch.float32)
-    return triton_kernels(op.point_sample_backward, (*given, 256, 256), _trips), _SORTING
+    given = static.given("f32[1,256,12544] f32[1,12544,2]", 256, 256)
+    return triton_kernels(op.point_sample_backward, given(), _trips), _SORTING
 
 
 #: Microseconds of forwards with other configurations on an H200: benchmarks/results/nvidia-h200/configurations.txt.
@@ -530,19 +463,13 @@ CONFIGURATIONS = {
 }
 
 
-def _deformable_forward(nvcc: str, where: str, instance: str) -> tuple[list[Kernel], int]:
-    (chosen,) = (
-        k for name, k in deformable(nvcc, where).items() if name.startswith(instance) and name.endswith("false>")
-    )
-    return [chosen], 0
-
-
-def _calls(nvcc: str | None) -> Iterator[tuple[str, float | None, Callable[[], tuple[list[Kernel], int]]]]:
-    """Yields the name of each row, what an H200 took, and what compiles its launches and counts its fills."""
+def rows(nvcc: str | None) -> Iterator[tuple[str, float | None, Callable[[], Launches]]]:
+    """Yields the name of each row, the microseconds that an H200 took (benchmarks/results/nvidia-h200.csv) unless it is
+    newer, and what compiles its launches; without nvcc those of deformable attention are left out."""
     for where, *times in (("local", 131.2, 168.8), ("random", 140.4, 229.5)) if nvcc else ():
         for kind, kernel in (("", "forward_kernel"), (", lean", "forward_lean_kernel")):
             for dtype, element, time in zip(("bf16", "fp32"), ("__nv_bfloat16", "float"), times, strict=True):
-                call = partial(_deformable_forward, nvcc, where, f"{kernel}<{element}, ")
+                call = partial(deformable, nvcc, where, f"{kernel}<{element}, ")
                 yield f"ms_deform_attn {dtype}, {where}{kind}", None if kind else time, call
     low, single, exact = torch.bfloat16, torch.float32, not _tuning.TF32X3
     for name, dtype, side, time in (
@@ -562,18 +489,6 @@ def _calls(nvcc: str | None) -> Iterator[tuple[str, float | None, Callable[[], t
             name = f"masked_attention bf16, N={images} Q={queries}, {change}"
             yield name, time, partial(attention, low, images, queries, settings)
     yield "point_sample backward", 162.4, points_gradient
-
-
-def rows(nvcc: str | None, select: str = "") -> Iterator[Row]:
-    """Yields the kernels that were timed on an H200 (benchmarks/results/nvidia-h200) and newer ones, in a fixed order.
-
-    Args:
-        nvcc: None leaves deformable attention out.
-        select: a regular expression that a row's name contains.
-    """
-    for name, measured, launches in _calls(nvcc):
-        if re.search(select, name):
-            yield Row(name, *launches(), measured)
 
 
 # ---------------------------------------------------------------- how far to believe it
@@ -600,19 +515,20 @@ def main() -> int:
     )
     if os.environ.get("TRITON_INTERPRET") == "1":
         options.refuse("TRITON_INTERPRET=1 is set: the interpreter compiles nothing")
-    from benchmarks import static_cuda
-
     nvcc = static_cuda.compiler()
     if nvcc is None:
         print("time_model: no nvcc here: the kernels of the CUDA library are left out", file=sys.stderr)
     print("| call | modelled, µs | bound by | measured, µs | modelled / measured |\n|---|---:|---|---:|---:|")
     pairs = []
-    for row in rows(nvcc, options.select):
-        shown = ("", "")
-        if row.measured is not None:
-            pairs.append((row.modelled, row.measured))
-            shown = (f"{row.measured:.1f}", f"{row.modelled / row.measured:.2f}")
-        print(f"| {row.name} | {row.modelled:.1f} | {row.binding} | {shown[0]} | {shown[1]} |", flush=True)
+    for name, measured, launches in rows(nvcc):
+        if re.search(options.select, name):
+            kernels, others = launches()
+            estimates = [estimate(kernel) for kernel in kernels]
+            modelled = (sum(one.seconds for one in estimates) + others * H200.start) * 1e6
+            binding = max(estimates, key=lambda one: one.seconds).binding
+            pairs += [] if measured is None else [(modelled, measured)]
+            shown = " | " if measured is None else f"{measured:.1f} | {modelled / measured:.2f}"
+            print(f"| {name} | {modelled:.1f} | {binding} | {shown} |", flush=True)
     if options.check:
         print("\n" + verdict("even rows, by which the model was changed", pairs[::2]))
         print(verdict("odd rows, held out", pairs[1::2]))

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,17 +13,10 @@ from benchmarks import static
 from benchmarks.cases import read_csv
 from m2f_kernels import _triton
 from m2f_kernels.ops.ms_deform_attn import triton as ms_deform_attn
+from tests.processes import python
 
-ROOT = Path(__file__).parents[2]
-
-
-def run(*arguments: str, interpret: bool = False) -> subprocess.CompletedProcess[str]:
-    """`python -m benchmarks.static` in a process of its own: this one may have chosen the interpreter."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, "-m", "benchmarks.static", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+#: `python -m benchmarks.static`
+run = partial(python, "-m", "benchmarks.static")
 
 
 @pytest.mark.parametrize(
@@ -85,72 +75,46 @@ def test_every_kernel_compiles_for_its_targets(target: int | str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_unknown_target_is_an_error() -> None:
-    done = run("--archs", "90,gfx1")
+@pytest.mark.parametrize(
+    ("arguments", "environment", "message"),
+    [
+        (["--archs", "90,gfx1"], {}, "gfx1100; got gfx1"),
+        (["--select", "no such operator"], {}, "no such operator"),
+        (["--check"], {"TRITON_INTERPRET": "1"}, "TRITON_INTERPRET"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments: list[str], environment: dict[str, str], message: str) -> None:
+    done = run(*arguments, **environment)
     assert done.returncode == 2
-    assert "gfx1100; got gfx1" in done.stderr
+    assert message in done.stderr
 
 
-def test_interpreter_is_refused() -> None:
-    done = run("--check", interpret=True)
-    assert done.returncode == 2
-    assert "TRITON_INTERPRET" in done.stderr
-
-
-def test_unknown_operator_is_an_error() -> None:
-    done = run("--select", "no such operator")
-    assert done.returncode == 2
-    assert "no such operator" in done.stderr
-
-
-FINE = static.Resources(
-    function="f", kernel="k", dtype="bf16", head_dim=32, architecture="sm_90", constants="", num_warps=4, num_stages=1,
-    shared=1024, shared_limit=2048, registers=32, stack=8, spills=0,
-)  # fmt: skip
+FINE = {
+    "operator": "f", "kernel": "k", "dtype": "bf16", "D": 32, "architecture": "sm_90", "constants": "", "shared": 1024,
+    "stack": 8, "spills": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "word"), [({"spills": 2}, "spills"), ({"shared": 10**6}, "shared memory")])
 def test_check_finds_problems(change: dict[str, int], word: str) -> None:
-    assert FINE.problems() == []
-    (problem,) = replace(FINE, **change).problems()
+    assert static.problems(FINE) == []
+    (problem,) = static.problems(FINE | change)
     assert word in problem
     # Backward kernels may spill on parts that nobody has tuned them for, and only there.
-    backward = replace(FINE, function="f_backward", **change)
-    assert backward.problems()
-    assert bool(replace(backward, architecture="gfx942").problems()) == ("shared" in change)
+    backward = FINE | {"operator": "f_backward"} | change
+    assert static.problems(backward)
+    assert bool(static.problems(backward | {"architecture": "gfx942"})) == ("shared" in change)
 
 
 def test_summary() -> None:
     made = [
-        replace(FINE, architecture=target, spills=spills, seconds=seconds)
+        FINE | {"architecture": target, "spills": spills, "seconds": seconds}
         for target, spills, seconds in (("gfx942", 3, 0.5), ("sm_90", 0, 1.25), ("sm_90", 2, 1.0))
     ]
     assert static.summary(made).splitlines()[::2] == [
         "| operator | kernel | sm_90 | gfx942 | seconds |",
         "| f | `k` | 2 (2) | 3 (1) | 1.2 |",
     ]
-
-
-def test_launch_arguments_are_specialised_as_triton_does() -> None:
-    class Parameter:
-        def __init__(self, name: str, is_constexpr: bool = False, do_not_specialize: bool = False) -> None:
-            self.name, self.is_constexpr, self.do_not_specialize = name, is_constexpr, do_not_specialize
-
-    class Kernel:
-        params = (
-            Parameter("x"), Parameter("one"), Parameter("sixteen"), Parameter("free", do_not_specialize=True),
-            Parameter("large"), Parameter("scale"), Parameter("BLOCK", is_constexpr=True),
-        )  # fmt: skip
-
-    x = static.meta(4, dtype=torch.bfloat16)
-    arguments = {"x": x, "one": 1, "sixteen": 16, "free": 1, "large": 2**31 + 1, "scale": 1.0, "BLOCK": 64}
-    signature, constants, attributes = static.specialise(Kernel, arguments)
-    assert signature == {
-        "x": "*bf16", "one": "constexpr", "sixteen": "i32", "free": "i32", "large": "i64", "scale": "fp32",
-        "BLOCK": "constexpr",
-    }  # fmt: skip
-    assert constants == {"one": 1, "BLOCK": 64}
-    assert set(attributes) == {(0,), (2,)}
 
 
 def test_sizes_and_queries_of_deformable_attention_do_not_recompile() -> None:
@@ -172,11 +136,8 @@ def test_sizes_and_queries_of_deformable_attention_do_not_recompile() -> None:
 
 def test_deformable_attention_executes_few_instructions() -> None:
     """Per sample of a query and head, in bfloat16 on sm_90: what bounds it."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Without nvcc: the kernels of the CUDA library have a test of their own.
-    script = "from benchmarks import sass, static_cuda; static_cuda.compiler = lambda: None; sass.main()"
-    command = [sys.executable, "-c", script]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    done = python("-c", "from benchmarks import sass, static_cuda; static_cuda.compiler = lambda: None; sass.main()")
     assert done.returncode == 0, done.stderr
     found = re.findall(r"\| (.*), bfloat16 \| ([\d.]+) \|", done.stdout)
     assert [name for name, _ in found] == ["locations", "offsets, 2-d"]
