@@ -25,7 +25,7 @@ def _run(
 ) -> tuple[bool, list[str], dict]:
     logs, path = tmp_path / "run", tmp_path / "run" / "state.json"
     logs.mkdir(exist_ok=True)
-    context, state = gpu.Context("cpu", "stand-in", "90", logs, [], 1), gpu.State.read(path, commit)
+    context, state = gpu.Context("cpu", "90", logs, [], 1), gpu.State.read(path, commit)
     right, left = gpu.run(steps, context, state, seconds, dict(PATH="/usr/bin:/bin"))
     return right, left, gpu.State.read(path, commit).steps
 

@@ -46,7 +46,6 @@ class Context:
     """The device of a run, its folder of logs, and the tests that belong to the change."""
 
     device: str
-    slug: str
     architecture: str
     logs: Path
     tests: list[str]
@@ -370,16 +369,12 @@ def main() -> int:
     commit, changed = plan()
     logs = (options.output / slug / "run").resolve()
     logs.mkdir(parents=True, exist_ok=True)
-    context = Context("cpu" if options.rehearse else "cuda", slug, architecture, logs, tests_of(changed), workers)
+    context = Context("cpu" if options.rehearse else "cuda", architecture, logs, tests_of(changed), workers)
     state = State.read(logs / "state.json", commit)
     print(f"make gpu on {slug}, commit {commit}, {options.seconds:.0f} s; results in {logs.parent}", flush=True)
     signal.signal(signal.SIGTERM, _end)
     left: list[str] = []
-
-    def keep() -> None:
-        if options.archive is not None:
-            archive(logs.parent, options.archive)
-
+    keep: Callable[[], None] = partial(archive, logs.parent, options.archive) if options.archive else lambda: None
     try:
         steps = [step for step in STEPS if not chosen or step.name in chosen]
         remaining = options.seconds - (time.monotonic() - begun)

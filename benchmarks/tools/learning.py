@@ -23,8 +23,7 @@ from m2f_model.data import Shapes
 from m2f_model.evaluate import Quality, evaluate
 from m2f_model.train import Recipe, Trainer
 
-BACKENDS = ("auto", "reference")
-NAMES = {"auto": "kernels", "reference": "reference"}
+BACKENDS = {"kernels": "auto", "reference": "reference"}
 CASE = "step of the tiny model"
 
 
@@ -60,7 +59,7 @@ class Run:
 def train(steps: int, every: int, count: int, out: Path) -> dict[str, Run]:
     """Both runs, after `steps` steps; evaluated `every` so many on `count` images."""
     recipe = Recipe.shapes(steps=steps)
-    runs = {backend: Run(backend, recipe, out) for backend in BACKENDS}
+    runs = {name: Run(backend, recipe, out) for name, backend in BACKENDS.items()}
     for step in range(1, steps + 1):
         for run in runs.values():
             run.step()
@@ -68,8 +67,8 @@ def train(steps: int, every: int, count: int, out: Path) -> dict[str, Run]:
             for run in runs.values():
                 run.evaluate(count)
             line = ", ".join(
-                f"{NAMES[b]} loss {statistics.fmean(r.losses[-plot.WINDOW :]):.2f} PQ {r.quality[step].pq:.3f}"
-                for b, r in runs.items()
+                f"{name} loss {statistics.fmean(run.losses[-plot.WINDOW :]):.2f} PQ {run.quality[step].pq:.3f}"
+                for name, run in runs.items()
             )
             print(f"step {step}: {line}", flush=True)
     return runs
@@ -77,11 +76,10 @@ def train(steps: int, every: int, count: int, out: Path) -> dict[str, Run]:
 
 def measured(runs: dict[str, Run], count: int) -> report.Run:
     """The medians of a step, the curves, and the panoptic quality on `count` images."""
-    names = {NAMES[backend]: run for backend, run in runs.items()}
     smoothed = [plot.smooth(run.losses) for run in runs.values()]
     worst = max((abs(x - y) / y for x, y in zip(*smoothed, strict=True)), default=float("nan"))
     rows, curves = [], {}
-    for name, run in names.items():
+    for name, run in runs.items():
         row = Row("learning", CASE, name, "default", "forward+backward", "", "float32", torch.get_num_threads())
         low, row.median_ms, high = (1e3 * x for x in statistics.quantiles(run.seconds, n=4))
         row.iqr_ms, row.rounds, row.ours = high - low, len(run.seconds), run.backend == "auto"
@@ -91,7 +89,7 @@ def measured(runs: dict[str, Run], count: int) -> report.Run:
     stated = facts.gather("cpu", ["ms_deform_attn_from_offsets"])
     stated |= {
         f"panoptic quality on {count} new images": ", ".join(
-            f"{name} {list(run.quality.values())[-1].pq:.3f}" for name, run in names.items()
+            f"{name} {list(run.quality.values())[-1].pq:.3f}" for name, run in runs.items()
         ),
         f"largest difference of the losses, means of {plot.WINDOW} steps": f"{worst:.1%}",
     }
@@ -112,7 +110,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         runs = train(options.steps, options.evaluate_every, options.images, Path(scratch))
     if options.model is not None:
-        runs["auto"].trainer.model.save_pretrained(options.model)
+        runs["kernels"].trainer.model.save_pretrained(options.model)
     report.save(options.output / f"{facts.device_slug('cpu')}.csv", measured(runs, options.images))
 
 
