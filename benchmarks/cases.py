@@ -5,18 +5,22 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import importlib.util
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 Tensors = dict[str, Tensor]
 Levels = list[tuple[int, int]]
 
 OURS = "m2f_kernels"
+#: The part of a call outside of its stages.
+REST = "the rest, backward included"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: Relative L2 error against the fp64 reference above which a float32 row is wrong and gets no time.
 OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
@@ -57,37 +61,18 @@ class Data:
     differentiable: tuple[str, ...] = ()
 
     def to(self, device: str) -> Data:
-        def move(tensors: Tensors) -> Tensors:
-            return {name: tensor.to(device) for name, tensor in tensors.items()}
-
-        gradients = tuple(gradient.to(device) for gradient in self.grad_outputs)
-        return replace(self, inputs=move(self.inputs), truth=move(self.truth), grad_outputs=gradients)
+        return Data(**tree_map_only(Tensor, lambda tensor: tensor.to(device), vars(self)))
 
 
-@dataclass(frozen=True)
-class Work:
-    """The least any implementation must do, from which the floor is computed.
-
-    Attributes:
-        bytes_moved: every input read once and every output written once.
-        gather_bytes: bytes of rows gathered from (or scattered to) the value tensor.
-        gather_level: "l1" or "l2", the cache whose measured gather rate bounds `gather_bytes`.
-        l2_bytes, wavefronts, reductions: on a GPU, in place of the gather: bytes from L2 to the multiprocessors, cycles
-            of L1 over all of them, and sectors of 32 bytes that are added to in L2.
-        special: on a GPU, exponentials, logarithms and reciprocals.
-        flops: multiplications and additions of matrix products.
-        flop_dtype: "float32" or "bfloat16", the dtype whose measured rate of matrix products bounds `flops`.
-    """
-
-    bytes_moved: int
-    gather_bytes: int = 0
-    gather_level: str = "l2"
-    l2_bytes: int = 0
-    wavefronts: int = 0
-    reductions: int = 0
-    special: int = 0
-    flops: int = 0
-    flop_dtype: str = "float32"
+#: The least any implementation must do, from which the floor is computed: amounts by the name of the rate that bounds
+#: them (`floors.measure`). What has no rate on a device does not count there.
+#:
+#: - "bandwidth": bytes, every input read once and every output written once.
+#: - "l1" or "l2": bytes of rows gathered from (or scattered to) the value tensor, by the cache that bounds them.
+#: - "float32 matmul" or "bfloat16 matmul": multiplications and additions of matrix products.
+#: - On a GPU, in place of the gather: "l2 bytes" to the multiprocessors, "l1 cycles" over all of them, "reductions"
+#:   (sectors of 32 bytes that are added to in L2), "special functions" (exponentials, logarithms and reciprocals).
+Work = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -122,23 +107,12 @@ class Implementation:
     spec: Any = None
 
 
-def _tensors(result: Any) -> tuple[Tensor, ...]:
-    """The tensors of a result: a tensor, or any nesting of tuples of them."""
-    if isinstance(result, Tensor):
-        return (result,)
-    return tuple(t for part in result for t in _tensors(part)) if isinstance(result, (tuple, list)) else ()
-
-
 def _results(found: Any, collect: bool) -> tuple[Tensor, ...]:
     """The tensors of what a call returned. Of a call that yields, all with `collect`; otherwise none, each is dropped
     before the next is made."""
-    if not isinstance(found, Iterator):
-        return _tensors(found)
-    if collect:
-        return tuple(t for step in found for t in _tensors(step))
-    for step in found:
-        del step
-    return ()
+    if isinstance(found, Iterator):
+        found = deque(found, None if collect else 0)
+    return tuple(t for t in tree_leaves(found) if isinstance(t, Tensor))
 
 
 @dataclass(frozen=True)
@@ -205,32 +179,36 @@ class Case:
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure with a target: numerator over denominator must be at least `target`; with `at_most`, at most.
+    """A figure with a target: a field of `Row` in the rows `above`, over that of `below` if there is one, must be at
+    least `target`; with `at_most`, at most.
 
-    Each side is (case, implementations, field of `Row`); of several implementations the least value counts,
-    so that a peer is represented by its best backend; with `of_fastest`, the value of the one that takes the least
-    time. Without a denominator the figure is the numerator itself. `target` has a bound for each allocator setting, in
-    the order of `facts.settings`; None shows the ratio without judging it, and a setting that it lacks is not shown.
+    Of several implementations the least value counts, so that a peer is represented by its best backend; with
+    `of_fastest`, the value of the one that takes the least time. `target` has a bound for each allocator setting, in
+    the order of `facts.settings`; None shows the figure without judging it, and a setting that it lacks is not shown.
     """
 
+    case: str
+    field: str
+    above: tuple[str, ...]
+    below: str | None
     label: str
-    numerator: tuple[str, tuple[str, ...], str]
-    denominator: tuple[str, tuple[str, ...], str] | None
     target: Sequence[float | None]
     of_fastest: bool = False
     at_most: bool = False
 
-    @property
-    def sides(self) -> list[tuple[str, tuple[str, ...], str]]:
-        return [self.numerator] if self.denominator is None else [self.numerator, self.denominator]
-
 
 def ratio(
-    case: str, field: str, above: str | Sequence[str], below: str, label: str, *target: float | None, **options: bool
+    case: str,
+    field: str,
+    above: str | Sequence[str],
+    below: str | None,
+    label: str,
+    *target: float | None,
+    **options: bool,
 ) -> Figure:
-    """A field of one implementation (of several, the least) over that of another."""
+    """The figure of a case."""
     names = (above,) if isinstance(above, str) else tuple(above)
-    return Figure(f"{case}: {label}", (case, names, field), (case, (below,), field), target, **options)
+    return Figure(case, field, names, below, f"{case}: {label}", target, **options)
 
 
 @dataclass(frozen=True)
@@ -263,9 +241,9 @@ def as_given(inputs: Tensors, levels: Levels) -> dict[str, Any]:
     return inputs | {"levels": levels}
 
 
-def flop_dtype(case: Case) -> str:
-    """The dtype whose rate of matrix products bounds a case."""
-    return "bfloat16" if case.dtype == "bf16" else "float32"
+def matmul(case: Case) -> str:
+    """The rate of matrix products that bounds a case."""
+    return "bfloat16 matmul" if case.dtype == "bf16" else "float32 matmul"
 
 
 def relative_l2(actual: Tensor, truth: Tensor) -> float:
@@ -333,9 +311,9 @@ class Benchmark:
     stages: Callable[[Case, Implementation], dict[str, float]] = lambda case, implementation: {}
     peak: Callable[[Case, Implementation], float] | None = None
 
-    def select(self, scale: Scale) -> list[Case]:
-        """The cases that a run of this scale measures."""
-        return [case for case in self.cases(scale) if scale.full or not case.full]
+    def select(self, scale: Scale, only: str = "") -> list[Case]:
+        """The cases that a run of this scale measures, whose names contain `only`."""
+        return [case for case in self.cases(scale) if (scale.full or not case.full) and only in case.name]
 
     def named(self) -> dict[str, Case]:
         """The cases of every scale by name."""
@@ -398,6 +376,11 @@ class Row:
     def stage_ms(self) -> dict[str, float]:
         pairs = (part.rsplit("=", 1) for part in self.stages.split(";") if part)
         return {name: float(value) for name, value in pairs}
+
+    @property
+    def rest_ms(self) -> float:
+        """What a call takes outside of its stages."""
+        return max(0.0, self.median_ms - sum(self.stage_ms.values()))
 
     @classmethod
     def from_strings(cls, record: dict[str, str]) -> Row:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,41 +52,40 @@ def devices(path: Path) -> set[str]:
     return set().union(*(named(json.loads(file.read_text())) for file in files if file.is_file()))
 
 
-Former = Callable[[Row], Row | None]
+Pairs = Sequence[tuple[Row, Row]]
 
 
-def _former(old: Sequence[Row], new: Sequence[Row]) -> Former:
-    """From a new row to the old one: of the same run, or of any where the new rows are of one."""
-    same = {(row.run, *row.key): row for row in old}
-    others = {row.key: row for row in old} if len({row.run for row in new}) == 1 else {}
-    return lambda row: same.get((row.run, *row.key)) or others.get(row.key)
+def pairs(old: Sequence[Row], new: Sequence[Row]) -> Pairs:
+    """Each new row after the old one, where that has a time: of the same run, or of any if the new rows are of one."""
+    timed = [row for row in old if row.median_ms is not None]
+    same = {(row.run, *row.key): row for row in timed}
+    others = {row.key: row for row in timed} if len({row.run for row in new}) == 1 else {}
+    found = [(same.get((row.run, *row.key)) or others.get(row.key), row) for row in new]
+    return [(was, row) for was, row in found if was is not None]
 
 
-def _drift(former: Former, new: Sequence[Row], row: Row) -> float:
+def _drift(both: Pairs, row: Row) -> float:
     """The factor by which the machine was slower in this case: the least growth among the peers' times, at least 1."""
     factors = [
         other.median_ms / was.median_ms
-        for other in new
+        for was, other in both
         if (other.run, other.op, other.case, other.setting) == (row.run, row.op, row.case, row.setting)
         and not other.ours
-        if (was := former(other)) is not None and was.median_ms and other.median_ms
+        and other.median_ms
     ]
     return max(1.0, min(factors, default=1.0))
 
 
-def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
+def regressions(both: Pairs) -> list[str]:
     """This package's rows that became slower beyond noise, need more memory, or no longer work; one line each."""
-    former = _former(old, new)
     found = []
-    for row in new:
-        was = former(row)
-        if was is None or not row.ours or was.median_ms is None:
-            continue
+    for was, row in both:
         name = f"{row.op}: {row.case}, {row.implementation}, {row.setting}"
-        if row.median_ms is None:
+        if row.ours and row.median_ms is None:
             found.append(f"{name}: was {number(was.median_ms)} ms, now {row.status}")
+        if not row.ours or row.median_ms is None:
             continue
-        drift = _drift(former, new, row)
+        drift = _drift(both, row)
         expected = was.median_ms * drift
         grown, noise = row.median_ms - expected, (row.iqr_ms or 0) + (was.iqr_ms or 0) * drift
         if grown > max(SHARE * expected, noise):
@@ -103,22 +102,18 @@ def regressions(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
 
 def report(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], int]:
     """Lines to print, and the exit status: 1 for regressions, 2 where there is nothing to compare."""
-    former = _former([row for row in old if row.median_ms is not None], new)
-    count = sum(row.ours and former(row) is not None for row in new)
+    both = pairs(old, new)
+    count = sum(row.ours for _, row in both)
     if not count:
         return ["Nothing to compare: the runs have no row of this package in common"], 2
-    found = regressions(old, new)
-    return [f"Regression: {line}" for line in found] or [f"No regression beyond noise in {count} rows"], bool(found)
+    found = regressions(both)
+    return [f"Regression: {line}" for line in found] or [f"No regression beyond noise in {count} rows"], int(
+        bool(found)
+    )
 
 
 def main() -> int:
-    options = arguments(
-        __doc__,
-        {
-            "old": {"type": Path},
-            "new": {"type": Path},
-        },
-    )
+    options = arguments(__doc__, {"old": {"type": Path}, "new": {"type": Path}})
     try:
         lines, status = report(read(options.old), read(options.new))
     except ValueError as error:

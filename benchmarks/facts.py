@@ -39,6 +39,11 @@ def settings(device: str) -> dict[str, dict[str, str]]:
     return CUDA_SETTINGS if device == "cuda" else CPU_SETTINGS
 
 
+def first_setting(device: str) -> str:
+    """The setting in which everything is measured."""
+    return next(iter(settings(device)))
+
+
 def environment(extra: dict[str, str]) -> dict[str, str]:
     """This process's environment with every allocator variable replaced by `extra`."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_ALLOCATOR_VARIABLES)}
@@ -58,9 +63,9 @@ def device_name(device: str) -> str:
     return torch.cuda.get_device_name(0) if device == "cuda" else cpu_name()
 
 
-def device_slug(device: str) -> str:
-    """Name of the results folder: 'cpu-amd-epyc', 'nvidia-h100-80gb-hbm3'."""
-    name = re.sub(r"\((r|tm)\)|\b(cpu|processor|\d+-core)\b|@.*", " ", device_name(device).lower())
+def device_slug(device: str, name: str = "") -> str:
+    """Name of the files of this machine's device, or of the one named: 'cpu-amd-epyc', 'nvidia-h100-80gb-hbm3'."""
+    name = re.sub(r"\((r|tm)\)|\b(cpu|processor|\d+-core)\b|@.*", " ", (name or device_name(device)).lower())
     slug = re.sub(r"[^a-z0-9]+", "-", name).strip("-")
     return slug if device == "cuda" else f"cpu-{slug}"
 

@@ -11,35 +11,30 @@ from benchmarks.formats import error, number
 HEADER = ["required figure", "setting", "target", "measured", ""]
 MET, MISSED, NO_TARGET, NOT_MEASURED = "met", "MISSED", "no target", "not measured"
 
-Side = tuple[str, tuple[str, ...], str]
-
 
 def settings_of(rows: Iterable[Row]) -> list[str]:
     """The allocator settings that occur, in order."""
     return list(dict.fromkeys(row.setting for row in rows))
 
 
-def _value(rows: Sequence[Row], side: Side, setting: str, of_fastest: bool = False) -> float | None:
-    """One side of a figure: of the rows measured the least value, or the value of the fastest."""
-    case, implementations, field = side
+def _value(figure: Figure, names: Sequence[str], rows: Sequence[Row], setting: str) -> float | None:
+    """Of the rows measured the least value, or the value of the fastest."""
     values = [
-        (row.median_ms if of_fastest and row.median_ms is not None else value, value)
+        (row.median_ms if figure.of_fastest and row.median_ms is not None else value, value)
         for row in rows
-        if row.case == case and row.implementation in implementations and row.setting == setting
-        if (value := getattr(row, field)) is not None and row.status == "ok"
+        if row.case == figure.case and row.implementation in names and row.setting == setting
+        if (value := getattr(row, figure.field)) is not None and row.status == "ok"
     ]
     return min(values)[1] if values else None
 
 
 def evaluate(figure: Figure, rows: Sequence[Row], setting: str) -> tuple[float, bool] | None:
-    """The ratio, and whether it is only a lower bound (memory below what can be resolved); None if not measured."""
-    above = _value(rows, figure.numerator, setting, figure.of_fastest)
-    if above is None or figure.denominator is None:
+    """The figure, and whether it is only a lower bound (memory below what can be resolved); None if not measured."""
+    above = _value(figure, figure.above, rows, setting)
+    if figure.below is None or above is None:
         return None if above is None else (above, False)
-    below = _value(rows, figure.denominator, setting, figure.of_fastest)
-    if below is None:
-        return None
-    if figure.denominator[2].startswith("memory") and below < memory.RESOLUTION_MIB:
+    below = _value(figure, (figure.below,), rows, setting)
+    if below is not None and figure.field.startswith("memory") and below < memory.RESOLUTION_MIB:
         return above / memory.RESOLUTION_MIB, True
     return (above / below, False) if below else None
 
@@ -52,13 +47,13 @@ def lines(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> list[list[
     left_out = {case.name for case in benchmark.cases(scale)} - {case.name for case in benchmark.select(scale)}
     found = []
     for figure in benchmark.figures.get(scale.device, ()):
-        if {case for case, _, _ in figure.sides} & left_out:
+        if figure.case in left_out:
             continue
         settings = settings_of(rows)
         judged = dict(zip(settings, figure.target, strict=False))
         for setting in settings:
             result = evaluate(figure, rows, setting)
-            of_one = figure.at_most or figure.numerator[2].startswith("memory")
+            of_one = figure.at_most or figure.field.startswith("memory")
             if setting in judged or not (result is None or of_one):
                 found.append([figure.label, setting, *_judged(figure, judged.get(setting), result)])
     return found
@@ -66,10 +61,10 @@ def lines(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> list[list[
 
 def _judged(figure: Figure, target: float | None, result: tuple[float, bool] | None) -> list[str]:
     """Target, measured value and verdict."""
-    is_error = figure.numerator[2].startswith("error")
+    is_error = figure.field.startswith("error")
 
     def text(value: float) -> str:
-        return error(value) if is_error else f"{number(value)}x" if figure.denominator else number(value)
+        return error(value) if is_error else f"{number(value)}x" if figure.below else number(value)
 
     aim = "-" if target is None else f"{'≤' if figure.at_most else '≥'} {text(target)}"
     if result is None:

@@ -27,15 +27,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from benchmarks import timing
 from benchmarks.cases import Work
 
 Floors = dict[str, float]
 
 _ROW_FLOATS = 32
 _ROW_BYTES = 4 * _ROW_FLOATS
-_BAG = 256
-_MATMUL_SIDE, _MATMUL_SIDE_QUICK, _MATMUL_SIDE_CUDA = 2048, 1024, 8192
-_MATMUL_DTYPES = (torch.float32, torch.bfloat16)
+_BAG, _LOOKUPS = 256, 1 << 20
 _REPEATS = 7
 _SECONDS = 0.2
 #: Used where the system does not say.
@@ -68,21 +67,10 @@ def cache_sizes() -> dict[str, int]:
 
 def _least_seconds(run: Callable[[], Any], device: str) -> float:
     run()
-    best, repeats, start_of_all = float("inf"), 0, time.perf_counter()
-    while repeats < _REPEATS or time.perf_counter() - start_of_all < _SECONDS:
-        repeats += 1
-        if device == "cuda":
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            best = min(best, start.elapsed_time(end) / 1e3)
-        else:
-            before = time.perf_counter()
-            run()
-            best = min(best, time.perf_counter() - before)
-    return best
+    once, samples, start = timing.timer(device), [], time.perf_counter()
+    while len(samples) < _REPEATS or time.perf_counter() - start < _SECONDS:
+        samples.append(once(run)[0] / 1e3)
+    return min(samples)
 
 
 def bandwidth(device: str, megabytes: int) -> float:
@@ -94,15 +82,14 @@ def bandwidth(device: str, megabytes: int) -> float:
     return max(copied, read)
 
 
-def gather_rate(device: str, table_bytes: int, lookups: int) -> float:
+def gather_rate(device: str, table_bytes: int) -> float:
     """Bytes of rows per second, gathered at random from a table of the given size by all threads."""
     rows = max(1, table_bytes // _ROW_BYTES)
     table = torch.ones(rows, _ROW_FLOATS, device=device)
-    bags = max(1, lookups // _BAG)
-    indices = torch.randint(rows, (bags, _BAG), dtype=torch.int32, device=device)
+    indices = torch.randint(rows, (_LOOKUPS // _BAG, _BAG), dtype=torch.int32, device=device)
     with torch.no_grad():
         seconds = _least_seconds(lambda: F.embedding_bag(indices, table, mode="sum"), device)
-    return bags * _BAG * _ROW_BYTES / seconds
+    return _LOOKUPS * _ROW_BYTES / seconds
 
 
 def matmul_rate(device: str, side: int, dtype: torch.dtype) -> float:
@@ -115,49 +102,30 @@ def matmul_rate(device: str, side: int, dtype: torch.dtype) -> float:
 
 def measure_all(device: str, counts: set[int], quick: bool) -> dict[str, Floors]:
     """The rates of `measure` by number of threads."""
-    rates: dict[str, Floors] = {}
-    best: Floors = {}
+    usual, rates, best = torch.get_num_threads(), {}, Floors()
     for count in sorted(counts):
-        found = measure(device, count, quick)
-        best = {name: max(rate, best.get(name, 0.0)) for name, rate in found.items()}
+        torch.set_num_threads(count)
+        best = {name: max(rate, best.get(name, 0.0)) for name, rate in measure(device, quick).items()}
         rates[str(count)] = best
+    torch.set_num_threads(usual)
     return rates
 
 
-def measure(device: str, threads: int, quick: bool) -> Floors:
+def measure(device: str, quick: bool) -> Floors:
     """Rates in bytes per second: "bandwidth", and on a CPU of the gather "l1", "l2", "l3" and "memory", on a GPU
     `part_rates`; in operations per second: "float32 matmul" and "bfloat16 matmul"."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        large = 128 if quick else 256
-        lookups = 1 << 20
-        floors = {"bandwidth": bandwidth(device, large if device == "cpu" else 1024)}
-        if device == "cuda":
-            floors |= part_rates(torch.cuda.get_device_name())
-        else:
-            for level, size in cache_sizes().items():
-                floors[level] = gather_rate(device, size // 2, lookups)
-            floors["memory"] = gather_rate(device, large << 20, lookups)
-        side = _MATMUL_SIDE_CUDA if device == "cuda" else _MATMUL_SIDE_QUICK if quick else _MATMUL_SIDE
-        for dtype in _MATMUL_DTYPES:
-            floors[f"{dtype} matmul".removeprefix("torch.")] = matmul_rate(device, side, dtype)
-        return floors
-    finally:
-        torch.set_num_threads(before)
+    if device == "cuda":
+        side, found = 8192, {"bandwidth": bandwidth(device, 1024)} | part_rates(torch.cuda.get_device_name())
+    else:
+        side, large = (1024, 128) if quick else (2048, 256)
+        tables = {level: size // 2 for level, size in cache_sizes().items()} | {"memory": large << 20}
+        found = {"bandwidth": bandwidth(device, large)}
+        found |= {level: gather_rate(device, size) for level, size in tables.items()}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    return found | {f"{name} matmul": matmul_rate(device, side, dtype) for name, dtype in dtypes.items()}
 
 
-def floor(work: Work, floors: Floors) -> tuple[float, str]:
+def floor(work: Work, rates: Floors) -> tuple[float, str]:
     """The floor time in milliseconds, and what bounds it."""
-    matmul = f"{work.flop_dtype} matmul"
-    amounts = [
-        (work.bytes_moved, "bandwidth", "bandwidth"),
-        (work.gather_bytes, work.gather_level, f"{work.gather_level} gather"),
-        (work.l2_bytes, "l2 bytes", "l2 bytes"),
-        (work.wavefronts, "l1 cycles", "l1 cycles"),
-        (work.reductions, "reductions", "reductions"),
-        (work.special, "special functions", "special functions"),
-        (work.flops, matmul, matmul),
-    ]
-    bounds = [(amount / floors[rate] * 1e3, name) for amount, rate, name in amounts if rate in floors]
-    return max(bounds, key=lambda bound: bound[0])
+    milliseconds, name = max((amount / rates[name] * 1e3, name) for name, amount in work.items() if name in rates)
+    return milliseconds, f"{name} gather" if name in ("l1", "l2") else name

@@ -3,8 +3,8 @@
 CPU: the kernel's own peak of the resident set (`VmHWM` in /proc/self/status). One fresh process per measurement;
 a small call first starts threads and loads code; `malloc_trim` returns what is free; writing 5 to
 /proc/self/clear_refs resets the peak to the present; then the call runs once. glibc's mmap threshold is fixed
-(`ENVIRONMENT`), so that a freed tensor leaves the resident set at once and the peak is that of live memory,
-not of the allocator's cache. `calibration` measures a known temporary by the same steps.
+(`m2f_model.bench.ENVIRONMENT`), so that a freed tensor leaves the resident set at once and the peak is that of live
+memory, not of the allocator's cache. `calibration` measures a known temporary by the same steps.
 
 CUDA: `torch.cuda.max_memory_allocated`, the peak of live tensors in the caching allocator.
 
@@ -30,8 +30,6 @@ from torch.utils._pytree import tree_leaves
 MIB = 1 << 20
 #: MiB that the kernel's page accounting and newly touched code pages may add.
 RESOLUTION_MIB = 1.0
-#: Environment of a measuring process on glibc.
-ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def bytes_of(tensors: Iterable[Any]) -> int:

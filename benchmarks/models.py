@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import m2f_kernels
-from benchmarks import memory, timing
+from benchmarks import memory
 from benchmarks.cases import (
     Benchmark,
     Case,
@@ -39,6 +39,7 @@ from benchmarks.cases import (
     relative_l2,
 )  # fmt: skip
 from benchmarks.inputs import photograph
+from m2f_model import bench
 
 BEFORE, AFTER = "before", "after"
 #: Calls by name, of which the last is the published one.
@@ -258,15 +259,14 @@ class Subject:
 _subject = cache(Subject)
 
 
-def _called(a: dict[str, Any]) -> list[Tensor]:
-    """A call; the first one, which is checked, takes the queries that were chosen before."""
-    with choices(a["chosen"], replay=True) if a["chosen"] else nullcontext():
-        return _subject(a["model"], a["scale"]).run(a["name"])
-
-
 def _integration(case: Model, scale: Scale) -> Case:
-    def adapt(inputs: Tensors, levels: object, name: str) -> dict[str, Any]:
-        return {"model": case, "scale": scale, "name": name, "chosen": list(inputs.values())}
+    def call(arguments: dict[str, Any], name: str) -> list[Tensor]:
+        """The first call, which is checked, takes the queries that were chosen before."""
+        with choices(arguments["chosen"], replay=True) if arguments["chosen"] else nullcontext():
+            return _subject(case, scale).run(name)
+
+    def adapt(inputs: Tensors, levels: object) -> dict[str, Any]:
+        return {"chosen": list(inputs.values())}
 
     def build() -> Data:
         chosen: list[Tensor] = []
@@ -277,7 +277,7 @@ def _integration(case: Model, scale: Scale) -> Case:
         return Data({f"choice {i}": x for i, x in enumerate(kept)}, truth, [], tuple(truth))
 
     implementations = [
-        Implementation(name, _called, partial(adapt, name=name), ours=name == AFTER, counts_writes=False)
+        Implementation(name, partial(call, name=name), adapt, ours=name == AFTER, counts_writes=False)
         for name in (AFTER, BEFORE)
     ]
     way = "forward" if case.targets is None else "forward+backward"
@@ -300,7 +300,7 @@ def _stages(case: Case, implementation: Implementation) -> dict[str, float]:
         for entry in replaced
         if entry.cls.endswith("MultiscaleDeformableAttention")
     ]
-    with timing.watched(parts, case.spec[1].device) as taken:
+    with bench.watched(parts, case.spec[1].device) as taken:
         subject.run(BEFORE)
     return {ATTENTION: sum(taken.get(ATTENTION, ())) * 1e3}
 

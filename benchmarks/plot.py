@@ -7,13 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import Benchmark, Row
+from benchmarks.cases import REST, Benchmark, Row
 from benchmarks.formats import mebibytes, number
 from benchmarks.memory import RESOLUTION_MIB
 
 _OURS, _OURS_OTHERS = "#d1495b", ("#e8a0aa", "#8c2f3d", "#e9a23b", "#f3d6a4", "#4a1942")
-#: The part of a call outside of its stages.
-_REST = "the rest, backward included"
 _PEERS = ("#30638e", "#8fb8de", "#7a9e7e", "#b8b8d1", "#9a8c98", "#c9c9c9", "#5f6c7b", "#1b998b", "#2d3142")
 _BAR = 0.8
 #: Fields of `Row` that are drawn.
@@ -104,26 +102,25 @@ def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict
     """Draw the headline cases to `<op>.png`; returns its name where there was anything to draw."""
     headline = {row.case for row in rows if row.headline}
     shown = [row for row in rows if row.case in headline]
-    settings = list(dict.fromkeys(row.setting for row in shown))
-    memory = [row for row in shown if row.memory_extra_mib is not None]
     if not any(row.median_ms for row in shown):
         return []
     from matplotlib.patches import Patch
 
-    bars = [sum(row.setting == setting for row in shown) for setting in settings] + [len(memory)] * bool(memory)
-    heights = [1.0 + 0.24 * count for count in bars]
-    # One panel below the other, as wide as a page, so that the text is legible at the size shown there.
-    figure, axes = _pyplot().subplots(
-        len(bars), 1, figsize=(8, 1.2 + sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
-    )
-    colours = _colours(shown)
-    for panel, setting in zip(axes[:, 0], settings, strict=False):
+    panels = []
+    for setting in dict.fromkeys(row.setting for row in shown):
         chosen = [row for row in shown if row.setting == setting]
         floor = " (dotted: floor)" if any(row.floor_ms is not None for row in chosen) else ""
-        _panel(panel, chosen, f"{_title('Time', setting)}{floor}", "median_ms", colours)
-    if memory:
+        panels.append((chosen, f"{_title('Time', setting)}{floor}", "median_ms"))
+    if memory := [row for row in shown if row.memory_extra_mib is not None]:
         what = "weights" if benchmark.peak else "inputs and outputs"
-        _panel(axes[-1, 0], memory, f"Peak memory above {what}", "memory_extra_mib", colours)
+        panels.append((memory, f"Peak memory above {what}", "memory_extra_mib"))
+    heights, colours = [1.0 + 0.24 * len(chosen) for chosen, *_ in panels], _colours(shown)
+    # One panel below the other, as wide as a page, so that the text is legible at the size shown there.
+    figure, axes = _pyplot().subplots(
+        len(panels), 1, figsize=(8, 1.2 + sum(heights)), height_ratios=heights, squeeze=False, layout="constrained"
+    )
+    for axis, panel in zip(axes[:, 0], panels, strict=True):
+        _panel(axis, *panel, colours)
     handles = [Patch(color=colour) for colour in colours.values()]
     figure.legend(handles, colours, loc="outside lower center", ncols=min(3, len(colours)), fontsize=9)
     figure.suptitle(f"{benchmark.title} on {facts['device']}, torch {facts['torch']}", fontsize=11, weight="bold")
@@ -226,29 +223,25 @@ def draw_stages(directory: Path, rows: Sequence[Row]) -> list[str]:
     shown = [r for r in rows if r.headline and r.stages and r.median_ms and r.setting == rows[0].setting]
     if not shown:
         return []
-    from matplotlib.patches import Patch
-
-    stages = list(dict.fromkeys(stage for row in shown for stage in row.stage_ms))
-    colours = dict(zip([*stages, _REST], STAGES, strict=False))
     figure, axis = _pyplot().subplots(figsize=(9, 1.4 + 0.42 * len(shown)), layout="constrained")
-    ticks, longest = [], max(row.median_ms for row in shown)
-    for case, group in _groups(sorted(shown, key=lambda row: row.ours), 0.6):  # before and after
-        for position, row in group:
-            widths = row.stage_ms
-            widths[_REST] = max(0.0, row.median_ms - sum(widths.values()))
-            left = 0.0
-            for stage, colour in colours.items():
-                width = widths.get(stage, 0.0)
-                axis.barh(position, width, _BAR, left=left, color=colour)
-                if width > 0.06 * longest:
-                    axis.text(left + width / 2, position, number(width), ha="center", va="center", fontsize=8)
-                left += width
-            total, weight = f" {number(row.median_ms)} ms", "bold" if row.ours else None
-            axis.text(left, position, total, va="center", fontsize=8, weight=weight)
-            ticks.append((position, f"{case}, {row.implementation}"))
+    groups = _groups(sorted(shown, key=lambda row: row.ours), 0.6)  # before and after
+    places, shown = zip(*[pair for _, group in groups for pair in group], strict=True)
+    parts = [row.stage_ms | {REST: row.rest_ms} for row in shown]
+    longest, left = max(row.median_ms for row in shown), [0.0] * len(shown)
+    stages = [*dict.fromkeys(stage for row in shown for stage in row.stage_ms), REST]
+    for stage, colour in zip(stages, STAGES, strict=False):
+        widths = [part.get(stage, 0.0) for part in parts]
+        bars = axis.barh(places, widths, _BAR, left=left, color=colour, label=stage)
+        texts = [number(width) if width > 0.06 * longest else "" for width in widths]
+        axis.bar_label(bars, texts, label_type="center", fontsize=8)
+        left = [x + width for x, width in zip(left, widths, strict=True)]
+    for place, row, end in zip(places, shown, left, strict=True):
+        axis.text(
+            end, place, f" {number(row.median_ms)} ms", va="center", fontsize=8, weight="bold" if row.ours else None
+        )
+    ticks = [(place, f"{row.case}, {row.implementation}") for place, row in zip(places, shown, strict=True)]
     _horizontal(axis, ticks, longest * 1.15, _title("Where the time goes", shown[0].setting), "ms")
-    handles = [Patch(color=colour) for colour in colours.values()]
-    figure.legend(handles, colours, loc="outside lower center", ncols=len(colours))
+    figure.legend(loc="outside lower center", ncols=len(stages))
     return _saved(figure, directory / "end_to_end_stages.png")
 
 

@@ -18,7 +18,7 @@ from rich.markdown import Markdown
 import benchmarks
 from benchmarks import figures, memory, tables
 from benchmarks.arguments import arguments
-from benchmarks.cases import Benchmark, Row, Scale, read_csv, write_csv
+from benchmarks.cases import REST, Benchmark, Row, Scale, read_csv, write_csv
 from benchmarks.compare import read
 from benchmarks.formats import error, markdown, mebibytes, number
 
@@ -77,20 +77,23 @@ def _ratio(row: Row) -> str:
     return "" if row.subject_speedup is None else f"{number(row.subject_speedup)}x"
 
 
-Columns = dict[str, Callable[[Row], str]]
-_WHO: Columns = {"case": lambda row: row.case, "implementation": lambda row: row.implementation}
-_ERRORS: Columns = {"error": lambda row: error(row.error_output), "error grad": lambda row: error(row.error_gradients)}
-_FLOOR: Columns = {
-    "floor ms": lambda row: "-" if row.floor_ms is None else f"{number(row.floor_ms)} ({row.floor_kind})",
-    "share": lambda row: "-" if row.floor_share is None else f"{row.floor_share:.0%}",
-}
-_MEMORY: Columns = {
-    "extra MiB": lambda row: mebibytes(row.memory_extra_mib), "total MiB": lambda row: mebibytes(row.memory_total_mib),
-}  # fmt: skip
-_WRITTEN: Columns = {
-    "MiB written": lambda row: number(row.written_mib),
-    "faults": lambda row: "-" if row.page_faults is None else f"{row.page_faults:.0f}",
-}
+Columns = list[tuple[str, Callable[[Row], str]]]
+_WHO: Columns = [("case", lambda row: row.case), ("implementation", lambda row: row.implementation)]
+_ERRORS: Columns = [
+    ("error", lambda row: error(row.error_output)), ("error grad", lambda row: error(row.error_gradients)),
+]  # fmt: skip
+_FLOOR: Columns = [
+    ("floor ms", lambda row: "-" if row.floor_ms is None else f"{number(row.floor_ms)} ({row.floor_kind})"),
+    ("share", lambda row: "-" if row.floor_share is None else f"{row.floor_share:.0%}"),
+]
+_MEMORY: Columns = [
+    ("extra MiB", lambda row: mebibytes(row.memory_extra_mib)),
+    ("total MiB", lambda row: mebibytes(row.memory_total_mib)),
+]
+_WRITTEN: Columns = [
+    ("MiB written", lambda row: number(row.written_mib)),
+    ("faults", lambda row: "-" if row.page_faults is None else f"{row.page_faults:.0f}"),
+]
 
 
 def _times(benchmark: Benchmark) -> Columns:
@@ -101,40 +104,24 @@ def _times(benchmark: Benchmark) -> Columns:
         known = row.median_ms is not None and row.case in images
         return number(images[row.case] * 1e3 / row.median_ms) if known else ""
 
-    return {"ms (IQR)": _time} | ({"images/s": rate} if images else {}) | {"ratio": _ratio}
+    return [("ms (IQR)", _time), *([("images/s", rate)] if images else []), ("ratio", _ratio)]
 
 
 def _table(
     title: str, columns: Columns, rows: Sequence[Row], which: Callable[[Row], bool] = lambda row: True
 ) -> Section:
-    return title, list(columns), [[text(row) for text in columns.values()] for row in rows if which(row)]
+    return title, [name for name, _ in columns], [[text(row) for _, text in columns] for row in rows if which(row)]
 
 
 def _stage_table(rows: Sequence[Row]) -> Section:
-    def stage(name: str) -> Callable[[Row], str]:
-        return lambda row: number(row.stage_ms.get(name))
+    shown = [row for row in rows if row.stages and row.median_ms is not None]
 
-    columns = _WHO | {"setting": lambda row: row.setting} | {name: stage(name) for row in rows for name in row.stage_ms}
-    columns["the rest, backward included"] = lambda row: number(max(0.0, row.median_ms - sum(row.stage_ms.values())))
-    columns["total"] = lambda row: number(row.median_ms)
-    return _table("Stages, ms", columns, rows, lambda row: bool(row.stages) and row.median_ms is not None)
+    def stage(name: str) -> tuple[str, Callable[[Row], str]]:
+        return name, lambda row: number(row.stage_ms.get(name))
 
-
-def _scaling_table(benchmark: Benchmark, rows: Sequence[Row]) -> Section:
-    """Times of cases that were also run with fewer threads, and the speedup from all threads."""
-    header = ["case", "implementation", "setting", "threads", "ms", "threads", "ms", "scaling"]
-    measured, named = {row.key: row for row in rows if row.median_ms is not None}, benchmark.named()
-    usual = {(case.data, case.direction): name for name, case in named.items() if case.threads is None}
-    lines = []
-    for row in measured.values():
-        case = named.get(row.case)
-        name = usual.get((case.data, case.direction)) if case and case.threads else None
-        whole = measured.get((row.op, name, row.implementation, row.setting))
-        if whole is not None:
-            few, all_ = [row.threads, number(row.median_ms)], [whole.threads, number(whole.median_ms)]
-            scaling = f"{number(row.median_ms / whole.median_ms)}x"
-            lines.append([name, row.implementation, row.setting, *map(str, few + all_), scaling])
-    return "Threads", header, lines
+    stages = map(stage, dict.fromkeys(name for row in shown for name in row.stage_ms))
+    whole = [(REST, lambda row: number(row.rest_ms)), ("total", lambda row: number(row.median_ms))]
+    return _table("Stages, ms", [*_WHO, ("setting", lambda row: row.setting), *stages, *whole], shown)
 
 
 def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[list[str]]]:
@@ -148,29 +135,20 @@ def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[l
 def _peers_table(benchmark: Benchmark, rows: Sequence[Row]) -> Section:
     """The headline cases: every peer, its time and ratio in each setting, error, peak memory, share of the floor."""
     shown = [row for row in rows if row.headline]
-    found = figures.settings_of(shown)
-    by_key = {row.key: row for row in shown}
-    columns = dict(_WHO)
+    found, by_key = figures.settings_of(shown), {row.key: row for row in shown}
 
-    def under(setting: str, text: Callable[[Row], str], absent: str) -> Callable[[Row], str]:
-        return lambda row: text(here) if (here := by_key.get((*row.key[:3], setting))) else absent
+    def under(setting: str, name: str, text: Callable[[Row], str]) -> tuple[str, Callable[[Row], str]]:
+        named = f"ms, {setting}" if text is _time else name
+        return named, lambda row: text(here) if (here := by_key.get((*row.key[:3], setting))) else "-"
 
-    for setting in found:
-        for name, text in _times(benchmark).items():
-            at = f"ms, {setting}" if name == "ms (IQR)" else f"{name}, {setting}"
-            columns[at] = under(setting, text, "-" if text is _time else "")
-    columns |= _ERRORS | {"peak MiB": _MEMORY["extra MiB"], "share of floor": _FLOOR["share"]}
-    title, header, lines = _table("Headline cases", columns, shown, lambda row: row.setting == found[0])
-    return (
-        title,
-        [name.partition(",")[0] if name.startswith(("ratio,", "images/s,")) else name for name in header],
-        lines,
-    )
+    times = [under(setting, *column) for setting in found for column in _times(benchmark)]
+    columns = [*_WHO, *times, *_ERRORS, ("peak MiB", _MEMORY[0][1]), ("share of floor", _FLOOR[1][1])]
+    return _table("Headline cases", columns, shown, lambda row: row.setting == found[0])
 
 
 def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
     rows = run.of(benchmark.op).rows
-    time = _WHO | _times(benchmark) | _ERRORS | _WRITTEN | _FLOOR
+    time = [*_WHO, *_times(benchmark), *_ERRORS, *_WRITTEN, *_FLOOR]
     note = "allocator: default" if run.scale.device == "cpu" else "caching allocator"
     sections = [
         ("Required figures", figures.HEADER, figures.lines(benchmark, run.scale, rows)),
@@ -178,11 +156,10 @@ def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
             _table(f"Time, allocator: {setting}", time, rows, lambda row, setting=setting: row.setting == setting)
             for setting in figures.settings_of(rows)
         ),
-        _table(f"Peak memory, {note}", _WHO | _MEMORY, rows, lambda row: row.memory_extra_mib is not None),
+        _table(f"Peak memory, {note}", _WHO + _MEMORY, rows, lambda row: row.memory_extra_mib is not None),
         _stage_table(rows),
-        _table("Kernel launches", _WHO | {"kernels launched": lambda row: str(row.kernels)}, rows,
+        _table("Kernel launches", [*_WHO, ("kernels launched", lambda row: str(row.kernels))], rows,
                lambda row: row.kernels is not None),
-        _scaling_table(benchmark, rows),
         ("Measured rates behind the floors", *_floor_table(run.floors)),
     ]  # fmt: skip
     return [section for section in sections if section[2]]

@@ -5,7 +5,7 @@
     python -m benchmarks.run --op ms_deform_attn --device cpu --quick
     python -m benchmarks.run --compare OLD.csv                  names regressions, exit code 1 if there are any
 
-Everything is measured in fresh subprocesses (`benchmarks/worker.py`), one per allocator setting and one per
+Everything is measured in fresh processes (`benchmarks/worker.py`), one per allocator setting and one per
 measurement of memory; this process only starts them and writes reports. If it is interrupted (Ctrl-C, SIGTERM), it
 writes the measurements so far to <device>-partial.csv. If the output is not a terminal, each step is one line.
 """
@@ -17,158 +17,141 @@ import importlib.util
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.markup import escape
 
 import benchmarks
-from benchmarks import compare, facts, memory, report
+from benchmarks import compare, facts, report, worker
 from benchmarks.arguments import arguments
-from benchmarks.cases import Benchmark, Case, Row, Scale
+from benchmarks.cases import Row, Scale
 from benchmarks.report import BUSY
+from m2f_model import bench
 
-ROOT = Path(__file__).parent
+#: Peaks of memory are measured this many at once: nothing is timed meanwhile.
+MEMORY_PROCESSES = min(2, os.cpu_count() or 1)
+TRANSFORMERS = "transformers.models.mask2former.modeling_mask2former"
 
 
+@dataclass
 class Runner:
-    """Starts workers, follows their events and gathers what they measured."""
+    """Starts processes that measure, and gathers what they find.
 
-    def __init__(
-        self, scale: Scale, ops: list[str], case: str, skip: list[str], workspace: Path, console: Console
-    ) -> None:
-        self.scale, self.case, self.skip, self.workspace, self.console = scale, case, skip, workspace, console
-        self.benchmarks: list[Benchmark] = [benchmarks.load(op) for op in ops]
-        self.rows: list[Row] = []
-        self.facts: dict[str, str] = {}
-        self.floors: dict[str, dict[str, float]] = {}
-        self.slug = scale.device
-        self.failures: list[str] = []
-        self.seconds: dict[str, float] = {}
-        self.interrupted = False
-        self._start = time.perf_counter()
+    Attributes:
+        only: a part of the names of cases.
+        skip: parts of the names of implementations that are left out.
+        workspace: a folder for data and floors, which all processes use.
+        step: is told each step.
+        console: for what makes times unreliable.
+    """
 
-    def _worker(self, task: str, environment: dict[str, str], *arguments: str) -> Iterator[dict[str, Any]]:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.worker", task, "--device", self.scale.device]
-        flags = [f"--{name}" for name in ("quick", "full") if getattr(self.scale, name)]
-        flags += [part for text in self.skip for part in ("--skip", text)]
-        command += ["--workspace", str(self.workspace), *flags, *arguments]
-        errors = self.workspace / "stderr.txt"
-        with errors.open("w") as stderr:
-            variables = facts.environment(environment)
-            process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=stderr, text=True, env=variables, cwd=ROOT.parent
-            )
-            assert process.stdout is not None
-            try:
-                for line in process.stdout:
-                    yield json.loads(line)
-                code = process.wait()
-            except BaseException:
-                process.kill()
-                process.wait()
-                raise
-        if code != 0:
-            last = "\n".join(errors.read_text().strip().splitlines()[-15:])
-            self.failures.append(f"worker '{task} {' '.join(arguments)}' ended with code {code}:\n{last}")
+    scale: Scale
+    ops: Sequence[str]
+    only: str
+    skip: Sequence[str]
+    workspace: Path
+    step: Callable[[str], None]
+    console: Console
+    rows: list[Row] = field(default_factory=list)
+    facts: dict[str, str] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    interrupted: bool = False
 
-    def run(self, progress: Progress) -> None:
+    def run(self) -> None:
         """Measure everything. After an interruption `rows` holds what was measured before."""
         signal.signal(signal.SIGTERM, _interrupt)
         try:
-            self._run(progress)
+            settings = facts.settings(self.scale.device)
+            # Floors and data do not depend on the allocator; the retained heap only makes them quicker.
+            self._phase("preparation", list(settings.values())[-1], worker.prepare)
+            for name, environment in settings.items() if not self.failures else ():
+                self._phase(f"times, {name}", environment, worker.times, name, self.skip)
+            if self.scale.device == "cpu" and self.rows:
+                self._peaks()
         except KeyboardInterrupt:
             self.interrupted = True
             self.failures.append("interrupted")
 
-    def _run(self, progress: Progress) -> None:
-        settings = facts.settings(self.scale.device)
-        self._progress, self._task = progress, progress.add_task("starting", total=self._steps())
-        ops = ("--op", ",".join(b.op for b in self.benchmarks), "--case", self.case)
-        # Floors and data do not depend on the allocator; the retained heap only makes them quicker.
-        fastest = list(settings.values())[-1]
-        self._phase("preparation", self._worker("prepare", fastest, *ops))
-        if self.failures:
-            return
-        for name, environment in settings.items():
-            self._phase(f"times, {name}", self._worker("time", environment, *ops, "--setting", name))
-        if self.scale.device == "cpu":
-            jobs = self._memory_jobs()
-            (self.workspace / "memory.json").write_text(json.dumps(jobs))
-            self._phase("peak memory", self._worker("memory", memory.ENVIRONMENT, *ops))
-
-    def _steps(self) -> int:
-        """The approximate number of progress events that the workers will send."""
-        chosen = [[case for case in b.select(self.scale) if self.case in case.name] for b in self.benchmarks]
-        steps = 1 + sum(len({case.data for case in cases}) for cases in chosen)
-        for i, _ in enumerate(facts.settings(self.scale.device)):
-            steps += sum(i == 0 or self.scale.full or not case.one_setting for cases in chosen for case in cases)
-        if self.scale.device == "cpu":
-            steps += sum(len(case.implementations) for cases in chosen for case in cases if self._with_memory(case))
-        return steps
-
-    def _with_memory(self, case: Case) -> bool:
-        return case.memory and not (self.scale.quick and case.backward)
-
-    def _phase(self, name: str, events: Iterator[dict[str, Any]]) -> None:
-        start = time.perf_counter()
-        for event in events:
-            self._handle(event)
+    def _phase(self, name: str, environment: dict[str, str], task: Callable[..., Any], *arguments: Any) -> None:
+        start, given = time.perf_counter(), (self.scale, self.ops, self.only, self.workspace, *arguments)
+        with patch.dict(os.environ, facts.environment(environment | {"PYTHONWARNINGS": "ignore"}), clear=True):
+            try:
+                for found in worker.fresh(get_context("spawn"), self.workspace, task, *given):
+                    self._take(found)
+            except RuntimeError as error:
+                self.failures.append(f"{name}: {error}")
         self.seconds[name] = time.perf_counter() - start
 
-    def _memory_jobs(self) -> list[tuple[str, str, str]]:
-        """The jobs for peak memory on CPU: the rows of the first allocator setting that have a time."""
-        setting = next(iter(facts.settings(self.scale.device)))
-        cases = {(b.op, case.name): case for b in self.benchmarks for case in b.select(self.scale)}
-        return [
-            (row.op, row.case, row.implementation)
-            for row in self.rows
-            if row.setting == setting and row.status == "ok" and self._with_memory(cases[row.op, row.case])
-        ]
+    def _take(self, found: worker.Found) -> None:
+        if isinstance(found, Row):
+            self.rows.append(found)
+        elif isinstance(found, str):
+            self.step(found)
+        else:
+            self.facts |= found
+            if float(found.get("load average before", 0)) > BUSY:
+                self.console.print("[bold red]Warning:[/] this machine is busy: times will not be reliable")
+            for text in found.values():
+                if ": reference (" in text:
+                    self.console.print(f"[bold red]Warning:[/] {text}: these are not the kernels' times")
 
-    def _handle(self, event: dict[str, Any]) -> None:
-        match event["event"]:
-            case "progress":
-                self._progress.update(self._task, description=event["text"], advance=1)
-                if not self.console.is_terminal:
-                    seconds = time.perf_counter() - self._start
-                    self.console.print(f"{seconds:6.1f} s  {event['text']}", soft_wrap=True, markup=False)
-            case "failure":
-                self.failures.append(event["text"])
-            case "calibration":
-                measured = f"a known temporary of 64 MiB measures as {event['extra_mib']:.1f} MiB"
-                self.facts["check of the memory method"] = measured
-            case "memory":
-                first = next(iter(facts.settings(self.scale.device)))
-                row = next(row for row in self.rows if row.key == (*event["job"], first))
-                row.memory_extra_mib, row.memory_total_mib = event["extra_mib"], event["total_mib"]
-            case "facts":
-                self.facts, self.slug = event["facts"], event["slug"]
-                if float(self.facts["load average before"]) > BUSY:
-                    self.console.print("[bold red]Warning:[/] this machine is busy: times will not be reliable")
-            case "backend":
-                self.facts[f"backend of {event['op']}"] = event["text"]
-                if ": reference (" in event["text"]:
-                    self.console.print(f"[bold red]Warning:[/] {event['text']}: these are not the kernels' times")
-            case "floors":
-                self.floors = event["floors"]
-            case "row":
-                self.rows.append(Row(**event["row"]))
+    def _peak(self, what: str, task: Callable[..., Any], *arguments: Any) -> Any:
+        """What the task measures in a fresh process; None, and a failure, if it ends otherwise.
+
+        The process is forked from one that has imported everything and computed nothing: no thread has been started
+        and no tensor made.
+        """
+        self.step(f"peak memory: {what}")
+        try:
+            (found,) = worker.fresh(get_context("forkserver"), self.workspace, task, *arguments)
+            return found
+        except RuntimeError as error:
+            self.failures.append(f"peak memory, {what}: {error}")
+
+    def _peaks(self) -> None:
+        """Peak memory of what has a time in the first allocator setting, and the check of the method."""
+        start, first = time.perf_counter(), facts.first_setting(self.scale.device)
+        get_context("forkserver").set_forkserver_preload(["benchmarks.report", "benchmarks.worker", TRANSFORMERS])
+        measured = {
+            (op, case.name)
+            for op in self.ops
+            for case in benchmarks.load(op).select(self.scale, self.only)
+            if case.memory and not (self.scale.quick and case.backward)
+        }
+
+        def measure(row: Row) -> None:
+            who = row.op, row.case, row.implementation
+            found = self._peak(", ".join(who), worker.peak, self.scale, self.workspace, *who)
+            row.memory_extra_mib, row.memory_total_mib = found or (None, None)
+
+        rows = [row for row in self.rows if row.setting == first and row.status == "ok" and row.key[:2] in measured]
+        variables = facts.environment(bench.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)})
+        with patch.dict(os.environ, variables, clear=True), ThreadPoolExecutor(MEMORY_PROCESSES) as pool:
+            if extra := self._peak("check of the method", worker.calibration):
+                self.facts["check of the memory method"] = f"a known temporary of 64 MiB measures as {extra:.1f} MiB"
+            list(pool.map(measure, rows))
+        self.seconds["peak memory"] = time.perf_counter() - start
 
     def result(self) -> report.Run:
-        order = {(b.op, c.name): i for b in self.benchmarks for i, c in enumerate(b.select(self.scale))}
-        settings = list(facts.settings(self.scale.device))
-        rows = sorted(self.rows, key=lambda row: (settings.index(row.setting), order[row.op, row.case]))
-        rows = [replace(row, run="full" if self.scale.full else "default") for row in rows]
-        return report.Run(self.scale, self.facts, self.floors, rows)
+        settings, order = list(facts.settings(self.scale.device)), {}
+        for op in self.ops:
+            for case in benchmarks.load(op).select(self.scale):
+                order[op, case.name] = len(order)
+        rows = sorted(self.rows, key=lambda row: (settings.index(row.setting), order[row.key[:2]]))
+        rates = self.workspace / "floors.json"
+        return report.Run(self.scale, self.facts, json.loads(rates.read_text()) if rates.exists() else {}, rows)
 
 
 def _interrupt(*_: object) -> None:
@@ -195,7 +178,7 @@ def _arguments() -> argparse.Namespace:
                 "help": "leave out implementations whose name contains this, for example peers that take minutes to "
                 "compile; their rows say so; repeatable",
             },
-            "--output": {"type": Path, "default": ROOT / "results", "help": "default: benchmarks/results"},
+            "--output": {"type": Path, "default": report.RESULTS, "help": "default: benchmarks/results"},
             "--compare": {
                 "type": Path, "metavar": "OLD.csv",
                 "help": "name regressions against an earlier run's CSV or folder",
@@ -209,57 +192,49 @@ def _arguments() -> argparse.Namespace:
         found.refuse(
             f"{', '.join(missing)}: not installed; pip install -r benchmarks/requirements.txt (make bench does)"
         )
-    return found
-
-
-def _table(options: argparse.Namespace, slug: str, interrupted: bool) -> Path:
-    """The CSV of the results: the device's; another beside it for anything but a whole run."""
-    suffix = ("-quick" if options.quick else "") + ("-partial" if options.case or interrupted else "")
-    found: Path = options.output / f"{slug}{suffix}.csv"
+    try:
+        found.old = compare.read(found.compare) if found.compare else []  # before the run may overwrite it
+    except ValueError as error:
+        found.refuse(f"--compare: {error}")
     return found
 
 
 def main() -> int:
-    options = _arguments()
+    options, start = _arguments(), time.perf_counter()
     console = Console(width=None if sys.stdout.isatty() else int(os.environ.get("COLUMNS", "160")))
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        # Before the run may overwrite it.
-        old = compare.read(options.compare) if options.compare else []
-    except ValueError as error:
-        console.print(f"[bold red]--compare:[/] {error}", soft_wrap=True)
-        return 2
-    start = time.perf_counter()
-    columns = (
-        SpinnerColumn(), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"),
-    )  # fmt: skip
-    with tempfile.TemporaryDirectory(prefix="m2f-bench-") as workspace:
+    scale = Scale(options.device or ("cuda" if torch.cuda.is_available() else "cpu"), options.quick, options.full)
+    with tempfile.TemporaryDirectory(prefix="m2f-bench-") as workspace, console.status("starting") as status:
+
+        def step(text: str) -> None:
+            line = f"{time.perf_counter() - start:6.1f} s  {text}"
+            if console.is_terminal:
+                status.update(escape(line))
+            else:
+                console.print(line, soft_wrap=True, markup=False)
+
         ops = options.op or list(benchmarks.REGISTRY)
-        scale = Scale(device, options.quick, options.full)
-        runner = Runner(scale, ops, options.case, options.skip, Path(workspace), console)
-        with Progress(*columns, console=console, transient=True) as progress:
-            runner.run(progress)
-    run = runner.result()
+        runner = Runner(scale, ops, options.case, options.skip, Path(workspace), step, console)
+        runner.run()
+        run = runner.result()
     if run.rows:
         phases = ", ".join(f"{name} {seconds:.0f} s" for name, seconds in runner.seconds.items())
         if runner.failures:
             run.facts["failures"] = "; ".join(failure.splitlines()[0] for failure in runner.failures)
         run.facts["wall time of the run"] = f"{time.perf_counter() - start:.0f} s ({phases})"
-        table = _table(options, runner.slug, runner.interrupted)
+        # Anything but a whole run goes beside the device's results.
+        suffix = ("-quick" if options.quick else "") + ("-partial" if options.case or runner.interrupted else "")
+        table = options.output / f"{facts.device_slug(scale.device, run.facts['device'])}{suffix}.csv"
         report.save(table, run)
         report.pages(table, table.with_suffix(""))
-        for benchmark in runner.benchmarks:
-            report.show(console, benchmark, run, everything=options.full or bool(options.case))
+        for op in ops:
+            report.show(console, benchmarks.load(op), run, everything=options.full or bool(options.case))
         console.print(f"Written to {table} in {run.facts['wall time of the run']}; pages: {table.stem}/report.md")
     for failure in runner.failures:
-        console.print(f"[bold red]Failed:[/] {failure}")
-    status = 1 if runner.failures or not run.rows else 0
-    if options.compare:
-        lines, found = compare.report(old, run.rows)
-        for line in lines:
-            console.print(f"[bold red]{line}" if found else line, soft_wrap=True)
-        status = status or found
-    return status
+        console.print(f"[bold red]Failed:[/] {escape(failure)}")
+    regressions, found = compare.report(options.old, run.rows) if options.compare else ([], 0)
+    for line in regressions:
+        console.print(f"[bold red]{line}" if found else line, soft_wrap=True)
+    return 1 if runner.failures or not run.rows else found
 
 
 if __name__ == "__main__":

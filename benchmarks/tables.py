@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from benchmarks import models
 from benchmarks.cases import OURS, Row
+from benchmarks.facts import CPU_SETTINGS
 from benchmarks.formats import error, markdown, mebibytes, number
 from benchmarks.ops import attention_mask, ms_deform_attn
 from benchmarks.ops import end_to_end as whole
 from benchmarks.ops import masked_attention as attention
 from benchmarks.ops import point_loss as loss
-
-CPU_SETTINGS = ("default", "heap retained")
 
 
 class Measured:
@@ -26,7 +26,7 @@ class Measured:
 
     @property
     def units(self) -> str:
-        several = tuple(self.settings) == CPU_SETTINGS
+        several = self.settings == list(CPU_SETTINGS)
         return "ms, default allocator (heap retained)" if several else f"ms, {' / '.join(self.settings)}"
 
     def first(self, case: str, implementation: str) -> Row | None:
@@ -149,31 +149,36 @@ def masked_attention(rows: Sequence[Row]) -> str:
 # ---------------------------------------------------------------- whole models
 
 
-def _smaller(before: Row, after: Row) -> str:
-    """The factor by which memory shrank, where both were measured."""
-    both = before.memory_extra_mib and after.memory_extra_mib
-    return f", {number(before.memory_extra_mib / after.memory_extra_mib)}x" if both else ""
-
-
-def before_and_after(rows: Sequence[Row], before: str, ways: Mapping[str, str], heads: tuple[str, str]) -> str:
+def before_and_after(
+    rows: Sequence[Row],
+    before: str,
+    ways: Mapping[str, str],
+    heads: tuple[str, str],
+    more: Mapping[str, Callable[[Row, Row], str]] | None = None,
+) -> str:
     """Each case's time and peak memory before and after, and the largest difference.
 
     Args:
         before: the implementation that is compared with.
         ways: implementation and what its lines add to the name of the case.
         heads: what both are called.
+        more: columns by name, of the rows before and after.
     """
-    found, lines = Measured(rows), []
+    found, lines, more = Measured(rows), [], more or {}
     for ours, label in ways.items():
         for case in found.cases:
             old, new = found.first(case, before), found.first(case, ours)
             if old is None or new is None:
                 continue
             times = [found.times(case, ours, before), found.times(case, ours, ours) if new.median_ms else new.status]
-            memory = [mebibytes(old.memory_extra_mib) + _smaller(old, new), mebibytes(new.memory_extra_mib)]
+            memory = [mebibytes(old.memory_extra_mib), mebibytes(new.memory_extra_mib)]
+            if old.memory_extra_mib and new.memory_extra_mib:
+                memory[0] += f", {number(old.memory_extra_mib / new.memory_extra_mib)}x"
             kernels = f", {old.kernels} -> {new.kernels} kernels" if old.kernels and new.kernels else ""
-            lines.append([f"{case}{kernels}{label}", *times, *memory, error(new.error_output)])
-    return markdown([found.units, *heads, f"peak MiB: {heads[0]}", heads[1], "largest difference"], lines)
+            cells = [*times, *memory, error(new.error_output), *(text(old, new) for text in more.values())]
+            lines.append([f"{case}{kernels}{label}", *cells])
+    header = [found.units, *heads, f"peak MiB: {heads[0]}", heads[1], "largest difference", *more]
+    return markdown(header, lines)
 
 
 def _label(way: whole.Way) -> str:
@@ -185,40 +190,22 @@ def _label(way: whole.Way) -> str:
 
 
 _WAYS = (whole.Way(), whole.CAPTURED, whole.BF16, whole.BF16_CAPTURED, whole.CHECKPOINTED)
-
-
-def end_to_end(rows: Sequence[Row]) -> str:
-    """The whole model; rows of CUDA graphs, bf16 and activation checkpointing below those of their cases."""
-    return before_and_after(rows, whole.TRANSFORMERS, {str(x): _label(x) for x in _WAYS}, (whole.TRANSFORMERS, "m2f"))
-
-
-def integrations(rows: Sequence[Row]) -> str:
-    """The table of models of `transformers` before and after `accelerate`."""
-    return before_and_after(rows, models.BEFORE, {models.AFTER: ""}, ("before", "after"))
-
-
-def integrations_in_detail(rows: Sequence[Row]) -> str:
-    """Markdown: a table of each model's times in every setting, and one of memory and difference."""
-    found, aims = Measured(rows), {model.name: f"{model.aim}x" for model in models.MODELS}
-    first, *others = found.settings
-    times, rest = [], []
-    for model in found.cases:
-        both = [[found.by_key.get((model, name, s)) for name in (models.BEFORE, models.AFTER)] for s in found.settings]
-        ratios = [f"{number(old.median_ms / new.median_ms)}x" for old, new in both if new]
-        before, after = both[0]
-        memory = [mebibytes(x.memory_extra_mib) for x in (before, after)]
-        # Not measured: no resettable peak on this system, or the process failed.
-        shown = " → ".join(memory) + smaller if (smaller := _smaller(before, after)) else "-"
-        share = f"{before.stage_ms[models.ATTENTION] / before.median_ms:.0%}"
-        cells = [number(before.median_ms), number(after.median_ms), f"**{ratios[0]}**", *ratios[1:]]
-        times.append([model, *cells, aims.get(model, "-")])
-        rest.append([model, shown, share, error(after.error_output)])
-    heads = [f"{text}, ms ({first} allocator)" for text in (models.BEFORE, models.AFTER)]
-    header = ["model", *heads, "ratio", *(f"ratio ({name})" for name in others), "target"]
-    share = "deformable attention's share before"
-    return "\n\n".join(
-        [
-            markdown(header, times),
-            markdown(["model", "peak MiB above the weights", share, "largest relative difference"], rest),
-        ]
-    )
+#: The whole model; rows of CUDA graphs, bf16 and activation checkpointing below those of their cases.
+end_to_end = partial(
+    before_and_after,
+    before=whole.TRANSFORMERS,
+    ways={str(way): _label(way) for way in _WAYS},
+    heads=(whole.TRANSFORMERS, "m2f"),
+)
+#: Models of `transformers` before and after `accelerate`.
+integrations = partial(before_and_after, before=models.BEFORE, ways={models.AFTER: ""}, heads=("before", "after"))
+_AIMS = {model.name: f"{model.aim}x" for model in models.MODELS}
+integrations_in_detail = partial(
+    integrations,
+    more={
+        "target": lambda before, after: _AIMS.get(before.case, "-"),
+        "deformable attention's share before": lambda before, after: (
+            f"{before.stage_ms[models.ATTENTION] / before.median_ms:.0%}"
+        ),
+    },
+)

@@ -15,8 +15,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +94,16 @@ def _time_cuda(run: Callable[[], Any], flush: torch.Tensor, start_s: float) -> t
     end.record()
     torch.cuda.synchronize()
     del result
-    return start.elapsed_time(end), 0.0
+    return start.elapsed_time(end), math.nan
+
+
+def timer(device: str, clock: Callable[[], float] = time.perf_counter) -> Callable[..., tuple[float, float]]:
+    """A function that gives the milliseconds and the page faults (NaN on a GPU) of one call of a run, which on a GPU
+    starts after the seconds given."""
+    if device == "cpu":
+        return lambda run, start_s=0.0: _time_cpu(run, clock)
+    flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device)
+    return lambda run, start_s=0.0: _time_cuda(run, flush, start_s)
 
 
 def interleaved(
@@ -114,54 +122,31 @@ def interleaved(
         checked_ms: what each run took when its result was checked; without it, every run is warmed up.
         clock: of the CPU's timing.
     """
-    if not runs:
-        return []
-    flush = torch.empty(_L2_FLUSH_BYTES, dtype=torch.int8, device=device) if device == "cuda" else None
-    starts = [0.0] * len(runs)
-
-    def once(i: int) -> tuple[float, float]:
-        return _time_cpu(runs[i], clock) if flush is None else _time_cuda(runs[i], flush, starts[i])
-
+    once, starts = timer(device, clock), [0.0] * len(runs)
     known = checked_ms or [0.0] * len(runs)
     samples: list[list[tuple[float, float]]] = [[] for _ in runs]
-    for i, (before, taken) in enumerate(zip(known, samples, strict=True)):
+    for i, (run, before) in enumerate(zip(runs, known, strict=True)):
         if before > plan.long_ms:
-            taken.append((before, math.nan))
+            samples[i].append((before, math.nan))
         elif before < WARM_MS:
-            once(i)
-            if flush is not None:
-                starts[i] = head_start(runs[i])
+            once(run)
+            starts[i] = head_start(run) if device == "cuda" else 0.0
     gc.collect()
     gc.disable()
     try:
         start, rounds = time.perf_counter(), 0
         while rounds < plan.min_rounds or (rounds < MAX_ROUNDS and time.perf_counter() - start < plan.budget_s):
-            for i, (before, taken) in enumerate(zip(known, samples, strict=True)):
+            for run, before, taken, start_s in zip(runs, known, samples, starts, strict=True):
                 if before <= plan.long_ms or len(taken) <= plan.long_calls:
-                    taken.append(once(i))
+                    taken.append(once(run, start_s))
             rounds += 1
     finally:
         gc.enable()
-    return [_summarise(taken, device) for taken in samples]
+    return [_summarise(taken) for taken in samples]
 
 
-def _summarise(taken: list[tuple[float, float]], device: str) -> Timing:
+def _summarise(taken: list[tuple[float, float]]) -> Timing:
     times = [milliseconds for milliseconds, _ in taken]
     quartiles = statistics.quantiles(times, n=4, method="inclusive") if len(times) > 1 else [times[0]] * 3
-    counts = [count for _, count in taken if not math.isnan(count)]
-    faults = statistics.median(counts) if device == "cpu" and counts else None
-    return Timing(quartiles[1], quartiles[2] - quartiles[0], len(times), faults)
-
-
-@contextmanager
-def watched(parts: Iterable[tuple[str, torch.nn.Module]], device: str) -> Iterator[dict[str, list[float]]]:
-    """Seconds of every forward pass of modules inside a `with` block, by the names that come with them."""
-    from m2f_model import bench
-
-    samples: dict[str, list[float]] = {}
-    handles = [handle for name, module in parts for handle in bench.watch(module, samples.setdefault(name, []), device)]
-    try:
-        yield samples
-    finally:
-        for handle in handles:
-            handle.remove()
+    faults = [count for _, count in taken if not math.isnan(count)]
+    return Timing(quartiles[1], quartiles[2] - quartiles[0], len(times), statistics.median(faults) if faults else None)

@@ -15,16 +15,16 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from m2f_model.config import BACKBONES, Mask2FormerConfig
 from m2f_model.criterion import total_loss
@@ -49,6 +49,11 @@ STAGES = {
         "loss": "criterion",
     },
 }
+
+
+def stages(model: nn.Module, implementation: str) -> list[tuple[str, nn.Module]]:
+    """The parts whose forward passes are timed, with their names."""
+    return [(stage, model.get_submodule(path)) for stage, path in STAGES[implementation].items()]
 
 
 class MeasurementError(RuntimeError):
@@ -173,30 +178,33 @@ def mask_iou(case: Case, implementation: str = "m2f", model: nn.Module | None = 
     """
     model = build(case, implementation) if model is None else model
     case = replace(case, training=False)
-    precise, rounded = (call(replace(case, autocast=a), model)()[1] > 0 for a in ("none", case.autocast))
-    union = (precise | rounded).flatten(2).sum(-1)
-    shared = (precise & rounded).flatten(2).sum(-1)
+    return overlap(*(call(replace(case, autocast=a), model)()[1] > 0 for a in ("none", case.autocast)))
+
+
+def overlap(one: Tensor, other: Tensor) -> float:
+    """Mean intersection over union of masks [N, Q, h, w]; those empty in both do not count."""
+    union, shared = ((one | other).flatten(2).sum(-1), (one & other).flatten(2).sum(-1))
     return (shared[union > 0] / union[union > 0]).double().mean().item()
 
 
 def times(case: Case, rounds: int) -> dict[str, dict[str, float]]:
     """Median seconds of a whole call ("total") and of the forward pass of each stage, by implementation."""
     runs: dict[str, Callable[[], object]] = {}
-    samples: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in IMPLEMENTATIONS}
-    for name in IMPLEMENTATIONS:
-        model = build(case, name)
-        runs[name] = call(case, model)
-        runs[name]()  # warms up
-        for stage, path in STAGES[name].items():
-            watch(model.get_submodule(path), samples[name][stage], case.device)
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = _now(case.device)
-            run()
-            samples[name]["total"].append(_now(case.device) - start)
+    samples: dict[str, dict[str, list[float]]] = {}
+    with ExitStack() as stack:
+        for name in IMPLEMENTATIONS:
+            model = build(case, name)
+            runs[name] = call(case, model)
+            runs[name]()  # warms up
+            samples[name] = stack.enter_context(watched(stages(model, name), case.device))
+        for _ in range(rounds):
+            for name, run in runs.items():
+                start = _now(case.device)
+                run()
+                samples[name].setdefault("total", []).append(_now(case.device) - start)
     return {
-        name: {stage: statistics.median(found) for stage, found in stages.items() if found}
-        for name, stages in samples.items()
+        name: {stage: statistics.median(taken) for stage, taken in found.items() if taken}
+        for name, found in samples.items()
     }
 
 
@@ -206,16 +214,28 @@ def _now(device: str) -> float:
     return time.perf_counter()
 
 
-def watch(module: nn.Module, found: list[float], device: str) -> list[RemovableHandle]:
-    """Append the seconds of every forward pass of `module`, until the handles that this returns are removed."""
-    starts: list[float] = []
-    return [
-        module.register_forward_pre_hook(lambda *_: starts.append(_now(device))),
-        module.register_forward_hook(lambda *_: found.append(_now(device) - starts.pop())),
-    ]
+@contextmanager
+def watched(parts: Iterable[tuple[str, nn.Module]], device: str) -> Iterator[dict[str, list[float]]]:
+    """Seconds of every forward pass of modules inside a `with` block, by the names that come with them."""
+    found: dict[str, list[float]] = {}
+    starts: list[float] = []  # of passes that have not ended: they are nested
+    with ExitStack() as stack:
+        for name, module in parts:
+            end = partial(_end, found.setdefault(name, []), starts, device)
+            stack.enter_context(module.register_forward_pre_hook(lambda *_: starts.append(_now(device))))
+            stack.enter_context(module.register_forward_hook(end))
+        yield found
+
+
+def _end(taken: list[float], starts: list[float], device: str, *_: Any) -> None:
+    taken.append(_now(device) - starts.pop())
 
 
 # ---------------------------------------------------------------- memory
+
+
+#: glibc's thresholds, fixed: a freed tensor leaves a process at once, and the peak is that of live memory.
+ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
 def peak_memory(case: Case, implementation: str) -> float:
@@ -224,11 +244,9 @@ def peak_memory(case: Case, implementation: str) -> float:
     Raises:
         MeasurementError: if that process fails; on CPU anywhere but on Linux.
     """
-    # Fixed thresholds: a freed tensor leaves the process at once, and the peak is that of live memory.
-    fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
     command = [sys.executable, "-m", "m2f_model.bench", json.dumps(asdict(case)), implementation]
     command.append(str(torch.get_num_threads()))
-    done = subprocess.run(command, env=os.environ | fixed, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=os.environ | ENVIRONMENT, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MeasurementError(f"measuring the memory of {implementation} failed:\n{done.stderr[-2000:]}")
     return float(done.stdout.split()[-1])

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,9 +16,10 @@ import torch
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
 import benchmarks
-from benchmarks import compare, figures, launches, plot, report, run, sass, static_cuda, timing
-from benchmarks.cases import Benchmark, Figure, Row, Scale, write_csv
+from benchmarks import compare, figures, launches, plot, report, run, sass, static_cuda, tables, timing, worker
+from benchmarks.cases import Benchmark, Row, Scale, ratio, write_csv
 from benchmarks.report import Run
+from m2f_model import bench
 
 ROOT = Path(__file__).parents[1]
 SHORT, LONG = 2 * timing.WARM_MS, 2 * timing.LONG_MS
@@ -147,19 +149,28 @@ def compared(tmp_path, monkeypatch, capsys):
     return both
 
 
+BEFORE = [_row(memory_extra_mib=50.0, kernels=7), _row("peer", 100.0), _row("other", 50.0)]
+SLOWER = [_row("peer", 150.0), _row("other", 70.0)]
+
+
+def _ours(time=10.0, **change):
+    return _row(time=time, **({"memory_extra_mib": 50.0, "kernels": 7} | change))
+
+
 @pytest.mark.parametrize(
-    ("change", "word"),
+    ("new", "word"),
     [
-        ({"time": 11.5}, "10.0 -> 11.5 ms"),
-        ({"memory_extra_mib": 60.0}, "50.0 -> 60.0 MiB"),
-        ({"time": None, "status": "wrong result"}, "now wrong result"),
-        ({"kernels": 9}, "7 -> 9 kernels"),
+        ([_ours(11.5), *BEFORE[1:]], "10.0 -> 11.5 ms"),
+        ([_ours(memory_extra_mib=60.0)], "50.0 -> 60.0 MiB"),
+        ([_ours(None, status="wrong result")], "now wrong result"),
+        ([_ours(kernels=9)], "7 -> 9 kernels"),
+        ([_ours(18.0), *SLOWER], "1.40x slower too"),  # a slower kernel on a slower machine
+        ([_ours(12.0), _row("peer", 50.0), SLOWER[1]], "ms"),  # a peer that became faster excuses nothing
+        ([_ours(14.0), replace(_row("peer", 200.0), case="another")], "ms"),  # neither does another case's
     ],
-    ids=["time", "memory", "wrong", "launches"],
 )
-def test_regressions_are_named(compared, change, word):
-    usual = {"memory_extra_mib": 50.0, "kernels": 7}
-    code, out = compared([_row(**usual), _row("peer")], [_row(**(usual | change)), _row("peer")])
+def test_regressions_are_named(compared, new, word):
+    code, out = compared(BEFORE, new)
     assert code == 1
     assert "Regression: attention_mask: 9 layers 1024² fp32, m2f_kernels, default" in out
     assert word in out
@@ -168,39 +179,23 @@ def test_regressions_are_named(compared, change, word):
 @pytest.mark.parametrize(
     "new",
     [
-        _row(time=10.9),  # less than a tenth
-        _row(time=14.0, iqr_ms=4.5),  # within its own spread
-        _row(time=5.0),
-        _row(memory_extra_mib=51.0),
+        [_ours(10.9)],  # less than a tenth
+        [_ours(14.0, iqr_ms=4.5)],  # within its own spread
+        [_ours(5.0)],
+        [_ours(memory_extra_mib=51.0)],
+        [_ours(14.5), *SLOWER],  # the machine is slower
+        [_ours(), _row("peer", 500.0)],
     ],
-    ids=["small", "noisy", "faster", "memory"],
 )
 def test_noise_is_no_regression(compared, new):
-    code, out = compared([_row(memory_extra_mib=50.0)], [new])
+    code, out = compared(BEFORE, new)
     assert code == 0
     assert "No regression beyond noise in 1 rows" in out
 
 
-def test_a_slower_machine_is_no_regression_and_a_slower_kernel_on_it_is_one(compared):
-    old = [_row(), _row("peer", 100.0), _row("other", 50.0)]
-    slower = [_row("peer", 150.0), _row("other", 70.0)]
-    assert compared(old, [_row(time=14.5), *slower])[0] == 0
-    code, out = compared(old, [_row(time=18.0), *slower])
-    assert code == 1
-    assert "1.40x slower too" in out
-    # A peer that became faster excuses nothing, and neither does another case's.
-    assert compared(old, [_row(time=12.0), _row("peer", 50.0), _row("other", 70.0)])[0] == 1
-    assert compared(old, [_row(time=14.0), replace(_row("peer", 200.0), case="another")])[0] == 1
-
-
-def test_a_slower_peer_is_no_regression(compared):
-    assert compared([_row(), _row("peer")], [_row(), _row("peer", 50.0)])[0] == 0
-
-
 def test_nothing_in_common_is_an_error(compared):
     code, out = compared([_row()], [replace(_row(), case="another")])
-    assert code == 2
-    assert "Nothing to compare" in out
+    assert (code, out.split(":")[0]) == (2, "Nothing to compare")
 
 
 @pytest.mark.parametrize(("name", "word"), [("other.csv", "columns of a benchmark's CSV"), ("none.csv", "found none")])
@@ -208,8 +203,9 @@ def test_a_file_that_is_no_run_is_named_before_anything_is_measured(tmp_path, mo
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     monkeypatch.setenv("COLUMNS", "400")
     monkeypatch.setattr(sys, "argv", ["run", "--compare", str(tmp_path / name)])
-    assert run.main() == 2
-    out = capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        run.main()
+    out = capsys.readouterr().err
     assert name in out
     assert word in out
 
@@ -235,13 +231,12 @@ def test_rows_survive_the_file(tmp_path):
 
 def test_figures_of_both_directions_and_of_one_value():
     rows = [_row(error_output=2e-6), _row("slow", 30.0), _row("broken", 3.0, status="wrong result")]
-    case = rows[0].case
-    time, error = ((case, ("m2f_kernels",), field) for field in ("median_ms", "error_output"))
-    peer, broken = ((case, names, "median_ms") for names in (("slow", "broken"), ("broken",)))
+    time = partial(ratio, rows[0].case, "median_ms")
+    error = partial(ratio, rows[0].case, "error_output", "m2f_kernels", None, "")
     asked = [
-        Figure("", peer, time, (3.0,)), Figure("", peer, time, (3.1,)), Figure("", peer, time, (2.0,), at_most=True),
-        Figure("", error, None, (1e-6,), at_most=True), Figure("", error, None, (1e-5,), at_most=True),
-        Figure("", broken, time, (1.0,)),
+        *(time(("slow", "broken"), "m2f_kernels", "", target) for target in (3.0, 3.1)),
+        time(("slow", "broken"), "m2f_kernels", "", 2.0, at_most=True),
+        error(1e-6, at_most=True), error(1e-5, at_most=True), time("broken", "m2f_kernels", "", 1.0),
     ]  # fmt: skip
     benchmark = Benchmark("op", "title", figures={"cpu": asked})
     assert [line[2:] for line in figures.lines(benchmark, Scale("cpu", False), rows)] == [
@@ -255,14 +250,21 @@ def test_figures_of_both_directions_and_of_one_value():
 
 
 def _run(op, date, ratio):
-    """A run of one operator in which every peer of a case takes `ratio` times as long as its first row."""
+    """A run of one operator in which a case's first peer takes `ratio` times as long as its first row, others more."""
     scale, rows = Scale("cpu", False), []
     for case in benchmarks.load(op).select(scale):
         for i, one in enumerate(case.implementations):
             for setting in ("default", "heap retained"):
                 row = Row(op, case.name, one.name, setting, case.direction, "", case.dtype, 2, ours=one.ours)
-                time = 10.0 * (ratio if i else 1)
-                more = {"median_ms": time, "iqr_ms": 1.0, "rounds": 3, "headline": case.headline, "error_output": 0.0}
+                time = 10.0 * (1 + i * (ratio - 1))
+                more = {
+                    "median_ms": time,
+                    "written_mib": 10 * time,
+                    "iqr_ms": 1.0,
+                    "rounds": 3,
+                    "headline": case.headline,
+                    "error_output": 0.0,
+                }
                 rows.append(replace(row, subject_speedup=time / 10, memory_extra_mib=time, **more))
     facts = {"device": "a CPU", "date": date, "torch": "2", "load average before": "0.1"}
     return Run(scale, facts, {"2": {"bandwidth": 1e9}}, rows)
@@ -308,6 +310,17 @@ def test_the_first_page_answers_what_is_saved(tmp_path):
         assert (tmp_path / f"{op}.md").exists()
     assert (tmp_path / "point_loss_curve.png").exists()
     assert (tmp_path / "end_to_end_sizes.png").exists()
+
+
+def test_readme_tables_state_each_case_measured():
+    rows = [row for op in ("attention_mask", "masked_attention") for row in _run(op, "Monday", 2.0).rows]
+    text = tables.masked_attention(rows)
+    times = "**10.0** (10.0) | 20.0, 2.00x (20.0, 2.00x) | 30.0, 3.00x (30.0, 3.00x) |"
+    assert f"| masks of 9 layers, 1024² | {times}" in text
+    assert "| peak MiB above inputs, 1024² | 10.0 | 20.0 | 30.0 | 40.0 |" in text
+    assert "| MiB written, 1024² | 100 | 200 | 300 | 400 |" in text
+    assert f"| forward + backward, regions of 0.3 | {times}" in text
+    assert " - " not in text, "something is stated that was not measured"
 
 
 def test_other_peoples_models_stand_in_the_report(tmp_path):
@@ -373,35 +386,19 @@ def test_older_results_can_be_compared(tmp_path, compared):
 # ---------------------------------------------------------------- measuring
 
 
-def test_peak_memory_in_a_forked_process_and_its_failures(tmp_path):
-    (tmp_path / "memory.json").write_text(json.dumps([["attention_mask", "no such case", "m2f_kernels"]]))
-    environment = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-    done = _python("-m", "benchmarks.worker", "memory", "--quick", "--workspace", tmp_path, **environment)
-    assert done.returncode == 0, done.stderr
-    events = {event["event"]: event for event in map(json.loads, done.stdout.splitlines())}
-    assert events["calibration"]["extra_mib"] == pytest.approx(64, abs=2)
-    assert "no such case" in events["failure"]["text"]
-
-
-@pytest.mark.parametrize("what", ["inference 64²", "training step 64²"])
-def test_whole_models_agree_and_their_stages_are_timed_apart(what):
-    pytest.importorskip("transformers", reason="the whole model is compared with transformers'")
-    from benchmarks.ops import end_to_end as whole
-
-    scale = Scale("cpu", True)
-    case = next(c for c in whole.cases(scale) if what in c.name)
-    data = case.build()
-    for implementation in case.implementations[:2]:
-        call = case.bind(implementation, data)
-        results = call(collect=True)
-        assert whole.check(case, implementation, data, results).right
-        wrong = whole.check(case, implementation, data, [x + 0.01 * x.abs().max() for x in results])
-        assert not wrong.right
-        parts = {"backbone", "pixel decoder", "transformer decoder"} | ({"loss"} if "training" in what else set())
-        assert whole.stages(case, implementation).keys() == parts
-        # Hooks wait for a GPU: none while a call is timed.
-        model = whole._model_of(case.spec, implementation.spec)
-        assert not any(x._forward_hooks or x._forward_pre_hooks for x in model.modules())
+def test_peak_memory_in_a_forked_process_and_its_failures(tmp_path, monkeypatch):
+    """The environment is the one in which the first process is started, from which all are forked."""
+    for name, value in bench.ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    steps = []
+    runner = run.Runner(Scale("cpu", True), [], "", [], tmp_path, steps.append, None)
+    assert runner._peak("check of the method", worker.calibration) == pytest.approx(64, abs=2)
+    assert not runner.failures
+    assert (
+        runner._peak("x", worker.peak, runner.scale, tmp_path, "attention_mask", "no such case", "m2f_kernels") is None
+    )
+    assert steps == ["peak memory: check of the method", "peak memory: x"]
+    assert runner.failures[0].startswith("peak memory, x: its process ended with 1: RuntimeError")
 
 
 @pytest.mark.parametrize(("op", "known"), [("end_to_end", True), ("attention_mask", False)])

@@ -14,14 +14,8 @@ import m2f_kernels
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
 import benchmarks
-from benchmarks import (
-    figures,
-    floors,
-    inputs,
-    memory,
-    tables,
-)
-from benchmarks.cases import Case, Data, Figure, Implementation, Row, Scale, Work, check_relative_l2
+from benchmarks import figures, floors, inputs, memory
+from benchmarks.cases import Case, Data, Implementation, Row, Scale, check_relative_l2, ratio
 from benchmarks.ops import attention_mask, masked_attention
 from m2f_kernels.masks import PackedMask
 
@@ -51,11 +45,12 @@ def test_figures_name_what_is_measured(op, scale):
     assert selected <= set(cases)
     assert selected == set(cases) or not scale.full
     for figure in () if scale.quick else benchmark.figures.get(scale.device, ()):
-        for case, implementations, field in figure.sides:
-            assert set(implementations) <= {one.name for one in cases[case].implementations}
-            assert field in {f.name for f in fields(Row)}
-            assert case in selected or not any(figure.target), "only --full judges it"
-            assert not field.startswith("memory") or cases[case].memory
+        case = cases[figure.case]
+        names = {*figure.above, figure.below or figure.above[0]}
+        assert names <= {one.name for one in case.implementations}
+        assert figure.field in {f.name for f in fields(Row)}
+        assert case.name in selected or not any(figure.target), "only --full judges it"
+        assert not figure.field.startswith("memory") or case.memory
 
 
 def _row(implementation, time, extra, setting="default"):
@@ -65,60 +60,41 @@ def _row(implementation, time, extra, setting="default"):
 
 def test_of_several_peers_the_best_or_the_fastest_counts():
     rows = [_row("ours", 2.0, 4.0), _row("fast", 6.0, 80.0), _row("small", 9.0, 20.0), _row("broken", None, None)]
-    peers = ("fast", "small", "broken")
-
-    def ratio(field, of_fastest):
-        figure = Figure("", ("case", peers, field), ("case", ("ours",), field), (), of_fastest)
-        return figures.evaluate(figure, rows, "default")
-
-    assert ratio("median_ms", False) == (3.0, False)
-    assert ratio("memory_extra_mib", False) == (5.0, False)
-    assert ratio("memory_extra_mib", True) == (20.0, False)
-    assert (
-        figures.evaluate(Figure("", ("case", peers, "median_ms"), ("x", ("ours",), "median_ms"), ()), rows, "") is None
-    )
+    best = ratio("case", "median_ms", ("fast", "small", "broken"), "ours", "")
+    less = replace(best, field="memory_extra_mib")
+    assert figures.evaluate(best, rows, "default") == (3.0, False)
+    assert figures.evaluate(less, rows, "default") == (5.0, False)
+    assert figures.evaluate(replace(less, of_fastest=True), rows, "default") == (20.0, False)
+    assert figures.evaluate(best, rows, "another") is None
+    assert figures.evaluate(replace(best, below="broken"), rows, "default") is None
+    rows[0].memory_extra_mib = 0.5
+    assert figures.evaluate(less, rows, "default") == (20.0, True), "no more than a lower bound"
 
 
-def test_the_floor_is_what_bounds_most():
-    rates = {"bandwidth": 1e9, "l2": 1e9, "float32 matmul": 1e9, "bfloat16 matmul": 4e9}
-    assert floors.floor(Work(3_000_000, flops=2_000_000), rates) == (3.0, "bandwidth")
-    assert floors.floor(Work(1_000_000, flops=2_000_000), rates) == (2.0, "float32 matmul")
-    assert floors.floor(Work(1_000_000, flops=8_000_000, flop_dtype="bfloat16"), rates) == (2.0, "bfloat16 matmul")
+RATES = {"bandwidth": 1e9, "l2": 1e9, "float32 matmul": 1e9, "bfloat16 matmul": 4e9}
+GATHER = {"bandwidth": 4e9, "l2 bytes": 6e10, "l1 cycles": 1e9, "reductions": 2.2e8}
+H200, A100 = ({"bandwidth": 4e12, "float32 matmul": 1e12} | floors.part_rates(f"NVIDIA {x}") for x in ("H200", "A100"))
 
 
-def test_the_floor_of_a_gather_on_a_gpu_is_counted():
-    """By bytes from L2, cycles of L1 and reductions; on a part whose rates are not known there is none."""
-    work = Work(4_000_000_000, l2_bytes=60_000_000_000, wavefronts=1_000_000_000, reductions=220_000_000)
-    known = {"bandwidth": 4e12, "float32 matmul": 1e12} | floors.part_rates("NVIDIA H200")
-    assert floors.floor(work, known) == (pytest.approx(8.0), "l2 bytes")
-    assert floors.floor(replace(work, reductions=1_100_000_000), known) == (pytest.approx(10.0), "reductions")
-    assert floors.floor(replace(work, wavefronts=2_613_600_000), known) == (pytest.approx(10.0), "l1 cycles")
-    # 16 special functions a cycle on each of 132 multiprocessors at 1.98 GHz
-    assert floors.floor(replace(work, special=41_817_600_000), known) == (pytest.approx(10.0), "special functions")
-    assert floors.part_rates("NVIDIA A100-SXM4-80GB") == {}
-    assert floors.floor(work, {"bandwidth": 4e12, "float32 matmul": 1e12}) == (pytest.approx(1.0), "bandwidth")
-
-
-def test_readme_tables_state_each_case_measured():
-    """Rows as a full run writes them, with times that are easy to tell apart."""
-    rows = []
-    for op in ("attention_mask", "masked_attention"):
-        for case in benchmarks.load(op).cases(Scale("cpu", False)):
-            for i, one in enumerate(case.implementations):
-                for factor, setting in ((2.0, "default"), (1.0, "heap retained")):
-                    row = Row(op, case.name, one.name, setting, case.direction, "", case.dtype, 2)
-                    memory_ = 10.0 * (i + 1) if case.memory and setting == "default" else None
-                    written = 100.0 * (i + 1)
-                    time = factor * (i + 1)
-                    rows.append(replace(row, median_ms=time, memory_extra_mib=memory_, written_mib=written))
-    text = tables.masked_attention(rows)
-    assert (
-        "| masks of 9 layers, 1024² | **2.00** (1.00) | 4.00, 2.00x (2.00, 2.00x) | 6.00, 3.00x (3.00, 3.00x)" in text
-    )
-    assert "| peak MiB above inputs, 1024² | 10.0 | 20.0 | 30.0 | 40.0 |" in text
-    assert "| MiB written, 1024² | 100 | 200 | 300 | 400 |" in text
-    assert "| forward + backward, regions of 0.3 | **2.00** (1.00) | 4.00, 2.00x (2.00, 2.00x) |" in text
-    assert " - " not in text, "something is stated that was not measured"
+@pytest.mark.parametrize(
+    ("work", "rates", "expected"),
+    [
+        ({"bandwidth": 3e6, "float32 matmul": 2e6}, RATES, (3, "bandwidth")),
+        ({"bandwidth": 1e6, "float32 matmul": 2e6}, RATES, (2, "float32 matmul")),
+        ({"bandwidth": 1e6, "bfloat16 matmul": 8e6}, RATES, (2, "bfloat16 matmul")),
+        ({"bandwidth": 1e6, "l2": 4e6}, RATES, (4, "l2 gather")),
+        # On a GPU gathers are counted, where the part's rates are known.
+        (GATHER, H200, (8, "l2 bytes")),
+        (GATHER | {"reductions": 1.1e9}, H200, (10, "reductions")),
+        (GATHER | {"l1 cycles": 2.6136e9}, H200, (10, "l1 cycles")),
+        # 16 special functions a cycle on each of 132 multiprocessors at 1.98 GHz
+        (GATHER | {"special functions": 4.18176e10}, H200, (10, "special functions")),
+        (GATHER, A100, (1, "bandwidth")),
+    ],
+)
+def test_the_floor_is_what_bounds_most(work, rates, expected):
+    milliseconds, bound = floors.floor(work, rates)
+    assert (pytest.approx(milliseconds), bound) == expected
 
 
 def test_written_bytes_are_those_of_results_and_temporaries():
@@ -188,6 +164,24 @@ def test_gradients_are_checked_after_the_outputs():
     assert verdict.output < 1e-6 < verdict.gradients
 
 
+@pytest.mark.parametrize(
+    ("op", "data"), [("attention_mask", "9 layers 128² fp32"), ("masked_attention", masked_attention.MODULE)]
+)
+def test_every_form_is_right_and_runs_on_less(op, data, monkeypatch):
+    for module in ("skimage", "transformers"):
+        pytest.importorskip(module, reason=NEEDS_BENCH)
+    monkeypatch.setattr(attention_mask, "_sizes", lambda scale: (64, 128))
+    monkeypatch.setattr(masked_attention, "SMALL", 256)
+    benchmark = benchmarks.load(op)
+    case = next(case for case in benchmark.cases(Scale("cpu", True)) if case.data == data)
+    made = case.build()
+    assert len(case.implementations) >= 3
+    for one in case.implementations:
+        run = case.bind(one, made)
+        assert benchmark.check(case, one, made, one.decode(run(collect=True), made)).right, one.name
+        case.bind(one, benchmark.shrink(made))()
+
+
 # ---------------------------------------------------------------- attention masks
 
 
@@ -196,15 +190,6 @@ def masks():
     for module in ("skimage", "transformers"):
         pytest.importorskip(module, reason=NEEDS_BENCH)
     return attention_mask.build("cpu", 128, "fp32", True)
-
-
-def test_every_form_of_attention_masks_is_right(masks):
-    for implementation in attention_mask.implementations():
-        case = Case("case", "data", "forward", [], dtype="fp32")
-        run = case.bind(implementation, masks)
-        verdict = attention_mask.check(case, implementation, masks, implementation.decode(run(True), masks))
-        assert verdict.right, implementation.name
-        assert run() == ()
 
 
 def test_a_wrong_bit_is_found(masks):
@@ -314,32 +299,18 @@ def test_work_counts_attended_pairs_only():
     pairs = int(data.inputs["attend"].sum())
     assert 0 < pairs < 3 * 64
     forward = masked_attention.work(case, data)
-    assert forward.flops == 4 * 256 * pairs
-    assert forward.bytes_moved == 4 * 256 * (2 * 3 + 2 * 64) + 3 * (2 * 4 + 1)
+    assert forward["float32 matmul"] == 4 * 256 * pairs
+    assert forward["bandwidth"] == 4 * 256 * (2 * 3 + 2 * 64) + 3 * (2 * 4 + 1)
     both = masked_attention.work(replace(case, direction="forward+backward"), data)
-    assert both.flops == 12 * 256 * pairs
+    assert both["float32 matmul"] == 12 * 256 * pairs
 
 
-def test_packed_results_decode_to_bits(masks):
+def test_packed_results_decode_to_bits():
     attend = torch.rand(1, 2, 40) < 0.5
     packed = PackedMask(*m2f_kernels.pack_attention_mask(attend))
     data = Data({}, {"layer 1": attend}, outputs=("layer 1",))
     (decoded,) = attention_mask._decode([packed.bits, packed.row_any], data)
     assert torch.equal(decoded, packed.to_bool())
-
-
-def test_every_form_of_the_module_is_right(monkeypatch):
-    pytest.importorskip("skimage", reason=NEEDS_BENCH)
-    monkeypatch.setattr(masked_attention, "SMALL", 256)
-    scale = Scale("cpu", True)
-    case = next(c for c in masked_attention.cases(scale) if c.data == masked_attention.MODULE)
-    data = case.build()
-    assert len(case.implementations) == 3
-    for implementation in case.implementations:
-        run = case.bind(implementation, data)
-        verdict = check_relative_l2(case, implementation, data, implementation.decode(run(), data))
-        assert verdict.right, implementation.name
-        case.bind(implementation, masked_attention.shrink(data))()
 
 
 @pytest.mark.parametrize("command", ["fallbacks", "readme", "sass"])

@@ -31,7 +31,7 @@ def test_cells_on_a_gpu():
 
 
 @pytest.mark.parametrize(("training", "autocast"), [(False, "none"), (False, "bf16"), (True, "none")])
-def test_eager_models_are_right(training, autocast):
+def test_eager_models_are_right_and_their_parts_are_timed_apart(training, autocast):
     spec = replace(TINY, training=training, autocast=autocast)
     data = end_to_end._truth(replace(spec, autocast="none"))
     case = replace(end_to_end.whole_cases(Scale("cpu", True))[0], spec=spec)
@@ -39,7 +39,16 @@ def test_eager_models_are_right(training, autocast):
     assert [way.whose for way in found] == [OURS, TRANSFORMERS, TRANSFORMERS]
     for way in found:
         one = end_to_end.implementation(spec, way)
-        assert end_to_end.check(case, one, data, case.bind(one, data)()).right
+        results = case.bind(one, data)(collect=True)
+        assert end_to_end.check(case, one, data, results).right
+        if not way.precision:
+            wrong = [x + 0.01 * x.abs().max() for x in results]
+            assert not end_to_end.check(case, one, data, wrong).right
+        parts = {"backbone", "pixel decoder", "transformer decoder"} | ({"loss"} if training else set())
+        assert end_to_end.stages(case, one).keys() == parts
+        # Hooks wait for a GPU: none while a call is timed.
+        modules = () if way.how else end_to_end._model_of(spec, way).modules()
+        assert not any(x._forward_hooks or x._forward_pre_hooks for x in modules)
 
 
 def test_cpu_time_leaves_out_waiting():

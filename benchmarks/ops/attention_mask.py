@@ -24,7 +24,6 @@ from benchmarks.cases import (
     Benchmark,
     Case,
     Data,
-    Figure,
     Implementation,
     Levels,
     Scale,
@@ -32,7 +31,7 @@ from benchmarks.cases import (
     Verdict,
     Work,
     as_given,
-    flop_dtype,
+    matmul,
     missing,
     ratio,
 )  # fmt: skip
@@ -227,7 +226,7 @@ def work(case: Case, data: Data) -> Work:
     flops = 2 * n * queries * channels * sum(h * w for h, w in sizes)
     moved, element = bytes_of(data.inputs.values()) + written, data.inputs["mask_features"].element_size()
     resized = n * channels * element * (sum(h * w for h, w in data.levels) + sum(h * w for h, w in sizes))
-    return Work(moved, l2_bytes=moved + resized, flops=flops, flop_dtype=flop_dtype(case))
+    return {"bandwidth": moved, "l2 bytes": moved + resized, matmul(case): flops}
 
 
 _BOTH, _FASTER = (TRANSFORMERS, TRANSFORMERS_DROPPED), "faster than transformers"
@@ -244,10 +243,8 @@ FIGURES = {
         ratio(_LARGE, "written_mib", _BOTH, OURS, "fewer bytes written than transformers", None, None),
         *(ratio(case, "median_ms", STRIDED, OURS, _STRIDED, 2.0, 2.0) for case in (_LARGE, _SMALL)),
         *(
-            Figure(
-                f"{ALL} 1024² {dtype}: share of the bits that differ from float64",
-                (f"{ALL} 1024² {dtype}", (OURS,), "error_output"), None, (limit,), at_most=True,
-            )
+            ratio(f"{ALL} 1024² {dtype}", "error_output", OURS, None, "share of the bits that differ from float64",
+                  limit, at_most=True)
             for dtype, limit in WRONG_BITS.items()
         ),
     ],

@@ -18,12 +18,10 @@ import torch
 from torch import Tensor, nn
 
 import m2f_kernels
-from benchmarks import timing
 from benchmarks.cases import (
     Benchmark,
     Case,
     Data,
-    Figure,
     Implementation,
     Levels,
     Row,
@@ -187,8 +185,7 @@ def stages(case: Case, implementation: Implementation) -> dict[str, float]:
     if way.how in (COMPILED, GRAPH):
         return {}
     model, run = _model_of(case.spec, way), _adapt(case.spec, way, {}, [])["run"]
-    parts = [(part, model.get_submodule(path)) for part, path in bench.STAGES[way.base].items()]
-    with timing.watched(parts, case.spec.device) as samples:
+    with bench.watched(bench.stages(model, way.base), case.spec.device) as samples:
         for _ in range(STAGE_CALLS):
             run()
     return {part: statistics.median(taken) * 1e3 for part, taken in samples.items() if taken}
@@ -220,9 +217,7 @@ def check(case: Case, implementation: Implementation, data: Data, results: Seque
     if low_precision:
         # Random weights may have no logit above zero; then masks are the logits above the mean.
         threshold = 0 if (truth[1] > 0).any() else truth[1].mean()
-        ours, theirs = (x[1] > threshold for x in (found, truth))
-        union, shared = ((ours | theirs).flatten(2).sum(-1), (ours & theirs).flatten(2).sum(-1))
-        iou = (shared[union > 0] / union[union > 0]).double().mean().item()
+        iou = bench.overlap(found[1] > threshold, truth[1] > threshold)
         return Verdict(iou >= LEAST_IOU, 1 - iou)
     # Training gives no mask logits here.
     error = max(((x - y).abs().max() / y.abs().max()).item() for x, y in zip(found, truth, strict=False))
@@ -330,9 +325,9 @@ FIGURES = {
             at_most=True,
         ),
         ratio(_LARGE, _TIME, TRANSFORMERS, str(BF16), "bf16 autocast, faster than transformers in float32", 2.5),
-        Figure(
-            f"{_LARGE}: bf16 autocast, 1 - IoU of the masks with float32, random weights",
-            (_LARGE, (str(BF16),), "error_output"), None, (None,), at_most=True,
+        ratio(
+            _LARGE, "error_output", str(BF16), None,
+            "bf16 autocast, 1 - IoU of the masks with float32, random weights", None, at_most=True,
         ),
     ],
     "cuda": [

@@ -36,7 +36,7 @@ from benchmarks.cases import (
     Scale,
     Tensors,
     Work,
-    flop_dtype,
+    matmul,
     ratio,
 )  # fmt: skip
 from benchmarks.memory import bytes_of
@@ -323,16 +323,16 @@ def work(case: Case, data: Data) -> Work:
     n, queries, keys = attend.shape
     pairs = int(attend.sum())
     product = 2 * CHANNELS * pairs
-    made = partial(Work, flop_dtype=flop_dtype(case), special=(2 if case.backward else 1) * HEADS * pairs)
+    made: Work = {"special functions": (2 if case.backward else 1) * HEADS * pairs}
     if case.data == MODULE:  # queries and output, keys and values are projected
         projections = 2 * CHANNELS**2 * n * (2 * queries + 2 * keys)
         read = bytes_of(t for t in data.inputs.values() if t.is_floating_point())
-        return made(read + output, flops=projections + 2 * product)
+        return made | {"bandwidth": read + output, matmul(case): projections + 2 * product}
     tensors = bytes_of(data.inputs[name] for name in DIFFERENTIABLE)
     read = tensors + n * queries * (4 * ((keys + 31) // 32) + 1)
     if not case.backward:
-        return made(read + output, flops=2 * product)
-    return made(2 * read + 3 * output + tensors, flops=6 * product)
+        return made | {"bandwidth": read + output, matmul(case): 2 * product}
+    return made | {"bandwidth": 2 * read + 3 * output + tensors, matmul(case): 6 * product}
 
 
 def _cpu(kind: str, density: float, peer: str, target: float | None) -> Figure:
@@ -346,8 +346,7 @@ def _cuda(case: str, judged: bool) -> list[Figure]:
         ratio(case, "median_ms", peer, OURS, f"faster than {peer}", aim if judged else None)
         for peer, aim in aims.items()
     )
-    share = Figure(f"{case}: share of the floor", (case, (OURS,), "floor_ms"), (case, (OURS,), "median_ms"), (0.5,))
-    return [*faster, share]
+    return [*faster, ratio(case, "floor_share", OURS, None, "share of the floor", 0.5)]
 
 
 _FASTEST, _FASTER = (SDPA, MULTIHEAD, EAGER), "the faster of SDPA (boolean mask) and the eager forms"

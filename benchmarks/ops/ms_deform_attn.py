@@ -286,18 +286,18 @@ def work(case: Case, data: Data) -> Work:
     passes = 2 if case.backward else 1
     moved = passes * (read + output) + gradients
     if value.device.type == "cpu":
-        return Work(moved, passes**2 * rows, level)
+        return {"bandwidth": moved, level: passes**2 * rows}
     if "sampling_locations" not in data.inputs or samples.shape[1] != value.shape[1]:
-        return Work(moved)  # not counted
+        return {"bandwidth": moved}  # the others are not counted
     found = time_model.touched(data.inputs["sampling_locations"][0].cpu(), data.levels, value.shape[0])
     row = value.shape[-1] * value.element_size()
-    return Work(
-        moved,
-        l2_bytes=passes * (found.tile_rows * row + read + output - bytes_of([value])),
+    return {
+        "bandwidth": moved,
+        "l2 bytes": passes * (found.tile_rows * row + read + output - bytes_of([value])),
         # A quarter of a warp reads 128 bytes: a row of float32, two rows of 16 bits.
-        wavefronts=passes * (found.corners if value.element_size() == 4 else found.pair_rows),
-        reductions=found.tile_rows * value.shape[-1] * 4 // 32 if case.backward else 0,
-    )
+        "l1 cycles": passes * (found.corners if value.element_size() == 4 else found.pair_rows),
+        "reductions": found.tile_rows * value.shape[-1] * 4 // 32 if case.backward else 0,
+    }
 
 
 _TIME, _PROLOGUE = "median_ms", "than ms_deform_attn after its eager prologue"
@@ -326,7 +326,7 @@ def _on_gpu(where: str, share: float) -> list[Figure]:
         ratio(forward, _TIME, deformops, OURS, _BEST, 1.5),
         ratio(f"encoder {where} bf16 {both}", _TIME, TORCH_MS_DEFORM_ATTN, OURS, _OLD, 3.0),
         ratio(f"encoder {where} bf16 {both}", _TIME, deformops, OURS, _BEST, 1.3),
-        Figure(f"{forward}: share of the floor", (forward, (OURS,), "floor_ms"), (forward, (OURS,), _TIME), (share,)),
+        ratio(forward, "floor_share", OURS, None, "share of the floor", share),
     ]
 
 

@@ -367,16 +367,18 @@ def work(case: Case, data: Data) -> Work:
         features, points = data.inputs["mask_features"], data.inputs["points"]
         passes, samples = 2 if case.backward else 1, CHANNELS * POINTS * 4
         if features.device.type == "cpu":
-            return Work((features.nbytes + samples) * passes)
+            return {"bandwidth": (features.nbytes + samples) * passes}
         read = CHANNELS * touched_sectors(points[0].cpu(), features.shape[2:]) * 32
         moved = read + samples + (features.nbytes + samples if case.backward else 0)
-        return Work(moved, l2_bytes=moved, wavefronts=passes * POINTS * 4 * CHANNELS * features.element_size() // 128)
+        cycles = passes * POINTS * 4 * CHANNELS * features.element_size() // 128
+        return {"bandwidth": moved, "l2 bytes": moved, "l1 cycles": cycles}
     pixels = data.inputs["mask_features"].shape[2:].numel()
     flops = 2 * OUTPUTS * shape.images * QUERIES * CHANNELS * shape.points
     if case.backward:
         read += bytes_of(data.inputs[name] for name in data.differentiable)
         flops += 3 * 2 * OUTPUTS * shape.images * shape.targets * CHANNELS * pixels
-    return Work(read, special=3 * OUTPUTS * shape.images * QUERIES * shape.points, flops=flops)
+    special = 3 * OUTPUTS * shape.images * QUERIES * shape.points
+    return {"bandwidth": read, "special functions": special, "float32 matmul": flops}
 
 
 _LARGE, _SMALL, _BATCH = Shape(LOSS, 1024, 30), Shape(LOSS, 512, 10), Shape(LOSS, 1024, 20, images=2)
