@@ -379,7 +379,7 @@ class Row:
 
     @property
     def rest_ms(self) -> float:
-        """What a call takes outside of its stages."""
+        """Milliseconds of a call outside of its stages."""
         return max(0.0, self.median_ms - sum(self.stage_ms.values()))
 
     @classmethod

@@ -13,7 +13,6 @@ import torch
 
 import m2f_kernels
 from benchmarks.cases import version
-from benchmarks.ops import ms_deform_attn
 from m2f_kernels import dispatch
 from m2f_kernels.info import cpu_name
 
@@ -91,7 +90,6 @@ def gather(device: str, ops: list[str]) -> dict[str, str]:
         "torch": str(torch.__version__),
         "triton": version("triton") or "not installed",
         "m2f-kernels": f"{m2f_kernels.__version__} at commit {_commit()}",
-        "PyTorch grid_sample form": ms_deform_attn.grid_sample_source(),
     }
     for peer in ("transformers", "torch-ms-deform-attn", "deformops"):
         facts[peer] = version(peer) or "not installed"

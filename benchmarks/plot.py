@@ -130,28 +130,28 @@ def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict
 # ---------------------------------------------------------------- curves
 
 
-def _curve(axes: Any, lines: dict[str, list[tuple[int, float]]], colours: dict[str, str], unit: str) -> None:
-    """A line per implementation; the highest carries at its end how many times the lowest it is."""
+def _curve(
+    axis: Any, rows: Sequence[Row], of: Callable[[Row], int], what: str, field: str, colours: dict[str, str]
+) -> bool:
+    """A line per implementation over `of` a row, in the first allocator setting; the highest carries at its end how
+    many times the lowest it is. False, and nothing drawn, where nothing was measured."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for row in sorted(rows, key=of):
+        if row.setting == rows[0].setting and getattr(row, field) is not None:
+            lines.setdefault(row.implementation, []).append((of(row), getattr(row, field)))
     for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours[name], label=name)
-    last = max(x for points in lines.values() for x, _ in points)
-    ends = [y for points in lines.values() for x, y in points if x == last]
+        axis.plot(*zip(*points, strict=True), marker="o", ms=4, color=colours[name], label=name)
+    ticks = sorted({x for points in lines.values() for x, _ in points})
+    ends = [y for points in lines.values() for x, y in points if x == ticks[-1]]
     if len(ends) > 1 and min(ends) > 0:
-        axes.annotate(f" {max(ends) / min(ends):.1f}x", (last, max(ends)), fontsize=9, weight="bold", va="center")
-    axes.set_ylim(bottom=0)
-    axes.margins(x=0.12)
-    axes.set_ylabel(unit)
-    _bare(axes, "top", "right")
-
-
-def _lines(rows: Sequence[Row], of: Callable[[Row], int], field: str) -> dict[str, list[tuple[int, float]]]:
-    """Points (x, y) by implementation, of the first allocator setting."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for row in rows:
-        value = getattr(row, field)
-        if row.setting == rows[0].setting and value is not None:
-            found.setdefault(row.implementation, []).append((of(row), value))
-    return {name: sorted(points) for name, points in found.items()}
+        axis.annotate(f" {max(ends) / min(ends):.1f}x", (ticks[-1], max(ends)), fontsize=9, weight="bold", va="center")
+    axis.set_ylim(bottom=0)
+    axis.margins(x=0.12)
+    axis.set_xticks(ticks, map(str, ticks))
+    axis.minorticks_off()
+    axis.set(xlabel=what, ylabel=UNITS[field])
+    _bare(axis, "top", "right")
+    return bool(lines)
 
 
 def draw_points(
@@ -169,12 +169,13 @@ def draw_points(
     others = [row for row in whole if row.implementation not in names and not row.ours]
     figure, axes = _pyplot().subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     colours = _colours([*curve, *whole])
-    for axis, (field, unit) in zip(axes, UNITS.items(), strict=True):
-        lines = _lines(curve, points, field)
-        if not lines:
+    titles = (f"{case[0].upper()}{case[1:]}, forward + backward", "Peak memory above inputs and outputs")
+    for axis, title, (field, unit) in zip(axes, titles, UNITS.items(), strict=True):
+        axis.set_title(title)
+        axis.set_xscale("log", base=4)
+        if not _curve(axis, curve, points, "points K", field, colours):
             axis.set_axis_off()
             continue
-        _curve(axis, lines, colours, unit)
         known = {row.implementation: getattr(row, field) for row in others if getattr(row, field) is not None}
         # A line far above would flatten all others.
         near = [name for name, measured in known.items() if measured <= 1.5 * axis.get_ylim()[1]]
@@ -182,13 +183,6 @@ def draw_points(
             axis.axhline(known[name], color=colours[name], ls="--", lw=1.2, label=name)
         note = "\n".join(f"beyond: {name}: {number(known[name])} {unit}" for name in known if name not in near)
         axis.text(0.02, 0.98, note, transform=axis.transAxes, va="top", fontsize=8)
-        axis.set_xscale("log", base=4)
-        ticks = sorted({x for line in lines.values() for x, _ in line})
-        axis.set_xticks(ticks, [str(k) for k in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel("points K")
-    axes[0].set_title(f"{case[0].upper()}{case[1:]}, forward + backward")
-    axes[1].set_title("Peak memory above inputs and outputs")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return _saved(figure, directory / "point_loss_curve.png")
@@ -201,13 +195,10 @@ def draw_sizes(directory: Path, rows: Sequence[Row], side: Callable[[Row], int],
         rows: the cases of one curve, all sizes and implementations.
         side: of a row's image, in pixels.
     """
-    sides = sorted({side(row) for row in rows})
-    if len(sides) < 2:
+    if len({side(row) for row in rows}) < 2:
         return []
     figure, axis = _pyplot().subplots(figsize=(5.4, 3.8), layout="constrained")
-    _curve(axis, _lines(rows, side, "median_ms"), _colours(rows), "ms")
-    axis.set_xticks(sides)
-    axis.set_xlabel("side of the image, pixels")
+    _curve(axis, rows, side, "side of the image, pixels", "median_ms", _colours(rows))
     axis.set_title(title)
     axis.legend()
     return _saved(figure, directory / "end_to_end_sizes.png")

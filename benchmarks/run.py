@@ -108,7 +108,7 @@ class Runner:
                     self.console.print(f"[bold red]Warning:[/] {text}: these are not the kernels' times")
 
     def _peak(self, what: str, task: Callable[..., Any], *arguments: Any) -> Any:
-        """What the task measures in a fresh process; None, and a failure, if it ends otherwise.
+        """The only thing that a task yields in a fresh process; None, and a failure, if it ends otherwise.
 
         The process is forked from one that has imported everything and computed nothing: no thread has been started
         and no tensor made.

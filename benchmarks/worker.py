@@ -1,4 +1,4 @@
-"""What the measuring processes do. The runner starts each fresh, with the allocator setting in its environment.
+"""The tasks of measuring processes. The runner starts each fresh, with the allocator setting in its environment.
 
 A task yields what it finds: the name of its next step, facts by name, and rows.
 """
@@ -171,7 +171,7 @@ def _measure(
 
 
 def calibration() -> Iterator[float]:
-    """What `memory.calibration` measures."""
+    """The extra memory measured of a known temporary, in MiB."""
     yield memory.calibration()
 
 

@@ -36,7 +36,6 @@ from benchmarks.cases import (
     Work,
     missing,
     ratio,
-    version,
 )  # fmt: skip
 from benchmarks.memory import bytes_of
 from benchmarks.tools import time_model
@@ -91,22 +90,6 @@ def grid_sample_form(value: Tensor, levels: Levels, locations: Tensor, weights: 
     return output.transpose(1, 2).contiguous()
 
 
-@cache
-def _grid_sample() -> Callable[[Tensor, Levels, Tensor, Tensor], Tensor]:
-    """The PyTorch form: `transformers`' own function where it is installed."""
-    try:
-        module = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
-        return module.multi_scale_deformable_attention
-    except (ImportError, AttributeError):
-        return grid_sample_form
-
-
-def grid_sample_source() -> str:
-    """The source of the PyTorch form, in words for the report."""
-    installed = version("transformers")
-    return f"transformers {installed}, mask2former" if installed else "this repository's copy of transformers' form"
-
-
 def eager_prologue(a: dict[str, Any]) -> tuple[Tensor, Tensor]:
     """Sampling locations and attention weights from offsets and logits, as every published module computes them."""
     offsets, logits = a["sampling_offsets"], a["attention_logits"]
@@ -129,7 +112,9 @@ def _from_offsets(a: dict[str, Any]) -> Tensor:
 
 
 def _pytorch(a: dict[str, Any], samples: Callable[..., tuple[Tensor, Tensor]] = _given) -> Tensor:
-    return _grid_sample()(a["value"], a["levels"], *samples(a))
+    published = importlib.import_module("transformers.models.mask2former.modeling_mask2former")
+    output: Tensor = published.multi_scale_deformable_attention(a["value"], a["levels"], *samples(a))
+    return output
 
 
 def _compiled(a: dict[str, Any], samples: Callable[..., tuple[Tensor, Tensor]] = _given) -> Tensor:
