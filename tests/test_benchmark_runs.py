@@ -83,8 +83,13 @@ def test_kernels_alone(tmp_path):
     done = _python("-m", "benchmarks.kernels", *parts, "--output", tmp_path / "k" / "x.md")
     assert done.returncode == 0, done.stderr
     written = (tmp_path / "k" / "x.md").read_text()
-    for name in ("resize_mask_features", "predict_attention_mask", "point_sample backward", "uncertain_points"):
-        (line,) = [line for line in written.splitlines() if line.startswith(f"| {name}")]
+    for name in (
+        "resize_mask_features",
+        "predict_attention_mask, stride 8",
+        "point_sample backward",
+        "uncertain_points, 100 masks",
+    ):
+        (line,) = [line for line in written.splitlines() if line.startswith(f"| {name} |")]
         assert all(float(cell) > 0 for cell in line.split("|")[2:4])
     assert "- torch: " in written
 

@@ -122,7 +122,15 @@ def _attention(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
 def _points(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     features = torch.randn(1, CHANNELS, size // 4, size // 4, device=device).to(dtype).requires_grad_()
     points = torch.rand(1, POINTS, 2, device=device)
-    yield from _both("point_sample", lambda x: m2f_kernels.point_sample(x, points), [features])
+    both = list(_both("point_sample", lambda x: m2f_kernels.point_sample(x, points), [features]))
+    yield from both
+    if m2f_kernels.explain("point_sample", features, points).backend == "triton":
+
+        def by_tiles() -> object:
+            with static.choosing("points.triton_sampling", "GATHER", "tiles"):
+                return both[1][1]()
+
+        yield "point_sample backward, tiles", by_tiles
     logits = torch.randn(1, 100, size // 4, size // 4, device=device)
     yield "uncertain_points, 100 masks", lambda: m2f_kernels.uncertain_points(logits, POINTS)
     if m2f_kernels.explain("uncertain_points", logits).backend == "triton":

@@ -259,6 +259,14 @@ CASES += [
         _SAMPLE, "point_sample_backward", given("x[1,256,12544] f32[1,12544,2]", 256, 256), representative=False,
         chosen=partial(choosing, "points.triton_sampling", "GATHER", "chunks"),
     ),
+    # Channels that fill their blocks, or in part, and sizes of 1.
+    *(
+        Case(
+            _SAMPLE, "point_sample_backward", given(f"x[1,{c},{k}] f32[1,{k},2]", h, w), representative=False,
+            chosen=partial(choosing, "points.triton_sampling", "GATHER", "tiles"),
+        )
+        for c, k, h, w in ((256, 12544, 256, 256), (300, 70, 9, 50), (64, 70, 1, 1), (64, 70, 1, 9), (64, 70, 9, 1))
+    ),
     # With few channels another kernel serves.
     Case(_SAMPLE, "point_sample_backward", given("x[1,1,12544] f32[1,12544,2]", 256, 256)),
     # Sizes of 1 are constants to the compiler.

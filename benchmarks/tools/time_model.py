@@ -382,8 +382,10 @@ TRIPS: dict[str, Callable[[dict[str, Any], int], list[int]]] = {
     "_forward_kernel": lambda a, count: [a["TILES"]] * max(1, count - 1) + [0] * (count > 1),
     "_keep_kernel": lambda a, count: [math.ceil(a["candidates"] / a["BLOCK"])] * count,
     "_keep_by_digits_kernel": _by_digits,
-    # The fullest two cells of 64 pixels, at a point for five.
+    # The fullest two cells of 64 pixels, at a point for five; and the fullest of 16 pixels (2.4 on average), of which
+    # none is crowded.
     "_gather_backward_kernel": lambda a, count: [3] * count,
+    "_gather_rows_kernel": lambda a, count: [3] + [0] * (count - 1),
 }
 TRIPS["_forward_lean_kernel"] = TRIPS["_backward_kernel"] = TRIPS["_forward_kernel"]
 
@@ -443,12 +445,14 @@ def points_kept(masks_: int = 100, selection: str = "histogram") -> Launches:
 _SORTING = 6
 
 
-def points_gradient() -> Launches:
-    """Launches of `point_sample`'s gradient: 256 channels of a 256 x 256 map, 12544 points anywhere."""
+def points_gradient(gathered: str = "single") -> Launches:
+    """Launches of `point_sample`'s gradient: 256 channels of a 256 x 256 map, 12544 points anywhere. Of PyTorch's sort
+    only the starts are modelled; loads count for all lanes, also where a pixel has no more points."""
     from m2f_kernels.ops.points import triton_sampling as op
 
     given = static.given("f32[1,256,12544] f32[1,12544,2]", 256, 256)
-    return triton_kernels(op.point_sample_backward, given(), _trips), _SORTING
+    with static.choosing("points.triton_sampling", "GATHER", gathered):
+        return triton_kernels(op.point_sample_backward, given(), _trips), _SORTING
 
 
 #: Microseconds of forwards with other configurations on an H200: benchmarks/results/nvidia-h200/configurations.txt.
@@ -489,6 +493,7 @@ def rows(nvcc: str | None) -> Iterator[tuple[str, float | None, Callable[[], Lau
             name = f"masked_attention bf16, N={images} Q={queries}, {change}"
             yield name, time, partial(attention, low, images, queries, settings)
     yield "point_sample backward", 162.4, points_gradient
+    yield "point_sample backward, tiles", None, partial(points_gradient, "tiles")
 
 
 # ---------------------------------------------------------------- how far to believe it

@@ -78,14 +78,15 @@ def test_sample_edges(kernels, device):
     assert found[0, 0].tolist() == list(points.values())
 
 
-@pytest.fixture(params=["scattered", "sorted"])
+@pytest.fixture(params=["scattered", "single", "chunks", "tiles"])
 def c(request, monkeypatch):
-    """Channels for either way of the backward."""
+    """Channels for each way of the backward."""
     from m2f_kernels.ops.points import triton_sampling as sample
 
     if request.param == "scattered":
         return 3
     monkeypatch.setattr(sample, "SORTED_CHANNELS", 9)  # the interpreter would be slow with what a GPU likes
+    monkeypatch.setattr(sample, "GATHER", request.param)
     return 9
 
 
@@ -118,11 +119,9 @@ def test_sample_backward(kernels, device, generator, dtype, magnitude, c):
     assert relative_error(actual, expected) <= tolerance(GRADIENT, dtype, dtype)
 
 
-@pytest.mark.parametrize("gather", ["single", "chunks"])
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), (9, 1), (3, 200)], ids=str)
-def test_sample_backward_of_crowded_points(kernels, device, generator, size, c, gather, monkeypatch):
+def test_sample_backward_of_crowded_points(kernels, device, generator, size, c):
     """Strided points, many of them on the same spot, on edges and nowhere; the same result for the same call."""
-    monkeypatch.setattr("m2f_kernels.ops.points.triton_sampling.GATHER", gather)
     points = torch.rand(2, 300, 2, generator=generator).mul(1.6).sub(0.3)
     points[:, :90] = points[:, 90:91]
     points[1, 100:110] = torch.tensor([0.0, 1.0])
@@ -149,14 +148,29 @@ def test_non_finite_gradients_stay_visible(kernels, device, generator, c):
     assert finite[:, 3:].all()
 
 
-def test_non_finite_gradients_of_a_crowd_reach_its_pixels_only(kernels, device, monkeypatch):
-    monkeypatch.setattr("m2f_kernels.ops.points.triton_sampling.GATHER", "chunks")
+@pytest.mark.parametrize("gather", ["chunks", "tiles"])
+def test_non_finite_gradients_of_a_crowd_reach_its_pixels_only(kernels, device, gather, monkeypatch):
+    monkeypatch.setattr("m2f_kernels.ops.points.triton_sampling.GATHER", gather)
     points = torch.full((1, 200, 2), 0.52, device=device)
     points[:, 199] = 0.1
     upstream = torch.ones(1, 64, 200, device=device)
     upstream[0, 3, 70] = float("inf")
     finite = kernels["point_sample_backward"](upstream, points, 8, 8).isfinite()[0]
     assert finite.flatten(1).sum(1).tolist() == [64 - 4 * (i == 3) for i in range(64)]
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("channels", [64, 65, 300])
+def test_sample_backward_from_rows_of_channels(kernels, device, generator, channels, dtype, monkeypatch):
+    """Channels that fill their blocks and that do not, in one block and more; more than one block of points."""
+    monkeypatch.setattr("m2f_kernels.ops.points.triton_sampling.GATHER", "tiles")
+    _, points = make(generator, device)
+    upstream = torch.randn(2, channels, 70, generator=generator).to(device, dtype)
+    pixels = torch.zeros(2, channels, 5, 37, dtype=torch.float64, device=device, requires_grad=True)
+    sampled = sampling.point_sample(pixels, points.double())
+    (expected,) = torch.autograd.grad(sampled, pixels, upstream.double())
+    actual = kernels["point_sample_backward"](upstream, points, 5, 37)
+    assert relative_error(actual, expected) <= tolerance(GRADIENT, dtype, dtype)
 
 
 # ---------------------------------------------------------------- uncertain_points

@@ -27,12 +27,12 @@ _BINS = tl.constexpr(2048)
 SELECTION = os.environ.get("M2F_SELECTION", "histogram")
 if SELECTION not in ("histogram", "digits"):
     raise ValueError(f"M2F_SELECTION: expected 'histogram' or 'digits'; got {SELECTION!r}")
-#: How a pixel gathers its gradient: point after point ("single"), which GPUs have run, or ("chunks") many at once where
-#: they crowd, which none has.
+#: How a pixel gathers its gradient: point after point ("single"), which GPUs have run; many at once where they crowd
+#: ("chunks"); or from rows of all channels ("tiles"). No GPU has run the last two.
 GATHER = os.environ.get("M2F_GATHER", "single")
-if GATHER not in ("single", "chunks"):
-    raise ValueError(f"M2F_GATHER: expected 'single' or 'chunks'; got {GATHER!r}")
-#: A pixel with more points than `_FEW` in two neighbouring cells takes `_CHUNK` of them at once.
+if GATHER not in ("single", "chunks", "tiles"):
+    raise ValueError(f"M2F_GATHER: expected 'single', 'chunks' or 'tiles'; got {GATHER!r}")
+#: A pixel with more points than `_FEW` takes many of them at once: "chunks" `_CHUNK`, "tiles" as many as it has pixels.
 _FEW, _CHUNK = tl.constexpr(64), tl.constexpr(256)
 
 
@@ -299,18 +299,27 @@ def to_float(sums: Tensor, scale: Tensor, dtype: torch.dtype, clear: bool = Fals
     return out
 
 
+@triton.jit
+def _located(at, points_d, taken, height, width):
+    """The cells of points and their fractions beyond the cells' first pixel, in x and in y.
+
+    A cell is what lies between four pixels: there are `height` + 1 rows of `width` + 1, and one more for points that
+    contribute nothing.
+    """
+    column, fx, in_x = axis(tl.load(at, mask=taken, other=0.0), width)
+    row, fy, in_y = axis(tl.load(at + points_d, mask=taken, other=0.0), height)
+    return tl.where(in_x & in_y, (row + 1) * (width + 1) + column + 1, (height + 1) * (width + 1)), fx, fy
+
+
 @triton.jit(do_not_specialize=["num_points"])
 def _cell_kernel(
     points_ptr, cells_ptr, points_n, points_k, points_d, num_points, height, width, BLOCK_K: tl.constexpr
 ):  # fmt: skip
-    """One program: BLOCK_K points of one image. A cell is what lies between four pixels: there are `height` + 1 rows of
-    `width` + 1, and one more for points that contribute nothing."""
+    """One program: BLOCK_K points of one image."""
     n = tl.program_id(1).to(tl.int64)
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     at = points_ptr + n * points_n + k.to(tl.int64) * points_k
-    column, _, in_x = axis(tl.load(at, mask=k < num_points, other=0.0), width)
-    row, _, in_y = axis(tl.load(at + points_d, mask=k < num_points, other=0.0), height)
-    cell = tl.where(in_x & in_y, (row + 1) * (width + 1) + column + 1, (height + 1) * (width + 1))
+    cell, _, _ = _located(at, points_d, k < num_points, height, width)
     tl.store(cells_ptr + n * num_points + k, cell, mask=k < num_points)
 
 
@@ -408,6 +417,14 @@ def _gather_backward_kernel(
     tl.store(to, total.to(out_ptr.dtype.element_ty), mask=(c < num_channels)[:, None] & inside[None, :])
 
 
+def _sorted(cells: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The points of each image by their cell [N, K], and where each cell begins among them [N, count + 1]."""
+    # Stable: equals keep their order, and so does the sum of their terms.
+    sorted_cells, order = cells.sort(dim=1, stable=True)
+    bounds = torch.arange(count + 1, dtype=torch.int32, device=cells.device)
+    return order, torch.searchsorted(sorted_cells, bounds.expand(len(cells), -1).contiguous(), out_int32=True)
+
+
 def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> Tensor:
     """grad [N, C, K] contiguous, points [N, K, 2]."""
     n, c, k = grad.shape
@@ -419,21 +436,151 @@ def _backward_sorted(grad: Tensor, points: Tensor, height: int, width: int) -> T
             joined=1,
         )  # fmt: skip
         return parts[0]
+    if GATHER == "tiles" and k < 2**29:  # its offsets of weights have 32 bits
+        return _backward_tiles(grad, points, height, width)
     cells = torch.empty(n, k, dtype=torch.int32, device=grad.device)
     launch(
         _cell_kernel, (triton.cdiv(k, 256), n), points_ptr=points, cells_ptr=cells, **strides("points", points, "nkd"),
         num_points=k, height=height, width=width, BLOCK_K=256, num_warps=4,
     )  # fmt: skip
-    # Stable: equals keep their order, and so does the sum of their terms.
-    sorted_cells, order = cells.sort(dim=1, stable=True)
-    bounds = torch.arange((height + 1) * (width + 1) + 1, dtype=torch.int32, device=grad.device)
-    first = torch.searchsorted(sorted_cells, bounds.expand(n, -1).contiguous(), out_int32=True)
+    order, first = _sorted(cells, (height + 1) * (width + 1))
     out = torch.empty(n, c, height, width, dtype=grad.dtype, device=grad.device)
     launch(
         _gather_backward_kernel, (triton.cdiv(height * width, 64), triton.cdiv(c, 8), n), grad_ptr=grad,
         points_ptr=points, order_ptr=order, first_ptr=first, out_ptr=out, **strides("points", points, "nkd"),
         num_channels=c, num_points=k, height=height, width=width, BLOCK_C=8, BLOCK_P=64,
         CHUNKS=GATHER == "chunks", num_warps=4 if GATHER == "chunks" else 2,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit(do_not_specialize=["num_channels", "num_points"])
+def _rows_kernel(
+    grad_ptr, points_ptr, rows_ptr, weights_ptr, cells_ptr, points_n, points_k, points_d, num_channels, num_points,
+    height, width, ROW: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradients of BLOCK_K points of one image in BLOCK_C channels, transposed.
+
+    The first channels' programs also write each point's cell and the weights of the four pixels around it.
+    """
+    n = tl.program_id(2).to(tl.int64)
+    k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside, point = k < num_points, n * num_points + k
+    from_ = grad_ptr + ((n * num_channels + c) * num_points)[:, None] + k[None, :]
+    g = tl.load(from_, mask=(c < num_channels)[:, None] & inside[None, :], other=0.0)
+    tl.store(rows_ptr + (point * ROW)[:, None] + c[None, :], tl.trans(g), mask=inside[:, None])
+    if tl.program_id(1) == 0:
+        at = points_ptr + n * points_n + k.to(tl.int64) * points_k
+        cell, fx, fy = _located(at, points_d, inside, height, width)
+        tl.store(cells_ptr + point, cell, mask=inside)
+        corner = tl.arange(0, 4)[None, :]
+        weight = tl.where(corner % 2 == 1, fx[:, None], 1 - fx[:, None])
+        weight *= tl.where(corner >= 2, fy[:, None], 1 - fy[:, None])
+        tl.store(weights_ptr + (point * 4)[:, None] + corner, weight, mask=inside[:, None])
+
+
+@triton.jit
+def _slots(first_ptr, width, inside):
+    """The points of pixels, in slots: those of the two cells above a pixel, then those of the two below it.
+
+    Which sorted point slot 0 is, in the cells above and as if it were in those below; in which slots the second, third
+    and fourth cell begin; the number of slots.
+    """
+    above = tl.load(first_ptr, mask=inside, other=0)
+    second = tl.load(first_ptr + 1, mask=inside, other=0) - above
+    third = tl.load(first_ptr + 2, mask=inside, other=0) - above
+    first_ptr += width + 1
+    below = tl.load(first_ptr, mask=inside, other=0) - third
+    fourth = tl.load(first_ptr + 1, mask=inside, other=0) - below
+    return above, below, second, third, fourth, tl.load(first_ptr + 2, mask=inside, other=0) - below
+
+
+@triton.jit
+def _row_terms(rows_ptr, weights_ptr, order_ptr, slot, taken, above, below, second, third, fourth, ROW: tl.constexpr):
+    """The terms [B, S, C] of the points in slots; zero where they are not `taken`."""
+    k = tl.load(order_ptr + (slot + tl.where(slot < third, above, below)), mask=taken, other=0).to(tl.int32)
+    corner = 3 - (slot >= second).to(tl.int32) - (slot >= third).to(tl.int32) - (slot >= fourth).to(tl.int32)
+    weight = tl.load(weights_ptr + (4 * k + corner), mask=taken, other=0.0)
+    g = tl.load(rows_ptr + (k.to(tl.int64) * ROW)[None, :, None], mask=taken[None, :, None], other=0.0)
+    return g.to(tl.float32) * weight[None, :, None]
+
+
+@triton.jit
+def _add_crowd(total, rows_ptr, weights_ptr, order_ptr, first_ptr, width, inside, pixel, ROW: tl.constexpr):
+    """`total` [B, P, C] with the terms of one of its pixels, P points at once, if that has more than `_FEW`."""
+    above, below, second, third, fourth, count = _slots(first_ptr, width, inside)
+    if count > _FEW:
+        pixels = tl.arange(0, total.shape[1])
+        part = tl.zeros_like(total)
+        for start in range(0, count, total.shape[1]):
+            slot = start + pixels
+            part += _row_terms(
+                rows_ptr, weights_ptr, order_ptr, slot, slot < count, above, below, second, third, fourth, ROW
+            )
+        # Not as a product with zero: the sum may not be finite.
+        total += tl.where((pixels == pixel)[None, :, None], tl.sum(part, axis=1)[:, None, :], 0.0)
+    return total
+
+
+@triton.jit(do_not_specialize=["num_channels", "num_points"])
+def _gather_rows_kernel(
+    rows_ptr, weights_ptr, order_ptr, first_ptr, out_ptr, num_channels, num_points, height, width, ROW: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P pixels of one row in BLOCKS * BLOCK_C channels of one image."""
+    n = tl.program_id(2).to(tl.int64)
+    tiles = tl.cdiv(width, BLOCK_P)
+    row, begin = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_P
+    column = begin + tl.arange(0, BLOCK_P)
+    # Blocks of channels lie in a thread's registers, so that it uses a weight more often.
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    c = block[:, None, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
+    rows_ptr += n * num_points * ROW + c
+    weights_ptr += n * num_points * 4
+    order_ptr += n * num_points
+    first_ptr += n * ((height + 1) * (width + 1) + 1) + row * (width + 1)
+    above, below, second, third, fourth, count = _slots(first_ptr + column, width, column < width)
+    crowded = tl.max(count, axis=0) > _FEW
+    count = tl.where(count > _FEW, 0, count)
+    total = tl.zeros((BLOCKS, BLOCK_P, BLOCK_C), tl.float32)
+    for slot in range(tl.max(count, axis=0)):
+        total += _row_terms(
+            rows_ptr, weights_ptr, order_ptr, slot, slot < count, above, below, second, third, fourth, ROW
+        )
+    if crowded:
+        for j in range(BLOCK_P):
+            total = _add_crowd(
+                total, rows_ptr, weights_ptr, order_ptr, first_ptr + begin + j, width, begin + j < width, j, ROW
+            )
+    c = tl.trans(c, (0, 2, 1))
+    to = out_ptr + n * num_channels * height * width + c.to(tl.int64) * (height * width)
+    to += (row * width + column)[None, None, :]
+    total = tl.trans(total, (0, 2, 1)).to(out_ptr.dtype.element_ty)
+    tl.store(to, total, mask=(c < num_channels) & (column < width)[None, None, :])
+
+
+def _backward_tiles(grad: Tensor, points: Tensor, height: int, width: int) -> Tensor:
+    """As `_backward_sorted`, from gradients transposed to rows of all channels: a pixel loads whole rows."""
+    n, c, k = grad.shape
+    block_c, blocks = min(triton.next_power_of_2(c), 128), 2 if c > 128 else 1
+    programs_c = triton.cdiv(c, blocks * block_c)
+    row = programs_c * blocks * block_c
+    rows = torch.empty(n, k, row, dtype=grad.dtype, device=grad.device)
+    weights = torch.empty(n, k, 4, dtype=torch.float32, device=grad.device)
+    cells = torch.empty(n, k, dtype=torch.int32, device=grad.device)
+    narrow = min(block_c, 64)
+    launch(
+        _rows_kernel, (triton.cdiv(k, 64), row // narrow, n), grad_ptr=grad, points_ptr=points, rows_ptr=rows,
+        weights_ptr=weights, cells_ptr=cells, **strides("points", points, "nkd"), num_channels=c, num_points=k,
+        height=height, width=width, ROW=row, BLOCK_C=narrow, BLOCK_K=64, num_warps=4,
+    )  # fmt: skip
+    order, first = _sorted(cells, (height + 1) * (width + 1))
+    out = torch.empty(n, c, height, width, dtype=grad.dtype, device=grad.device)
+    launch(
+        _gather_rows_kernel, (triton.cdiv(width, 16) * height, programs_c, n), rows_ptr=rows, weights_ptr=weights,
+        order_ptr=order, first_ptr=first, out_ptr=out, num_channels=c, num_points=k, height=height, width=width,
+        ROW=row, BLOCKS=blocks, BLOCK_C=block_c, BLOCK_P=16, num_warps=8,
     )  # fmt: skip
     return out
 
