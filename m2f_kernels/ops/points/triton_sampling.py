@@ -532,15 +532,15 @@ def _gather_rows_kernel(
     n = tl.program_id(2).to(tl.int64)
     tiles = tl.cdiv(width, BLOCK_P)
     row, begin = tl.program_id(0) // tiles, tl.program_id(0) % tiles * BLOCK_P
-    column = begin + tl.arange(0, BLOCK_P)
+    pixels, left = tl.arange(0, BLOCK_P), width - begin
     # Blocks of channels lie in a thread's registers, so that it uses a weight more often.
     block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
     c = block[:, None, None] * BLOCK_C + tl.arange(0, BLOCK_C)[None, None, :]
     rows_ptr += n * num_points * ROW + c
     weights_ptr += n * num_points * 4
     order_ptr += n * num_points
-    first_ptr += n * ((height + 1) * (width + 1) + 1) + row * (width + 1)
-    above, below, second, third, fourth, count = _slots(first_ptr + column, width, column < width)
+    first_ptr += n * ((height + 1) * (width + 1) + 1) + row * (width + 1) + begin
+    above, below, second, third, fourth, count = _slots(first_ptr + pixels, width, pixels < left)
     crowded = tl.max(count, axis=0) > _FEW
     count = tl.where(count > _FEW, 0, count)
     total = tl.zeros((BLOCKS, BLOCK_P, BLOCK_C), tl.float32)
@@ -550,14 +550,12 @@ def _gather_rows_kernel(
         )
     if crowded:
         for j in range(BLOCK_P):
-            total = _add_crowd(
-                total, rows_ptr, weights_ptr, order_ptr, first_ptr + begin + j, width, begin + j < width, j, ROW
-            )
+            total = _add_crowd(total, rows_ptr, weights_ptr, order_ptr, first_ptr + j, width, j < left, j, ROW)
     c = tl.trans(c, (0, 2, 1))
-    to = out_ptr + n * num_channels * height * width + c.to(tl.int64) * (height * width)
-    to += (row * width + column)[None, None, :]
+    to = out_ptr + n * num_channels * height * width + (row * width + begin)
+    to += c.to(tl.int64) * (height * width) + pixels[None, None, :]
     total = tl.trans(total, (0, 2, 1)).to(out_ptr.dtype.element_ty)
-    tl.store(to, total, mask=(c < num_channels) & (column < width)[None, None, :])
+    tl.store(to, total, mask=(c < num_channels) & (pixels < left)[None, None, :])
 
 
 def _backward_tiles(grad: Tensor, points: Tensor, height: int, width: int) -> Tensor:
@@ -580,7 +578,7 @@ def _backward_tiles(grad: Tensor, points: Tensor, height: int, width: int) -> Te
     launch(
         _gather_rows_kernel, (triton.cdiv(width, 16) * height, programs_c, n), rows_ptr=rows, weights_ptr=weights,
         order_ptr=order, first_ptr=first, out_ptr=out, num_channels=c, num_points=k, height=height, width=width,
-        ROW=row, BLOCKS=blocks, BLOCK_C=block_c, BLOCK_P=16, num_warps=8,
+        ROW=row, BLOCKS=blocks, BLOCK_C=block_c, BLOCK_P=16, num_warps=4,
     )  # fmt: skip
     return out
 
