@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
-from multiprocessing import current_process
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,8 @@ def fresh(context: Any, workspace: Path, task: Callable[..., Iterable[Any]], *ar
         RuntimeError: the process failed; the end of what it printed.
     """
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_relay, args=(sender, workspace, task, *arguments))
+    with tempfile.NamedTemporaryFile("w", dir=workspace, suffix=".log", delete=False) as log:
+        process = context.Process(target=_relay, args=(sender, log.name, task, *arguments))
     process.start()
     sender.close()
     try:
@@ -48,12 +49,12 @@ def fresh(context: Any, workspace: Path, task: Callable[..., Iterable[Any]], *ar
         process.kill()
         process.join()
     if process.exitcode:
-        last = (workspace / process.name).read_text().strip().splitlines()[-15:]
+        last = Path(log.name).read_text().strip().splitlines()[-15:]
         raise RuntimeError("\n".join([f"its process ended with {process.exitcode}: {last[-1] if last else ''}", *last]))
 
 
-def _relay(sender: Connection, workspace: Path, task: Callable[..., Iterable[Any]], *arguments: Any) -> None:
-    with (workspace / current_process().name).open("w") as file:
+def _relay(sender: Connection, log: str, task: Callable[..., Iterable[Any]], *arguments: Any) -> None:
+    with open(log, "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
     # float32 is float32 for everybody, in cuDNN's convolutions too, which default to TF32.
