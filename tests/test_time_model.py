@@ -92,7 +92,7 @@ SLOW_BARS = {
     "masked_attention fp32": 148,
     "uncertain_points, 100 masks": 146,
     "point_sample backward": 124,
-    "point_sample backward, tiles": 67,
+    "point_sample backward, tiles": 56,
 }
 
 
