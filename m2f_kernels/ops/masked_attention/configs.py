@@ -94,7 +94,12 @@ def _fitted(
     - gfx9 spills wide rows in half precision with more warps.
     - Before 3.8 Triton fails on the expanded mask words in the tensor memory of sm_100, with an internal error.
       Products of fewer than 64 rows do not use that memory.
+    - Before 3.9 it spills wide rows of float32 in fewer warps, and fails on them on sm_100 as well.
     """
+    wide = element_size == 4 and channels >= 128 and "KEYS_FIRST" in config
+    if wide and version < (3, 9) and device.capability >= 80:
+        queries = 32 if device.capability in (80, 90) else 16
+        config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], queries), "num_warps": 16}
     if device.capability == 75 or device.gfx.startswith("gfx11"):
         queries = min(config["BLOCK_Q"], 32 if channels <= 32 else 16)
         many = channels >= 128 and (element_size == 4 or "KEYS_FIRST" not in config)
@@ -109,6 +114,8 @@ def _fitted(
         return {**config, "num_warps": 4}
     if device.capability // 10 == 10 and version < (3, 8):
         tile = {name: min(config[name], 32) for name in ("BLOCK_Q", "BLOCK_K")}
+        if element_size == 2 and channels >= 64 and "KEYS_FIRST" in config:  # channels would be rows
+            tile["KEYS_FIRST"] = 0
         return {**config, **tile}
     return config
 
@@ -192,9 +199,12 @@ def biased_forward(
         config = {**_in_float32(channels), "num_warps": warps}
         if device.capability // 10 == 8:  # larger tiles spill there
             config = {**config, "BLOCK_Q": 32 if channels == 32 else 16}
+        if version < (3, 9) and device.capability >= 80 and channels in (32, 64):  # the same
+            config = {**config, "BLOCK_Q": 16, "num_warps": 8 if device.capability == 80 else 4}
     else:
         queries = 32 if device.capability == 120 and not wide else 64  # larger tiles spill there
-        config = {"BLOCK_Q": queries, "BLOCK_K": 32 if wide else 64, "num_warps": 8 if wide else 4, "num_stages": 2}
+        warps = 8 if wide or (channels == 64 and device.capability // 10 == 10 and version < (3, 9)) else 4
+        config = {"BLOCK_Q": queries, "BLOCK_K": 32 if wide else 64, "num_warps": warps, "num_stages": 2}
     # gfx11 spills wide rows in half precision, not in float32.
     config["IN_FLOAT"] = int(wide and element_size == 2 and device.gfx.startswith("gfx11"))
     return _biased(device, version, config, element_size, num_queries, channels, width)

@@ -36,10 +36,24 @@ FRACTION_BITS = 40
 _WEIGHT_BITS = 20
 #: Samples per query and head up to which the loop over points is unrolled.
 _UNROLLED = 16
+#: Arguments that change with the size of images, for which no kernel is compiled again.
+_OF_IMAGES = ["sizes", "bounds", "positions", "queries", "offset_scale"]
+_OF_IMAGES += [f"{tensor}_n" for tensor in ("value", "grad", "reference", "points", "weights")]
 _LOG2E = tl.constexpr(math.log2(math.e))
 
 
 # ---------------------------------------------------------------- geometry
+
+
+def _encoded(numbers: list[int]) -> tuple[int, ...]:
+    """Sizes as a kernel takes them: odd and at least 3. Triton compiles a kernel again for numbers in a tuple that are
+    1, or where others are divisible by 16; it does not heed do_not_specialize there."""
+    return tuple(2 * number + 3 for number in numbers)
+
+
+@triton.jit
+def _decoded(number):
+    return ((number >> 1) - 1).to(tl.int32)
 
 
 @triton.jit
@@ -57,7 +71,8 @@ def _level(shapes_ptr, starts_ptr, sizes, positions, LEVEL: tl.constexpr, ON_DEV
         start = tl.where(fits, start, 0).to(tl.int32)
         return height, width, start, tl.where(fits, width.to(tl.float32), -1.0)
     else:
-        return sizes[3 * LEVEL], sizes[3 * LEVEL + 1], sizes[3 * LEVEL + 2], sizes[3 * LEVEL + 1].to(tl.float32)
+        height, width = _decoded(sizes[3 * LEVEL]), _decoded(sizes[3 * LEVEL + 1])
+        return height, width, _decoded(sizes[3 * LEVEL + 2]), width.to(tl.float32)
 
 
 @triton.jit
@@ -210,7 +225,7 @@ def _add_level(
     return total
 
 
-@triton.jit(do_not_specialize=["sizes", "bounds", "positions", "queries", "offset_scale"])
+@triton.jit(do_not_specialize=_OF_IMAGES)
 def _forward_kernel(
     value_ptr, shapes_ptr, starts_ptr, reference_ptr, points_ptr, weights_ptr, out_ptr, sizes, bounds, value_n,
     value_s, value_h,
@@ -346,7 +361,7 @@ def _backward_sample(
     return sum_x, sum_y, sum_width, sum_height, bad
 
 
-@triton.jit(do_not_specialize=["sizes", "bounds", "positions", "queries", "offset_scale"])
+@triton.jit(do_not_specialize=_OF_IMAGES)
 def _backward_kernel(
     value_ptr, shapes_ptr, starts_ptr, reference_ptr, points_ptr, weights_ptr, grad_output_ptr, grad_value_ptr,
     grad_points_ptr, grad_weights_ptr,
@@ -520,8 +535,11 @@ class _Call:
         lanes = self.block_d // math.gcd(per_lane, self.align, self.block_d)
         self.chunks = triton.cdiv(self.channels, self.block_d)
         warps = 4
-        if arch.capability // 10 == 10 and self.channels >= 64:  # the assembler spills two registers with 4
+        # Elsewhere the assembler spills a few registers.
+        if arch.capability // 10 == 10 and self.channels >= 64:
             warps = 2 if grad_output is None and self.chunks == 1 and lanes == arch.warp_size else 8
+        elif arch.capability == 90 and grad_output is not None and self.chunks > 1:
+            warps = 8
         self.num_warps, self.block_q = _block(arch, warps, lanes, self.batch * self.heads, self.queries)
         self.blocks = self.batch * triton.cdiv(self.queries, self.block_q) * self.heads
         first = tuple(itertools.accumulate(points_per_level, initial=0))
@@ -533,7 +551,7 @@ class _Call:
             "value_ptr": value, "shapes_ptr": shapes, "starts_ptr": starts, "reference_ptr": reference,
             "points_ptr": self.points, "weights_ptr": weights,
             # Bounds as numbers too: with constants alone AMD's compiler unrolls loops and holds all corners at once.
-            "sizes": tuple(levels) or (0,), "bounds": first,
+            "sizes": _encoded(levels or [0]), "bounds": first,
             **dict(zip(("value_n", "value_s", "value_h", "grad_n", "grad_q"), aligned, strict=False)),
             **(dict.fromkeys(_REFERENCE, 0) if reference is None else strides("reference", reference, "nqld")),
             **strides("points", self.points, "nqhk"), "points_d": 0 if packed else self.points.stride(4),
