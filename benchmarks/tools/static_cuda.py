@@ -80,7 +80,7 @@ def control_codes(dump: str) -> str:
         if re.search(r"\bBRA\b", code):
             code = re.sub(r"\b0x([0-9a-f]+)", lambda m: f"LBB{int(m[1], 16)}", code)
         barriers = ":".join("-" if barrier == 7 else str(barrier) for barrier in (read, write))
-        waits = f"{wait:02x}" if wait else "--"
+        waits = f"{wait:02d}" if wait else "--"
         lines += [f"LBB{int(address, 16)}:", f"{waits}:{barriers}:{'Y' if yields else '-'}:{stall:x}\t{code.strip()}"]
     return "\n".join(lines) + "\n"
 

@@ -71,9 +71,7 @@ MATRIX_RATE, SYNCHRONOUS = 2048, 0.62
 
 # ---------------------------------------------------------------- one warp
 
-_CONTROL = re.compile(
-    r"^(?P<wait>--|[0-9a-f]{2}):(?P<read>[-\d]):(?P<write>[-\d]):(?P<yield>[-Y]):(?P<stall>[0-9a-f])\t"
-)
+_CONTROL = re.compile(r"^(?P<wait>--|\d\d):(?P<read>[-\d]):(?P<write>[-\d]):(?P<yield>[-Y]):(?P<stall>[0-9a-f])\t")
 _SHAPE = re.compile(r"\.(\d+)x(\d+)x(\d+)|\.(16816|1688|884)\b")
 
 
@@ -113,7 +111,7 @@ def _decoded(line: str) -> tuple[int, str, str, int, str, str]:
     control, found = _CONTROL.match(line), sass.opcodes(line)
     if control is None or not found:
         raise ValueError(f"trace: expected instructions with control codes; got {line!r}")
-    wait = 0 if control["wait"] == "--" else int(control["wait"], 16)
+    wait = 0 if control["wait"] == "--" else int(control["wait"])
     return wait, control["read"], control["write"], int(control["stall"], 16), found[0], sass.kind_of(found[0])
 
 
