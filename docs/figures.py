@@ -128,7 +128,7 @@ def points() -> Figure:
     uniform = torch.rand(300, 2, generator=torch.Generator().manual_seed(1))
     figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.6))
     for panel, where, title in ((axes[0], uniform, "uniform: matching"), (axes[1], uncertain, "uncertain: loss")):
-        panel.imshow(logits[0], cmap="RdBu_r", vmin=-8, vmax=8, extent=(0, 1, 1, 0))
+        panel.imshow(logits[0].numpy(), cmap="RdBu_r", vmin=-8, vmax=8, extent=(0, 1, 1, 0))
         panel.plot(*where.T.numpy(), ".", color=INK, ms=2)
         frame(panel, f"300 points, {title}")
     bins = np.linspace(-4.5, 4.5, 25)
