@@ -99,7 +99,8 @@ def _fitted(
     wide = element_size == 4 and channels >= 128 and "KEYS_FIRST" in config
     if wide and version < (3, 9) and device.capability >= 80:
         queries = 32 if device.capability in (80, 90) else 16
-        config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], queries), "num_warps": 16}
+        warps = 8 if device.capability in (86, 89) else 16
+        config = {**config, "BLOCK_Q": min(config["BLOCK_Q"], queries), "num_warps": warps}
     if device.capability == 75 or device.gfx.startswith("gfx11"):
         queries = min(config["BLOCK_Q"], 32 if channels <= 32 else 16)
         many = channels >= 128 and (element_size == 4 or "KEYS_FIRST" not in config)
@@ -109,7 +110,8 @@ def _fitted(
             shape["KEYS_FIRST"] = int(channels >= 128)
         return {**config, **shape}
     if device.capability in (86, 89, 120):
-        return {**config, "num_stages": min(config["num_stages"], 2)}
+        most = 64 if version < (3, 9) else 128  # it spills more of them
+        return {**config, "BLOCK_Q": min(config["BLOCK_Q"], most), "num_stages": min(config["num_stages"], 2)}
     if device.gfx.startswith("gfx9") and channels >= 128 and element_size == 2 and "KEYS_FIRST" in config:
         return {**config, "num_warps": 4}
     if device.capability // 10 == 10 and version < (3, 8):
@@ -196,6 +198,8 @@ def biased_forward(
     wide = channels >= 128
     if element_size == 4:
         warps = 16 if wide and not device.gfx.startswith("gfx9") else 8
+        if device.capability == 120 and version < (3, 9):
+            warps = 8
         config = {**_in_float32(channels), "num_warps": warps}
         if device.capability // 10 == 8:  # larger tiles spill there
             config = {**config, "BLOCK_Q": 32 if channels == 32 else 16}
@@ -241,7 +245,8 @@ def _biased(
     config["BLOCK_Q"] = min(config["BLOCK_Q"], padded(num_queries))
     config = _fitted(device, version, config, element_size, channels)
     if device.capability == 75:
-        config = {**config, "BLOCK_Q": 16, "num_warps": 16 if element_size == 4 and channels >= 128 else 8}
+        many = channels >= 128 and (element_size == 4 or version < (3, 9))
+        config = {**config, "BLOCK_Q": 16, "num_warps": 16 if many else 8}
     return {**config, "BLOCK_K": _columns(width, config["BLOCK_K"])}
 
 
