@@ -207,6 +207,10 @@ class Process:
         dist.init_process_group("cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo")
         try:
             yield cls(dist.get_rank(), dist.get_world_size(), chosen)
+            if chosen.type == "cpu":
+                # After it gloo's thread holds no gradients. To free one it takes the interpreter's lock, which this
+                # thread holds while it ends the group and waits for that thread: for ever.
+                dist.barrier()
         finally:
             dist.destroy_process_group()
 

@@ -761,6 +761,7 @@ def in_a_process(rank, directory):
         assert_same_gradients(*models)
     assert (models[0].forward.captures, models[0].forward.reason) == (1, None)
     torch.save([p.grad for p in models[0].parameters()], directory / f"{rank}.pt")
+    torch.distributed.barrier()  # see Process.joined
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
