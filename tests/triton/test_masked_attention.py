@@ -281,6 +281,12 @@ def test_deterministic(kernels, device, dtype, forward_kernel):
 # ---------------------------------------------------------------- which program has which tiles
 
 
+def on_one_multiprocessor(monkeypatch, waves):
+    """Programs take up to 16 tiles with few waves, and one each with many."""
+    tiles = configs.tiles_per_program
+    monkeypatch.setattr(configs, "tiles_per_program", lambda count, programs, *_: tiles(count, programs, 1, waves))
+
+
 def some_rows(q, s, empty_row, dtype=F32):
     """Every query has the same 40 keys, but: none at all, the last one only, a few in the middle."""
     case = make_case(n=1, h=1, q=q, s=s, dtype=dtype, density=0.0)
@@ -298,8 +304,7 @@ def some_rows(q, s, empty_row, dtype=F32):
 @kernels_and_dtypes(F32, BF16)
 def test_tiles_and_programs(kernels, device, monkeypatch, dtype, q, empty_row, waves, forward_kernel):
     """Up to 16 tiles in one program, and one tile in each. Without an empty row most tiles are skipped."""
-    tiles = configs.tiles_per_program
-    monkeypatch.setattr(configs, "tiles_per_program", lambda count, programs, *_: tiles(count, programs, 1, waves))
+    on_one_multiprocessor(monkeypatch, waves)
     assert_matches(kernels, device, some_rows(q, 550, empty_row, dtype))
 
 
@@ -407,10 +412,13 @@ def test_weights_never_exceed_one(kernels, device, q):
     assert (found["value"].cpu().abs() <= 1.0001 * largest).all()
 
 
+@pytest.mark.parametrize("waves", [1, 1000])
 @kernels_and_dtypes(F32)
-def test_growing_scores_are_rescaled(kernels, device, dtype, forward_kernel):
-    """Scores rise from -64 to 64, or fall, tile by tile: altogether by more than exp can take. Each is small enough
-    for its rounding to stay inside the bound; in half precision that of a query's gradient does not."""
+def test_growing_scores_are_rescaled(kernels, device, monkeypatch, dtype, waves, forward_kernel):
+    """Scores rise from -64 to 64, or fall, tile by tile and program by program: altogether by more than exp can take.
+    Each is small enough for its rounding to stay inside the bound; in half precision that of a query's gradient does
+    not."""
+    on_one_multiprocessor(monkeypatch, waves)
     d, rising = 16 if dtype == F32 else 32, torch.arange(-160.0, 160.0)
     for ramp in (rising, rising.flip(0)):
         case = make_case(n=1, h=1, q=3, s=320, d=d, dtype=dtype, density=1.0, scale=16 / d)

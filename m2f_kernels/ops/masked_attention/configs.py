@@ -94,7 +94,7 @@ def _fitted(
     - gfx9 spills wide rows in half precision with more warps.
     - Before 3.8 Triton fails on the expanded mask words in the tensor memory of sm_100, with an internal error.
       Products of fewer than 64 rows do not use that memory.
-    - Before 3.9 it spills wide rows of float32 in fewer warps, and fails on them on sm_100 as well.
+    - Before 3.9 it spills wide rows of float32 in fewer warps, and on sm_100 fails on them.
     """
     wide = element_size == 4 and channels >= 128 and "KEYS_FIRST" in config
     if wide and version < (3, 9) and device.capability >= 80:
@@ -110,7 +110,7 @@ def _fitted(
             shape["KEYS_FIRST"] = int(channels >= 128)
         return {**config, **shape}
     if device.capability in (86, 89, 120):
-        most = 64 if version < (3, 9) else 128  # it spills more of them
+        most = 64 if version < (3, 9) else 128  # Triton before 3.9 spills more
         return {**config, "BLOCK_Q": min(config["BLOCK_Q"], most), "num_stages": min(config["num_stages"], 2)}
     if device.gfx.startswith("gfx9") and channels >= 128 and element_size == 2 and "KEYS_FIRST" in config:
         return {**config, "num_warps": 4}
@@ -198,12 +198,12 @@ def biased_forward(
     wide = channels >= 128
     if element_size == 4:
         warps = 16 if wide and not device.gfx.startswith("gfx9") else 8
-        if device.capability == 120 and version < (3, 9):
+        if device.capability == 120 and version < (3, 9):  # more warps spill with it
             warps = 8
         config = {**_in_float32(channels), "num_warps": warps}
         if device.capability // 10 == 8:  # larger tiles spill there
             config = {**config, "BLOCK_Q": 32 if channels == 32 else 16}
-        if version < (3, 9) and device.capability >= 80 and channels in (32, 64):  # the same
+        if version < (3, 9) and device.capability >= 80 and channels in (32, 64):  # and with it here, too
             config = {**config, "BLOCK_Q": 16, "num_warps": 8 if device.capability == 80 else 4}
     else:
         queries = 32 if device.capability == 120 and not wide else 64  # larger tiles spill there
