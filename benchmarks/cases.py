@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import csv
-import importlib.metadata
 import importlib.util
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+import m2f_kernels
 
 Tensors = dict[str, Tensor]
 Levels = list[tuple[int, int]]
@@ -28,6 +29,7 @@ OUTPUT_TOLERANCE, GRADIENT_TOLERANCE = 1e-5, 1e-4
 PEER_SLACK = 10.0
 #: Below float32: twice the error of rounding the exact result; a peer that accumulates in low precision may reach this.
 PEER_LOW_PRECISION_TOLERANCE = 0.1
+REFERENCE_CHUNK = 2048
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class Data:
 
 
 #: The least any implementation must do, from which the floor is computed: amounts by the name of the rate that bounds
-#: them (`floors.measure`). What has no rate on a device does not count there.
+#: them (`measure.rates`). What has no rate on a device does not count there.
 #:
 #: - "bandwidth": bytes, every input read once and every output written once.
 #: - "l1" or "l2": bytes of rows gathered from (or scattered to) the value tensor, by the cache that bounds them.
@@ -158,23 +160,19 @@ class Case:
         It takes one argument, `collect=False`: whether the outputs of a call that yields them are kept and returned.
         """
         arguments = implementation.adapt(data.inputs, data.levels)
-        if not self.backward or not data.differentiable:  # or the call computes gradients itself
+        wanted = data.differentiable if self.backward else ()  # nothing, too, where the call computes gradients itself
+        leaves = [arguments[name].detach().requires_grad_() for name in wanted]
+        arguments.update(zip(wanted, leaves, strict=True))
+        grad_outputs = [gradient.to(leaves[0].dtype) for gradient in data.grad_outputs if leaves]
 
-            def forward(collect: bool = False) -> tuple[Tensor, ...]:
-                with torch.no_grad():
-                    return _results(implementation.call(arguments), collect)
-
-            return forward
-
-        leaves = [arguments[name].detach().requires_grad_() for name in data.differentiable]
-        arguments.update(zip(data.differentiable, leaves, strict=True))
-        grad_outputs = [gradient.to(leaves[0].dtype) for gradient in data.grad_outputs]
-
-        def forward_backward(collect: bool = False) -> tuple[Tensor, ...]:
-            outputs = _results(implementation.call(arguments), True)
+        def run(collect: bool = False) -> tuple[Tensor, ...]:
+            with torch.set_grad_enabled(bool(leaves)):
+                outputs = _results(implementation.call(arguments), collect or bool(leaves))
+            if not leaves:
+                return outputs
             return (*(o.detach() for o in outputs), *torch.autograd.grad(outputs, leaves, grad_outputs))
 
-        return forward_backward
+        return run
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class Figure:
 
     Of several implementations the least value counts, so that a peer is represented by its best backend; with
     `of_fastest`, the value of the one that takes the least time. `target` has a bound for each allocator setting, in
-    the order of `facts.settings`; None shows the figure without judging it, and a setting that it lacks is not shown.
+    the order of `facts.SETTINGS`; None shows the figure without judging it, and a setting that it lacks is not shown.
     """
 
     case: str
@@ -223,14 +221,6 @@ class Verdict:
 Check = Callable[[Case, Implementation, Data, Sequence[Tensor]], Verdict]
 
 
-def version(distribution: str) -> str | None:
-    """The installed version of a distribution; None if it is not installed."""
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def missing(module: str) -> Callable[[], str | None]:
     """A function that says "not installed" where `module` cannot be found."""
     return lambda: None if importlib.util.find_spec(module) else "not installed"
@@ -247,24 +237,61 @@ def matmul(case: Case) -> str:
 
 
 def relative_l2(actual: Tensor, truth: Tensor) -> float:
-    """||actual - truth|| / ||truth|| in float64; the norm itself where truth is zero."""
+    """||actual - truth|| / ||truth|| in float64; the norm itself where truth is zero.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if actual.shape != truth.shape:
+        raise ValueError(f"expected shape {tuple(truth.shape)}; got {tuple(actual.shape)}")
     truth = truth.double()
     difference = (actual.to(truth.device).double() - truth).norm().item()
-    scale = truth.norm().item()
-    return difference / scale if scale else difference
+    return difference / (truth.norm().item() or 1)
+
+
+def reference(
+    operator: Callable[[dict[str, Any]], Tensor],
+    inputs: Tensors,
+    device: str,
+    differentiable: Sequence[str] = (),
+    grad_output: Tensor | None = None,
+    by_query: Sequence[str] = (),
+) -> Tensors:
+    """The output of an operator's reference in fp64, and the gradients of the inputs that are differentiable, by name.
+
+    They are stored as float32, which adds 6e-8 to an error at most.
+
+    Args:
+        operator: takes the inputs by name.
+        inputs: of which those of floating point are converted.
+        device: on which it is computed.
+        grad_output: of the output.
+        by_query: inputs with queries along dimension 1, as the output has. `REFERENCE_CHUNK` of them are evaluated at
+            once: the fp64 intermediates then stay small.
+    """
+    exact = {k: t.to(device, torch.float64 if t.is_floating_point() else t.dtype) for k, t in inputs.items()}
+    for name in differentiable:
+        exact[name].requires_grad_()
+    outputs, chunks = [], {name: exact[name].split(REFERENCE_CHUNK, 1) for name in by_query if name in exact}
+    gradients = grad_output.split(REFERENCE_CHUNK, 1) if chunks else [grad_output]
+    with m2f_kernels.use_backend("reference"), torch.set_grad_enabled(bool(differentiable)):
+        for gradient, *parts in zip(gradients, *chunks.values(), strict=True):
+            output = operator(exact | dict(zip(chunks, parts, strict=True)))
+            if differentiable:
+                output.backward(gradient.to(output))
+            outputs.append(output.detach())
+    truth = {"output": torch.cat(outputs, 1)} | {name: exact[name].grad for name in differentiable}
+    return {name: tensor.float().cpu() for name, tensor in truth.items()}
 
 
 def check_relative_l2(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
     """The verdict on the relative L2 error of each output and gradient."""
     names = (*data.outputs, *data.differentiable) if case.backward else data.outputs
-    errors, right = [], True
+    errors, right, slack = [], True, 1 if implementation.ours else PEER_SLACK
     for i, (name, actual) in enumerate(zip(names, results, strict=True)):
         truth = data.truth[name]
-        if actual.shape != truth.shape:
-            raise ValueError(f"{name}: expected shape {tuple(truth.shape)}; got {tuple(actual.shape)}")
         errors.append(relative_l2(actual, truth))
-        tolerance = OUTPUT_TOLERANCE if i < len(data.outputs) else GRADIENT_TOLERANCE
-        tolerance *= 1 if implementation.ours else PEER_SLACK
+        tolerance = slack * (OUTPUT_TOLERANCE if i < len(data.outputs) else GRADIENT_TOLERANCE)
         if results[0].dtype in (torch.bfloat16, torch.float16):
             rounding = 2 * relative_l2(truth.to(results[0].dtype), truth)
             tolerance = max(tolerance, rounding if implementation.ours else PEER_LOW_PRECISION_TOLERANCE)
@@ -280,7 +307,7 @@ class Benchmark:
     Attributes:
         op: name on the command line and of the files written.
         work: what the floor is computed from.
-        shrink: a smaller version of the data, to start threads and load code before peak memory is measured.
+        quarters: dimensions of inputs, and of "grad_output", along which `shrink` leaves a quarter; and "levels".
         figures: the figures with targets, by device; of the usual shapes, not those of `--quick`.
         check: compares results, decoded, with the truth.
         operators: the package's operators that it measures, whose backends the report states; empty for `op` itself.
@@ -292,7 +319,7 @@ class Benchmark:
         pictures: draws what bars do not show into a directory, and returns the names of the files.
         stages: milliseconds of the parts of a call, where an implementation that was just timed has any.
         peak: peak MiB of an implementation in a process that has just been started, where the general way of
-            measuring it (`benchmarks/memory.py`) does not fit.
+            measuring it (`measure.memory`) does not fit.
     """
 
     op: str
@@ -300,7 +327,7 @@ class Benchmark:
     description: str = ""
     cases: Callable[[Scale], list[Case]] = lambda scale: []
     work: Callable[[Case, Data], Work | None] = lambda case, data: None
-    shrink: Callable[[Data], Data] = lambda data: data
+    quarters: Mapping[str, Sequence[int]] = field(default_factory=dict)
     figures: Mapping[str, Sequence[Figure]] = field(default_factory=dict)
     check: Check = check_relative_l2
     operators: tuple[str, ...] = ()
@@ -324,6 +351,19 @@ class Benchmark:
         """The builders of the cases' data by name; a truth with gradients serves cases without, too."""
         made = sorted(self.cases(scale), key=lambda case: case.backward)
         return {case.data: case.build for case in made if case.build is not None}
+
+    def shrink(self, data: Data) -> Data:
+        """A smaller version of the data, to start threads and load code before peak memory is measured."""
+
+        def few(name: str, x: Tensor) -> Tensor:
+            for dim in self.quarters.get(name, ()):
+                x = x.narrow(dim, 0, -(-x.shape[dim] // 4)).contiguous()
+            return x
+
+        levels = [(h // 4, w // 4) for h, w in data.levels] if "levels" in self.quarters else data.levels
+        inputs = {name: few(name, x) for name, x in data.inputs.items()}
+        return replace(data, inputs=inputs, levels=levels,
+                       grad_outputs=tuple(few("grad_output", x) for x in data.grad_outputs))  # fmt: skip
 
     @property
     def measured_operators(self) -> tuple[str, ...]:
@@ -406,5 +446,4 @@ def write_csv(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
         writer.writeheader()
-        for line in lines:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in line.items()})
+        writer.writerows({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in x.items()} for x in lines)

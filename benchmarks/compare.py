@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import memory
 from benchmarks.arguments import arguments
 from benchmarks.cases import Row, read_csv
 from benchmarks.formats import number
+from benchmarks.measure import RESOLUTION_MIB
 
 #: A time is a regression if it grew by more than this share and by more than both interquartile ranges together.
 SHARE = 0.10
@@ -76,28 +76,31 @@ def _drift(both: Pairs, row: Row) -> float:
     return max(1.0, min(factors, default=1.0))
 
 
+def _changes(both: Pairs, was: Row, row: Row) -> Iterator[str]:
+    """Yields what has become worse in a row."""
+    if row.median_ms is None:
+        yield f"was {number(was.median_ms)} ms, now {row.status}"
+        return
+    drift = _drift(both, row)
+    expected = was.median_ms * drift
+    if row.median_ms - expected > max(SHARE * expected, (row.iqr_ms or 0) + (was.iqr_ms or 0) * drift):
+        drifted = f" (the peers are {number(drift)}x slower too)" if drift > 1 else ""
+        yield f"{number(was.median_ms)} -> {number(row.median_ms)} ms{drifted}"
+    before, after = was.memory_extra_mib, row.memory_extra_mib
+    if None not in (before, after) and after - before > max(SHARE * before, 2 * RESOLUTION_MIB):
+        yield f"{number(before)} -> {number(after)} MiB extra"
+    if None not in (was.kernels, row.kernels) and row.kernels > was.kernels:
+        yield f"{was.kernels} -> {row.kernels} kernels launched"
+
+
 def regressions(both: Pairs) -> list[str]:
     """This package's rows that became slower beyond noise, need more memory, or no longer work; one line each."""
-    found = []
-    for was, row in both:
-        name = f"{row.op}: {row.case}, {row.implementation}, {row.setting}"
-        if row.ours and row.median_ms is None:
-            found.append(f"{name}: was {number(was.median_ms)} ms, now {row.status}")
-        if not row.ours or row.median_ms is None:
-            continue
-        drift = _drift(both, row)
-        expected = was.median_ms * drift
-        grown, noise = row.median_ms - expected, (row.iqr_ms or 0) + (was.iqr_ms or 0) * drift
-        if grown > max(SHARE * expected, noise):
-            drifted = f" (the peers are {number(drift)}x slower too)" if drift > 1 else ""
-            found.append(f"{name}: {number(was.median_ms)} -> {number(row.median_ms)} ms{drifted}")
-        if row.memory_extra_mib is not None and was.memory_extra_mib is not None:
-            more = row.memory_extra_mib - was.memory_extra_mib
-            if more > max(SHARE * was.memory_extra_mib, 2 * memory.RESOLUTION_MIB):
-                found.append(f"{name}: {number(was.memory_extra_mib)} -> {number(row.memory_extra_mib)} MiB extra")
-        if row.kernels is not None and was.kernels is not None and row.kernels > was.kernels:
-            found.append(f"{name}: {was.kernels} -> {row.kernels} kernels launched")
-    return found
+    return [
+        f"{row.op}: {row.case}, {row.implementation}, {row.setting}: {change}"
+        for was, row in both
+        if row.ours
+        for change in _changes(both, was, row)
+    ]
 
 
 def report(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], int]:
@@ -106,10 +109,8 @@ def report(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], int]:
     count = sum(row.ours for _, row in both)
     if not count:
         return ["Nothing to compare: the runs have no row of this package in common"], 2
-    found = regressions(both)
-    return [f"Regression: {line}" for line in found] or [f"No regression beyond noise in {count} rows"], int(
-        bool(found)
-    )
+    found = [f"Regression: {line}" for line in regressions(both)]
+    return found or [f"No regression beyond noise in {count} rows"], int(bool(found))
 
 
 def main() -> int:

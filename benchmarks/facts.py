@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import platform
 import re
@@ -12,35 +13,29 @@ from pathlib import Path
 import torch
 
 import m2f_kernels
-from benchmarks.cases import version
 from m2f_kernels import dispatch
 from m2f_kernels.info import cpu_name
 
-#: Allocator settings on CPU: environment of a fresh process. Large PyTorch temporaries cost page faults under glibc's
-#: defaults; with the heap retained and huge pages they do not. Every CPU ratio is shown under both.
-CPU_SETTINGS: dict[str, dict[str, str]] = {
-    "default": {},
-    "heap retained": {
-        "MALLOC_TOP_PAD_": str(1 << 30),
-        "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
-        "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
-        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-        "THP_MEM_ALLOC_ENABLE": "1",
+#: The allocator settings of a device: environment of a fresh process. In the first everything is measured.
+#:
+#: On CPU large PyTorch temporaries cost page faults under glibc's defaults; with the heap retained and huge pages they
+#: do not. Every CPU ratio is shown under both. On CUDA there is PyTorch's caching allocator. deformops may compile its
+#: CUDA kernels: its best is measured.
+SETTINGS: dict[str, dict[str, dict[str, str]]] = {
+    "cpu": {
+        "default": {},
+        "heap retained": {
+            "MALLOC_TOP_PAD_": str(1 << 30),
+            "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+            "MALLOC_TRIM_THRESHOLD_": str(8 << 30),
+            "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+            "THP_MEM_ALLOC_ENABLE": "1",
+        },
     },
+    "cuda": {"cuda": {"DEFORMOPS_COMPILE": "fallback"}},
 }
-#: On CUDA there is one: PyTorch's caching allocator. deformops may compile its CUDA kernels: its best is measured.
-CUDA_SETTINGS: dict[str, dict[str, str]] = {"cuda": {"DEFORMOPS_COMPILE": "fallback"}}
 
 _ALLOCATOR_VARIABLES = ("MALLOC_", "GLIBC_TUNABLES", "THP_MEM_ALLOC_ENABLE", "LD_PRELOAD")
-
-
-def settings(device: str) -> dict[str, dict[str, str]]:
-    return CUDA_SETTINGS if device == "cuda" else CPU_SETTINGS
-
-
-def first_setting(device: str) -> str:
-    """The setting in which everything is measured."""
-    return next(iter(settings(device)))
 
 
 def environment(extra: dict[str, str]) -> dict[str, str]:
@@ -69,17 +64,19 @@ def device_slug(device: str, name: str = "") -> str:
     return slug if device == "cuda" else f"cpu-{slug}"
 
 
-def _commit() -> str:
-    """The checkout's commit; of a copy without its history, what the environment variable M2F_COMMIT says."""
-    commit = _output("git", "rev-parse", "--short=12", "HEAD")
-    if not commit:
-        return os.environ.get("M2F_COMMIT", "not a git checkout")
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
-    return commit + (" + uncommitted changes" if changed else "")
+def version(distribution: str) -> str:
+    """The installed version of a distribution."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def gather(device: str, ops: list[str]) -> dict[str, str]:
     """The conditions of a measurement that the report states."""
+    # Of a copy without its history, what M2F_COMMIT says.
+    stated = os.environ.get("M2F_COMMIT", "not a git checkout")
+    commit = _output("git", "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty= + uncommitted changes")
     facts = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
         "device": device_name(device),
@@ -88,19 +85,18 @@ def gather(device: str, ops: list[str]) -> dict[str, str]:
         "system": f"{platform.system()} {platform.release()}, {'-'.join(platform.libc_ver())}",
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": version("triton") or "not installed",
-        "m2f-kernels": f"{m2f_kernels.__version__} at commit {_commit()}",
+        "triton": version("triton"),
+        "m2f-kernels": f"{m2f_kernels.__version__} at commit {commit or stated}",
     }
-    for peer in ("transformers", "torch-ms-deform-attn", "deformops"):
-        facts[peer] = version(peer) or "not installed"
+    facts |= {peer: version(peer) for peer in ("transformers", "torch-ms-deform-attn", "deformops")}
     if device == "cuda":
         facts["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
         facts["cuda"] = str(torch.version.cuda)
         facts["float32"] = "without TF32, in matrix products (PyTorch's default) and in convolutions"
     else:
-        for name, variables in CPU_SETTINGS.items():
-            stated = ", ".join(f"{k}={v}" for k, v in variables.items())
-            facts[f"allocator '{name}'"] = stated or "glibc's defaults, no allocator variable set"
+        for name, variables in SETTINGS["cpu"].items():
+            given = ", ".join(f"{k}={v}" for k, v in variables.items())
+            facts[f"allocator '{name}'"] = given or "glibc's defaults, no allocator variable set"
         pages = Path("/sys/kernel/mm/transparent_hugepage/enabled")
         facts["transparent huge pages"] = pages.read_text().strip() if pages.exists() else "unknown"
         facts["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", "not set")

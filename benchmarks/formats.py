@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from benchmarks.memory import RESOLUTION_MIB
+from benchmarks.measure import RESOLUTION_MIB
 
 
 def number(value: float | None, digits: int = 3) -> str:

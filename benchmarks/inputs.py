@@ -41,33 +41,26 @@ def photograph(height: int, width: int, name: str = "astronaut") -> Tensor:
 
 
 @torch.no_grad()
-def _projected(height: int, width: int, channels: int, stages: list[str], extra: bool) -> list[Tensor]:
-    """Outputs of the backbone's stages projected to `channels`, each of about unit variance; with `extra`, also the
-    last one at half its size."""
+def projected_levels(
+    height: int, width: int, channels: int, stride_64: bool = False, stages: tuple[int, ...] = (2, 3, 4)
+) -> list[Tensor]:
+    """Feature maps [1, channels, h, w] of the photograph at strides 8, 16, 32 (and 64), each of about unit variance."""
     from transformers import ResNetBackbone, ResNetConfig
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
-        backbone = ResNetBackbone(ResNetConfig(out_features=stages)).eval()
-        features = list(backbone(photograph(height, width)).feature_maps)
-        levels = []
-        for feature in features:
-            projection = torch.nn.Conv2d(feature.shape[1], channels, 1)
-            levels.append(F.group_norm(projection(feature), 32))
-        if extra:
+        backbone = ResNetBackbone(ResNetConfig(out_features=[f"stage{i}" for i in stages])).eval()
+        features = backbone(photograph(height, width)).feature_maps
+        levels = [torch.nn.Conv2d(feature.shape[1], channels, 1)(feature) for feature in features]
+        if stride_64:
             down = torch.nn.Conv2d(features[-1].shape[1], channels, 3, stride=2, padding=1)
-            levels.append(F.group_norm(down(features[-1]), 32))
-    return levels
-
-
-def projected_levels(height: int, width: int, channels: int, stride_64: bool = False) -> list[Tensor]:
-    """Feature maps [1, channels, h, w] of the photograph at strides 8, 16, 32 (and 64), each of about unit variance."""
-    return _projected(height, width, channels, ["stage2", "stage3", "stage4"], stride_64)
+            levels.append(down(features[-1]))
+    return [F.group_norm(level, 32) for level in levels]
 
 
 def mask_features(height: int, width: int, channels: int) -> Tensor:
     """Features [1, channels, height / 4, width / 4] of the photograph, of about unit variance."""
-    return _projected(height, width, channels, ["stage1"], False)[0]
+    return projected_levels(height, width, channels, stages=(1,))[0]
 
 
 def flatten_levels(levels: list[Tensor], heads: int, batch: int) -> tuple[Tensor, Levels]:
@@ -101,26 +94,19 @@ def reference_grid(levels: Levels, batch: int) -> Tensor:
     return torch.cat(centres)[None, :, None].expand(batch, -1, len(levels), -1).contiguous()
 
 
-def local_offsets(batch: int, queries: int, heads: int, levels: int, points: int) -> Tensor:
-    """Offsets of a few pixels, [batch, queries, heads, levels, points, 2].
+def local_locations(levels: Levels, batch: int, heads: int, points: int) -> Tensor:
+    """Locations a few pixels around each position of the levels: [batch, S, heads, L, points, 2].
 
     The published initialisation (head h looks in direction 2 pi h / heads, point p at distance p + 1) plus unit normal
     noise in pixels.
     """
+    reference = reference_grid(levels, batch)
     angle = torch.arange(heads) * (2 * math.pi / heads)
     direction = torch.stack([angle.cos(), angle.sin()], -1)
     direction = direction / direction.abs().amax(-1, keepdim=True)
     fixed = direction[:, None, None] * (torch.arange(points) + 1.0)[:, None]
-    noise = torch.randn(batch, queries, heads, levels, points, 2, generator=generator(1))
-    return fixed + noise
-
-
-def local_locations(levels: Levels, batch: int, heads: int, points: int) -> Tensor:
-    """Locations around each position of the levels: [batch, S, heads, L, points, 2]."""
-    reference = reference_grid(levels, batch)
-    offsets = local_offsets(batch, reference.shape[1], heads, len(levels), points)
-    locations = reference[:, :, None, :, None] + offsets / _sizes(levels)
-    return away_from_centres(locations, levels)
+    noise = torch.randn(batch, reference.shape[1], heads, len(levels), points, 2, generator=generator(1))
+    return away_from_centres(reference[:, :, None, :, None] + (fixed + noise) / _sizes(levels), levels)
 
 
 def random_locations(levels: Levels, batch: int, queries: int, heads: int, points: int) -> Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -16,9 +16,9 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import benchmarks
-from benchmarks import figures, memory, tables
+from benchmarks import measure, tables
 from benchmarks.arguments import arguments
-from benchmarks.cases import REST, Benchmark, Row, Scale, read_csv, write_csv
+from benchmarks.cases import REST, Benchmark, Figure, Row, Scale, read_csv, write_csv
 from benchmarks.compare import read
 from benchmarks.formats import error, markdown, mebibytes, number
 
@@ -47,6 +47,7 @@ data sheet's rate."""
 RESULTS = Path(__file__).parent / "results"
 #: Load average before a run above which the machine is not idle enough for times to be trusted.
 BUSY = 0.5
+#: Title, heads of the columns, lines.
 Section = tuple[str, list[str], list[list[str]]]
 
 
@@ -62,6 +63,78 @@ class Run:
 
     def of(self, op: str) -> Run:
         return replace(self, rows=[row for row in self.rows if row.op == op])
+
+
+# ---------------------------------------------------------------- figures with targets
+
+FIGURES = ["required figure", "setting", "target", "measured", ""]
+MET, MISSED, NO_TARGET, NOT_MEASURED = "met", "MISSED", "no target", "not measured"
+
+
+def settings_of(rows: Iterable[Row]) -> list[str]:
+    """The allocator settings that occur, in order."""
+    return list(dict.fromkeys(row.setting for row in rows))
+
+
+def _value(figure: Figure, names: Sequence[str], rows: Sequence[Row], setting: str) -> float | None:
+    """Of the rows measured the least value, or the value of the fastest."""
+    values = [
+        (row.median_ms if figure.of_fastest and row.median_ms is not None else value, value)
+        for row in rows
+        if row.case == figure.case and row.implementation in names and row.setting == setting
+        if (value := getattr(row, figure.field)) is not None and row.status == "ok"
+    ]
+    return min(values)[1] if values else None
+
+
+def evaluate(figure: Figure, rows: Sequence[Row], setting: str) -> tuple[float, bool] | None:
+    """The figure, and whether it is only a lower bound (memory below what can be resolved); None if not measured."""
+    above = _value(figure, figure.above, rows, setting)
+    if figure.below is None or above is None:
+        return None if above is None else (above, False)
+    below = _value(figure, (figure.below,), rows, setting)
+    if below is not None and figure.field.startswith("memory") and below < measure.RESOLUTION_MIB:
+        return above / measure.RESOLUTION_MIB, True
+    return (above / below, False) if below else None
+
+
+def judged(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each figure and allocator setting, as `FIGURES` names them; figures of cases that a run of this scale
+    leaves out are not among them. A quick run and an occasional measurement have none."""
+    if scale.quick or (rows and rows[0].run not in ("default", "full")):
+        return []
+    left_out = set() if scale.full else {case.name for case in benchmark.cases(scale) if case.full}
+    settings, found = settings_of(rows), []
+    for figure in benchmark.figures.get(scale.device, ()):
+        targets = dict(zip(settings, figure.target, strict=False))
+        for setting in () if figure.case in left_out else settings:
+            result = evaluate(figure, rows, setting)
+            of_one = figure.at_most or figure.field.startswith("memory")
+            if setting in targets or not (result is None or of_one):
+                found.append([figure.label, setting, *_verdict(figure, targets.get(setting), result)])
+    return found
+
+
+def _verdict(figure: Figure, target: float | None, result: tuple[float, bool] | None) -> list[str]:
+    """Target, measured value and verdict."""
+
+    def text(value: float) -> str:
+        return error(value) if figure.field.startswith("error") else number(value) + ("x" if figure.below else "")
+
+    aim = "-" if target is None else f"{'≤' if figure.at_most else '≥'} {text(target)}"
+    if result is None:
+        return [aim, "-", NOT_MEASURED]
+    measured = f"{'> ' if result[1] else ''}{text(result[0])}"
+    if target is None:
+        return [aim, measured, NO_TARGET]
+    return [aim, measured, MET if (result[0] <= target if figure.at_most else result[0] >= target) else MISSED]
+
+
+def summary(found: Sequence[Sequence[str]]) -> str:
+    """One line with the numbers of targets met and missed."""
+    verdicts = [line[-1] for line in found if line[-1] != NO_TARGET]
+    counts = [f"{verdicts.count(x)} {x}" for x in (MET, MISSED, NOT_MEASURED) if x in verdicts]
+    return f"{len(verdicts)} targets: {', '.join(counts)}." if verdicts else "No targets here."
 
 
 # ---------------------------------------------------------------- tables of an operator
@@ -135,7 +208,7 @@ def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[l
 def _peers_table(benchmark: Benchmark, rows: Sequence[Row]) -> Section:
     """The headline cases: every peer, its time and ratio in each setting, error, peak memory, share of the floor."""
     shown = [row for row in rows if row.headline]
-    found, by_key = figures.settings_of(shown), {row.key: row for row in shown}
+    found, by_key = settings_of(shown), {row.key: row for row in shown}
 
     def under(setting: str, name: str, text: Callable[[Row], str]) -> tuple[str, Callable[[Row], str]]:
         named = f"ms, {setting}" if text is _time else name
@@ -151,10 +224,10 @@ def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
     time = [*_WHO, *_times(benchmark), *_ERRORS, *_WRITTEN, *_FLOOR]
     note = "allocator: default" if run.scale.device == "cpu" else "caching allocator"
     sections = [
-        ("Required figures", figures.HEADER, figures.lines(benchmark, run.scale, rows)),
+        ("Required figures", FIGURES, judged(benchmark, run.scale, rows)),
         *(
             _table(f"Time, allocator: {setting}", time, rows, lambda row, setting=setting: row.setting == setting)
-            for setting in figures.settings_of(rows)
+            for setting in settings_of(rows)
         ),
         _table(f"Peak memory, {note}", _WHO + _MEMORY, rows, lambda row: row.memory_extra_mib is not None),
         _stage_table(rows),
@@ -166,7 +239,7 @@ def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
 
 
 def _bold_misses(lines: list[list[str]]) -> list[list[str]]:
-    return [[f"**{cell}**" if cell == figures.MISSED else cell for cell in line] for line in lines]
+    return [[f"**{cell}**" if cell == MISSED else cell for cell in line] for line in lines]
 
 
 def chapter(benchmark: Benchmark, run: Run, pictures: Sequence[str]) -> str:
@@ -185,7 +258,7 @@ def _facts(facts: dict[str, str]) -> str:
 
 
 def method() -> str:
-    cpu, cuda = (memory.__doc__ or "").split("\n\n")[1:3]
+    cpu, cuda = (measure.memory.__doc__ or "").split("\n\n")[1:3]
     return "\n".join(
         ["## Method", "", METHOD, f"- Peak memory. {' '.join(cpu.split())}", f"  {' '.join(cuda.split())}", ""]
     )
@@ -245,11 +318,16 @@ def load(table: Path) -> dict[str, dict[str, Run]]:
 
 def pages(table: Path, directory: Path) -> None:
     """Write the pages and pictures of a device: those of the usual run, and others in folders of their names."""
+    from benchmarks import plot  # which needs matplotlib
+
     for name, runs in load(table).items():
         folder = directory if name == "default" else directory / name
         folder.mkdir(parents=True, exist_ok=True)
         for op, run in runs.items():
-            write_page(folder, benchmarks.load(op), run)
+            benchmark = benchmarks.load(op)
+            drawn = plot.draw(folder, benchmark, run.rows, run.facts) + benchmark.pictures(folder, run.rows)
+            drawn += plot.draw_learning(folder, run.curves) if run.curves else []
+            (folder / f"{op}.md").write_text(chapter(benchmark, run, drawn))
         (folder / "report.md").write_text(text(folder, runs))
 
 
@@ -270,69 +348,51 @@ def committed(directory: Path) -> None:
         (directory / f"{table.stem}.md").write_text("\n\n".join(parts) + "\n")
 
 
-def write_page(directory: Path, benchmark: Benchmark, run: Run) -> None:
-    from benchmarks import plot
-
-    drawn = plot.draw(directory, benchmark, run.rows, run.facts) + benchmark.pictures(directory, run.rows)
-    drawn += plot.draw_learning(directory, run.curves) if run.curves else []
-    (directory / f"{benchmark.op}.md").write_text(chapter(benchmark, run, drawn))
-
-
 # ---------------------------------------------------------------- the report
 
-#: The first page: title, operator, table and pictures of each section.
+#: The first page: title, operator, table and pictures of each section, and a note.
 FIRST_PAGE = (
     (
         "The loss of a training step: full masks, K = 12544 points, and this package",
         "point_loss", tables.point_loss, ("point_loss_curve.png",),
+        "*Full masks*: predictions upsampled to the ground truth, every pixel supervised; *points as published*: the "
+        "code of `transformers`. The published 18 GB -> 6 GB per image is a whole training step on a GPU; this is the "
+        "loss part alone.",
     ),
     (
         "A whole Mask2Former, `transformers`' and this package's",
         "end_to_end", tables.end_to_end, ("end_to_end_stages.png", "end_to_end_sizes.png"),
+        "The same random weights and input; peak memory above weights and, in training, gradients.",
     ),
-    ("Models of `transformers` before and after `accelerate`", "integrations", tables.integrations, ()),
+    ("Models of `transformers` before and after `accelerate`", "integrations", tables.integrations, (), ""),
 )  # fmt: skip
 
 
 def text(directory: Path, runs: dict[str, Run]) -> str:
     """The report of all operators of a run, whose pages and pictures lie in a folder."""
     parts = [f"# Benchmark results: {' and '.join(sorted({run.facts['device'] for run in runs.values()}))}"]
-    # By operator: its name, and the columns of `figures.HEADER`.
-    found = [[op, *x] for op, run in runs.items() for x in figures.lines(benchmarks.load(op), run.scale, run.rows)]
-    parts += [*_warnings(runs), *_misses(found)]
-    for title, op, table, pictures in FIRST_PAGE:
+    # By operator: its name, and the columns of `FIGURES`.
+    found = [[op, *x] for op, run in runs.items() for x in judged(benchmarks.load(op), run.scale, run.rows)]
+    missed = [f"- {line[1]} ({line[2]}): {line[4]}, target {line[3]}" for line in found if line[-1] == MISSED]
+    # The blank line between them is for Markdown.
+    parts += [*_warnings(runs), f"{summary(found)} [All of them](#targets).", "\n".join(missed)]
+    for title, op, table, pictures, note in FIRST_PAGE:
         parts.append(f"## {title}")
         if op not in runs:
             parts.append(f"*Not measured in this folder: {op}.*")
             continue
-        parts += [table(runs[op].rows), f"Every case: [{op}.md]({op}.md). {_NOTES[op]}"]
+        parts += [table(runs[op].rows), f"Every case: [{op}.md]({op}.md). {note}"]
         parts += [f"![{title}]({name})" for name in pictures if (directory / name).exists()]
     parts.append("## Every operator and every peer")
     for op, run in runs.items():
         _, header, lines = _peers_table(benchmarks.load(op), run.rows)
         picture = f"![{op}]({op}.png)" if (directory / f"{op}.png").exists() else ""
         parts += [f"### [{benchmarks.load(op).title}]({op}.md)", markdown(header, lines) if lines else "", picture]
-    judged = [line for line in found if line[-1] != figures.NO_TARGET]
-    parts += ["## Targets", figures.summary(found), markdown(["operator", *figures.HEADER],
-              _bold_misses(judged))]  # fmt: skip
+    targets = [line for line in found if line[-1] != NO_TARGET]
+    parts += ["## Targets", summary(found), markdown(["operator", *FIGURES], _bold_misses(targets))]
     for facts, ops in _by_facts(runs):
         parts += [f"## Measured with: {', '.join(ops)}", _facts(facts)]
     return "\n\n".join(part for part in [*parts, method()] if part)
-
-
-def _misses(found: list[list[str]]) -> list[str]:
-    """The number of targets met, and a list of those that were missed. The blank line between them is for Markdown."""
-    missed = [f"- {line[1]} ({line[2]}): {line[4]}, target {line[3]}" for line in found if line[-1] == figures.MISSED]
-    return [f"{figures.summary(found)} [All of them](#targets).", "\n".join(missed)]
-
-
-_NOTES = {
-    "point_loss": "*Full masks*: predictions upsampled to the ground truth, every pixel supervised; *points as "
-    "published*: the code of `transformers`. The published 18 GB -> 6 GB per image is a whole training step on a "
-    "GPU; this is the loss part alone.",
-    "end_to_end": "The same random weights and input; peak memory above weights and, in training, gradients.",
-    "integrations": "",
-}
 
 
 def _warnings(runs: dict[str, Run]) -> list[str]:

@@ -20,7 +20,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import get_context
@@ -73,7 +73,7 @@ class Runner:
         """Measure everything. After an interruption `rows` holds what was measured before."""
         signal.signal(signal.SIGTERM, _interrupt)
         try:
-            settings = facts.settings(self.scale.device)
+            settings = facts.SETTINGS[self.scale.device]
             # Floors and data do not depend on the allocator; the retained heap only makes them quicker.
             self._phase("preparation", list(settings.values())[-1], worker.prepare)
             for name, environment in settings.items() if not self.failures else ():
@@ -84,14 +84,18 @@ class Runner:
             self.interrupted = True
             self.failures.append("interrupted")
 
+    def _found(self, what: str, start: str, task: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
+        """Yields what a task finds in a fresh process; its failure is one of the run."""
+        try:
+            yield from worker.fresh(get_context(start), self.workspace, task, *arguments)
+        except RuntimeError as error:
+            self.failures.append(f"{what}: {error}")
+
     def _phase(self, name: str, environment: dict[str, str], task: Callable[..., Any], *arguments: Any) -> None:
         start, given = time.perf_counter(), (self.scale, self.ops, self.only, self.workspace, *arguments)
         with patch.dict(os.environ, facts.environment(environment | {"PYTHONWARNINGS": "ignore"}), clear=True):
-            try:
-                for found in worker.fresh(get_context("spawn"), self.workspace, task, *given):
-                    self._take(found)
-            except RuntimeError as error:
-                self.failures.append(f"{name}: {error}")
+            for found in self._found(name, "spawn", task, *given):
+                self._take(found)
         self.seconds[name] = time.perf_counter() - start
 
     def _take(self, found: worker.Found) -> None:
@@ -101,11 +105,11 @@ class Runner:
             self.step(found)
         else:
             self.facts |= found
+            warnings = [f"{x}: these are not the kernels' times" for x in found.values() if ": reference (" in x]
             if float(found.get("load average before", 0)) > BUSY:
-                self.console.print("[bold red]Warning:[/] this machine is busy: times will not be reliable")
-            for text in found.values():
-                if ": reference (" in text:
-                    self.console.print(f"[bold red]Warning:[/] {text}: these are not the kernels' times")
+                warnings.append("this machine is busy: times will not be reliable")
+            for warning in warnings:
+                self.console.print(f"[bold red]Warning:[/] {warning}")
 
     def _peak(self, what: str, task: Callable[..., Any], *arguments: Any) -> Any:
         """The only thing that a task yields in a fresh process; None, and a failure, if it ends otherwise.
@@ -114,15 +118,12 @@ class Runner:
         and no tensor made.
         """
         self.step(f"peak memory: {what}")
-        try:
-            (found,) = worker.fresh(get_context("forkserver"), self.workspace, task, *arguments)
-            return found
-        except RuntimeError as error:
-            self.failures.append(f"peak memory, {what}: {error}")
+        found = list(self._found(f"peak memory, {what}", "forkserver", task, *arguments))
+        return found[0] if found else None
 
     def _peaks(self) -> None:
         """Peak memory of what has a time in the first allocator setting, and the check of the method."""
-        start, first = time.perf_counter(), facts.first_setting(self.scale.device)
+        start, first = time.perf_counter(), next(iter(facts.SETTINGS[self.scale.device]))
         get_context("forkserver").set_forkserver_preload(["benchmarks.report", "benchmarks.worker", TRANSFORMERS])
         measured = {
             (op, case.name)
@@ -145,11 +146,10 @@ class Runner:
         self.seconds["peak memory"] = time.perf_counter() - start
 
     def result(self) -> report.Run:
-        settings, order = list(facts.settings(self.scale.device)), {}
-        for op in self.ops:
-            for case in benchmarks.load(op).select(self.scale):
-                order[op, case.name] = len(order)
-        rows = sorted(self.rows, key=lambda row: (settings.index(row.setting), order[row.key[:2]]))
+        """The rows and facts, by allocator setting and in the order of the cases."""
+        settings = list(facts.SETTINGS[self.scale.device])
+        order = [(op, case.name) for op in self.ops for case in benchmarks.load(op).select(self.scale)]
+        rows = sorted(self.rows, key=lambda row: (settings.index(row.setting), order.index(row.key[:2])))
         rates = self.workspace / "floors.json"
         return report.Run(self.scale, self.facts, json.loads(rates.read_text()) if rates.exists() else {}, rows)
 

@@ -8,7 +8,7 @@ from functools import partial
 
 from benchmarks import models
 from benchmarks.cases import OURS, Row
-from benchmarks.facts import CPU_SETTINGS
+from benchmarks.facts import SETTINGS
 from benchmarks.formats import error, markdown, mebibytes, number
 from benchmarks.ops import attention_mask, ms_deform_attn
 from benchmarks.ops import end_to_end as whole
@@ -26,7 +26,7 @@ class Measured:
 
     @property
     def units(self) -> str:
-        several = self.settings == list(CPU_SETTINGS)
+        several = self.settings == list(SETTINGS["cpu"])
         return "ms, default allocator (heap retained)" if several else f"ms, {' / '.join(self.settings)}"
 
     def first(self, case: str, implementation: str) -> Row | None:

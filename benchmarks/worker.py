@@ -12,14 +12,16 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import groupby
 from multiprocessing.connection import Connection
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import benchmarks
-from benchmarks import facts, floors, launches, memory, timing
+from benchmarks import facts, launches, measure
 from benchmarks.cases import Benchmark, Case, Data, Implementation, Row, Scale
 
 Found = str | dict[str, str] | Row
@@ -72,7 +74,7 @@ def prepare(scale: Scale, ops: Sequence[str], only: str, workspace: Path) -> Ite
     yield facts.gather(scale.device, [op for benchmark, _ in chosen for op in benchmark.measured_operators])
     yield "rates of memory, gathers and matrix products"
     counts = {case.threads or torch.get_num_threads() for _, cases in chosen for case in cases}
-    rates = floors.measure_all(scale.device, counts | {torch.get_num_threads()}, scale.quick)
+    rates = measure.rates_by_threads(scale.device, counts | {torch.get_num_threads()}, scale.quick)
     (workspace / "floors.json").write_text(json.dumps(rates))
     for benchmark, cases in chosen:
         needed = {case.data for case in cases}
@@ -91,27 +93,21 @@ def times(
 ) -> Iterator[Found]:
     """Every case checked and timed under this process's allocator setting."""
     rates, usual = json.loads((workspace / "floors.json").read_text()), torch.get_num_threads()
-    every = scale.full or setting == facts.first_setting(scale.device)
+    every = scale.full or setting == next(iter(facts.SETTINGS[scale.device]))
     for benchmark in map(benchmarks.load, ops):
         yield {f"backend of {op}": facts.backend_of(op, scale.device) for op in benchmark.measured_operators}
-        name, data = "", Data({}, {})
-        for case in sorted(benchmark.select(scale, only), key=lambda c: c.data):  # each data set is loaded once
-            if case.one_setting and not every:
-                continue
-            yield f"{benchmark.op}, {setting}: {case.name}"
-            if case.data != name:
-                data = Data({}, {})  # free the former before the next is there
-                name, data = case.data, _load(workspace, case, scale.device)
-            threads = case.threads or usual
-            torch.set_num_threads(threads)
-            chosen = [one for one in case.implementations if every or not one.one_setting]
-            case = replace(case, implementations=chosen)
-            yield from _measure(benchmark, case, data, setting, scale, rates[str(threads)], skip)
+        cases = [case for case in benchmark.select(scale, only) if every or not case.one_setting]
+        for _, group in groupby(sorted(cases, key=attrgetter("data")), key=attrgetter("data")):
+            data = None
+            for case in group:
+                yield f"{benchmark.op}, {setting}: {case.name}"
+                data = data or _load(workspace, case, scale.device)
+                threads = case.threads or usual
+                torch.set_num_threads(threads)
+                chosen = [one for one in case.implementations if every or not one.one_setting]
+                case = replace(case, implementations=chosen)
+                yield from _measure(benchmark, case, data, setting, scale, rates[str(threads)], skip)
         torch.set_num_threads(usual)
-
-
-def _failure(error: Exception) -> str:
-    return f"failed: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:160]}"
 
 
 def _checked(
@@ -119,17 +115,17 @@ def _checked(
 ) -> tuple[Any, float] | None:
     """The call to be timed, and what it took when its result was checked; None, and why in the row, if it is not."""
     left_out = [f"left out (--skip {text})" for text in skip if text in one.name]
-    if reason := left_out[0] if left_out else one.unavailable():
-        row.status = reason
+    row.status = (left_out or [one.unavailable() or "ok"])[0]
+    if row.status != "ok":
         return None
     try:
         run = case.bind(one, data)
         start = time.perf_counter()
-        results, row.written_mib = memory.written(partial(run, collect=True), one.counts_writes)
+        results, row.written_mib = measure.written(partial(run, collect=True), one.counts_writes)
         taken = (time.perf_counter() - start) * 1e3
         verdict = benchmark.check(case, one, data, one.decode(results, data))
     except Exception as error:  # a peer may fail in any way; the row says how
-        row.status = _failure(error)
+        row.status = f"failed: {type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')[:160]}"
         return None
     row.error_output, row.error_gradients = verdict.output, verdict.gradients
     row.status = "ok" if verdict.right else "wrong result"
@@ -137,7 +133,7 @@ def _checked(
 
 
 def _measure(
-    benchmark: Benchmark, case: Case, data: Data, setting: str, scale: Scale, rates: floors.Floors, skip: Sequence[str]
+    benchmark: Benchmark, case: Case, data: Data, setting: str, scale: Scale, rates: measure.Rates, skip: Sequence[str]
 ) -> list[Row]:
     rows, timed, cuda = [], [], scale.device == "cuda"
     what = case.direction, case.distribution, case.dtype, torch.get_num_threads()
@@ -147,15 +143,16 @@ def _measure(
         rows.append(row)
         if found := _checked(benchmark, case, one, data, row, skip):
             timed.append((one, row, *found))
-    plan = timing.plan(benchmark.budget_s, scale.quick, scale.full, benchmark.long_ms)
+    budget_s = benchmark.budget_s if scale.full else min(benchmark.budget_s, 0.2 if scale.quick else 0.6)
+    plan = measure.Plan(budget_s, 5 if scale.full else 3, int(scale.full), benchmark.long_ms)
     alone = benchmark.cpu_time and torch.get_num_threads() == 1
     # On a GPU the first call compiles.
-    results = timing.interleaved(
+    results = measure.interleaved(
         [run for *_, run, _ in timed], scale.device, plan, [0.0 if cuda else taken for *_, taken in timed],
         time.process_time if alone else time.perf_counter,
     )  # fmt: skip
     work = benchmark.work(case, data)
-    floor_ms, kind = (None, "") if work is None else floors.floor(work, rates)
+    floor_ms, kind = (None, "") if work is None else measure.floor(work, rates)
     for (one, row, run, _), result in zip(timed, results, strict=True):
         vars(row).update(asdict(result), floor_ms=floor_ms, floor_kind=kind)
         row.floor_share = None if floor_ms is None else floor_ms / result.median_ms
@@ -165,7 +162,7 @@ def _measure(
         if cuda:
             row.kernels = launches.count(run)
         if cuda and case.memory and one.counts_memory:
-            row.memory_extra_mib, row.memory_total_mib = memory.measure(run, data.inputs.values(), "cuda")
+            row.memory_extra_mib, row.memory_total_mib = measure.memory(run, data.inputs.values(), "cuda")
             if benchmark.peak is not None:  # which counts outputs too
                 row.memory_extra_mib, row.memory_total_mib = row.memory_total_mib, None
     return rows
@@ -173,7 +170,7 @@ def _measure(
 
 def calibration() -> Iterator[float]:
     """The extra memory measured of a known temporary, in MiB."""
-    yield memory.calibration()
+    yield measure.calibration()
 
 
 def peak(
@@ -188,4 +185,4 @@ def peak(
         return
     data = replace(_load(workspace, chosen, "cpu"), truth={})
     chosen.bind(one, benchmark.shrink(data))()
-    yield memory.measure(chosen.bind(one, data), data.inputs.values(), "cpu")
+    yield measure.memory(chosen.bind(one, data), data.inputs.values(), "cpu")

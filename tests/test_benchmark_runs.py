@@ -16,13 +16,13 @@ import torch
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
 import benchmarks
-from benchmarks import compare, figures, launches, plot, report, run, sass, static_cuda, tables, timing, worker
+from benchmarks import compare, launches, measure, plot, report, run, sass, static_cuda, tables, worker
 from benchmarks.cases import Benchmark, Row, Scale, ratio, write_csv
 from benchmarks.report import Run
 from m2f_model import bench
 
 ROOT = Path(__file__).parents[1]
-SHORT, LONG = 2 * timing.WARM_MS, 2 * timing.LONG_MS
+SHORT, LONG = 2 * measure.WARM_MS, 2 * measure.LONG_MS
 
 
 def _row(implementation="m2f_kernels", time=10.0, setting="default", **values):
@@ -108,22 +108,22 @@ def _counting(times):
 
 def test_runs_are_called_as_planned():
     calls, runs = _counting(("cold", "warm", "long"))
-    found = timing.interleaved(runs, "cpu", timing.Plan(0.0, 3), [1.0, SHORT, LONG])
+    found = measure.interleaved(runs, "cpu", measure.Plan(0.0, 3), [1.0, SHORT, LONG])
     assert calls == {"cold": 4, "warm": 3, "long": 0}, "a warm-up, none, and nothing but the checked call"
     assert [result.rounds for result in found] == [3, 3, 1]
     assert found[2].median_ms == LONG
     assert found[2].page_faults is None
     calls, runs = _counting(("long",))
-    (result,) = timing.interleaved(runs, "cpu", timing.Plan(0.0, 3, long_calls=1), [LONG])
+    (result,) = measure.interleaved(runs, "cpu", measure.Plan(0.0, 3, long_calls=1), [LONG])
     assert calls == {"long": 1}
     assert result.rounds == 2
 
 
 def test_rounds_go_on_until_the_budget_is_spent():
-    plan = timing.Plan(budget_s=0.2, min_rounds=3, long_calls=0)
+    plan = measure.Plan(budget_s=0.2, min_rounds=3, long_calls=0)
     calls, runs = _counting(("fast",))
-    timing.interleaved(runs, "cpu", plan)
-    assert calls["fast"] == 1 + timing.MAX_ROUNDS, "faster than the budget: as many as are allowed"
+    measure.interleaved(runs, "cpu", plan)
+    assert calls["fast"] == 1 + measure.MAX_ROUNDS, "faster than the budget: as many as are allowed"
 
 
 def test_a_default_run_is_short():
@@ -244,11 +244,11 @@ def test_figures_of_both_directions_and_of_one_value():
         error(1e-6, at_most=True), error(1e-5, at_most=True), time("broken", "m2f_kernels", "", 1.0),
     ]  # fmt: skip
     benchmark = Benchmark("op", "title", figures={"cpu": asked})
-    assert [line[2:] for line in figures.lines(benchmark, Scale("cpu", False), rows)] == [
+    assert [line[2:] for line in report.judged(benchmark, Scale("cpu", False), rows)] == [
         ["≥ 3.00x", "3.00x", "met"], ["≥ 3.10x", "3.00x", "MISSED"], ["≤ 2.00x", "3.00x", "MISSED"],
         ["≤ 1.0e-06", "2.0e-06", "MISSED"], ["≤ 1.0e-05", "2.0e-06", "met"], ["≥ 1.00x", "-", "not measured"],
     ]  # fmt: skip
-    assert figures.lines(benchmark, Scale("cpu", quick=True), rows) == []
+    assert report.judged(benchmark, Scale("cpu", quick=True), rows) == []
 
 
 # ---------------------------------------------------------------- reports
@@ -422,9 +422,9 @@ def test_head_start_covers_the_launch(monkeypatch, launch_s, expected):
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
     clock = iter([1.0, 1.0 + launch_s])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    assert timing.head_start(lambda: None) == pytest.approx(expected)
-    assert slept[0] / timing._CYCLES_PER_S > timing._LONGEST_LAUNCH_S  # else a call that waits would not be noticed
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: next(clock))
+    assert measure.head_start(lambda: None) == pytest.approx(expected)
+    assert slept[0] / measure._CYCLES_PER_S > measure._LONGEST_LAUNCH_S  # else a call that waits would not be noticed
 
 
 def test_kernels_of_a_trace_are_counted():

@@ -14,7 +14,7 @@ import m2f_kernels
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
 import benchmarks
-from benchmarks import figures, floors, inputs, memory
+from benchmarks import inputs, measure, report
 from benchmarks.cases import Case, Data, Implementation, Row, Scale, check_relative_l2, ratio
 from benchmarks.ops import attention_mask, masked_attention
 from m2f_kernels.masks import PackedMask
@@ -62,18 +62,18 @@ def test_of_several_peers_the_best_or_the_fastest_counts():
     rows = [_row("ours", 2.0, 4.0), _row("fast", 6.0, 80.0), _row("small", 9.0, 20.0), _row("broken", None, None)]
     best = ratio("case", "median_ms", ("fast", "small", "broken"), "ours", "")
     less = replace(best, field="memory_extra_mib")
-    assert figures.evaluate(best, rows, "default") == (3.0, False)
-    assert figures.evaluate(less, rows, "default") == (5.0, False)
-    assert figures.evaluate(replace(less, of_fastest=True), rows, "default") == (20.0, False)
-    assert figures.evaluate(best, rows, "another") is None
-    assert figures.evaluate(replace(best, below="broken"), rows, "default") is None
+    assert report.evaluate(best, rows, "default") == (3.0, False)
+    assert report.evaluate(less, rows, "default") == (5.0, False)
+    assert report.evaluate(replace(less, of_fastest=True), rows, "default") == (20.0, False)
+    assert report.evaluate(best, rows, "another") is None
+    assert report.evaluate(replace(best, below="broken"), rows, "default") is None
     rows[0].memory_extra_mib = 0.5
-    assert figures.evaluate(less, rows, "default") == (20.0, True), "no more than a lower bound"
+    assert report.evaluate(less, rows, "default") == (20.0, True), "no more than a lower bound"
 
 
 RATES = {"bandwidth": 1e9, "l2": 1e9, "float32 matmul": 1e9, "bfloat16 matmul": 4e9}
 GATHER = {"bandwidth": 4e9, "l2 bytes": 6e10, "l1 cycles": 1e9, "reductions": 2.2e8}
-H200, A100 = ({"bandwidth": 4e12, "float32 matmul": 1e12} | floors.part_rates(f"NVIDIA {x}") for x in ("H200", "A100"))
+H200, A100 = ({"bandwidth": 4e12, "float32 matmul": 1e12} | measure.part_rates(f"NVIDIA {x}") for x in ("H200", "A100"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ H200, A100 = ({"bandwidth": 4e12, "float32 matmul": 1e12} | floors.part_rates(f"
     ],
 )
 def test_the_floor_is_what_bounds_most(work, rates, expected):
-    milliseconds, bound = floors.floor(work, rates)
+    milliseconds, bound = measure.floor(work, rates)
     assert (pytest.approx(milliseconds), bound) == expected
 
 
@@ -106,16 +106,16 @@ def test_written_bytes_are_those_of_results_and_temporaries():
         y.mul_(2)  # 1
         return ((y + 1).double(),)  # 1 + 2
 
-    result, mib = memory.written(run)
+    result, mib = measure.written(run)
     assert mib == 5
     assert result[0].dtype == torch.float64
-    assert memory.written(run, count=False)[1] is None
+    assert measure.written(run, count=False)[1] is None
 
     def gradient():
         leaf = x.detach().requires_grad_()
         return torch.autograd.grad((leaf * 2,), (leaf,), (x,))  # product and its gradient
 
-    assert memory.written(gradient)[1] == 2
+    assert measure.written(gradient)[1] == 2
 
 
 def test_what_a_call_yields_is_dropped_when_timed_and_kept_when_checked():

@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
-from benchmarks import timing
+from benchmarks import measure
 from benchmarks.cases import Data, Scale
 from benchmarks.ops import end_to_end
 from benchmarks.ops.end_to_end import ACCELERATED, AUTOCAST, COMPILED, GRAPH, HELD, OURS, TRANSFORMERS, Way
@@ -53,7 +53,7 @@ def test_eager_models_are_right_and_their_parts_are_timed_apart(training, autoca
 
 def test_cpu_time_leaves_out_waiting():
     runs = [lambda: time.sleep(0.05), lambda: sum(range(10**6))]
-    sleeping, working = timing.interleaved(runs, "cpu", timing.Plan(0.01, 3), clock=time.process_time)
+    sleeping, working = measure.interleaved(runs, "cpu", measure.Plan(0.01, 3), clock=time.process_time)
     assert sleeping.median_ms < 5 < working.median_ms
 
 

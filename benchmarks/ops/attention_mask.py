@@ -7,7 +7,6 @@ the same rearrangement as this package.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
@@ -35,7 +34,7 @@ from benchmarks.cases import (
     missing,
     ratio,
 )  # fmt: skip
-from benchmarks.memory import bytes_of
+from benchmarks.measure import bytes_of
 from m2f_kernels.masks import PackedMask
 
 CHANNELS, QUERIES, LAYERS, HEADS = 256, 100, 9, 8
@@ -94,11 +93,8 @@ def _transformers(a: dict[str, Any], keep: bool) -> Iterator[Tensor]:
 
 
 def _attend_of_heads(results: Any, data: Data) -> list[Tensor]:
-    """Bool [N, Q, S], True = attend, of blocking masks [N * H, Q, S] that are the same for all heads."""
-    by_heads = [blocked.unflatten(0, (-1, HEADS)) for blocked in results]
-    if not all((by_head == by_head[:, :1]).all() for by_head in by_heads):
-        raise ValueError("the heads' masks differ")
-    return [~by_head[:, 0] for by_head in by_heads]
+    """Bool [N, Q, S], True = attend, of blocking masks [N * H, Q, S], which should be the same for all heads."""
+    return [(~blocked).unflatten(0, (-1, HEADS)).all(1) for blocked in results]
 
 
 def _centre_mean(features: Tensor, size: tuple[int, int]) -> Tensor:
@@ -115,16 +111,14 @@ def _strided(a: dict[str, Any]) -> Iterator[Tensor]:
         yield blocked.logical_and_(~blocked.all(-1, keepdim=True))
 
 
-def implementations() -> list[Implementation]:
-    """This package's and its peers of `resize_mask_features` with `predict_attention_mask`."""
-    theirs: dict[str, Any] = {"unavailable": missing("transformers"), "decode": _attend_of_heads}
-    return [
-        Implementation(OURS, _masks, as_given, ours=True, decode=_decode),
-        Implementation(TRANSFORMERS, partial(_transformers, keep=True), _predictor, **theirs),
-        Implementation(TRANSFORMERS_DROPPED, partial(_transformers, keep=False), _predictor, **theirs),
-        Implementation(STRIDED, _strided, as_given, decode=lambda results, data: [~blocked for blocked in results]),
-    ]
-
+_THEIRS: dict[str, Any] = {"unavailable": missing("transformers"), "decode": _attend_of_heads}
+#: This package's and its peers of `resize_mask_features` with `predict_attention_mask`.
+IMPLEMENTATIONS = [
+    Implementation(OURS, _masks, as_given, ours=True, decode=_decode),
+    Implementation(TRANSFORMERS, partial(_transformers, keep=True), _predictor, **_THEIRS),
+    Implementation(TRANSFORMERS_DROPPED, partial(_transformers, keep=False), _predictor, **_THEIRS),
+    Implementation(STRIDED, _strided, as_given, decode=lambda results, data: [~blocked for blocked in results]),
+]
 
 # ---------------------------------------------------------------- data
 
@@ -175,24 +169,11 @@ def build(device: str, size: int, dtype: str, whole: bool) -> Data:
 
 def check(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
     """Few bits may differ from the truth, and only where the exact logit is within rounding of the threshold."""
-    wrong = total = unjustified = 0
-    for i, (name, attend) in enumerate(zip(data.outputs, results, strict=True)):
-        truth = data.truth[name]
-        if attend.shape != truth.shape:
-            raise ValueError(f"{name}: expected shape {tuple(truth.shape)}; got {tuple(attend.shape)}")
-        differs = attend != truth
-        wrong, total = wrong + int(differs.sum()), total + truth.numel()
-        unjustified += int((differs & ~data.truth[f"doubtful {i + 1}"]).sum())
+    differs = [attend != data.truth[name] for name, attend in zip(data.outputs, results, strict=True)]
+    share = sum(int(d.sum()) for d in differs) / sum(d.numel() for d in differs)
+    justified = all((data.truth[f"doubtful {i + 1}"] | ~d).all() for i, d in enumerate(differs))
     limit = WRONG_BITS[case.dtype] * (1 if implementation.ours else PEER_SLACK)
-    return Verdict(not unjustified and wrong / total <= limit, wrong / total)
-
-
-def shrink(data: Data) -> Data:
-    """A sixteenth of the image."""
-    features = data.inputs["mask_features"]
-    h, w = features.shape[2] // 4, features.shape[3] // 4
-    few = data.inputs | {"mask_features": features[:, :, :h, :w]}
-    return replace(data, inputs=few, levels=[(h // 4, w // 4) for h, w in data.levels])
+    return Verdict(justified and share <= limit, share)
 
 
 # ---------------------------------------------------------------- cases
@@ -203,13 +184,12 @@ def _sizes(scale: Scale) -> tuple[int, int]:
 
 
 def cases(scale: Scale) -> list[Case]:
-    cuda, everybody = scale.device == "cuda", implementations()
-    small, large = _sizes(scale)
+    cuda, (small, large) = scale.device == "cuda", _sizes(scale)
 
     def case(what: str, size: int, dtype: str, memory: bool = False) -> Case:
         name, headline = f"{what} {size}² {dtype}", dtype == ("bf16" if cuda else "fp32")
         made = partial(build, scale.device, size, dtype, what == ALL)
-        return Case(name, name, "forward", everybody, dtype=dtype, memory=memory, headline=headline, build=made)
+        return Case(name, name, "forward", IMPLEMENTATIONS, "", dtype, memory=memory, headline=headline, build=made)
 
     found = [case(ALL, large, "fp32", memory=True), case(ALL, small, "fp32"), case(ALL, large, "bf16")]
     return found + [case(STRIDE_8, large, dtype, memory=True) for dtype in ("fp32", "bf16") if cuda]
@@ -269,7 +249,7 @@ BENCHMARK = Benchmark(
     ),
     cases=cases,
     work=work,
-    shrink=shrink,
+    quarters={"mask_features": (2, 3), "levels": ()},
     figures=FIGURES,
     check=check,
     operators=("resize_mask_features", "predict_attention_mask"),

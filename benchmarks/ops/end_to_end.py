@@ -201,7 +201,7 @@ def peak(case: Case, implementation: Implementation) -> float:
 
 def _truth(case: bench.Case) -> Data:
     """The last prediction of `transformers` in float32."""
-    call = bench.call(replace(case, training=False), _model_of(case, Way(TRANSFORMERS)))
+    call = bench.call(replace(case, training=False, autocast="none"), _model_of(case, Way(TRANSFORMERS)))
     classes, logits = (x.detach().cpu() for x in call())
     return Data({}, {"classes": classes, "masks": logits}, [], ("classes", "masks"))
 
@@ -227,39 +227,44 @@ def check(case: Case, implementation: Implementation, data: Data, results: Seque
 # ---------------------------------------------------------------- cases
 
 
-def _case(spec: bench.Case, *more: Way, **options: Any) -> Case:
-    """Like with like: `more` beside both models in float32."""
-    implementations = [implementation(spec, way, way in more) for way in (Way(), Way(TRANSFORMERS), *more)]
-    direction, made, name = "forward+backward" if spec.training else "forward", partial(_truth, spec), title(spec)
+def _case(spec: bench.Case, suffix: str, implementations: Sequence[Implementation], **options: Any) -> Case:
+    name, direction = title(spec) + suffix, "forward+backward" if spec.training else "forward"
+    made = partial(_truth, spec)
     return Case(name, name, direction, implementations, build=made, spec=spec, images=spec.batch, **options)
 
 
+def _like_with_like(spec: bench.Case, *more: Way, **options: Any) -> Case:
+    """Both models in float32, and `more` beside them."""
+    return _case(spec, "", [implementation(spec, x, x in more) for x in (Way(), Way(TRANSFORMERS), *more)], **options)
+
+
 def cases(scale: Scale) -> list[Case]:
-    cuda, one = (
-        scale.device == "cuda",
-        bench.Case("tiny" if scale.quick else "r50", targets=TARGETS, device=scale.device),
-    )
+    cuda = scale.device == "cuda"
+    one = bench.Case("tiny" if scale.quick else "r50", targets=TARGETS, device=scale.device)
     largest, small = (128, 64) if scale.quick else (1024, 512)
     low = (BF16, TRANSFORMERS_BF16, TRANSFORMERS_COMPILED)[: 3 if cuda else 2 if scale.full else 1]
     graphs = (CAPTURED, BF16_CAPTURED) if cuda else ()
     shown: dict[str, Any] = {"memory": True, "headline": True}
     found = [
-        _case(replace(one, size=largest), *graphs, *low, **shown),
-        _case(replace(one, size=small), *graphs[:1], **shown),
-        _case(replace(one, size=small, training=True), CHECKPOINTED, **shown),
+        _like_with_like(replace(one, size=largest), *graphs, *low, **shown),
+        _like_with_like(replace(one, size=small), *graphs[:1], **shown),
+        _like_with_like(replace(one, size=small, training=True), CHECKPOINTED, **shown),
     ]
     if scale.quick:
         return found
     swin = replace(one, backbone="swin-tiny")
     found += [
-        *(_case(replace(one, size=x), *graphs[:1], one_setting=True, full=x == 768 and not cuda) for x in (256, 768)),
-        _case(replace(one, size=1024, training=True), memory=True, full=not cuda),
         *(
-            _case(replace(swin, size=size, training=training), memory=True, full=True)
+            _like_with_like(replace(one, size=x), *graphs[:1], one_setting=True, full=x == 768 and not cuda)
+            for x in (256, 768)
+        ),
+        _like_with_like(replace(one, size=1024, training=True), memory=True, full=not cuda),
+        *(
+            _like_with_like(replace(swin, size=size, training=training), memory=True, full=True)
             for size, training in ((512, False), (1024, False), (512, True))
         ),
     ]
-    return [*found, _case(replace(one, size=1024, training=True, batch=2), *low, **shown)] if cuda else found
+    return [*found, _like_with_like(replace(one, size=1024, training=True, batch=2), *low, **shown)] if cuda else found
 
 
 def ways(case: bench.Case, full: bool) -> list[Way]:
@@ -291,17 +296,11 @@ def whole_cases(scale: Scale) -> list[Case]:
         sizes = (128,) if scale.quick else (1024, 512) if full else (512,)
         specs = [replace(one, size=size, autocast=x) for size in sizes for x in ("none", "bf16")]
         specs += [replace(one, size=512, training=True)] if full else []
-    found = []
-    for spec in specs:
-        name = f"{title(spec)} {'fp32' if spec.autocast == 'none' else 'bf16'}"
-        implementations = [implementation(spec, way) for way in ways(spec, full)]
-        made = partial(_truth, replace(spec, autocast="none"))
-        direction = "forward+backward" if spec.training else "forward"
-        found.append(
-            Case(name, name, direction, implementations, build=made, spec=spec, images=spec.batch, headline=True,
-                 one_setting=True)
-        )  # fmt: skip
-    return found
+    return [
+        _case(spec, " fp32" if spec.autocast == "none" else " bf16",
+              [implementation(spec, way) for way in ways(spec, full)], headline=True, one_setting=True)
+        for spec in specs
+    ]  # fmt: skip
 
 
 # ---------------------------------------------------------------- required figures

@@ -14,7 +14,7 @@ Peers take query, key and value by heads, [N, H, *, D], contiguous (on CPU SDPA 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
@@ -30,7 +30,6 @@ from benchmarks.cases import (
     Benchmark,
     Case,
     Data,
-    Figure,
     Implementation,
     Levels,
     Scale,
@@ -38,8 +37,9 @@ from benchmarks.cases import (
     Work,
     matmul,
     ratio,
+    reference,
 )  # fmt: skip
-from benchmarks.memory import bytes_of
+from benchmarks.measure import bytes_of
 
 CHANNELS, HEADS = 256, 8
 DIFFERENTIABLE = ("query", "key", "value")
@@ -150,7 +150,7 @@ def peers(device: str) -> list[Implementation]:
 # ---------------------------------------------------------------- the whole module
 
 
-def _with_parameters(given: Tensors, module: torch.nn.Module) -> dict[str, Any]:
+def _with_parameters(module: torch.nn.Module, given: Tensors) -> dict[str, Any]:
     """`module` with the parameters among the inputs, which have the names of `nn.MultiheadAttention`'s."""
     module.to(given["query"].device, given["query"].dtype)
     module.load_state_dict({name: given[name] for name in module.state_dict()})
@@ -158,35 +158,32 @@ def _with_parameters(given: Tensors, module: torch.nn.Module) -> dict[str, Any]:
 
 
 def _module_inputs(given: Tensors, levels: Levels) -> dict[str, Any]:
-    module = m2f_kernels.nn.MaskedCrossAttention(CHANNELS, HEADS)
-    return _with_parameters(given, module) | {"mask": m2f_kernels.pack_attention_mask(given["attend"])}
+    mask = {"mask": m2f_kernels.pack_attention_mask(given["attend"])}
+    return _with_parameters(m2f_kernels.nn.MaskedCrossAttention(CHANNELS, HEADS), given) | mask
 
 
 def _module(a: dict[str, Any]) -> Tensor:
-    output: Tensor = a["module"](a["query"], a["pixels"], a["mask"], key_pos=a["key_pos"])
-    return output
+    return a["module"](a["query"], a["pixels"], a["mask"], key_pos=a["key_pos"])
 
 
 def _multihead_inputs(given: Tensors, levels: Levels) -> dict[str, Any]:
     """Sequence first and the mask repeated over heads, as `transformers` has them."""
-    arguments = _with_parameters(given, torch.nn.MultiheadAttention(CHANNELS, HEADS))
-    arguments |= {name: given[name].transpose(0, 1).contiguous() for name in ("query", "pixels", "key_pos")}
-    return arguments | {"mask": (~given["attend"]).repeat_interleave(HEADS, 0)}
+    given = given | {name: given[name].transpose(0, 1).contiguous() for name in ("query", "pixels", "key_pos")}
+    mask = {"mask": (~given["attend"]).repeat_interleave(HEADS, 0)}
+    return _with_parameters(torch.nn.MultiheadAttention(CHANNELS, HEADS), given) | mask
 
 
 def _multihead(a: dict[str, Any], need_weights: bool) -> Tensor:
     key = a["pixels"] + a["key_pos"]
-    output: Tensor = a["module"](a["query"], key, a["pixels"], attn_mask=a["mask"], need_weights=need_weights)[0]
-    return output.transpose(0, 1)
+    return a["module"](a["query"], key, a["pixels"], attn_mask=a["mask"], need_weights=need_weights)[0].transpose(0, 1)
 
 
-def _module_implementations() -> list[Implementation]:
-    """`nn.MaskedCrossAttention`; the module as `transformers` calls it, and asked for no weights."""
-    theirs = ((MULTIHEAD_MODULE, True), (MULTIHEAD_NO_WEIGHTS, False))
-    return [
-        Implementation(OURS, _module, _module_inputs, ours=True),
-        *(Implementation(name, partial(_multihead, need_weights=w), _multihead_inputs) for name, w in theirs),
-    ]
+#: `nn.MaskedCrossAttention`; the module as `transformers` calls it, and asked for no weights.
+_MODULES = [
+    Implementation(OURS, _module, _module_inputs, ours=True),
+    Implementation(MULTIHEAD_MODULE, partial(_multihead, need_weights=True), _multihead_inputs),
+    Implementation(MULTIHEAD_NO_WEIGHTS, partial(_multihead, need_weights=False), _multihead_inputs),
+]
 
 
 # ---------------------------------------------------------------- data
@@ -220,8 +217,7 @@ class Shape:
 
 
 def build(device: str, shape: Shape, backward: bool) -> Data:
-    """Unit normal heads, in memory [N, length, H*D] as a projection writes it; the truth is stored as float32, which
-    adds 6e-8 to an error at most."""
+    """Unit normal heads, in memory [N, length, H*D] as a projection writes it."""
     generator, side = inputs.generator(8), round(shape.keys**0.5)
     tensors = {
         name: torch.randn(shape.n, length, CHANNELS, generator=generator).to(DTYPES[shape.dtype])
@@ -230,13 +226,8 @@ def build(device: str, shape: Shape, backward: bool) -> Data:
     }  # fmt: skip
     grad_output = torch.randn(shape.n, HEADS, shape.queries, CHANNELS // HEADS, generator=generator)
     tensors["attend"] = shape.attend()
-    leaves = [tensors[name].to(device, torch.float64).requires_grad_(backward) for name in DIFFERENTIABLE]
-    with m2f_kernels.use_backend("reference"):
-        output = m2f_kernels.masked_attention(*leaves, tensors["attend"].to(device))
-    truth = {"output": output.detach()}
-    if backward:
-        truth |= zip(DIFFERENTIABLE, torch.autograd.grad(output, leaves, grad_output.to(output)), strict=True)
-    truth = {name: tensor.float().cpu() for name, tensor in truth.items()}
+    wanted = DIFFERENTIABLE if backward else ()
+    truth = reference(lambda a: _attention(a | {"mask": a["attend"]}), tensors, device, wanted, grad_output)
     return Data(tensors, truth, [(side, side)], grad_outputs=(grad_output,), differentiable=DIFFERENTIABLE)
 
 
@@ -248,26 +239,13 @@ def _build_module(device: str, shape: Shape) -> Data:
         "in_proj_weight": (3 * CHANNELS, CHANNELS), "in_proj_bias": (3 * CHANNELS,),
         "out_proj.weight": (CHANNELS, CHANNELS), "out_proj.bias": (CHANNELS,),
     }  # fmt: skip
+    scales = {name: CHANNELS**-0.5 if "proj" in name else 1.0 for name in shapes}
     tensors = {
-        name: (torch.randn(of, generator=generator) * (CHANNELS**-0.5 if "proj" in name else 1.0)).to(
-            DTYPES[shape.dtype]
-        )
+        name: (torch.randn(of, generator=generator) * scales[name]).to(DTYPES[shape.dtype])
         for name, of in shapes.items()
     } | {"attend": shape.attend()}
-    exact = {name: t.to(device, torch.float64 if t.is_floating_point() else t.dtype) for name, t in tensors.items()}
-    with m2f_kernels.use_backend("reference"), torch.no_grad():
-        truth = _module(_module_inputs(exact, []))
-    return Data(tensors, {"output": truth.float().cpu()}, [(side, side)])
-
-
-def shrink(data: Data) -> Data:
-    """The first 4 queries and 64 keys."""
-    attend = data.inputs["attend"][:, :4, :64] | torch.ones(64, dtype=torch.bool, device=data.inputs["attend"].device)
-    if "pixels" in data.inputs:
-        few = {name: data.inputs[name][:, : 4 if name == "query" else 64] for name in ("query", "pixels", "key_pos")}
-        return replace(data, inputs=data.inputs | few | {"attend": attend})
-    few = {name: data.inputs[name][:, :, : 4 if name == "query" else 64] for name in DIFFERENTIABLE}
-    return replace(data, inputs=few | {"attend": attend}, grad_outputs=(data.grad_outputs[0][:, :, :4],))
+    truth = reference(lambda a: _module(_module_inputs(a, [])), tensors, device)
+    return Data(tensors, truth, [(side, side)])
 
 
 # ---------------------------------------------------------------- cases
@@ -279,37 +257,34 @@ def cases(scale: Scale) -> list[Case]:
     here = [one for one in everybody if one.name not in (FLEX, FLEX_REBUILT)]
     main, other = ("bf16", "fp32") if cuda else ("fp32", "bf16")
 
-    def case(shape: Shape, way: str = "forward", **options: Any) -> Case:
+    def case(shape: Shape, way: str = "forward", suffix: str = "", **options: Any) -> Case:
         # On CPU one case is enough to say that FlexAttention is not compared there.
         chosen = everybody if cuda or shape.dtype == "bf16" else here
         made = partial(build, scale.device, shape, way != "forward")
-        return Case(f"{shape} {way}", str(shape), way, chosen, shape.kind, shape.dtype, build=made, **options)
+        return Case(f"{shape} {way}{suffix}", str(shape), way, chosen, shape.kind, shape.dtype, build=made, **options)
 
     sizes = (1024, 4096) if scale.quick else (1024, 4096, 16384)
     masks = [(OPEN, 1.0), *((kind, density) for kind in (BLOBS, RANDOM) for density in (0.3, 0.05))]
+    whole = Shape(large, dtype=main)
     found = [
-        case(Shape(keys, 100, kind, density, main), headline=keys == large and kind != RANDOM,
-             memory=keys == large and (kind, density) == (BLOBS, 0.3),
-             full=keys != large or (kind, density) == (RANDOM, 0.3))
-        for keys in sizes
-        for kind, density in masks
+        *(
+            case(Shape(keys, 100, kind, density, main), headline=keys == large and kind != RANDOM,
+                 memory=keys == large and (kind, density) == (BLOBS, 0.3),
+                 full=keys != large or (kind, density) == (RANDOM, 0.3))
+            for keys in sizes for kind, density in masks
+        ),
+        case(Shape(large, 100, LEARNED, 1.0, main), headline=True),
+        *(case(Shape(keys, 200, dtype=main), full=True) for keys in sizes if not scale.quick),
+        *(
+            case(Shape(large, 100, kind, 0.3, main, 2 if cuda else 1), "forward+backward", memory=kind == BLOBS,
+                 headline=kind == BLOBS)
+            for kind in (BLOBS, RANDOM)
+        ),
+        case(Shape(large, dtype=other), full=not cuda),
+        Case(f"module with projections {whole} forward", MODULE, "forward", _MODULES, BLOBS, main, memory=True,
+             full=True, build=partial(_build_module, scale.device, whole)),
     ]  # fmt: skip
-    found.append(case(Shape(large, 100, LEARNED, 1.0, main), headline=True))
-    if not scale.quick:
-        found += [case(Shape(keys, 200, dtype=main), full=True) for keys in sizes]
-    found += [
-        case(Shape(large, 100, kind, 0.3, main, 2 if cuda else 1), "forward+backward",
-             memory=kind == BLOBS, headline=kind == BLOBS)
-        for kind in (BLOBS, RANDOM)
-    ]  # fmt: skip
-    found.append(case(Shape(large, dtype=other), full=not cuda))
-    whole, made = Shape(large, dtype=main), partial(_build_module, scale.device, Shape(large, dtype=main))
-    found.append(Case(f"module with projections {whole} forward", MODULE, "forward", _module_implementations(), BLOBS,
-                      main, memory=True, full=True, build=made))  # fmt: skip
-    if not cuda and not scale.quick:
-        single = case(whole)
-        found.append(replace(single, name=f"{single.name} 1 thread", threads=1, full=True))
-    return found
+    return found if cuda or scale.quick else [*found, case(whole, suffix=" 1 thread", threads=1, full=True)]
 
 
 def work(case: Case, data: Data) -> Work:
@@ -323,37 +298,30 @@ def work(case: Case, data: Data) -> Work:
     n, queries, keys = attend.shape
     pairs = int(attend.sum())
     product = 2 * CHANNELS * pairs
-    made: Work = {"special functions": (2 if case.backward else 1) * HEADS * pairs}
+    special = {"special functions": (2 if case.backward else 1) * HEADS * pairs}
     if case.data == MODULE:  # queries and output, keys and values are projected
         projections = 2 * CHANNELS**2 * n * (2 * queries + 2 * keys)
         read = bytes_of(t for t in data.inputs.values() if t.is_floating_point())
-        return made | {"bandwidth": read + output, matmul(case): projections + 2 * product}
+        return special | {"bandwidth": read + output, matmul(case): projections + 2 * product}
     tensors = bytes_of(data.inputs[name] for name in DIFFERENTIABLE)
-    read = tensors + n * queries * (4 * ((keys + 31) // 32) + 1)
-    if not case.backward:
-        return made | {"bandwidth": read + output, matmul(case): 2 * product}
-    return made | {"bandwidth": 2 * read + 3 * output + tensors, matmul(case): 6 * product}
-
-
-def _cpu(kind: str, density: float, peer: str, target: float | None) -> Figure:
-    case = f"{Shape(LARGE, 100, kind, density)} forward"
-    return ratio(case, "median_ms", peer, OURS, f"faster than {peer}", target, target)
-
-
-def _cuda(case: str, judged: bool) -> list[Figure]:
-    aims = {MULTIHEAD: 8.0, SDPA: 2.5, FLEX: 2.0, FLEX_REBUILT: 10.0}
-    faster = (
-        ratio(case, "median_ms", peer, OURS, f"faster than {peer}", aim if judged else None)
-        for peer, aim in aims.items()
-    )
-    return [*faster, ratio(case, "floor_share", OURS, None, "share of the floor", 0.5)]
+    moved = tensors + n * queries * (4 * ((keys + 31) // 32) + 1) + output
+    if case.backward:
+        moved, product = 2 * moved + output + tensors, 3 * product
+    return special | {"bandwidth": moved, matmul(case): 2 * product}
 
 
 _FASTEST, _FASTER = (SDPA, MULTIHEAD, EAGER), "the faster of SDPA (boolean mask) and the eager forms"
+_AIMS_ON_A_GPU = {MULTIHEAD: 8.0, SDPA: 2.5, FLEX: 2.0, FLEX_REBUILT: 10.0}
 FIGURES = {
     "cpu": [
-        _cpu(OPEN, 1.0, SDPA, 2.0), _cpu(BLOBS, 0.05, SDPA, 4.0), _cpu(BLOBS, 0.3, SDPA, None),
-        _cpu(BLOBS, 0.3, MULTIHEAD, None),
+        *(
+            ratio(f"{Shape(LARGE, 100, kind, density)} forward", "median_ms", peer, OURS, f"faster than {peer}", aim,
+                  aim)
+            for kind, density, peer, aim in (
+                (OPEN, 1.0, SDPA, 2.0), (BLOBS, 0.05, SDPA, 4.0), (BLOBS, 0.3, SDPA, None),
+                (BLOBS, 0.3, MULTIHEAD, None),
+            )
+        ),
         *(
             ratio(f"{Shape(LARGE, kind=kind)} forward+backward", "median_ms", _FASTEST, OURS, f"faster than {_FASTER}",
                   2.0, 2.0)
@@ -366,7 +334,14 @@ FIGURES = {
         *(
             figure
             for kind, density in ((OPEN, 1.0), (BLOBS, 0.3), (BLOBS, 0.05))
-            for figure in _cuda(f"{Shape(LARGE, 100, kind, density, 'bf16')} forward", (kind, density) == (BLOBS, 0.3))
+            for case in (f"{Shape(LARGE, 100, kind, density, 'bf16')} forward",)
+            for figure in (
+                *(
+                    ratio(case, "median_ms", peer, OURS, f"faster than {peer}", aim if density == 0.3 else None)
+                    for peer, aim in _AIMS_ON_A_GPU.items()
+                ),
+                ratio(case, "floor_share", OURS, None, "share of the floor", 0.5),
+            )
         ),
         *(
             ratio(f"{Shape(LARGE, 100, kind, 0.3, 'bf16', 2)} forward+backward", "median_ms", SDPA, OURS,
@@ -392,7 +367,8 @@ BENCHMARK = Benchmark(
     ),
     cases=cases,
     work=work,
-    shrink=shrink,
+    quarters={"attend": (1, 2), "pixels": (1,), "key_pos": (1,), "grad_output": (2,)}
+    | dict.fromkeys(DIFFERENTIABLE, (-2,)),
     figures=FIGURES,
     budget_s=1.5,
 )

@@ -17,13 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
+from transformers.models.mask2former import modeling_mask2former
 
 import m2f_kernels
-from benchmarks import memory, of_operators
+from benchmarks import measure, of_operators
 from benchmarks.arguments import arguments
 from benchmarks.formats import markdown
 from benchmarks.ops.masked_attention import multihead_core
-from benchmarks.ops.ms_deform_attn import grid_sample_form as published_ms_deform_attn
 from m2f_kernels import FactoredMasks, PackedMask
 from m2f_kernels.ops.points.fallback import most_uncertain
 
@@ -55,7 +55,7 @@ def count(function: Callable[..., Any], inputs: tuple[Any, ...]) -> Count:
             saved[storage._cdata] = storage
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), memory.Operations() as found:
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), measure.Operations() as found:
         outputs = [x for x in tree_leaves(function(*inputs)) if isinstance(x, Tensor) and x.requires_grad]
     if outputs:
         wanted = [x for x in tree_leaves(inputs) if isinstance(x, Tensor) and x.requires_grad]
@@ -87,7 +87,7 @@ def published_from_offsets(
     else:
         boxes = reference_points[:, :, None, :, None]
         locations = boxes[..., :2] + offsets / points * boxes[..., 2:] * 0.5
-    return published_ms_deform_attn(value, sizes, locations, weights)
+    return modeling_mask2former.multi_scale_deformable_attention(value, sizes, locations, weights)
 
 
 #: Mask2Former's decoder has 8 heads.
@@ -159,16 +159,14 @@ def published_uncertain(logits: Tensor, candidates: Tensor, fresh: Tensor, keep:
 
 def published_cost(logits: Tensor, targets: list[Tensor], points: Tensor) -> list[Tensor]:
     """The matcher's two costs for each image."""
-    from transformers.models.mask2former import modeling_mask2former as published
-
     found = []
     with torch.no_grad():
         for image, masks in enumerate(targets):
             own, masks = points[image : image + 1], masks.to(logits)
             t = published_point_sample(masks[:, None], own.repeat(len(masks), 1, 1)).squeeze(1)
             x = published_point_sample(logits[image][:, None], own.repeat(logits.shape[1], 1, 1)).squeeze(1)
-            found.append(published.pair_wise_sigmoid_cross_entropy_loss(x, t))
-            found.append(published.pair_wise_dice_loss(x, t))
+            found.append(modeling_mask2former.pair_wise_sigmoid_cross_entropy_loss(x, t))
+            found.append(modeling_mask2former.pair_wise_dice_loss(x, t))
     return found
 
 
@@ -222,7 +220,7 @@ def _attention_rows() -> Iterator[Row]:
         value, samples = meta(2, s, 8, 32), meta(2, q, 8, levels, 4, 2)
         yield Row(
             "ms_deform_attn", f"{levels} levels, {q} queries",
-            lambda v, x, a, sizes=sizes: published_ms_deform_attn(v, sizes, x, a),
+            lambda v, x, a, sizes=sizes: modeling_mask2former.multi_scale_deformable_attention(v, sizes, x, a),
             lambda v, x, a, sizes=sizes: m2f_kernels.ms_deform_attn(v, sizes, None, x, a),
             (value, samples, meta(2, q, 8, levels, 4)),
         )  # fmt: skip

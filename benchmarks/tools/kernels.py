@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import m2f_kernels
-from benchmarks import facts, inputs, static, timing
+from benchmarks import facts, inputs, measure, static
 from benchmarks.arguments import arguments
 from m2f_kernels import _library
 
@@ -143,7 +143,7 @@ PARTS = {"deformable": _deformable, "masks": _masks, "attention": _attention, "p
 
 def microseconds(run: Callable[[], object], device: str) -> float:
     """Median of interleaved rounds."""
-    return timing.interleaved([run], device, timing.Plan(0.0, _ROUNDS if device == "cuda" else 3))[0].median_ms * 1e3
+    return measure.interleaved([run], device, measure.Plan(0.0, _ROUNDS if device == "cuda" else 3))[0].median_ms * 1e3
 
 
 def main() -> None:

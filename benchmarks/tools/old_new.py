@@ -10,7 +10,7 @@ each other. Processes of one tree differ, too: `--old` with this tree shows by h
 Kernels: `python -m benchmarks.kernels` runs in each tree alternately, in a process of its own (two versions of the
 operators cannot be in one). `--with NAME=VALUE` adds a run of this tree with an environment variable set, which chooses
 other kernels than the default's; its rows end with that. Models: each tree has a process that holds its model, and the
-two are called alternately. Peaks are each of a fresh process, by the method of `benchmarks/memory.py`: of a call above
+two are called alternately. Peaks are each of a fresh process, by the method of `measure.memory`: of a call above
 the weights (in training above the gradients, too), and of matching, loss and gradients alone, for given predictions.
 """
 
@@ -125,11 +125,12 @@ def worker(task: str, name: str, device: str) -> None:
     """
     import torch
 
-    from benchmarks import memory
     from m2f_model import bench
 
     case = bench.Case("r50", *CALLS[name], device=device) if name in CALLS else None
     make = partial(_loss if name in LOSSES else _integration, name, device)
+    # Older trees have it elsewhere.
+    peak_mib = getattr(bench, "peak_mib", None) or importlib.import_module("benchmarks.memory").peak_mib
     clock = time.process_time if task == "cpu" else time.perf_counter
     if task == "peak" and name in LOSSES:
         _loss(next(iter(LOSSES)), device)()  # loads code, starts threads
@@ -139,7 +140,7 @@ def worker(task: str, name: str, device: str) -> None:
             run()
 
     def peak() -> float:
-        return bench.measure_peak(case, "m2f") if case else memory.peak_mib(make(), device)[0]
+        return bench.measure_peak(case, "m2f") if case else peak_mib(make(), device)[0]
 
     def milliseconds() -> float:
         start = clock()

@@ -35,7 +35,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import memory, of_operators, sass
+from benchmarks import measure, of_operators, sass
 from benchmarks.arguments import arguments
 from benchmarks.cases import DTYPES, write_csv
 from benchmarks.formats import markdown
@@ -479,7 +479,7 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
             "architecture": architecture.name, "constants": constants,
             "warps": launch.num_warps, "stages": launch.num_stages, "shared": compiled.metadata.shared,
             "registers": registers, "stack": stack, "spills": spills, "capability": architecture.capability,
-            "programs": math.prod(launch.grid), "bytes": memory.bytes_of(launch.arguments.values()),
+            "programs": math.prod(launch.grid), "bytes": measure.bytes_of(launch.arguments.values()),
             "flops": case.flops(head_dim).get(launch.kernel.__name__, 0), "mix": mix,
         }  # fmt: skip
         results.setdefault(f"{line}", line | {"seconds": seconds})

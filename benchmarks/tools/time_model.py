@@ -52,7 +52,7 @@ class Part:
     start: float  # seconds from a launch to its first instruction, and from its last to the next launch
 
 
-#: Clock: data sheet (boost). Memory: a copy, by `benchmarks.floors` on that machine (benchmarks/results/nvidia-h200).
+#: Clock: data sheet (boost). Memory: a copy, by `benchmarks.measure` on that machine (benchmarks/results/nvidia-h200).
 #: L2 and reductions: measured on the same machine, docs/gpu.md. Start: assumed, from no source.
 H200 = Part("H200", 90, 132, 1.98e9, 4.228e12, 7.5e12, 110e9, 2.0e-6)
 
