@@ -107,13 +107,12 @@ def build(case: Case, implementation: str) -> nn.Module:
     for module in theirs.modules():  # frozen, as published and as in ours: the same gradients are computed
         if isinstance(module, nn.BatchNorm2d):
             module.requires_grad_(False)
-    model: nn.Module = theirs
-    if implementation == "m2f":
-        ours = Mask2Former(config).eval()
-        ours.load_state_dict(from_huggingface(theirs.state_dict()))
-        ours.set_activation_checkpointing(case.activation_checkpointing)
-        model = ours
-    return model.to(case.device)
+    if implementation == "transformers":
+        return theirs.to(case.device)
+    ours = Mask2Former(config).eval()
+    ours.load_state_dict(from_huggingface(theirs.state_dict()))
+    ours.set_activation_checkpointing(case.activation_checkpointing)
+    return ours.to(case.device)
 
 
 def pixels_of(case: Case, generator: torch.Generator | None = None) -> Tensor:

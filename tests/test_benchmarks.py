@@ -1,25 +1,23 @@
 """The benchmark suite measures what it says: checks reject, counters count, peers compute the same, figures exist."""
 
-import subprocess
+import importlib
+import runpy
 import sys
+import weakref
 from dataclasses import fields, replace
 from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
-
-import m2f_kernels
 
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
+pytest.importorskip("skimage", reason="the benchmark's inputs need scikit-image: `make bench` installs it")
 
 import benchmarks
-from benchmarks import inputs, measure, report
-from benchmarks.cases import Case, Data, Implementation, Row, Scale, check_relative_l2, ratio
+from benchmarks import inputs, measure
+from benchmarks.cases import Case, Data, Implementation, Row, Scale, Verdict, check_relative_l2
 from benchmarks.ops import attention_mask, masked_attention
-from m2f_kernels.masks import PackedMask
 
-NEEDS_BENCH = "the benchmark's inputs need scikit-image and transformers: `make bench` installs them"
 SCALES = [
     Scale(device, quick, full)
     for device in ("cpu", "cuda")
@@ -27,8 +25,8 @@ SCALES = [
 ]
 
 
-def _implementation(call, ours=True, **kwargs):
-    return Implementation("one", call, lambda tensors, levels: dict(tensors), ours=ours, **kwargs)
+def _implementation(call, adapt=lambda tensors, levels: dict(tensors)):
+    return Implementation("one", call, adapt, ours=True)
 
 
 # ---------------------------------------------------------------- the suite
@@ -51,24 +49,6 @@ def test_figures_name_what_is_measured(op, scale):
         assert figure.field in {f.name for f in fields(Row)}
         assert case.name in selected or not any(figure.target), "only --full judges it"
         assert not figure.field.startswith("memory") or case.memory
-
-
-def _row(implementation, time, extra, setting="default"):
-    row = Row("op", "case", implementation, setting, "forward", "", "fp32", 1)
-    return replace(row, median_ms=time, memory_extra_mib=extra)
-
-
-def test_of_several_peers_the_best_or_the_fastest_counts():
-    rows = [_row("ours", 2.0, 4.0), _row("fast", 6.0, 80.0), _row("small", 9.0, 20.0), _row("broken", None, None)]
-    best = ratio("case", "median_ms", ("fast", "small", "broken"), "ours", "")
-    less = replace(best, field="memory_extra_mib")
-    assert report.evaluate(best, rows, "default") == (3.0, False)
-    assert report.evaluate(less, rows, "default") == (5.0, False)
-    assert report.evaluate(replace(less, of_fastest=True), rows, "default") == (20.0, False)
-    assert report.evaluate(best, rows, "another") is None
-    assert report.evaluate(replace(best, below="broken"), rows, "default") is None
-    rows[0].memory_extra_mib = 0.5
-    assert report.evaluate(less, rows, "default") == (20.0, True), "no more than a lower bound"
 
 
 RATES = {"bandwidth": 1e9, "l2": 1e9, "float32 matmul": 1e9, "bfloat16 matmul": 4e9}
@@ -111,54 +91,38 @@ def test_written_bytes_are_those_of_results_and_temporaries():
     assert result[0].dtype == torch.float64
     assert measure.written(run, count=False)[1] is None
 
-    def gradient():
-        leaf = x.detach().requires_grad_()
-        return torch.autograd.grad((leaf * 2,), (leaf,), (x,))  # product and its gradient
-
-    assert measure.written(gradient)[1] == 2
+    leaf = x.detach().requires_grad_()
+    gradient = measure.written(lambda: torch.autograd.grad((leaf * 2,), (leaf,), (x,)))
+    assert gradient[1] == 2, "product and its gradient"
 
 
 def test_what_a_call_yields_is_dropped_when_timed_and_kept_when_checked():
-    alive = []
-
-    class Result(torch.Tensor):
-        def __del__(self):
-            alive.remove(id(self))
-
-    most = 0
+    made, alive = [], []
 
     def call(arguments):
-        nonlocal most
         for _ in range(3):
-            result = arguments["x"].clone().as_subclass(Result)
-            alive.append(id(result))
-            most = max(most, len(alive))
+            result = arguments["x"].clone()
+            made.append(weakref.ref(result))
             yield result
             del result
+            alive.append(sum(one() is not None for one in made))
 
-    case = Case("case", "data", "forward", [])
-    run = case.bind(_implementation(call), Data({"x": torch.ones(2)}, {}))
+    run = Case("case", "data", "forward", []).bind(_implementation(call), Data({"x": torch.ones(2)}, {}))
     assert run() == ()
-    assert most == 1
+    assert alive == [0, 0, 0]
     assert len(run(collect=True)) == 3
 
 
 def test_gradients_are_checked_after_the_outputs():
-    x = torch.rand(5)
-    data = Data(
-        {"x": x},
-        {"a": x * 2, "b": x * 3, "x": torch.full((5,), 5.0)},
-        outputs=("a", "b"),
-        grad_outputs=(torch.ones(5), torch.ones(5)),
-        differentiable=("x",),
-    )
+    x, ones = torch.rand(5), torch.ones(5)
+    truth = {"a": x * 2, "b": x * 3, "x": 5 * ones}
+    data = Data({"x": x}, truth, outputs=("a", "b"), grad_outputs=(ones, ones), differentiable=("x",))
     case = Case("case", "data", "forward+backward", [])
     right = _implementation(lambda a: (a["x"] * 2, a["x"] * 3))
     verdict = check_relative_l2(case, right, data, case.bind(right, data)())
     assert verdict.right
     assert verdict.gradients == pytest.approx(0, abs=1e-6)
-    # The gradient alone is wrong.
-    wrong = _implementation(lambda a: (a["x"] * 2, (a["x"] * 3).detach() + 0 * a["x"]))
+    wrong = _implementation(lambda a: (a["x"] * 2, (a["x"] * 3).detach() + 0 * a["x"]))  # its gradient alone
     verdict = check_relative_l2(case, wrong, data, case.bind(wrong, data)())
     assert not verdict.right
     assert verdict.output < 1e-6 < verdict.gradients
@@ -168,8 +132,6 @@ def test_gradients_are_checked_after_the_outputs():
     ("op", "data"), [("attention_mask", "9 layers 128² fp32"), ("masked_attention", masked_attention.MODULE)]
 )
 def test_every_form_is_right_and_runs_on_less(op, data, monkeypatch):
-    for module in ("skimage", "transformers"):
-        pytest.importorskip(module, reason=NEEDS_BENCH)
     monkeypatch.setattr(attention_mask, "_sizes", lambda scale: (64, 128))
     monkeypatch.setattr(masked_attention, "SMALL", 256)
     benchmark = benchmarks.load(op)
@@ -187,30 +149,24 @@ def test_every_form_is_right_and_runs_on_less(op, data, monkeypatch):
 
 @pytest.fixture(scope="module")
 def masks():
-    for module in ("skimage", "transformers"):
-        pytest.importorskip(module, reason=NEEDS_BENCH)
     return attention_mask.build("cpu", 128, "fp32", True)
 
 
 def test_a_wrong_bit_is_found(masks):
     case = Case("case", "data", "forward", [], dtype="fp32")
     bits = [masks.truth[name].clone() for name in masks.outputs]
-    total = sum(b.numel() for b in bits)
-    check = partial(attention_mask.check, case, _implementation(None), masks)
-    assert check(bits).right
+    check = partial(attention_mask.check, implementation=_implementation(None), results=bits)
+    assert check(case, data=masks).right
     bits[4].view(-1)[7] ^= True
     assert not masks.truth["doubtful 5"].view(-1)[7]
-    verdict = check(bits)
-    assert not verdict.right
-    assert verdict.output == 1 / total
+    share = 1 / sum(b.numel() for b in bits)
+    assert check(case, data=masks) == Verdict(False, share)
     # Where rounding may decide, a bit alone is no mistake; but it may not be one of few.
+    assert attention_mask.WRONG_BITS["fp32"] < share < attention_mask.WRONG_BITS["bf16"]
     doubtful = {f"doubtful {i + 1}": torch.ones_like(b) for i, b in enumerate(bits)}
     lenient = replace(masks, truth=masks.truth | doubtful)
-    assert 1 / total > attention_mask.WRONG_BITS["fp32"]
-    assert not attention_mask.check(case, _implementation(None), lenient, bits).right
-    low = replace(case, dtype="bf16")
-    assert 1 / total < attention_mask.WRONG_BITS["bf16"]
-    assert attention_mask.check(low, _implementation(None), lenient, bits).right
+    assert not check(case, data=lenient).right
+    assert check(replace(case, dtype="bf16"), data=lenient).right
 
 
 def test_masks_of_the_benchmark_are_partly_open_and_some_rows_empty(masks):
@@ -222,20 +178,11 @@ def test_masks_of_the_benchmark_are_partly_open_and_some_rows_empty(masks):
         assert (others < 0.9).all()
 
 
-@pytest.mark.parametrize("ratio", [2, 4, 8])
-def test_strided_slices_resize_as_interpolation_does(ratio, generator):
-    features = torch.randn(1, 3, 16, 24, dtype=torch.float64, generator=generator)
-    size = (16 // ratio, 24 // ratio)
-    expected = F.interpolate(features, size=size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(attention_mask._centre_mean(features, size), expected)
-
-
 # ---------------------------------------------------------------- masked attention
 
 
 @pytest.mark.parametrize("density", [0.05, 0.3])
 def test_blobs_cover_their_share_in_few_pieces(density):
-    pytest.importorskip("skimage", reason=NEEDS_BENCH)
     attend = inputs.blob_masks((64, 64), 2, 5, density)
     assert attend.shape == (2, 5, 64 * 64)
     assert (attend.sum(-1) == round(density * 64 * 64)).all()
@@ -245,52 +192,28 @@ def test_blobs_cover_their_share_in_few_pieces(density):
     assert borders < 0.5 * 2 * density * (1 - density)  # independent bits differ that often
 
 
-@pytest.fixture
-def attention(generator):
-    q, k, v = (torch.randn(2, 8, n, 32, dtype=torch.float64, generator=generator) for n in (7, 70, 70))
-    attend = torch.rand(2, 7, 70, generator=generator) < 0.3
-    attend[..., 0] = True
-    return {"query": q, "key": k, "value": v, "attend": attend}
-
-
-def _sdpa(attention):
-    mask = attention["attend"].unsqueeze(1)
-    return F.scaled_dot_product_attention(attention["query"], attention["key"], attention["value"], attn_mask=mask)
-
-
-def test_peers_of_masked_attention_agree(attention):
-    for peer in masked_attention.peers("cpu"):
-        if peer.unavailable() is None:
-            torch.testing.assert_close(peer.call(peer.adapt(attention, [])), _sdpa(attention), msg=peer.name)
-    ours = masked_attention._attention(masked_attention._inputs(attention, []))
-    torch.testing.assert_close(ours, _sdpa(attention))
+def test_learned_masks_are_those_of_a_trained_model():
+    """Some queries see a region, others nothing and therefore everything; none sees nothing."""
+    attend = inputs.learned_masks((32, 32), 1, 40)
+    share = attend.float().mean(-1)[0]
+    assert attend.shape == (1, 40, 1024)
+    assert (share > 0).all()
+    assert 0.2 < (share == 1).float().mean() < 0.9
+    assert (share < 0.5).sum() >= 5
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("rebuild", [False, True])
-def test_flex_attention_adapter_agrees(attention, rebuild):
-    """Its uncompiled form, which runs anywhere."""
-    call, adapt = masked_attention.flex(rebuild, compiled=False)
-    tensors = {name: t if name == "attend" else t.float() for name, t in attention.items()}
-    output = call(adapt(tensors, []))
-    torch.testing.assert_close(output.double(), _sdpa(attention), rtol=1e-4, atol=1e-5)
-
-
-def test_multihead_core_is_what_the_module_does_between_its_projections(attention):
-    """With projections that change nothing, the whole module gives the same."""
-    module = torch.nn.MultiheadAttention(256, 8, bias=False, dtype=torch.float64)
-    with torch.no_grad():
-        module.in_proj_weight.copy_(torch.eye(256).repeat(3, 1))
-        module.out_proj.weight.copy_(torch.eye(256))
-
-    def merged(x):  # [N, H, L, D] -> [L, N, H * D]
-        return x.permute(2, 0, 1, 3).flatten(2)
-
-    blocked = (~attention["attend"]).repeat_interleave(8, 0)
-    query, key, value = (merged(attention[name]) for name in ("query", "key", "value"))
-    expected, _ = module(query, key, value, attn_mask=blocked)
-    actual = masked_attention.multihead_core(attention | {"mask": blocked})
-    torch.testing.assert_close(merged(actual), expected)
+def test_peers_of_masked_attention_are_right_for_several_images():
+    """FlexAttention in its uncompiled form, which runs anywhere, forward."""
+    ours = Implementation("ours", masked_attention._attention, masked_attention._inputs, ours=True)
+    here = [peer for peer in masked_attention.peers("cpu") if peer.unavailable() is None]
+    flex = [_implementation(*masked_attention.flex(rebuild, compiled=False)) for rebuild in (False, True)]
+    data = masked_attention.build("cpu", masked_attention.Shape(81, 7, masked_attention.RANDOM, n=2), True)
+    assert len(here) >= 4
+    for way, implementations in (("forward+backward", [ours, *here]), ("forward", flex)):
+        case = Case("case", "data", way, [])
+        for one in implementations:
+            assert check_relative_l2(case, one, data, case.bind(one, data)()).right, one.name
 
 
 def test_work_counts_attended_pairs_only():
@@ -305,17 +228,13 @@ def test_work_counts_attended_pairs_only():
     assert both["float32 matmul"] == 12 * 256 * pairs
 
 
-def test_packed_results_decode_to_bits():
-    attend = torch.rand(1, 2, 40) < 0.5
-    packed = PackedMask(*m2f_kernels.pack_attention_mask(attend))
-    data = Data({}, {"layer 1": attend}, outputs=("layer 1",))
-    (decoded,) = attention_mask._decode([packed.bits, packed.row_any], data)
-    assert torch.equal(decoded, packed.to_bool())
+# ---------------------------------------------------------------- commands
 
 
-@pytest.mark.parametrize("command", ["fallbacks", "readme", "sass"])
-def test_commands_without_arguments_have_help(command):
+@pytest.mark.parametrize("name", ["fallbacks", "readme", "sass"])
+def test_commands_without_arguments_have_help(name, monkeypatch, capsys):
     """And do nothing then: `readme` would write README."""
-    run = [sys.executable, "-m", f"benchmarks.{command}", "--help"]
-    shown = subprocess.run(run, capture_output=True, text=True, check=True).stdout
-    assert shown.startswith("usage:")
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(importlib.import_module(f"benchmarks.{name}").__file__, run_name="__main__")
+    assert capsys.readouterr().out.startswith("usage:")

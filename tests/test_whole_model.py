@@ -1,6 +1,5 @@
-"""The benchmark of whole models: what is run where, and that a wrong result has no time."""
+"""Benchmarks of whole models, this package's and others': what is run where, and that a wrong result has no time."""
 
-import time
 from dataclasses import replace
 
 import pytest
@@ -8,10 +7,10 @@ import torch
 
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
 
-from benchmarks import measure
+from benchmarks import models
 from benchmarks.cases import Data, Scale
 from benchmarks.ops import end_to_end
-from benchmarks.ops.end_to_end import ACCELERATED, AUTOCAST, COMPILED, GRAPH, HELD, OURS, TRANSFORMERS, Way
+from benchmarks.ops.end_to_end import ACCELERATED, AUTOCAST, BF16, COMPILED, GRAPH, HELD, OURS, TRANSFORMERS, Way
 from m2f_model import bench
 
 TINY = bench.Case("tiny", 64)
@@ -51,37 +50,73 @@ def test_eager_models_are_right_and_their_parts_are_timed_apart(training, autoca
         assert not any(x._forward_hooks or x._forward_pre_hooks for x in modules)
 
 
-def test_cpu_time_leaves_out_waiting():
-    runs = [lambda: time.sleep(0.05), lambda: sum(range(10**6))]
-    sleeping, working = measure.interleaved(runs, "cpu", measure.Plan(0.01, 3), clock=time.process_time)
-    assert sleeping.median_ms < 5 < working.median_ms
+CLASSES, MASKS = torch.ones(1, 2, 3), torch.tensor([[[[1.0, -1.0]]]])
+#: No mask is above zero.
+NEGATIVE = torch.rand(1, 2, 10, 10, generator=torch.Generator().manual_seed(0)) - 5
 
 
-def test_errors_are_told_from_rounding():
-    def verdict(way, found, truth):
-        data = Data({}, dict(zip(("classes", "masks"), truth, strict=True)))
-        return end_to_end.check(None, end_to_end.implementation(TINY, way), data, found)
-
-    truth = (torch.ones(1, 2, 3), torch.tensor([[[[1.0, -1.0]]]]))
-    assert verdict(Way(), truth, truth).output == 0
-    assert not verdict(Way(), (truth[0], truth[1] + 0.1), truth).right
-    low = Way(OURS, AUTOCAST)
-    logits = torch.rand(1, 2, 10, 10, generator=torch.Generator().manual_seed(0)) - 5  # no mask is above zero
-    close = verdict(low, (truth[0], logits + 0.02), (truth[0], logits))
-    assert close.right
-    assert 0 < close.output < 0.1
-    assert not verdict(low, (truth[0], logits.flip(2)), (truth[0], logits)).right
-    assert verdict(low, (truth[0], truth[1] + 0.1), truth).right
-    assert not verdict(low, (truth[0], -truth[1]), truth).right
+@pytest.mark.parametrize(
+    ("way", "found", "truth", "right", "errors"),
+    [
+        (Way(), MASKS, MASKS, True, (0, 0)),
+        (Way(), MASKS + 0.1, MASKS, False, (0.09, 0.11)),
+        (BF16, MASKS + 0.1, MASKS, True, (0, 0)),
+        (BF16, -MASKS, MASKS, False, (1, 1)),
+        (BF16, NEGATIVE + 0.02, NEGATIVE, True, (1e-6, 0.1)),
+        (BF16, NEGATIVE.flip(2), NEGATIVE, False, (0.5, 1)),
+    ],
+)
+def test_errors_are_told_from_rounding(way, found, truth, right, errors):
+    data = Data({}, {"classes": CLASSES, "masks": truth})
+    verdict = end_to_end.check(None, end_to_end.implementation(TINY, way), data, (CLASSES, found))
+    assert verdict.right == right
+    assert errors[0] <= verdict.output <= errors[1]
 
 
 @pytest.mark.parametrize("whose", [OURS, TRANSFORMERS])
 def test_weights_held_in_bfloat16(whose):
     """Of both packages, without autocast; the pixels are cast, too."""
-    for way, dtype in ((Way(whose, HELD), torch.bfloat16), (Way(whose, AUTOCAST), torch.float32)):
-        assert (
-            torch.bfloat16 in {p.dtype for p in end_to_end._model_of(TINY, way).parameters()} or dtype == torch.float32
-        )
-        assert end_to_end._spec(TINY, way).autocast == ("none" if way.precision == HELD else "bf16")
+    for precision, autocast in ((HELD, "none"), (AUTOCAST, "bf16")):
+        way = Way(whose, precision)
+        weights = {parameter.dtype for parameter in end_to_end._model_of(TINY, way).parameters()}
+        assert (torch.bfloat16 in weights) == (precision == HELD)
+        assert end_to_end._spec(TINY, way).autocast == autocast
         classes, masks = end_to_end._call(end_to_end._adapt(TINY, way, {}, []))
         assert classes.dtype == masks.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------- other people's models
+
+
+def test_difference():
+    scores = torch.randn(1, 6, 3, generator=torch.Generator().manual_seed(1))
+    wrong, absent = scores.clone(), scores.clone()
+    wrong[0, 2, 1] += 0.25
+    absent[..., 2] = -torch.inf
+    nan = absent.nan_to_num(neginf=torch.nan)
+    assert models.difference_of([scores], [scores]) == (0, scores.abs().max())
+    for before, after, difference in (
+        ([scores, scores], [scores, wrong], 0.25),
+        ([absent], [absent], 0),
+        ([scores], [absent], torch.inf),
+        ([scores], [nan], torch.inf),
+    ):
+        assert models.difference_of(before, after)[0] == pytest.approx(difference)
+
+
+def test_choices_are_made_again_if_they_are_choices():
+    """Scores within rounding of each other may change places; a choice by wrong scores is refused."""
+    scores = torch.tensor([[1.0, 3.0, 3.0001, 2.0]])
+    recorded = []
+    with models.choices(recorded):
+        assert torch.topk(scores, 2, dim=1)[1].tolist() == [[2, 1]]
+    with models.choices(list(recorded), replay=True):
+        assert torch.topk(torch.tensor([[1.0, 3.0001, 3.0, 2.0]]), 2, dim=1)[1].tolist() == [[2, 1]]
+    with pytest.raises(RuntimeError, match="other queries"), models.choices(list(recorded), replay=True):
+        torch.topk(torch.tensor([[3.0, 1.0, 1.0, 2.0]]), 2, dim=1)
+    assert torch.topk(scores, 1, dim=1)[1].tolist() == [[2]]
+
+
+def test_aims_are_those_of_every_model():
+    assert len({model.name for model in models.MODELS}) == len(models.MODELS)
+    assert all(model.aim >= 1.3 for model in models.MODELS)

@@ -1,12 +1,13 @@
 """The end-to-end comparison, on the tiny model: what it compares is the same, and what it reports is measured."""
 
 import json
+import re
 
 import pytest
 import torch
 
 from m2f_model import bench
-from m2f_model.bench import IMPLEMENTATIONS, Case, build, measure, peak_memory
+from m2f_model.bench import IMPLEMENTATIONS, Case, build, measure, measure_peak, peak_memory
 from tests.model.command import m2f
 
 TINY = Case("tiny", 96, targets=3)
@@ -31,8 +32,8 @@ def test_overlap_of_masks_under_autocast():
 
 
 def test_memory_is_that_of_the_call(monkeypatch):
-    small, large = (peak_memory(Case("tiny", size), "transformers") for size in (64, 512))
-    assert large > small + 20
+    """Of a large one in a process of its own, of a small one in this."""
+    assert peak_memory(Case("tiny", 512), "transformers") > measure_peak(Case("tiny", 64), "transformers") + 20
     monkeypatch.setattr(bench.sys, "executable", "/bin/false")
     with pytest.raises(RuntimeError, match="measuring the memory of m2f failed"):
         peak_memory(TINY, "m2f")
@@ -51,12 +52,15 @@ def test_what_differs_has_no_times(monkeypatch):
         measure(TINY, rounds=1)
 
 
-def test_command(tmp_path):
-    arguments = ["bench", "--backbone", "tiny", "--size", "64", "--rounds", "1", "--output", str(tmp_path / "row.json")]
-    result = m2f(*arguments)
+def test_command(tmp_path, monkeypatch):
+    """Its peaks are `peak_memory`'s, which is tested above: each takes a process of its own."""
+    peaks = {"transformers": 40.0, "m2f": 16.0}
+    monkeypatch.setattr(bench, "peak_memory", lambda case, name: peaks[name])
+    result = m2f("bench", "--backbone", "tiny", "--size", "64", "--rounds", "1", "--output", tmp_path / "row.json")
     assert result.exit_code == 0, result.output
-    assert "peak memory, MiB" in result.output
-    assert json.loads((tmp_path / "row.json").read_text())["case"]["size"] == 64
+    assert re.search(r"peak memory, MiB\W+40\W+16\W+2\.50x", result.output)
+    row = json.loads((tmp_path / "row.json").read_text())
+    assert (row["case"]["size"], row["peak_mib"]) == (64, peaks)
 
 
 @pytest.mark.parametrize(
