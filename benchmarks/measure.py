@@ -207,11 +207,11 @@ def memory(run: Callable[[], Any], inputs: Iterable[Any], device: str) -> tuple[
 def calibration() -> float:
     """The extra memory measured, in MiB, of a call that needs exactly 64 MiB beside its 16 MiB output."""
 
-    def known() -> tuple[Tensor, ...]:
-        temporary = torch.ones(64 * MIB // 4)
-        return (temporary[: 16 * MIB // 4] + 1,)
+    def known(mib: int = 64) -> tuple[Tensor, ...]:
+        temporary = torch.ones(mib * MIB // 4)
+        return (temporary[: mib * MIB // 16] + 1,)
 
-    torch.ones(1 << 16).add(1)
+    known(1)  # loads code
     return memory(known, (), "cpu")[0]
 
 

@@ -62,7 +62,7 @@ def command(monkeypatch):
 
 @pytest.fixture
 def forked(monkeypatch):
-    """Measuring processes are forked from one that has imported this module, with peak memory's allocator and a thread."""
+    """Measuring processes are forked from one that has imported this module, in the environment of peak memory's."""
     for name, value in {**bench.ENVIRONMENT, "OMP_NUM_THREADS": "1"}.items():
         monkeypatch.setenv(name, value)
     multiprocessing.set_forkserver_preload([__name__])
