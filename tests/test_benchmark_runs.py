@@ -312,7 +312,7 @@ def _run(op, date, ratio):
             time = 10.0 * (1 + i * (ratio - 1))
             amounts = {"memory_extra_mib": time, "written_mib": 10 * time, "error_output": 0.0, "ours": one.ours}
             of = about | amounts | {"dtype": case.dtype, "subject_speedup": time / 10}
-            rows += [_row(one.name, time, setting=setting, **of) for setting in facts.CPU_SETTINGS]
+            rows += [_row(one.name, time, setting=setting, **of) for setting in facts.SETTINGS["cpu"]]
     stated = {"device": "a CPU", "date": date, "torch": "2", "load average before": "0.1"}
     return Run(scale, stated, {"2": {"bandwidth": 1e9}}, rows)
 
