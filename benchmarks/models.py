@@ -114,8 +114,8 @@ def _spread(model: nn.Module) -> None:
 
 def _model(name: str, **options: Any) -> nn.Module:
     """A model of `transformers` with these options of its configuration, and random weights."""
-    configuration = getattr(transformers, name.partition("For")[0] + "Config")
-    return getattr(transformers, name)(configuration(**options))
+    kind = getattr(transformers, name)
+    return kind(kind.config_class(**options))
 
 
 def _swin(first: int) -> Any:
@@ -444,7 +444,11 @@ def provide_extension() -> None:
         sys.modules["mmcv._ext"] = mock.MagicMock()
 
 
-def attention(side: int) -> tuple[nn.Module, Callable[[nn.Module], list[Tensor]]]:
+#: A module, and the inputs of a call by name.
+Call = tuple[nn.Module, dict[str, Any]]
+
+
+def attention(side: int) -> Call:
     """One encoder layer's attention of a `side`² image: strides 32, 16 and 8, every position a query."""
     from mmcv.ops import MultiScaleDeformableAttention
 
@@ -454,23 +458,21 @@ def attention(side: int) -> tuple[nn.Module, Callable[[nn.Module], list[Tensor]]
     query, points = torch.randn(1, length, 256), torch.rand(1, length, 3, 2)
     shapes = torch.tensor(sizes)
     starts = torch.cat([shapes.new_zeros(1), shapes.prod(1).cumsum(0)[:-1]])
-
-    def run(module: nn.Module) -> list[Tensor]:
-        return [module(query, reference_points=points, spatial_shapes=shapes, level_start_index=starts)]
-
-    return module, run
+    given = {"query": query, "reference_points": points, "spatial_shapes": shapes, "level_start_index": starts}
+    return module, given
 
 
-def pixel_decoder(side: int) -> tuple[nn.Module, Callable[[nn.Module], list[Tensor]]]:
+def pixel_decoder(side: int) -> Call:
     """MSDeformAttnPixelDecoder as mmdet's Mask2Former with a ResNet-50 configures it."""
     from mmdet.models.layers import MSDeformAttnPixelDecoder
     from mmengine.config import ConfigDict
 
     attention_config = {"embed_dims": 256, "num_heads": 8, "num_levels": 3, "num_points": 4, "batch_first": True}
     ffn = {"embed_dims": 256, "feedforward_channels": 1024}
+    channels, strides = [256, 512, 1024, 2048], [4, 8, 16, 32]
     decoder = MSDeformAttnPixelDecoder(
-        in_channels=[256, 512, 1024, 2048],
-        strides=[4, 8, 16, 32],
+        in_channels=channels,
+        strides=strides,
         feat_channels=256,
         out_channels=256,
         num_outs=3,
@@ -480,17 +482,11 @@ def pixel_decoder(side: int) -> tuple[nn.Module, Callable[[nn.Module], list[Tens
         positional_encoding=ConfigDict(num_feats=128, normalize=True),
     )
     decoder.init_weights()
-    channels = zip((256, 512, 1024, 2048), (4, 8, 16, 32), strict=True)
-    features = [torch.randn(1, c, side // s, side // s) for c, s in channels]
-
-    def run(module: nn.Module) -> list[Tensor]:
-        mask_features, levels = module(features)
-        return [mask_features, *levels]
-
-    return decoder, run
+    features = [torch.randn(1, c, side // s, side // s) for c, s in zip(channels, strides, strict=True)]
+    return decoder, {"feats": features}
 
 
-def _mmcv(build: Callable[[int], tuple[nn.Module, Callable[..., list[Tensor]]]], side: int, backward: bool) -> Calls:
+def _mmcv(build: Callable[[int], Call], side: int, backward: bool) -> Calls:
     """The same call before and after. What patch() does to the class is done in front of each; patch() itself searches
     all modules, which is not to be timed."""
     provide_extension()
@@ -499,7 +495,7 @@ def _mmcv(build: Callable[[int], tuple[nn.Module, Callable[..., list[Tensor]]]],
     from m2f_kernels.integrations import mmcv as integration
 
     torch.manual_seed(0)
-    module, run = build(side)
+    module, given = build(side)
     module.eval()
     original = MultiScaleDeformableAttention.forward
 
@@ -509,7 +505,7 @@ def _mmcv(build: Callable[[int], tuple[nn.Module, Callable[..., list[Tensor]]]],
             mock.patch.object(MultiScaleDeformableAttention, "forward", forward),
             torch.set_grad_enabled(backward),
         ):
-            outputs = run(module)
+            outputs = tree_leaves(module(**given))
             if backward:
                 sum(x.mean() for x in outputs).backward()
         return outputs
@@ -612,20 +608,13 @@ def fused(query: Tensor, key: Tensor, value: Tensor, by_row: Tensor, by_column: 
     return m2f_kernels.masked_attention(query, key, value, bias=(by_row, by_column))
 
 
-def _biased_inputs(training: bool) -> list[Tensor]:
-    torch.manual_seed(0)
-    heads = [
-        torch.randn(1, length, BIAS_HEADS, BIAS_DIM).transpose(1, 2)
-        for length in (BIAS_QUERIES + 1, BIAS_SIDE**2, BIAS_SIDE**2)
-    ]
-    return [
-        x.requires_grad_(training)
-        for x in (*heads, *(torch.randn(1, BIAS_QUERIES, BIAS_SIDE, BIAS_HEADS) for _ in range(2)))
-    ]
-
-
 def _biased(backward: bool) -> Calls:
-    inputs = _biased_inputs(backward)
+    torch.manual_seed(0)
+    lengths = (BIAS_QUERIES + 1, BIAS_SIDE**2, BIAS_SIDE**2)
+    inputs = [torch.randn(1, length, BIAS_HEADS, BIAS_DIM).transpose(1, 2) for length in lengths]
+    inputs += [torch.randn(1, BIAS_QUERIES, BIAS_SIDE, BIAS_HEADS) for _ in range(2)]
+    for x in inputs:
+        x.requires_grad_(backward)
     mask = m2f_kernels.pack_attention_mask(torch.ones(1, BIAS_QUERIES + 1, BIAS_SIDE**2, dtype=torch.bool))
 
     def call(function: Callable[..., Tensor], used: list[Tensor]) -> tuple[Tensor, ...]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rich.console import Console
@@ -60,9 +60,6 @@ class Run:
     floors: dict[str, dict[str, float]]
     rows: list[Row]
     curves: dict[str, list[float]] = field(default_factory=dict)
-
-    def of(self, op: str) -> Run:
-        return replace(self, rows=[row for row in self.rows if row.op == op])
 
 
 # ---------------------------------------------------------------- figures with targets
@@ -220,7 +217,7 @@ def _peers_table(benchmark: Benchmark, rows: Sequence[Row]) -> Section:
 
 
 def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
-    rows = run.of(benchmark.op).rows
+    rows = run.rows
     time = [*_WHO, *_times(benchmark), *_ERRORS, *_WRITTEN, *_FLOOR]
     note = "allocator: default" if run.scale.device == "cpu" else "caching allocator"
     sections = [
@@ -272,7 +269,7 @@ def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> 
     console.rule(f"[bold]{benchmark.title}")
     sections = _sections(benchmark, run)
     if not everything:
-        peers = _peers_table(benchmark, run.of(benchmark.op).rows)
+        peers = _peers_table(benchmark, run.rows)
         sections = [peers, *(s for s in sections if s[0] in ("Required figures", "Stages, ms"))]
     for title, header, lines in sections:
         if lines:

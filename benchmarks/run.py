@@ -22,7 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,6 @@ class Runner:
     facts: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
 
     def run(self) -> None:
         """Measure everything. After an interruption `rows` holds what was measured before."""
@@ -81,7 +80,6 @@ class Runner:
             if self.scale.device == "cpu" and self.rows:
                 self._peaks()
         except KeyboardInterrupt:
-            self.interrupted = True
             self.failures.append("interrupted")
 
     def _found(self, what: str, start: str, task: Callable[..., Any], *arguments: Any) -> Iterator[Any]:
@@ -222,12 +220,19 @@ def main() -> int:
             run.facts["failures"] = "; ".join(failure.splitlines()[0] for failure in runner.failures)
         run.facts["wall time of the run"] = f"{time.perf_counter() - start:.0f} s ({phases})"
         # Anything but a whole run goes beside the device's results.
-        suffix = ("-quick" if options.quick else "") + ("-partial" if options.case or runner.interrupted else "")
+        suffix = ("-quick" if options.quick else "") + (
+            "-partial" if options.case or "interrupted" in runner.failures else ""
+        )
         table = options.output / f"{facts.device_slug(scale.device, run.facts['device'])}{suffix}.csv"
         report.save(table, run)
         report.pages(table, table.with_suffix(""))
         for op in ops:
-            report.show(console, benchmarks.load(op), run, everything=options.full or bool(options.case))
+            report.show(
+                console,
+                benchmarks.load(op),
+                replace(run, rows=[x for x in run.rows if x.op == op]),
+                everything=options.full or bool(options.case),
+            )
         console.print(f"Written to {table} in {run.facts['wall time of the run']}; pages: {table.stem}/report.md")
     for failure in runner.failures:
         console.print(f"[bold red]Failed:[/] {escape(failure)}")

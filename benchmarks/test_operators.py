@@ -7,7 +7,7 @@ The same registry, data and checks as `python -m benchmarks.run`, which is what 
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -34,21 +34,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("scale", "op", "case", "implementation"), chosen, ids=ids)
 
 
-def test_operator(benchmark, scale, op, case, implementation):
+def test_operator(request, benchmark, scale, op, case, implementation):
     reason = implementation.unavailable()
     if reason is not None:
         pytest.skip(f"{implementation.name}: {reason}")
     data = _data(scale, op, case.data)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(case.threads or threads)
-    try:
-        run = case.bind(implementation, data)
-        results = implementation.decode(run(collect=True), data)
-        verdict = benchmarks.load(op).check(case, implementation, data, results)
-        assert verdict.right, f"errors against the fp64 reference: {verdict}"
-        synchronise = torch.cuda.synchronize if scale.device == "cuda" else lambda: None
-        benchmark.group = f"{op}: {case.name}"
-        benchmark.extra_info.update(error=verdict.output, error_gradients=verdict.gradients)
-        benchmark.pedantic(lambda: (run(), synchronise()), rounds=5, warmup_rounds=1)
-    finally:
-        torch.set_num_threads(threads)
+    request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
+    torch.set_num_threads(case.threads or torch.get_num_threads())
+    run = case.bind(implementation, data)
+    results = implementation.decode(run(collect=True), data)
+    verdict = benchmarks.load(op).check(case, implementation, data, results)
+    assert verdict.right, f"errors against the fp64 reference: {verdict}"
+    synchronise = torch.cuda.synchronize if scale.device == "cuda" else lambda: None
+    benchmark.group = f"{op}: {case.name}"
+    benchmark.extra_info.update(error=verdict.output, error_gradients=verdict.gradients)
+    benchmark.pedantic(lambda: (run(), synchronise()), rounds=5, warmup_rounds=1)
