@@ -1,18 +1,20 @@
 """The rule by which `benchmarks.launches` counts kernels without a GPU, and bounds on what is launched."""
 
-import json
 import shutil
 from collections import Counter
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-import m2f_kernels
 from benchmarks import launches
 from benchmarks.launches import Launches
 from m2f_kernels import attention_mask_levels, predict_attention_mask
-from tests.model.peers import their_model
-from tests.processes import python
+from m2f_model import backbone
+from tests.ranks import in_processes
+
+#: Such a test runs in a process of its own, whose tensors on a GPU it fakes.
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="fake CUDA needs a device guard, built by g++")
 
 
 def counted(run):
@@ -57,11 +59,8 @@ def test_operators(run, kernels):
 
 def test_operators_of_this_package_are_opened():
     """The kernel that Triton launches and what its Python code calls beside it."""
-    found = counted(
-        lambda: predict_attention_mask(
-            torch.empty(1, 100, 256, device="meta"), torch.empty(1, 256, 8, 8, device="meta")
-        )
-    )
+    embed, features = torch.empty(1, 100, 256, device="meta"), torch.empty(1, 256, 8, 8, device="meta")
+    found = counted(lambda: predict_attention_mask(embed, features))
     assert found["_predict_kernel"] == 1
     assert set(found) <= {"_predict_kernel", "zeros"}
 
@@ -107,27 +106,21 @@ def test_stages():
     }
 
 
-FAKE_CUDA = """
-import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from benchmarks.launches import Launches, cuda_autocast, fake_cuda
-
-fake_cuda()
-with FakeTensorMode():
-    layer = torch.nn.Linear(4, 4, device="cuda:0")
-    with Launches(layer.parameters()).counting() as found, cuda_autocast(torch.bfloat16):
-        layer(layer(torch.empty(2, 4, device="cuda:0"))).softmax(-1)
-# The parameters are cast once, the input once, and the last result for softmax, as CUDA's autocast does.
-assert found.kernels["other"] == {"_to_copy": 4, "addmm": 2, "_softmax": 1}, found.kernels
-assert found.casts == {"other": 2}, found.casts
-assert not torch.is_autocast_enabled("cuda")
-"""
+def follow_autocast(rank):
+    """The parameters are cast once, the input once, and the last result for softmax, as CUDA's autocast does."""
+    launches.fake_cuda()
+    with FakeTensorMode():
+        layer = torch.nn.Linear(4, 4, device="cuda:0")
+        with Launches(layer.parameters()).counting() as found, launches.cuda_autocast(torch.bfloat16):
+            layer(layer(torch.empty(2, 4, device="cuda:0"))).softmax(-1)
+    assert found.kernels["other"] == {"_to_copy": 4, "addmm": 2, "_softmax": 1}
+    assert found.casts == {"other": 2}
+    assert not torch.is_autocast_enabled("cuda")
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="fake CUDA tensors need a device guard compiled by g++")
+@needs_compiler
 def test_fake_cuda_tensors_follow_autocast():
-    done = python("-c", FAKE_CUDA)
-    assert done.returncode == 0, done.stderr
+    in_processes(follow_autocast, count=1)
 
 
 #: Kernels of matching, loss and gradients, over outputs and images at once; one by one they were 339, 507, 686.
@@ -165,41 +158,28 @@ def test_training_step(implementation):
     assert backward["native_layer_norm_backward"] == layer_norms
 
 
-MODEL = """
-import json, sys
-from benchmarks import launches
-for what, bound in json.loads(sys.argv[1]).items():
-    found = launches.inference(what)
-    assert found.total <= bound, (what, found.total)
-    assert not found.copies and not found.waits, (what, found.copies, found.waits)
-"""
+#: Of R50 at 512 x 512.
+INFERENCE = {
+    "separate": {
+        "ours, fp32": 530,
+        "ours, weights in bf16": 530,
+        "ours, bf16 autocast": 878,
+        "accelerated, fp32": 551,
+    },
+    "fused": {"ours, fp32": 416, "ours, weights in bf16": 416, "ours, bf16 autocast": 764},
+}
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="fake CUDA tensors need a device guard compiled by g++")
-@pytest.mark.parametrize(
-    ("convolution", "most"),
-    [
-        (
-            "separate",
-            {"ours, fp32": 530, "ours, weights in bf16": 530, "ours, bf16 autocast": 878, "accelerated, fp32": 551},
-        ),
-        ("fused", {"ours, fp32": 416, "ours, weights in bf16": 416, "ours, bf16 autocast": 764}),
-    ],
-)
-def test_inference(convolution, most):
-    """R50 at 512 x 512: not more launches than when this was written, no copy and no wait."""
-    done = python("-c", MODEL, json.dumps(most), M2F_CONVOLUTION=convolution)
-    assert done.returncode == 0, done.stderr
+def infer(rank, how):
+    backbone.CONVOLUTION = how
+    for what, most in INFERENCE[how].items():
+        found = launches.inference(what)
+        assert found.total <= most, what
+        assert (found.copies, found.waits) == ({}, {}), what
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_accelerated_forward_neither_copies_nor_waits(training):
-    model = m2f_kernels.accelerate(their_model("resnet").to("meta")).model.train(training)
-    pixels = torch.empty(1, 3, 64, 96, device="meta")
-    with torch.set_grad_enabled(training):
-        model(pixels)
-        with Launches().counting() as found:
-            model(pixels)
-    assert found.total > 100
-    assert not found.copies
-    assert not found.waits
+@needs_compiler
+@pytest.mark.parametrize("how", INFERENCE)
+def test_inference(how):
+    """Not more launches than when this was written, no copy and no wait."""
+    in_processes(infer, how, count=1)
