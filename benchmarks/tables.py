@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -81,10 +81,7 @@ class Table:
         return markdown([found.units, *(self.columns[one] for one in columns)], lines)
 
 
-def _amounts(cases: Iterable[str], name: str) -> list[tuple[str, str, str]]:
-    return [(case, f"{name}, {case.rsplit(' ', 1)[-1]}", "memory_extra_mib") for case in cases]
-
-
+_PEAK = "peak MiB above inputs and outputs"
 _LOSS = {
     f"loss part {size}² T={targets}": f"{size}², {targets} targets" for size in (1024, 512) for targets in (10, 30, 100)
 }
@@ -108,7 +105,7 @@ deformable_attention = Table(
         "encoder local fp32 forward+backward": "forward + backward, near",
         "encoder random fp32 forward+backward": "forward + backward, anywhere",
     },
-    _amounts((f"encoder local fp32 {way}" for way in ms_deform_attn.WAYS), "peak MiB above inputs and outputs"),
+    [(f"encoder local fp32 {way}", f"{_PEAK}, {way}", "memory_extra_mib") for way in ms_deform_attn.WAYS],
     optional=_PEERS[2:],  # on a GPU only
 )
 _MASKS = Table(
@@ -135,9 +132,7 @@ _ATTENTION = Table(
             ("blobs 0.3 fp32 forward+backward", "forward + backward, regions of 0.3"),
         )
     },
-    _amounts(
-        (f"S=16384 Q=100 blobs 0.3 fp32 {way}" for way in ms_deform_attn.WAYS), "peak MiB above inputs and outputs"
-    ),
+    [(f"S=16384 Q=100 blobs 0.3 fp32 {way}", f"{_PEAK}, {way}", "memory_extra_mib") for way in ms_deform_attn.WAYS],
 )
 
 

@@ -124,25 +124,15 @@ def _spec(case: bench.Case, way: Way) -> bench.Case:
     return replace(case, autocast=autocast, activation_checkpointing=way.how == CHECKPOINTING)
 
 
-class _Logits(nn.Module):
-    """`transformers`' model with its class and mask logits as a pair."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        out = self.model(pixels)
-        return out.class_queries_logits, out.masks_queries_logits
-
-
 def openvino(case: bench.Case) -> Callable[[], tuple[Tensor, ...]]:
     """`transformers`' model converted, on as many threads as PyTorch has."""
     import openvino as ov
 
     pixels = bench.pixels_of(case)
     with torch.no_grad():
-        converted = ov.convert_model(_Logits(_model_of(case, Way(TRANSFORMERS))), example_input=pixels)
+        whole = ov.convert_model(_model_of(case, Way(TRANSFORMERS)), example_input=pixels)
+    logits = [whole.output(name) for name in ("class_queries_logits", "masks_queries_logits")]
+    converted = ov.Model(logits, whole.get_parameters())
     converted.reshape(list(pixels.shape))
     precision = {"none": "f32", "bf16": "bf16"}[case.autocast]
     options = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
@@ -344,17 +334,12 @@ FIGURES = {
 
 
 def draw(directory: Path, rows: Sequence[Row]) -> list[str]:
-    """Inference over the side of the image, for the backbone that was run at most sizes, and the stages of a call."""
+    """Inference over the side of the image, and the stages of a call."""
     from benchmarks import plot
 
-    specs = {name: case.spec for name, case in BENCHMARK.named().items()}
-    curves: dict[str, list[Row]] = {}
-    for row in rows:
-        spec = specs.get(row.case)
-        if spec and not spec.training and spec.batch == 1 and row.implementation in (OURS, TRANSFORMERS):
-            curves.setdefault(TITLES[spec.backbone], []).append(row)
-    name, curve = max(curves.items(), key=lambda one: len({row.case for row in one[1]}), default=("", []))
-    drawn = plot.draw_sizes(directory, curve, lambda row: specs[row.case].size, f"{name} {INFERENCE}, one image")
+    sides = {f"R50 {INFERENCE} {side}²": side for side in (256, 512, 768, 1024)}
+    curve = [row for row in rows if row.case in sides and row.implementation in (OURS, TRANSFORMERS)]
+    drawn = plot.draw_sizes(directory, curve, lambda row: sides[row.case], f"R50 {INFERENCE}, one image")
     return [*drawn, *plot.draw_stages(directory, rows)]
 
 

@@ -72,14 +72,6 @@ def _by_heads(mask: Callable[[Tensor, Tensor], Any], given: Tensors, levels: Lev
     return {x: given[x].contiguous() for x in DIFFERENTIABLE} | {"mask": mask(given["attend"], given["query"])}
 
 
-def _additive(attend: Tensor, query: Tensor) -> Tensor:
-    return torch.zeros_like(attend.unsqueeze(1), dtype=query.dtype).masked_fill_(~attend.unsqueeze(1), -torch.inf)
-
-
-def _repeated(attend: Tensor, query: Tensor) -> Tensor:
-    return (~attend).repeat_interleave(query.shape[1], 0)
-
-
 def _sdpa(a: dict[str, Any]) -> Tensor:
     return F.scaled_dot_product_attention(a["query"], a["key"], a["value"], attn_mask=a["mask"])
 
@@ -133,13 +125,20 @@ def flex(rebuild: bool, compiled: bool = True) -> tuple[Callable[..., Any], Call
 
 
 def peers(device: str) -> list[Implementation]:
-    """Peers of `masked_attention`."""
+    """Peers of `masked_attention`: a call, and the mask that it takes, made of the bits [N, Q, S] and the query."""
     absent = None if device == "cuda" else "compared on a GPU only"
+    with_masks: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+        SDPA: (_sdpa, lambda attend, _: attend.unsqueeze(1)),
+        SDPA_ADDITIVE: (
+            _sdpa,
+            lambda attend, query: torch.zeros_like(attend.unsqueeze(1), dtype=query.dtype)
+            .masked_fill_(~attend.unsqueeze(1), -torch.inf),
+        ),
+        MULTIHEAD: (multihead_core, lambda attend, query: (~attend).repeat_interleave(query.shape[1], 0)),
+        EAGER: (_eager, lambda attend, _: ~attend.unsqueeze(1)),
+    }  # fmt: skip
     return [
-        Implementation(SDPA, _sdpa, partial(_by_heads, lambda attend, _: attend.unsqueeze(1))),
-        Implementation(SDPA_ADDITIVE, _sdpa, partial(_by_heads, _additive)),
-        Implementation(MULTIHEAD, multihead_core, partial(_by_heads, _repeated)),
-        Implementation(EAGER, _eager, partial(_by_heads, lambda attend, _: ~attend.unsqueeze(1))),
+        *(Implementation(name, call, partial(_by_heads, mask)) for name, (call, mask) in with_masks.items()),
         *(
             Implementation(name, *flex(rebuild), unavailable=lambda: absent, counts_writes=False)
             for name, rebuild in ((FLEX, False), (FLEX_REBUILT, True))

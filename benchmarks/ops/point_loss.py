@@ -379,14 +379,11 @@ def draw_curve(directory: Path, rows: Sequence[Row]) -> list[str]:
     """Time and peak memory over the number of points; returns the pictures written."""
     from benchmarks import plot
 
-    specs = {name: case.spec for name, case in BENCHMARK.named().items()}
-    rows = [row for row in rows if row.case in specs]
-    curve = [row for row in rows if row.median_ms is not None and specs[row.case].points != POINTS]
-    if not curve:
-        return []
-    whole = replace(specs[curve[0].case], points=POINTS)
-    same = [row for row in rows if specs[row.case] == whole and row.setting == curve[0].setting]
-    return plot.draw_points(directory, curve, same, lambda row: specs[row.case].points, str(whole))
+    points = {str(replace(_LARGE, points=k)): k for k in (*CURVE, POINTS)}
+    timed = [row for row in rows if row.case in points and row.median_ms is not None]
+    curve = [row for row in timed if points[row.case] != POINTS]
+    whole = [row for row in timed if row.case == str(_LARGE) and row.setting == timed[0].setting]
+    return plot.draw_points(directory, curve, whole, lambda row: points[row.case], str(_LARGE)) if curve else []
 
 
 BENCHMARK = Benchmark(
