@@ -6,7 +6,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
-PIP := $(BIN)/python -m pip --disable-pip-version-check -q
+# Python compiles the modules that it imports; pip would compile all of them first, most of a minute's work.
+unexport PYTHONDONTWRITEBYTECODE
+INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile
 STAMP := $(VENV)/.stamp
 # What an installation in .venv is made from; the package itself is installed editable.
 SOURCES := pyproject.toml tests/requirements.txt setup.py CMakeLists.txt $(wildcard build_backend/*.py) $(shell find csrc -type f -name '*.[ch]*')
@@ -17,33 +19,33 @@ CXX_FILES := $(shell find csrc tests -type f \( -name '*.cpp' -o -name '*.h' -o 
 # torch is pinned and goes first: resolved as somebody's dependency it may arrive with gigabytes of CUDA.
 $(STAMP)-venv: pyproject.toml build_backend/cuda_compiler.py
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH)
-	$(PIP) install 'setuptools>=77' numpy cmake ninja
+	$(INSTALL) -q $(TORCH)
+	$(INSTALL) -q 'setuptools>=77' numpy cmake ninja
 	$(BIN)/python build_backend/m2f_build.py > $(VENV)/needed.txt
-	$(PIP) install numpy -r $(VENV)/needed.txt
+	$(INSTALL) -q numpy -r $(VENV)/needed.txt
 	@touch $@
 
 # Without isolation, so that a change compiles what it touches. Shows the summary, and each file when it is compiled.
 $(STAMP)-package: $(STAMP)-venv $(SOURCES)
 	@PATH="$(abspath $(BIN)):$$PATH"; set -o pipefail; \
-		$(BIN)/python -m pip --disable-pip-version-check install --no-build-isolation -v -e '.[test]' 2>&1 \
+		$(INSTALL) --no-build-isolation -v -e '.[test]' 2>&1 \
 		| tee $(VENV)/install.log | sed -un '/^ *m2f-kernels$$/,/ into /p; /^ *\[[0-9]*\/[0-9]*\] /p; /m2f-kernels: /p' \
 		|| { cat $(VENV)/install.log; exit 1; }
 	@touch $@
 
 # The peers measured against. One that cannot be built here is reported in the tables as not installed.
 $(STAMP)-bench: $(STAMP)-package benchmarks/requirements.txt
-	$(PIP) install $(TORCH) -r benchmarks/requirements.txt
-	PATH="$(abspath $(BIN)):$$PATH" $(PIP) install --no-build-isolation packaging wheel torch-ms-deform-attn==0.1.1 \
+	$(INSTALL) -q $(TORCH) -r benchmarks/requirements.txt
+	PATH="$(abspath $(BIN)):$$PATH" $(INSTALL) -q --no-build-isolation packaging wheel torch-ms-deform-attn==0.1.1 \
 		|| echo "torch-ms-deform-attn could not be installed; its rows will say so"
 	@touch $@
 
 $(STAMP)-docs: $(STAMP)-package docs/requirements.txt
-	$(PIP) install -r docs/requirements.txt
+	$(INSTALL) -q -r docs/requirements.txt
 	@touch $@
 
 $(STAMP)-lint: $(STAMP)-venv
-	$(PIP) install ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
+	$(INSTALL) -q ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	@touch $@
 
 # In as many processes as there are cores, at most eight: each takes about 1.5 GiB. JOBS=0 runs in one, for a debugger.
@@ -59,7 +61,7 @@ test-slow: $(STAMP)-package
 # transformers' model tests of the accelerated families, untouched and patched; any difference fails. PEERS=DIR names a
 # checkout of transformers, whose tests of each family run; without one, pip's source distribution has those of any model.
 test-peers: $(STAMP)-package
-	$(PIP) install parameterized $(if $(PEERS),datasets)
+	$(INSTALL) -q parameterized $(if $(PEERS),datasets)
 	$(BIN)/python -m tests.peers --folder $(VENV)/peers $(if $(PEERS),--peers $(PEERS)) $(ARGS)
 
 # Random arguments of every operator: 500 cases for each of 23 tests (25 in `make test`). Prints cases and failures.
