@@ -121,7 +121,7 @@ def test_the_first_steps_fit_into_nine_minutes():
     ("changed", "expected"),
     [
         (["m2f_kernels/ops/masked_attention/triton.py"], "tests/triton/test_masked_attention.py"),
-        (["csrc/ms_deform_attn/cuda.cu"], "tests/ops/test_ms_deform_attn_cuda.py"),
+        (["csrc/ms_deform_attn/cuda_kernels.cu"], "tests/ops/test_ms_deform_attn_cuda.py"),
         (["m2f_kernels/ops/points/triton_loss.py"], "tests/triton/test_points.py"),
         (["m2f_kernels/_triton.py"], "tests/triton"),
         (["csrc/cpu/simd.h"], "tests/ops"),

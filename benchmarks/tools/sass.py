@@ -254,7 +254,7 @@ COMPILED: dict[str, tuple[Sequence[int], int]] = {
 }
 
 
-def compiled_per_sample(nvcc: str, header: str = "ms_deform_attn/cuda_kernels.cuh") -> dict[str, float]:
+def compiled_per_sample(nvcc: str, header: str = "ms_deform_attn/cuda_kernels.cu") -> dict[str, float]:
     """Instructions of a warp per sample of a query and head, at most, of those kernels in `COMPILED` that the header
     holds, on sm_90."""
     from benchmarks import static_cuda

@@ -22,7 +22,7 @@ import torch
 from benchmarks import sass, static
 from benchmarks.arguments import arguments
 
-SOURCE = "ms_deform_attn/cuda.cu"
+SOURCE = "ms_deform_attn/cuda_kernels.cu"
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 #: Threads of a block: the launch bound of every kernel (`kMaxThreads`).
 THREADS = 256

@@ -353,7 +353,7 @@ def deformable(nvcc: str, where: str, instance: str) -> Launches:
     "local" or "random". Its loops: see `sass.COMPILED`."""
     touched = gather(where)
     (name,) = (name for name in sass.COMPILED if name.startswith(instance) and name.endswith("false>"))
-    compiled = static_cuda.compiled(nvcc, "90", "ms_deform_attn/cuda_kernels.cuh")
+    compiled = static_cuda.compiled(nvcc, "90", "ms_deform_attn/cuda_kernels.cu")
     (kernel,) = (kernel for kernel in compiled if kernel["kernel"].removeprefix("ms_deform_attn_") == name)
     element, sampling = (4, 4) if "<float" in name else (2, 2 if "true" in name else 4)
     pairs = _QUERIES * _HEADS * 2

@@ -1,5 +1,5 @@
 // The value gradient of multi-scale deformable attention, each row of a tile added once: for encoders, whose queries
-// are the positions of the levels. The kernel of cuda_kernels.cuh, which serves everything else and everything until a
+// are the positions of the levels. The kernel of cuda_kernels.cu, which serves everything else and everything until a
 // GPU has shown this one right and faster, adds each corner of each sample by itself: 2866 rows of a head per tile of
 // 8 x 8 queries, of which about 380 differ where samples are near their queries. L2 adds 110 G sectors a second, which
 // bounds that kernel.

@@ -1,6 +1,6 @@
 // A second forward kernel of multi-scale deformable attention, for the shapes that models have: 32 channels per head,
 // points of each level in fours, level sizes known on the host, sampling tensors packed over samples. Everything else,
-// and everything until a GPU has shown this one right and faster, takes the kernel of cuda_kernels.cuh, whose head
+// and everything until a GPU has shown this one right and faster, takes the kernel of cuda_kernels.cu, whose head
 // explains lanes, preparation and tiles; here is what differs.
 //
 // Instructions bind the forward, not bytes: so a warp executes as few as possible per sample.

@@ -24,7 +24,7 @@ _FLAGS += os.environ.get("M2F_CUDA_ON_HOST_FLAGS", "").split()
 
 def _sources() -> list[Path]:
     csrc = _ROOT / "csrc"
-    return sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp"), *csrc.rglob("*.cuh"), *csrc.rglob("*.h")])
+    return sorted([*_HERE.glob("*.h"), *_HERE.glob("*.cpp"), *csrc.rglob("*.cu*"), *csrc.rglob("*.h")])
 
 
 def build() -> Path:

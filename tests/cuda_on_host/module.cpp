@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "ms_deform_attn/cuda_kernels.cuh"
+#include "ms_deform_attn/cuda_kernels.cu"
 
 namespace py = pybind11;
 

@@ -46,8 +46,6 @@
 // sum over samples and reference points' over points live in shared memory, the sum over heads in a second pass.
 // Duplicate corners within a warp are not merged: that takes 8 shuffles per corner and step to save at most one
 // reduction of two 16-byte halves. cuda_gather.cuh merges them over a tile of queries.
-#pragma once
-
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
@@ -440,11 +438,7 @@ void launch_widest(DeformAttnArgs& args, const DeviceTraits& device, bool from_o
                                                        : launch_backward<T, 1>(args, from_offsets, device, stream);
 }
 
-// Rows of value further apart than this do not fit the kernels' 32-bit stride; such a value has to be copied first.
-constexpr int64_t kMaxRowBytes = 0xffffffff;
-
-// Forward if grad_output is null, otherwise backward; on reference points if they are given. At least one query.
-inline void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& device, cudaStream_t stream) {
+void launch_ms_deform_attn(DeformAttnArgs args, const DeviceTraits& device, cudaStream_t stream) {
   const bool from_offsets = args.reference.data != nullptr;
   if (args.grad_output == nullptr && args.lean && launch_lean_forward(args, device, stream)) return;
   if (args.gathered && launch_gathered_value_gradient(args, device, stream)) {
@@ -464,9 +458,8 @@ inline dim3 grid_for(int64_t threads, const DeviceTraits& device) {
       std::min<int64_t>((threads + kMaxThreads - 1) / kMaxThreads, 16 * static_cast<int64_t>(device.multiprocessors))));
 }
 
-// out[i] = sum[i] rounded to a 16-bit dtype.
-inline void launch_round_gradient(const float* sum, void* out, DType dtype, int64_t count, const DeviceTraits& device,
-                                  cudaStream_t stream) {
+void launch_round_gradient(const float* sum, void* out, DType dtype, int64_t count, const DeviceTraits& device,
+                           cudaStream_t stream) {
   const dim3 grid = grid_for((count + 7) / 8, device);
   if (dtype == DType::kBFloat16) {
     launch(round_gradient<__nv_bfloat16>, grid, dim3(kMaxThreads), 0, stream, sum, static_cast<__nv_bfloat16*>(out),
@@ -476,9 +469,8 @@ inline void launch_round_gradient(const float* sum, void* out, DType dtype, int6
   }
 }
 
-// [rows, heads, size] in fp32 (fp64 if `parts_are_double`) -> [rows, size] in dtype.
-inline void launch_sum_over_heads(const void* parts, bool parts_are_double, void* out, DType dtype, int64_t rows,
-                                  int heads, int size, const DeviceTraits& device, cudaStream_t stream) {
+void launch_sum_over_heads(const void* parts, bool parts_are_double, void* out, DType dtype, int64_t rows, int heads,
+                           int size, const DeviceTraits& device, cudaStream_t stream) {
   const dim3 grid = grid_for(rows * size, device);
   if (parts_are_double) {
     launch(sum_over_heads<double>, grid, dim3(kMaxThreads), 0, stream, static_cast<const double*>(parts), out, dtype,

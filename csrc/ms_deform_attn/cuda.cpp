@@ -1,4 +1,4 @@
-// Multi-scale deformable attention on CUDA: the bindings. The kernels are in cuda_kernels.cuh.
+// Multi-scale deformable attention on CUDA: the bindings. The kernels are in cuda_kernels.cu.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/macros.h>
@@ -9,7 +9,7 @@
 #include <limits>
 #include <tuple>
 
-#include "ms_deform_attn/cuda_kernels.cuh"
+#include "ms_deform_attn/cuda_launches.h"
 #include "ms_deform_attn/torch_levels.h"
 #include "torch/args.h"
 
