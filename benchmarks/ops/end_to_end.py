@@ -258,22 +258,21 @@ def cases(scale: Scale) -> list[Case]:
 
 
 def ways(case: bench.Case, full: bool) -> list[Way]:
-    """Every model at its best in a case's precision, this package's first."""
-    cuda, theirs = case.device == "cuda", AUTOCAST if case.autocast == "bf16" else ""
-    weights = [HELD] if theirs and not case.training else []
+    """Every model at its best in a case's precision, this package's first; on a GPU without `full` the fastest only."""
+    cuda, inference, theirs = case.device == "cuda", not case.training, AUTOCAST if case.autocast == "bf16" else ""
+    every, weights = full or not cuda, [HELD] if theirs and inference else []
     best = weights[0] if weights else theirs
-    compiled = [Way(TRANSFORMERS, theirs), *(Way(TRANSFORMERS, x, COMPILED) for x in (theirs, *weights))]
-    if cuda and not full:
-        return [Way(OURS, best, GRAPH), *compiled]
-    found = [Way(OURS, best)]
-    if cuda:
-        found.append(Way(OURS, best, GRAPH))
-    if not case.training:
-        found.append(Way(OURS, best, COMPILED))
-    found += [*compiled, Way(TRANSFORMERS, theirs, ACCELERATED)]
-    if cuda:
-        return [*found, *(Way(TRANSFORMERS, x, GRAPH) for x in (theirs, *weights) if not case.training)]
-    return found if case.training else [*found, Way(OPENVINO, theirs)]
+    wanted = {
+        Way(OURS, best): every,
+        Way(OURS, best, GRAPH): cuda,
+        Way(OURS, best, COMPILED): every and inference,
+        Way(TRANSFORMERS, theirs): True,
+        **{Way(TRANSFORMERS, x, COMPILED): True for x in (theirs, *weights)},
+        Way(TRANSFORMERS, theirs, ACCELERATED): every,
+        **{Way(TRANSFORMERS, x, GRAPH): cuda and every and inference for x in (theirs, *weights)},
+        Way(OPENVINO, theirs): inference and not cuda,
+    }
+    return [way for way, is_wanted in wanted.items() if is_wanted]
 
 
 def whole_cases(scale: Scale) -> list[Case]:

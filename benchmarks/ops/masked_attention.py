@@ -206,13 +206,13 @@ class Shape:
     def attend(self) -> Tensor:
         """The mask, bool [N, Q, S]."""
         side = (round(self.keys**0.5),) * 2
-        if self.kind == BLOBS:
-            return inputs.blob_masks(side, self.n, self.queries, self.density)
-        if self.kind == RANDOM:
-            return inputs.random_masks(self.keys, self.n, self.queries, self.density)
-        if self.kind == LEARNED:
-            return inputs.learned_masks(side, self.n, self.queries)
-        return torch.ones(self.n, self.queries, self.keys, dtype=torch.bool)
+        kinds: dict[str, Callable[[], Tensor]] = {
+            OPEN: lambda: torch.ones(self.n, self.queries, self.keys, dtype=torch.bool),
+            BLOBS: lambda: inputs.blob_masks(side, self.n, self.queries, self.density),
+            RANDOM: lambda: inputs.random_masks(self.keys, self.n, self.queries, self.density),
+            LEARNED: lambda: inputs.learned_masks(side, self.n, self.queries),
+        }
+        return kinds[self.kind]()
 
 
 def build(device: str, shape: Shape, backward: bool) -> Data:

@@ -53,17 +53,12 @@ _BY_QUERY = ("sampling_locations", "attention_weights", "reference_points", "sam
 # ---------------------------------------------------------------- implementations
 
 
-def level_tensors(levels: Levels, device: torch.device) -> dict[str, Tensor]:
-    """`spatial_shapes` [L, 2] and `level_start_index` [L] as the Deformable DETR operators take them."""
-    shapes = torch.tensor(levels, dtype=torch.long)
-    starts = shapes.prod(1).cumsum(0) - shapes.prod(1)
-    return {"spatial_shapes": shapes.to(device), "level_start_index": starts.to(device)}
-
-
 def own_dtype(inputs: Tensors, levels: Levels) -> dict[str, Any]:
-    """Every input contiguous and in the dtype it came in, the levels as a list and as tensors."""
-    arguments: dict[str, Any] = {name: tensor.contiguous() for name, tensor in inputs.items()}
-    return arguments | {"levels": levels} | level_tensors(levels, inputs["value"].device)
+    """Every input contiguous and in the dtype it came in; the levels as a list, and as `spatial_shapes` [L, 2] and
+    `level_start_index` [L], as the Deformable DETR operators take them."""
+    shapes = torch.tensor(levels, device=inputs["value"].device)
+    given = {"levels": levels, "spatial_shapes": shapes, "level_start_index": shapes.prod(1).cumsum(0) - shapes.prod(1)}
+    return {name: tensor.contiguous() for name, tensor in inputs.items()} | given
 
 
 def as_float32(inputs: Tensors, levels: Levels) -> dict[str, Any]:
