@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
-import tarfile
 import time
 from functools import partial
 from pathlib import Path
@@ -17,24 +17,23 @@ from tests.processes import ROOT, python
 
 
 def _step(name: str, code: str, seconds: float = 20.0) -> gpu.Step:
-    return gpu.Step(name, seconds, lambda context, allowed: [sys.executable, "-c", code])
+    return gpu.Step(name, seconds, shlex.join([sys.executable, "-c", code]), "")
 
 
 def _run(
     tmp_path: Path, steps: list[gpu.Step], seconds: float = 100.0, commit: str = "a"
 ) -> tuple[bool, list[str], dict]:
-    logs, path = tmp_path / "run", tmp_path / "run" / "state.json"
+    logs = tmp_path / "run"
     logs.mkdir(exist_ok=True)
-    context, state = gpu.Context("cpu", "90", logs, [], 1), gpu.State.read(path, commit)
-    right, left = gpu.run(steps, context, state, seconds, dict(PATH="/usr/bin:/bin"))
-    return right, left, gpu.State.read(path, commit).steps
+    right, left = gpu.run(steps, logs, commit, seconds, dict(PATH="/usr/bin:/bin"))
+    return right, left, gpu.kept(logs / "state.json", commit)
 
 
 def test_a_failing_step_and_a_slow_one_do_not_stop_the_others(tmp_path):
     steps = [
         _step("bad", "print('3 failed'); raise SystemExit(1)"),
         _step("slow", "import time; print('begun', flush=True); time.sleep(60)", seconds=4.0),
-        gpu.Step("absent", 20, lambda context, allowed: ["no-such-command"]),
+        gpu.Step("absent", 20, "no-such-command", ""),
         _step("good", "print('fine')"),
     ]
     right, left, states = _run(tmp_path, steps)
@@ -105,9 +104,10 @@ def _alive(pid: int) -> bool:
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"commit": "a"}', '{"commit": "a", "steps": {"x": {}}}'])
 def test_a_state_that_is_damaged_or_empty_ends_nothing(tmp_path, content):
-    path = tmp_path / "state.json"
-    path.write_text(content)
-    assert not gpu.State.read(path, "a").ended("x")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "state.json").write_text(content)
+    _, _, states = _run(tmp_path, [_step("x", "pass")])
+    assert states["x"]["state"] == "passed"
 
 
 def test_the_first_steps_fit_into_nine_minutes():
@@ -208,13 +208,12 @@ def test_kernels_that_a_variable_chooses_have_rows_of_their_own(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "__init__.py").touch()
     (tmp_path / "benchmarks" / "kernels.py").write_text(
-        "import os, pathlib, sys\n"
+        "import os\n"
         "time = 2.0 if os.environ.get('M2F_TF32X3') == '1' else 4.0\n"
-        "table = f'| operator | float32, µs |\\n|---|---:|\\n| masks | {time} |\\n'\n"
-        "pathlib.Path(sys.argv[sys.argv.index('--output') + 1]).write_text(table)\n"
+        "print(f'| operator | float32, µs |\\n|---|---:|\\n| masks | {time} |')\n"
     )
     assert old_new.kernels(tmp_path) == {"masks, float32": 4.0}
-    assert old_new.kernels(tmp_path, [], "M2F_TF32X3=1") == {"masks, M2F_TF32X3=1, float32": 2.0}
+    assert old_new.kernels(tmp_path, "M2F_TF32X3=1") == {"masks, M2F_TF32X3=1, float32": 2.0}
 
 
 def test_predictions_stand_beside_measurements(tmp_path):
@@ -267,15 +266,11 @@ def test_wrong_arguments_are_named(arguments, message):
     assert message in done.stderr
 
 
-def test_a_rehearsal_runs_and_packs_what_it_found(tmp_path):
-    packed = tmp_path / "results.tar.gz"
-    steps = ("--steps", "build,memcheck")
-    (tmp_path / "rehearsal.csv").write_text("a benchmark's\n")
-    done = _command("benchmarks.tools.gpu", "--rehearse", *steps, "--output", str(tmp_path), "--archive", str(packed))
+def test_a_rehearsal_runs_and_keeps_what_it_found(tmp_path):
+    done = _command("benchmarks.tools.gpu", "--rehearse", "--steps", "build,memcheck", "--output", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "left for the next call: nothing" in done.stdout
-    with tarfile.open(packed) as file:
-        assert {"rehearsal.csv", "rehearsal/run/state.json", "rehearsal/run/build.log"} <= set(file.getnames())
+    assert {"state.json", "build.log"} <= {path.name for path in (tmp_path / "rehearsal" / "run").iterdir()}
 
 
 @pytest.mark.slow

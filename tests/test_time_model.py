@@ -6,12 +6,13 @@ import re
 
 import pytest
 
-from benchmarks import static_cuda, time_model
+from benchmarks import sass, static_cuda, time_model
 from tests.processes import python
 
 
-def line(code: str, wait: str = "--", write: str = "-", stall: int = 1) -> str:
-    return f"{wait}:-:{write}:-:{stall:x}\t{code};"
+def line(code: str, wait: str = "--", write: str = "-", stall: int = 1) -> sass.Instruction:
+    (found,) = sass.instructions(f"{wait}:-:{write}:-:{stall:x}\t{code};")
+    return found
 
 
 def test_a_warp_waits_for_the_results_that_it_names() -> None:
@@ -31,7 +32,7 @@ def test_a_warp_waits_for_the_results_that_it_names() -> None:
 def test_copies_are_waited_for_by_group() -> None:
     copy, group = line("LDGSTS.E.128 [R1], [R2.64]"), line("LDGDEPBAR")
 
-    def wait(pending: int) -> str:
+    def wait(pending: int) -> sass.Instruction:
         return line(f"DEPBAR.LE SB0, 0x{pending}")
 
     assert time_model.walk([copy, group, wait(0)], 500).cycles >= 500

@@ -10,8 +10,7 @@ operations and 1.1 times the bytes, which `tests/test_fallbacks.py` checks. One 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,11 +30,10 @@ from m2f_kernels.ops.points.fallback import most_uncertain
 OPERATIONS, BYTES = 1.25, 1.1
 
 
-@dataclass(frozen=True)
-class Count:
+class Count(NamedTuple):
     """Counts of one call: operations that are not views, bytes they wrote, bytes saved for backward."""
 
-    names: list[str] = field(repr=False)
+    names: list[str]
     written: int
     saved: int
 
@@ -189,8 +187,7 @@ def published_loss(
 # ---------------------------------------------------------------- rows
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """One operator: both forms, each with its inputs.
 
     `exception`: the ratios of operations and of bytes written that a row may have beyond the limits, with the reason.
@@ -246,24 +243,23 @@ def _mask_rows() -> Iterator[Row]:
         lambda x: m2f_kernels.resize_mask_features(x, SIZES), (features,),
     )  # fmt: skip
     for h, w in (*SIZES, (25, 25)):
-        s = h * w
         yield Row(
-            "predict_attention_mask", f"{s} keys", lambda e, x, size=(h, w): published_mask(e, x, size),
+            "predict_attention_mask", f"{h * w} keys", lambda e, x, size=(h, w): published_mask(e, x, size),
             m2f_kernels.predict_attention_mask, (embed, features), (embed, meta(n, c, h, w, grad=False)),
         )  # fmt: skip
         yield Row(
-            "pack_attention_mask", f"logits, {s} keys, row rule",
+            "pack_attention_mask", f"logits, {h * w} keys, row rule",
             lambda x: published_row_rule(published_threshold(x)), m2f_kernels.pack_attention_mask,
             (meta(n, q, h, w, grad=False),),
         )  # fmt: skip
     yield Row(
         "pack_attention_mask", "bool, row rule",
         lambda x: published_row_rule(~x.unsqueeze(1).repeat(1, HEADS, 1, 1)), m2f_kernels.pack_attention_mask,
-        (meta(n, q, s, dtype=torch.bool),),
+        (meta(n, q, 625, dtype=torch.bool),),
     )  # fmt: skip
 
 
-def _masked_attention_rows() -> Iterator[Row]:
+def _masked_attention_rows() -> list[Row]:
     q, c = 100, 256
 
     def attend(query: Tensor, key: Tensor, value: Tensor, mask: Any) -> Tensor:
@@ -274,71 +270,80 @@ def _masked_attention_rows() -> Iterator[Row]:
         heads = map(_heads, (query, key, value))
         return m2f_kernels.masked_attention(*heads, mask, first_key=205).transpose(1, 2).flatten(2)
 
-    for n, s in ((1, 16384), (2, 16384), (2, 1024), (2, 625)):
-        x = tuple(meta(length, n, c) for length in (q, s, s))
-        yield Row(
-            "masked_attention", f"{n} images, {s} keys", published_attention, attend,
-            (*x, meta(n * HEADS, q, s, dtype=torch.bool)), (*x, packed(n, q, s)),
-        )  # fmt: skip
-    yield Row(
-        "masked_attention", f"{n} images, {s} keys, bool",
-        lambda q, k, v, m: published_attention(q, k, v, ~m.repeat_interleave(HEADS, 0)), attend,
-        (*x, meta(n, q, s, dtype=torch.bool)),
-    )  # fmt: skip
-    heads = tuple(meta(1, length, HEADS, 32).transpose(1, 2) for length in (201, 5184, 5184))
-    yield Row(
-        "masked_attention", "bias of 72 rows and columns", published_biased_attention,
-        lambda q, k, v, *bias: m2f_kernels.masked_attention(
-            q, k, v, bias=tuple(F.pad(x.permute(0, 3, 1, 2), (0, 0, 1, 0)) for x in bias)
+    def inputs(n: int, s: int) -> tuple[Tensor, ...]:
+        return meta(q, n, c), meta(s, n, c), meta(s, n, c)
+
+    return [
+        *(
+            Row(
+                "masked_attention", f"{n} images, {s} keys", published_attention, attend,
+                (*inputs(n, s), meta(n * HEADS, q, s, dtype=torch.bool)), (*inputs(n, s), packed(n, q, s)),
+            )
+            for n, s in ((1, 16384), (2, 16384), (2, 1024), (2, 625))
         ),
-        (*heads, *(meta(1, 200, 72, HEADS) for _ in range(2))),
-    )  # fmt: skip
-    x = tuple(meta(2, 1805, c) for _ in range(3))
-    yield Row(
-        "masked_attention", "encoder-only, 1805 keys", published_self_attention,
-        attend_all, (*x, meta(2, 200, 1600, dtype=torch.bool)), (*x, packed(2, 200, 1600)),
-    )  # fmt: skip
+        Row(
+            "masked_attention", "2 images, 625 keys, bool",
+            lambda q, k, v, m: published_attention(q, k, v, ~m.repeat_interleave(HEADS, 0)), attend,
+            (*inputs(2, 625), meta(2, q, 625, dtype=torch.bool)),
+        ),
+        Row(
+            "masked_attention", "bias of 72 rows and columns", published_biased_attention,
+            lambda q, k, v, *bias: m2f_kernels.masked_attention(
+                q, k, v, bias=tuple(F.pad(x.permute(0, 3, 1, 2), (0, 0, 1, 0)) for x in bias)
+            ),
+            (
+                *(meta(1, length, HEADS, 32).transpose(1, 2) for length in (201, 5184, 5184)),
+                *(meta(1, 200, 72, HEADS) for _ in range(2)),
+            ),
+        ),
+        Row(
+            "masked_attention", "encoder-only, 1805 keys", published_self_attention, attend_all,
+            (*(meta(2, 1805, c) for _ in range(3)), meta(2, 200, 1600, dtype=torch.bool)),
+            (*(meta(2, 1805, c) for _ in range(3)), packed(2, 200, 1600)),
+        ),
+    ]  # fmt: skip
 
 
-#: Mask2Former's, in training.
-POINTS = 12544
+#: Mask2Former's, in training: points of a mask, of which so many are the most uncertain of three times as many.
+POINTS, KEPT = 12544, 9408
 
 
-def _point_rows() -> Iterator[Row]:
-    points = meta(2, POINTS, 2, grad=False)
-    yield Row(
-        "point_sample", "features", published_point_sample, m2f_kernels.point_sample,
-        (meta(2, 256, 256, 256), points),
-    )  # fmt: skip
-    for dtype in (torch.bool, torch.uint8):
-        yield Row(
-            "point_sample", f"{dtype} masks".removeprefix("torch."),
-            lambda x, p: published_point_sample(x.float(), p), m2f_kernels.point_sample,
-            (meta(2, 20, 1024, 1024, dtype=dtype), points),
-        )  # fmt: skip
-    m, keep = 30, 9408
-    logits = meta(m, 256, 256, grad=False)
-    random = [meta(m, k, 2, grad=False) for k in (3 * POINTS, POINTS - keep)]
-    rows = meta(m, dtype=torch.int64)
-    yield Row(
-        "uncertain_points", "of given random points",
-        lambda x, drawn, fresh, rows: published_uncertain(x[rows], drawn, fresh, keep),
-        lambda x, drawn, fresh, rows: most_uncertain(x, rows, drawn, fresh, keep), (logits, *random, rows),
-    )  # fmt: skip
+def _point_rows() -> list[Row]:
+    points, logits = meta(2, POINTS, 2, grad=False), meta(30, 256, 256, grad=False)
+    drawn = 3 * POINTS, POINTS - KEPT
 
     def published(x: Tensor) -> Tensor:
-        candidates, fresh = (torch.rand(m, k, 2, device=x.device) for k in (3 * POINTS, POINTS - keep))
-        return published_uncertain(x, candidates, fresh, keep)
+        return published_uncertain(x, *(torch.rand(30, k, 2, device=x.device) for k in drawn), KEPT)
 
-    yield Row(
-        "uncertain_points", "with its random points", published, m2f_kernels.uncertain_points, (logits,),
-        exception=(14.1, 11.1),
-    )  # fmt: skip
+    return [
+        Row(
+            "point_sample", "features", published_point_sample, m2f_kernels.point_sample,
+            (meta(2, 256, 256, 256), points),
+        ),
+        *(
+            Row(
+                "point_sample", f"{dtype} masks".removeprefix("torch."),
+                lambda x, p: published_point_sample(x.float(), p), m2f_kernels.point_sample,
+                (meta(2, 20, 1024, 1024, dtype=dtype), points),
+            )
+            for dtype in (torch.bool, torch.uint8)
+        ),
+        Row(
+            "uncertain_points", "of given random points",
+            lambda x, drawn, fresh, rows: published_uncertain(x[rows], drawn, fresh, KEPT),
+            lambda x, drawn, fresh, rows: most_uncertain(x, rows, drawn, fresh, KEPT),
+            (logits, *(meta(30, k, 2, grad=False) for k in drawn), meta(30, dtype=torch.int64)),
+        ),
+        Row(
+            "uncertain_points", "with its random points", published, m2f_kernels.uncertain_points, (logits,),
+            exception=(14.1, 11.1),
+        ),
+    ]  # fmt: skip
 
 
-def _loss_rows() -> Iterator[Row]:
+def _loss_rows() -> list[Row]:
     n, q, c, counts = 2, 100, 256, (20, 12)
-    embed, features, logits = meta(n, q, c), meta(n, c, 256, 256), meta(n, q, 256, 256)
+    factors, logits = (meta(n, q, c), meta(n, c, 256, 256)), meta(n, q, 256, 256)
     points, own = meta(n, POINTS, 2, grad=False), meta(sum(counts), POINTS, 2, grad=False)
     matches = [(meta(m, dtype=torch.int64), meta(m, dtype=torch.int64)) for m in counts]
     same = [meta(m, 1024, 1024, dtype=torch.bool) for m in counts]
@@ -346,19 +351,20 @@ def _loss_rows() -> Iterator[Row]:
     def loss(x: Any, t: Any, m: Any, p: Tensor) -> Any:
         return m2f_kernels.point_mask_loss(x, t, p, matches=m)
 
-    yield Row("mask_matching_cost", "logits", published_cost, m2f_kernels.mask_matching_cost, (logits, same, points))
-    yield Row("point_mask_loss", "logits", published_loss, loss, (logits, same, matches, own))
-    factors = embed, features
-    yield Row(
-        "mask_matching_cost", "factored masks",
-        lambda x, *rest: published_cost(FactoredMasks(*x).logits(), *rest),
-        lambda x, *rest: m2f_kernels.mask_matching_cost(FactoredMasks(*x), *rest), (factors, same, points),
-    )  # fmt: skip
-    yield Row(
-        "point_mask_loss", "factored masks",
-        lambda x, *rest: published_loss(FactoredMasks(*x).logits(), *rest),
-        lambda x, *rest: loss(FactoredMasks(*x), *rest), (factors, same, matches, own),
-    )  # fmt: skip
+    return [
+        Row("mask_matching_cost", "logits", published_cost, m2f_kernels.mask_matching_cost, (logits, same, points)),
+        Row("point_mask_loss", "logits", published_loss, loss, (logits, same, matches, own)),
+        Row(
+            "mask_matching_cost", "factored masks",
+            lambda x, *rest: published_cost(FactoredMasks(*x).logits(), *rest),
+            lambda x, *rest: m2f_kernels.mask_matching_cost(FactoredMasks(*x), *rest), (factors, same, points),
+        ),
+        Row(
+            "point_mask_loss", "factored masks",
+            lambda x, *rest: published_loss(FactoredMasks(*x).logits(), *rest),
+            lambda x, *rest: loss(FactoredMasks(*x), *rest), (factors, same, matches, own),
+        ),
+    ]  # fmt: skip
 
 
 def rows() -> list[Row]:

@@ -21,13 +21,10 @@ import shutil
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.arguments import arguments
 from benchmarks.formats import markdown
@@ -41,58 +38,26 @@ _LEAST_SECONDS = 15.0
 _GRACE_SECONDS = 5.0
 
 
-@dataclass(frozen=True)
-class Context:
-    """The device of a run, its folder of logs, and the tests that belong to the change."""
+class Step(NamedTuple):
+    """One step: how many seconds it gets at most, and what bash runs, in earnest and in a rehearsal.
 
-    device: str
-    architecture: str
-    logs: Path
-    tests: list[str]
-    workers: int
-
-    @property
-    def rehearsal(self) -> bool:
-        return self.device == "cpu"
-
-
-Command = Callable[[Context, float], list[str]]
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step: what it runs, given the seconds that it has, and how many it gets at most."""
+    Variables: PYTHON, LOGS and RESULTS (folders), OLD (the older tree), ARCHITECTURE, TESTS (of the change), OPS (those
+    of compiled kernels among them), PARALLEL (options of pytest), LIMIT (the seconds that the step has).
+    """
 
     name: str
     seconds: float
-    command: Command
+    command: str
+    rehearsal: str
 
 
-@dataclass
-class State:
-    """The finished steps of a run of one commit. Written to disk after every step."""
-
-    path: Path
-    commit: str
-    steps: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, path: Path, commit: str) -> State:
-        """The state of `commit`; a fresh one where the file is of another commit or cannot be read."""
-        try:
-            content = json.loads(path.read_text())
-            return cls(path, commit, content["steps"] if content["commit"] == commit else {})
-        except (OSError, ValueError, KeyError, TypeError):
-            return cls(path, commit)
-
-    def ended(self, step: str) -> bool:
-        return self.steps.get(step, {}).get("state") in ("passed", "failed")
-
-    def note(self, step: str, state: str, seconds: float, last: str) -> None:
-        self.steps[step] = {"state": state, "seconds": round(seconds, 1), "last line": last}
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"commit": self.commit, "steps": self.steps}, indent=1) + "\n")
-        temporary.replace(self.path)
+def kept(path: Path, commit: str) -> dict[str, dict[str, Any]]:
+    """How the steps of `commit` ended so far; nothing where the file is of another commit or cannot be read."""
+    try:
+        content = json.loads(path.read_text())
+        return content["steps"] if content["commit"] == commit else {}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 # ---------------------------------------------------------------- which tests a change asks for
@@ -125,71 +90,50 @@ def tests_of(paths: Sequence[str]) -> list[str]:
 # ---------------------------------------------------------------- steps
 
 
-def _python(*arguments: str) -> list[str]:
-    return [sys.executable, *arguments]
-
-
-def _tests(context: Context, seconds: float, name: str, every: str = "", few: Sequence[str] = ()) -> list[str]:
-    """A run of tests, those of the change or `every`, that notes each outcome, and leaves out those that have passed;
-    `few` in a rehearsal."""
-    chosen = few if context.rehearsal else [every] if every else context.tests
-    command = _python("-m", "pytest", "-p", "benchmarks.tools.resume", "-q", "-rfE", "--tb=short", "-m", "not slow")
-    command += [f"--resume-from={context.logs / name}.outcomes", *chosen]
-    return command if context.workers < 2 else [*command, "-n", str(context.workers)]
-
-
-def _tuner(context: Context, seconds: float) -> list[str]:
-    options = ["--help"] if context.rehearsal else ["--output", str(context.logs / "tuned.json")]
-    return _python("-m", "m2f_kernels.tune", *options)
-
-
-def _build(context: Context, seconds: float) -> list[str]:
-    """The bundle's library, or one built here for this GPU. Says at the end what serves each operator."""
-    info = _python("-m", "m2f_kernels.info")
-    if any((ROOT / "m2f_kernels" / "lib").glob("*.so")) or context.rehearsal:
-        return info
-    both = f"{sys.executable} setup.py -q build_ext --inplace && {' '.join(info)}"
-    return ["env", "M2F_CUDA=on", f"M2F_CUDA_ARCHS={context.architecture}", "bash", "-c", both]
-
-
-def _old_new(context: Context, seconds: float) -> list[str]:
-    rounds = "1" if context.rehearsal else "2"
-    old = BUNDLE / "old"
-    command = _python("-m", "benchmarks.tools.old_new", "--old", str(old if old.exists() else ROOT))
-    command += [] if context.rehearsal else ["--with", "M2F_TF32X3=1", "--with", "M2F_ATTENTION=lean"]
-    return [*command, "--rounds", rounds, "--seconds", str(seconds), "--output", str(context.logs)]
-
-
-def _benchmark(context: Context, seconds: float, *, arguments: Sequence[str]) -> list[str]:
-    base = _python("-m", "benchmarks.run", "--device", context.device, *arguments)
-    if context.rehearsal:
-        return [*base, "--quick", "--op", "attention_mask", "--output", str(context.logs)]
-    return [*base, "--output", str(context.logs.parents[1])]
-
-
-def _sanitizer(context: Context, seconds: float, *, tool: str, tests: Sequence[str] = ()) -> list[str]:
-    chosen = tests or [t for t in context.tests if t.startswith("tests/ops")] or ["tests/ops"]
-    run = _python("-m", "pytest", *chosen, "-m", "cuda and not slow", "-k", "sanitize", "-q")
-    if context.rehearsal:
-        return [*run, "--collect-only", "-q"]
-    return ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", *run]
-
-
+_INFO = '"$PYTHON" -m m2f_kernels.info'
+_TESTS = (
+    '"$PYTHON" -m pytest -p benchmarks.tools.resume -q -rfE -m "not slow" --tb=short $PARALLEL --resume-from="$LOGS"/'
+)
+_OLD_NEW = '"$PYTHON" -m benchmarks.tools.old_new --old "$OLD" --seconds $LIMIT --output "$LOGS"'
+_BENCHMARK = '"$PYTHON" -m benchmarks.run --device cuda --output "$RESULTS"'
+_QUICK = '"$PYTHON" -m benchmarks.run --device cpu --quick --op attention_mask --output "$LOGS"'
+_SANITIZER = "compute-sanitizer --error-exitcode 1 --tool"
+_SANITIZED = '"$PYTHON" -m pytest -m "cuda and not slow" -k sanitize -q'
+_CUDA_TESTS = "tests/ops/test_ms_deform_attn_cuda.py"
 #: In the order of their worth. The limits of the first seven fit into nine minutes together.
 STEPS = (
-    Step("build", 90, _build),
-    Step("changed", 150, partial(_tests, name="changed", few=("tests/ops/test_point_sample.py", "-k", "gradcheck"))),
-    Step("old_new", 110, _old_new),
-    Step("headline", 130, partial(_benchmark, arguments=("--op", "end_to_end", "--skip", "compiled"))),
-    Step("memcheck", 60, partial(_sanitizer, tool="memcheck")),
+    # The bundle's library, or one built here for this GPU. Says at the end what serves each operator.
+    Step(
+        "build", 90,
+        'compgen -G "m2f_kernels/lib/*.so" || M2F_CUDA=on M2F_CUDA_ARCHS=$ARCHITECTURE "$PYTHON" setup.py -q build_ext '
+        f"--inplace && {_INFO}",
+        _INFO,
+    ),
+    # Outcomes are noted test by test, and those that have passed left out.
+    Step(
+        "changed", 150, f"{_TESTS}changed.outcomes $TESTS",
+        f"{_TESTS}changed.outcomes tests/ops/test_point_sample.py -k gradcheck",
+    ),
+    Step(
+        "old_new", 110, f"{_OLD_NEW} --rounds 2 --with M2F_TF32X3=1 --with M2F_ATTENTION=lean",
+        f"{_OLD_NEW} --rounds 1",
+    ),
+    Step("headline", 130, f"{_BENCHMARK} --op end_to_end --skip compiled", _QUICK),
+    Step("memcheck", 60, f"{_SANITIZER} memcheck {_SANITIZED} $OPS", f"{_SANITIZED} $OPS --collect-only"),
     # CUDA C++ only: the shared memory of Triton's kernels is the compiler's, a vector that a layout repeats is stored
     # by several threads, and PyTorch's own attention is reported on Hopper too.
-    Step("racecheck", 40, partial(_sanitizer, tool="racecheck", tests=("tests/ops/test_ms_deform_attn_cuda.py",))),
-    Step("tuner", 240, _tuner),
-    Step("suite", 400, partial(_tests, name="suite", every="tests", few=("tests/test_readme.py",))),
-    Step("bench", 300, partial(_benchmark, arguments=("--skip", "compiled"))),
-    Step("bench_full", 540, partial(_benchmark, arguments=("--full",))),
-)
+    Step(
+        "racecheck", 40, f"{_SANITIZER} racecheck {_SANITIZED} {_CUDA_TESTS}",
+        f"{_SANITIZED} {_CUDA_TESTS} --collect-only",
+    ),
+    Step(
+        "tuner", 240, '"$PYTHON" -m m2f_kernels.tune --output "$LOGS"/tuned.json',
+        '"$PYTHON" -m m2f_kernels.tune --help',
+    ),
+    Step("suite", 400, f"{_TESTS}suite.outcomes tests", f"{_TESTS}suite.outcomes tests/test_readme.py"),
+    Step("bench", 300, f"{_BENCHMARK} --skip compiled", _QUICK),
+    Step("bench_full", 540, f"{_BENCHMARK} --full", _QUICK),
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------- running them
@@ -201,97 +145,91 @@ def _end(*_: object) -> None:
     sys.exit(143)
 
 
-def run_step(command: list[str], log: Path, seconds: float, environment: dict[str, str]) -> tuple[str, float, str]:
-    """Run a command in a process group of its own; what it prints goes to the log as it comes.
+def run_step(command: str, log: Path, seconds: float, environment: dict[str, str]) -> str:
+    """How a command ended, "passed", "failed" or "cut off"; what it prints goes to the log as it comes.
 
-    It is ended politely first: a benchmark then writes what it has.
-
-    Returns:
-        ("passed" | "failed" | "cut off", seconds, last line of the log).
+    It runs in a process group of its own and is ended politely first: a benchmark then writes what it has.
     """
-    begun = time.monotonic()
-    limited = ["timeout", f"--kill-after={_GRACE_SECONDS}", str(seconds), *command]
+    limited = ["timeout", f"--kill-after={_GRACE_SECONDS}", str(seconds), "bash", "-c", command]
     with log.open("w") as file:
         process = subprocess.Popen(limited, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, env=environment)
         try:
-            state = {0: "passed", 124: "cut off", 137: "cut off"}.get(process.wait(), "failed")
+            return {0: "passed", 124: "cut off", 137: "cut off"}.get(process.wait(), "failed")
         finally:
             process.terminate()
             process.wait()
-    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    return state, time.monotonic() - begun, lines[-1].strip()[:200] if lines else ""
 
 
 def run(
     steps: Sequence[Step],
-    context: Context,
-    state: State,
+    logs: Path,
+    commit: str,
     seconds: float,
     environment: dict[str, str],
+    rehearsal: bool = False,
     again: bool = False,
-    after: Callable[[], None] = lambda: None,
 ) -> tuple[bool, list[str]]:
     """Run steps within `seconds` together, without those that an earlier call has ended (`again`: with them).
-
-    `after` is called after each step.
 
     Returns:
         Whether all that ran passed, and the names of those left for the next call.
     """
     end, right, left = time.monotonic() + seconds, True, []
+    states = kept(logs / "state.json", commit)
     for step in steps:
-        if state.ended(step.name) and not again:
-            print(f"== {step.name}: {state.steps[step.name]['state']} in an earlier call", flush=True)
+        before = states.get(step.name, {}).get("state")
+        if before in ("passed", "failed") and not again:
+            print(f"== {step.name}: {before} in an earlier call", flush=True)
             continue
-        allowed = min(step.seconds, end - time.monotonic() - _GRACE_SECONDS)
+        begun = time.monotonic()
+        allowed = min(step.seconds, end - begun - _GRACE_SECONDS)
         if allowed < min(_LEAST_SECONDS, step.seconds):
             left.append(step.name)
             continue
         print(f"== {step.name}, at most {allowed:.0f} s", flush=True)
-        log = context.logs / f"{step.name}.log"
-        ended, taken, last = run_step(step.command(context, allowed), log, allowed, environment)
+        log, command = logs / f"{step.name}.log", step.rehearsal if rehearsal else step.command
+        ended = run_step(command, log, allowed, environment | {"LIMIT": str(allowed)})
+        lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()] or [""]
+        taken, last = time.monotonic() - begun, lines[-1].strip()[:200]
+        states[step.name] = {"state": ended, "seconds": round(taken, 1), "last line": last}
+        (logs / "state.json").write_text(json.dumps({"commit": commit, "steps": states}, indent=1) + "\n")
+        print(f"   {ended} in {taken:.0f} s: {last}", flush=True)
         if ended == "cut off":
             left.append(step.name)
-        right = right and ended == "passed"
-        state.note(step.name, ended, taken, last)
-        print(f"   {ended} in {taken:.0f} s: {last}", flush=True)
         if ended != "passed":
-            print("\n".join(f"   | {line}" for line in log.read_text(errors="replace").splitlines()[-12:]), flush=True)
-        after()
+            right = False
+            print("\n".join(f"   | {line}" for line in lines[-12:]), flush=True)
     return right, left
-
-
-def archive(folder: Path, target: Path) -> None:
-    """Pack a device's results into one file: its folder, and the tables of its name beside it."""
-    temporary = target.with_suffix(".part")
-    with tarfile.open(temporary, "w:gz") as file:
-        for path in folder.parent.glob(f"{folder.name}*"):
-            file.add(path, path.name)
-    temporary.replace(target)
 
 
 def predicted_and_measured(predictions: Path, measured: Path) -> str:
     """A table of what was predicted for each kernel before the run, beside what the run measured."""
-    if not predictions.exists() or not measured.exists():
-        missing = [path.name for path in (predictions, measured) if not path.exists()]
-        return f"No table of predictions: {' and '.join(missing)} not there."
+    if not measured.exists():
+        return f"No table of predictions: {measured.name} not there."
     expected, found = json.loads(predictions.read_text()), json.loads(measured.read_text())
     lines = []
-    for op, dtype, prediction in ((op, *one) for op, by_dtype in expected.items() for one in by_dtype.items()):
-        value, us = found.get(f"{op}, {dtype}"), prediction["us"]
-        shown = ("", "") if value is None else (f"{value:.1f}", f"{value / us:.2f}")
-        lines.append([op, dtype, f"{us:.1f}", *shown, prediction["why"]])
+    for op, by_dtype in expected.items():
+        for dtype, prediction in by_dtype.items():
+            value, us = found.get(f"{op}, {dtype}"), prediction["us"]
+            shown = ("", "") if value is None else (f"{value:.1f}", f"{value / us:.2f}")
+            lines.append([op, dtype, f"{us:.1f}", *shown, prediction["why"]])
     return markdown(["operator", "dtype", "predicted, µs", "measured, µs", "measured / predicted", "why"], lines)
 
 
 # ---------------------------------------------------------------- the machine
 
 
-def _git(*arguments: str) -> str:
-    try:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+def _ask(arguments: Sequence[str], environment: dict[str, str] | None = None) -> str:
+    """What Python prints.
+
+    Raises:
+        RuntimeError: it failed; with the last line of its message.
+    """
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{sys.executable}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
+    return done.stdout
 
 
 def plan() -> tuple[str, list[str]]:
@@ -300,7 +238,8 @@ def plan() -> tuple[str, list[str]]:
     if path.exists():
         content = json.loads(path.read_text())
         return content["commit"], content["changed"]
-    return _git("rev-parse", "HEAD") or os.environ.get("M2F_COMMIT", "unknown"), ["m2f_kernels/__init__.py"]
+    head = subprocess.run("git rev-parse HEAD", shell=True, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return head or os.environ.get("M2F_COMMIT", "unknown"), ["m2f_kernels/__init__.py"]
 
 
 def prepare() -> dict[str, str]:
@@ -311,20 +250,19 @@ def prepare() -> dict[str, str]:
     """
     site, wheels = BUNDLE / "site", sorted((BUNDLE / "wheels").glob("*.whl"))
     if wheels and not site.exists():
-        command = _python("-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site))
-        done = subprocess.run([*command, *map(str, wheels)], capture_output=True, text=True)
-        if done.returncode != 0:
-            shutil.rmtree(site, ignore_errors=True)
-            raise RuntimeError(f"{BUNDLE / 'wheels'}: {done.stderr.strip().splitlines()[-1]}")
-    libraries = ROOT / "m2f_kernels" / "lib"
+        _ask(["-m", "pip", "install", "-q", "--no-index", "--no-deps", "--target", str(site), *map(str, wheels)])
+    libraries, old = ROOT / "m2f_kernels" / "lib", BUNDLE / "old"
     if (BUNDLE / "lib").exists() and not any(libraries.glob("*.so")):
         shutil.copytree(BUNDLE / "lib", libraries, dirs_exist_ok=True)
     search = os.pathsep.join(filter(None, [str(ROOT), str(site), os.environ.get("PYTHONPATH", "")]))
-    return os.environ | {"PYTHONPATH": search, "M2F_SITE": str(site), "PYTHONUNBUFFERED": "1"}
+    return os.environ | {
+        "PYTHONPATH": search, "M2F_SITE": str(site), "PYTHONUNBUFFERED": "1", "PYTHON": sys.executable,
+        "OLD": str(old if old.exists() else ROOT),
+    }  # fmt: skip
 
 
-def _device(environment: dict[str, str]) -> tuple[str, str, int]:
-    """Folder name and architecture of the GPU, and the processes for tests, asked in the steps' environment.
+def device(environment: dict[str, str]) -> tuple[str, str, str]:
+    """Folder name and architecture of the GPU, and options of pytest, asked in the steps' environment.
 
     Raises:
         RuntimeError: there is none, or the benchmarks cannot be imported.
@@ -334,12 +272,9 @@ def _device(environment: dict[str, str]) -> tuple[str, str, int]:
         "from benchmarks import facts; print(facts.device_slug('cuda'), "
         "'%d%d' % torch.cuda.get_device_capability(), importlib.util.find_spec('xdist') is not None)"
     )
-    done = subprocess.run(_python("-c", code), cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode != 0:
-        lines = done.stderr.strip().splitlines() or ["python could not be started"]
-        raise RuntimeError(f"{sys.executable}: {lines[-1]}")
-    slug, architecture, parallel = done.stdout.split()[-3:]
-    return slug, architecture, max(1, (os.cpu_count() or 2) - 3) if parallel == "True" else 1
+    slug, architecture, parallel = _ask(["-c", code], environment).split()[-3:]
+    workers = (os.cpu_count() or 2) - 3 if parallel == "True" else 1
+    return slug, architecture, f"-n {workers}" if workers > 1 else ""
 
 
 def main() -> int:
@@ -349,41 +284,39 @@ def main() -> int:
             "--seconds": {"type": float, "default": 540, "help": "of the whole call; default: nine minutes"},
             "--steps": {"default": "", "help": f"some of them, by comma: {', '.join(s.name for s in STEPS)}"},
             "--output": {"type": Path, "default": ROOT / "benchmarks" / "results"},
-            "--archive": {"type": Path, "help": "also pack the results into this .tar.gz, after every step"},
             "--rehearse": {"action": "store_true", "help": "every step at its smallest on the CPU"},
         },
     )
-    begun = time.monotonic()
-    chosen = [name for name in options.steps.split(",") if name]
-    unknown = [name for name in chosen if name not in {step.name for step in STEPS}]
-    if unknown:
+    begun, chosen = time.monotonic(), [name for name in options.steps.split(",") if name]
+    if unknown := set(chosen) - {step.name for step in STEPS}:
         options.refuse(f"--steps: expected some of {', '.join(s.name for s in STEPS)}; got {', '.join(unknown)}")
     if not options.seconds > 0:
         options.refuse(f"--seconds: expected more than 0; got {options.seconds:g}")
     try:
         environment = prepare()
-        slug, architecture, workers = ("rehearsal", "", 1) if options.rehearse else _device(environment)
+        slug, architecture, parallel = ("rehearsal", "", "") if options.rehearse else device(environment)
     except RuntimeError as error:
         print(f"make gpu: {error}", file=sys.stderr)
         return 2
     commit, changed = plan()
-    logs = (options.output / slug / "run").resolve()
+    logs, tests = (options.output / slug / "run").resolve(), tests_of(changed)
     logs.mkdir(parents=True, exist_ok=True)
-    context = Context("cpu" if options.rehearse else "cuda", architecture, logs, tests_of(changed), workers)
-    state = State.read(logs / "state.json", commit)
+    ops = [test for test in tests if test.startswith("tests/ops")] or ["tests/ops"]
+    environment |= {
+        "LOGS": str(logs), "RESULTS": str(logs.parents[1]), "ARCHITECTURE": architecture, "PARALLEL": parallel,
+        "TESTS": " ".join(tests), "OPS": " ".join(ops),
+    }  # fmt: skip
     print(f"make gpu on {slug}, commit {commit}, {options.seconds:.0f} s; results in {logs.parent}", flush=True)
     signal.signal(signal.SIGTERM, _end)
     left: list[str] = []
-    keep: Callable[[], None] = partial(archive, logs.parent, options.archive) if options.archive else lambda: None
     try:
         steps = [step for step in STEPS if not chosen or step.name in chosen]
         remaining = options.seconds - (time.monotonic() - begun)
-        right, left = run(steps, context, state, remaining, environment, bool(chosen), keep)
+        right, left = run(steps, logs, commit, remaining, environment, options.rehearse, bool(chosen))
     finally:
         table = predicted_and_measured(PREDICTIONS, logs / "measured.json")
         (logs / "predictions.md").write_text(table + "\n")
         print(f"left for the next call: {', '.join(left) or 'nothing'}\n\n{table}", flush=True)
-        keep()
     return 0 if right else 1
 
 

@@ -10,7 +10,9 @@ before the clock starts. On CPU it runs at a small size, as a check that it work
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -36,21 +38,13 @@ def _both(name: str, call: Callable[..., Tensor], leaves: list[Tensor]) -> Itera
     yield f"{name} backward", lambda: torch.autograd.grad(output, leaves, gradient, retain_graph=True)
 
 
-def _kernels(direction: str, successor: str, name: str, call: Callable[[], object]) -> Iterator[Call]:
-    """A call of deformable attention by each compiled kernel that this process has, the default first."""
-    yield name, call
-    if not hasattr(_library.LIBRARIES["cuda"].handle, f"m2f_cuda_set_{direction}"):
-        return
+@contextmanager
+def _compiled(direction: str, kernel: str) -> Iterator[None]:
+    """Deformable attention by another compiled kernel than the default's."""
     choose = getattr(_library, f"set_cuda_{direction}")
-
-    def succeeded() -> object:
-        choose(successor)
-        try:
-            return call()
-        finally:
-            choose("general")
-
-    yield f"{name}, {successor} kernel", succeeded
+    choose(kernel)
+    yield
+    choose("general")
 
 
 def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -75,9 +69,11 @@ def _deformable(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
         ("ms_deform_attn_from_offsets", from_offsets, offsets.to(dtype), logits.to(dtype)),
     ):
         leaves = [x.to(device).requires_grad_() for x in (value.to(dtype), *tensors)]
-        forward, backward = _both(name, call, leaves)
-        yield from _kernels("forward", "lean", *forward)
-        yield from _kernels("backward", "gathered", *backward)
+        kernels = ("forward", "lean"), ("backward", "gathered")
+        for (direction, successor), (title, run) in zip(kernels, _both(name, call, leaves), strict=True):
+            yield title, run
+            if hasattr(_library.LIBRARIES["cuda"].handle, f"m2f_cuda_set_{direction}"):
+                yield f"{title}, {successor} kernel", _compiled(direction, successor)(run)
 
 
 def _masks(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -88,16 +84,13 @@ def _masks(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     finest = m2f_kernels.resize_mask_features(features, levels)[-1]
     yield "predict_attention_mask, stride 8", lambda: m2f_kernels.predict_attention_mask(embed, finest)
 
-    def nine(at_once: bool) -> None:
-        if at_once:
-            resized, flags = m2f_kernels.attention_mask_levels(features, levels, 9, QUERIES)
-        else:
-            resized = m2f_kernels.resize_mask_features(features, levels)
-        for i in range(9):
-            m2f_kernels.predict_attention_mask(embed, resized[i % 3], flags[i] if at_once else None)
+    def nine(resized: list[Tensor], flags: Iterable[Tensor | None]) -> None:
+        for i, row_any in enumerate(flags):
+            m2f_kernels.predict_attention_mask(embed, resized[i % 3], row_any)
 
-    yield "masks of 9 layers", lambda: nine(False)
-    yield "masks of 9 layers, flags at once", lambda: nine(True)
+    yield "masks of 9 layers", lambda: nine(m2f_kernels.resize_mask_features(features, levels), [None] * 9)
+    at_once = partial(m2f_kernels.attention_mask_levels, features, levels, 9, QUERIES)
+    yield "masks of 9 layers, flags at once", lambda: nine(*at_once())
 
 
 def _attention(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
@@ -122,20 +115,16 @@ def _attention(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
 def _points(device: str, size: int, dtype: torch.dtype) -> Iterator[Call]:
     features = torch.randn(1, CHANNELS, size // 4, size // 4, device=device).to(dtype).requires_grad_()
     points = torch.rand(1, POINTS, 2, device=device)
-    both = list(_both("point_sample", lambda x: m2f_kernels.point_sample(x, points), [features]))
-    yield from both
+    forward, backward = _both("point_sample", lambda x: m2f_kernels.point_sample(x, points), [features])
+    yield from (forward, backward)
+    chosen = partial(static.choosing, "points.triton_sampling")
     if m2f_kernels.explain("point_sample", features, points).backend == "triton":
-
-        def by_tiles() -> object:
-            with static.choosing("points.triton_sampling", "GATHER", "tiles"):
-                return both[1][1]()
-
-        yield "point_sample backward, tiles", by_tiles
+        yield "point_sample backward, tiles", chosen("GATHER", "tiles")(backward[1])
     logits = torch.randn(1, 100, size // 4, size // 4, device=device)
-    yield "uncertain_points, 100 masks", lambda: m2f_kernels.uncertain_points(logits, POINTS)
+    uncertain = "uncertain_points, 100 masks", lambda: m2f_kernels.uncertain_points(logits, POINTS)
+    yield uncertain
     if m2f_kernels.explain("uncertain_points", logits).backend == "triton":
-        by_digits = static.choosing("points.triton_sampling", "SELECTION", "digits")
-        yield "uncertain_points, 100 masks, by digits", by_digits(lambda: m2f_kernels.uncertain_points(logits, POINTS))
+        yield f"{uncertain[0]}, by digits", chosen("SELECTION", "digits")(uncertain[1])
 
 
 PARTS = {"deformable": _deformable, "masks": _masks, "attention": _attention, "points": _points}

@@ -25,9 +25,9 @@ import json
 import subprocess
 import tempfile
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
-from benchmarks import old_new
+from benchmarks import old_new, static
 from benchmarks.arguments import arguments
 from benchmarks.formats import markdown
 from m2f_kernels import _transfer, dispatch
@@ -93,6 +93,9 @@ NATIVE = {
 CAPABILITY = 90
 
 
+_ATTENTION = F.scaled_dot_product_attention
+
+
 class Launches(TorchDispatchMode):
     """Counts under `with`; what runs in it lives on fake CUDA tensors or on the meta device.
 
@@ -101,72 +104,58 @@ class Launches(TorchDispatchMode):
         copies: "down" (device to host), "up" (host to device), "up, pinned".
         waits: calls that wait for the device.
         casts: the kernels that convert a parameter's dtype, by stage.
-        stage: what is being counted.
+        stages: what is being counted is the last of them.
     """
 
     def __init__(self, parameters: Iterable[Tensor] = ()) -> None:
         super().__init__()
-        self.kernels: dict[str, Counter[str]] = {}
-        self.copies: Counter[str] = Counter()
-        self.waits: Counter[str] = Counter()
-        self.casts: Counter[str] = Counter()
-        self.stage = "other"
+        self.kernels: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self.copies, self.waits, self.casts = Counter[str](), Counter[str](), Counter[str]()
+        self.stages = ["other"]
         self._parameters = {id(x) for x in parameters}
         self._inside_attention = False
 
     @contextlib.contextmanager
     def counting(self) -> Iterator[Launches]:
-        """Count operators that run under `with`. Fused attention is one kernel, though fake tensors decompose it."""
-        original = F.scaled_dot_product_attention
+        """Count operators that run under `with`."""
+        with (
+            mock.patch.object(F, "scaled_dot_product_attention", self._attention),
+            mock.patch.object(torch, "tensor", partial(self._from_numbers, torch.tensor)),
+            mock.patch.object(torch, "as_tensor", partial(self._from_numbers, torch.as_tensor)),
+            self,
+        ):
+            yield self
 
-        def attend(*args: Any, **kwargs: Any) -> Any:
-            self._add("scaled_dot_product_attention")
-            self._inside_attention = True
-            try:
-                return original(*args, **kwargs)
-            finally:
-                self._inside_attention = False
+    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Fused attention is one kernel, though fake tensors decompose it."""
+        self._add("scaled_dot_product_attention")
+        self._inside_attention = True
+        found = _ATTENTION(*args, **kwargs)
+        self._inside_attention = False
+        return found
 
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attend))
-            for name in ("tensor", "as_tensor"):
-                stack.enter_context(mock.patch.object(torch, name, self._from_numbers(getattr(torch, name))))
-            yield stack.enter_context(self)
-
-    def _from_numbers(self, make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def _from_numbers(self, make: Callable[..., Tensor], data: Any, *args: Any, **kwargs: Any) -> Tensor:
         """`torch.tensor` or `torch.as_tensor`: of numbers on a GPU it copies, which the meta device does not show."""
-
-        def made(data: Any, *args: Any, **kwargs: Any) -> Tensor:
-            found = make(data, *args, **kwargs)
-            if found.device.type == "meta" and not isinstance(data, Tensor):
-                self._copy(torch.empty(0, device="cpu"))
-            return found
-
-        return made
+        found = make(data, *args, **kwargs)
+        if found.device.type == "meta" and not isinstance(data, Tensor):
+            self._copy(torch.empty(0, device="cpu"))
+        return found
 
     @property
     def total(self) -> int:
-        return sum(sum(found.values()) for found in self.kernels.values())
-
-    def of(self, stage: str) -> int:
-        return sum(self.kernels.get(stage, {}).values())
+        return sum(found.total() for found in self.kernels.values())
 
     def watch(self, module: nn.Module, stage: str) -> None:
         """Count what `module` launches as `stage`; the innermost watched module decides."""
-        outer: list[str] = []
-
-        def enter(*_: Any) -> None:
-            outer.append(self.stage)
-            self.stage = stage
 
         def leave(*_: Any) -> None:
-            self.stage = outer.pop()
+            self.stages.pop()
 
-        module.register_forward_pre_hook(enter)
+        module.register_forward_pre_hook(lambda *_: self.stages.append(stage))
         module.register_forward_hook(leave)
 
     def _add(self, name: str, kernels: int = 1) -> None:
-        self.kernels.setdefault(self.stage, Counter())[name] += kernels
+        self.kernels[self.stages[-1]][name] += kernels
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -177,36 +166,31 @@ class Launches(TorchDispatchMode):
             return self._operator(func, name, args, kwargs)
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         if name == "_local_scalar_dense" and _on_device(given[0]):
-            self.waits["_local_scalar_dense"] += 1
-            return _scalar(given[0])
+            self.waits[name] += 1
+            # A value with which the code continues: everything is finite, present and one.
+            return given[0].dtype == torch.bool or (1.0 if given[0].dtype.is_floating_point else 1)
         if name == "_to_copy" and _on_device(args[0]) and torch.device(kwargs.get("device") or "meta").type == "cpu":
             self._copy(args[0])
             return _host_values(args[0], kwargs.get("dtype"))
         out = func(*args, **kwargs)
         made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-        if not any(map(_on_device, [*given, *made])):
-            return out
-        if name in ("_to_copy", "copy_") and not all(map(_on_device, [*given, *made])):
+        there = [_on_device(x) for x in (*given, *made)]
+        if name in ("_to_copy", "copy_") and any(there) and not all(there):
             self._copy(args[name == "copy_"])
-            return out
-        if func.is_view and made and not _aliases(made[0], args[0]) and made[0].numel():
-            self._add(name)  # `to`, `contiguous` and `reshape`, which copy where they must
-            return out
-        if name in FREE or func.is_view or (made and all(x.numel() == 0 for x in made)):
-            return out
-        if name == "nonzero":
-            self.waits[name] += 1
-        if name == "_to_copy" and {id(args[0]), id(args[0]._base)} & self._parameters:
-            self.casts[self.stage] += 1
-        biased = name == "convolution" and args[2] is not None
-        self._add(name, KERNELS.get(name, 1) + biased)
+        elif any(there) and not _is_free(func, name, args, made):
+            if name == "nonzero":
+                self.waits[name] += 1
+            if name == "_to_copy" and {id(args[0]), id(args[0]._base)} & self._parameters:
+                self.casts[self.stages[-1]] += 1
+            biased = name == "convolution" and args[2] is not None
+            self._add(name, KERNELS.get(name, 1) + biased)
         return out
 
     def _copy(self, source: Tensor) -> None:
         if _on_device(source):
             self.copies["down"] += 1
             self.waits["copy to the host"] += 1
-        elif id(source) in _pinned:
+        elif getattr(source, "pinned_here", False):
             self.copies["up, pinned"] += 1
         else:
             self.copies["up"] += 1
@@ -230,35 +214,29 @@ def _on_device(tensor: Tensor) -> bool:
     return tensor.device.type in ("cuda", "meta")
 
 
-def _aliases(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage()._cdata == b.untyped_storage()._cdata
-
-
-def _scalar(tensor: Tensor) -> Any:
-    """A value with which the code continues: everything is finite, present and one."""
-    return tensor.dtype == torch.bool or (1.0 if tensor.dtype.is_floating_point else 1)
+def _is_free(func: Any, name: str, args: Any, made: list[Tensor]) -> bool:
+    """No kernel: a view, an allocation, metadata, or nothing but empty tensors. `to`, `contiguous` and `reshape` count
+    as views, but copy where they must."""
+    if made and not any(x.numel() for x in made):
+        return True
+    shares = func.is_view and (not made or made[0].untyped_storage()._cdata == args[0].untyped_storage()._cdata)
+    return shares or (name in FREE and not func.is_view)
 
 
 def _host_values(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """Random costs between 0 and 1, which count as class 0 when they are read as labels."""
     generator = torch.Generator().manual_seed(0)
-    dtype = dtype or tensor.dtype
-    if not dtype.is_floating_point:
-        return torch.zeros(tensor.shape, dtype=dtype)
-    return torch.rand(tensor.shape, generator=generator, dtype=torch.float32).mul_(0.99).to(dtype)
-
-
-#: Tensors that would be pinned where there is a GPU, kept alive so that their identity stays theirs.
-_pinned: dict[int, Tensor] = {}
+    costs = torch.rand(tensor.shape, generator=generator, dtype=torch.float32).mul_(0.99)
+    return costs.to(dtype or tensor.dtype)
 
 
 @contextlib.contextmanager
 def _meta_as_device() -> Iterator[None]:
-    """Gives tensors on the meta device a `pin_memory`: it returns a copy and remembers that it is pinned."""
+    """Gives tensors on the meta device a `pin_memory`: it returns a copy that remembers that it is pinned."""
 
     def pin(tensor: Tensor, *_: Any) -> Tensor:
         copy = tensor.clone()
-        _pinned[id(copy)] = copy
+        copy.pinned_here = True
         return copy
 
     with (
@@ -266,17 +244,13 @@ def _meta_as_device() -> Iterator[None]:
         mock.patch.object(_transfer, "PINNED", {"meta"}),
     ):
         yield
-    _pinned.clear()
 
 
 @cache
 def _triton_implementations() -> dict[str, Callable[..., Any]]:
     """Every operator that Triton serves: functions of its modules named as the operator."""
-    found: dict[str, Callable[..., Any]] = {}
-    for name in {op.triton for op in dispatch.OPERATORS.values() if op.triton is not None}:
-        module = import_module(name)
-        found |= {k: v for k, v in vars(module).items() if callable(v) and hasattr(torch.ops.m2f, k)}
-    return found
+    modules = [vars(import_module(name)) for name in {op.triton for op in dispatch.OPERATORS.values()} - {None}]
+    return {k: v for found in modules for k, v in found.items() if callable(v) and hasattr(torch.ops.m2f, k)}
 
 
 _GUARD = """
@@ -299,21 +273,14 @@ def _(x: Tensor, weight: Tensor, z: Tensor, alpha: float | None, bias: Tensor | 
 
 @cache
 def fake_cuda() -> None:
-    """Register a device guard for CUDA that does nothing, for this process: fake CUDA tensors then need no CUDA.
-
-    Raises:
-        RuntimeError: a C++ compiler is missing or fails.
-    """
+    """Register a device guard for CUDA that does nothing, for this process: fake CUDA tensors then need no CUDA, but
+    g++ to compile it."""
     root = Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as directory:
         library = str(Path(directory) / "guard.so")
         command = ["g++", "-std=c++20", "-shared", "-fPIC", "-x", "c++", "-", "-o", library, f"-I{root / 'include'}"]
         command += [f"-L{root / 'lib'}", "-lc10", f"-Wl,-rpath,{root / 'lib'}"]
-        try:
-            subprocess.run(command, input=_GUARD, text=True, capture_output=True, check=True)
-        except (FileNotFoundError, subprocess.CalledProcessError) as error:
-            why = str(getattr(error, "stderr", error))[-2000:]
-            raise RuntimeError(f"counting on fake CUDA tensors needs g++, to compile a device guard:\n{why}") from None
+        subprocess.run(command, input=_GUARD, text=True, check=True)
         ctypes.CDLL(library)
 
 
@@ -388,44 +355,43 @@ def watch_stages(launches: Launches, model: nn.Module) -> None:
 def loss(size: int, batch: int, targets: int, backbone: str = "r50") -> Launches:
     """The kernels of matching, loss and their gradients for given predictions, on the meta device."""
     losses = old_new.loss_part(size, batch, targets, "meta", backbone)
-    with _meta_as_device(), Launches().counting() as launches:
-        launches.stage = "forward"
-        total = total_loss(losses())
-        launches.stage = "backward"
-        total.backward()
+    launches = Launches()
+    with _meta_as_device():
+        _step(launches, lambda: total_loss(losses()), "forward")
     return launches
 
 
-def training(implementation: str = "m2f", size: int = 512, batch: int = 1, targets: int = 10) -> Launches:
-    """The kernels of a training step of R50 in fp32, without the optimiser's, on the meta device: forward passes of
-    model and loss, and the backward pass of both."""
+def _step(launches: Launches, forward: Callable[[], Tensor], stage: str) -> None:
+    """Count a forward pass as `stage`, where nothing that is watched runs, and its backward pass."""
+    with launches.counting():
+        launches.stages = [stage]
+        total = forward()
+        launches.stages = ["backward"]
+        total.backward()
+
+
+def training(implementation: str = "m2f", size: int = 512) -> Launches:
+    """The kernels of a training step of R50 in fp32, one image with 10 targets, without the optimiser's, on the meta
+    device: forward passes of model and loss, and the backward pass of both."""
     model = _build("r50", implementation).train()
-    with torch.device("meta"):
-        pixels = torch.empty(batch, 3, size, size)
-        masks = [torch.empty(targets, size, size, dtype=torch.bool)] * batch
-        labels = [torch.empty(targets, dtype=torch.int64)] * batch
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
+    pixels, masks, labels = static.tensors(f"f32[1,3,{size},{size}] bool[10,{size},{size}] i64[10]")
     launches = Launches()
     launches.watch(model, "model")
     launches.watch(model.criterion, "loss")
 
     def forward() -> Tensor:
-        launches.stage = "loss"  # of which the sum is outside the model
         if implementation == "m2f":
-            given = [{"labels": y, "masks": x} for x, y in zip(masks, labels, strict=True)]
-            return total_loss(model(pixels, given).losses)
-        loss: Tensor = model(pixels, mask_labels=masks, class_labels=labels).loss
+            return total_loss(model(pixels, [{"labels": labels, "masks": masks}]).losses)
+        loss: Tensor = model(pixels, mask_labels=[masks], class_labels=[labels]).loss
         return loss
 
     with _meta_as_device():
         with Launches().counting():
             forward()  # what is computed once is left out
-        with launches.counting():
-            found = forward()
-            launches.stage = "backward"
-            found.backward()
+        _step(launches, forward, "loss")  # of which the sum is outside the model
     return launches
 
 
@@ -442,33 +408,28 @@ def main() -> None:
             "--top": {"type": int, "default": 0, "metavar": "N", "help": "the N most frequent operators of each count"},
         },
     )
-    counts: dict[str, Launches] = {}
-    for what in INFERENCE:
-        counts[what] = inference(what, options.size, options.backbone)
+    counts = {what: inference(what, options.size, options.backbone) for what in INFERENCE}
     stages = list(dict.fromkeys(stage for found in counts.values() for stage in found.kernels))
-    rows = [
-        [what, found.total, *(found.of(stage) for stage in stages), sum(found.casts.values()), _traffic(found)]
-        for what, found in counts.items()
-    ]
     print(f"Kernels of one forward pass, {options.backbone}, {options.size}²\n")
-    print(markdown(["", "all", *stages, "casts of parameters", "copies; waits"], rows), "\n")
+    print(_table(counts, stages, casts=True), "\n")
     losses = {f"{size}² N={n} T={t}": loss(size, n, t, options.backbone) for size, n, t in old_new.LOSSES.values()}
-    rows = [[k, x.total, x.of("forward"), x.of("backward"), _traffic(x)] for k, x in losses.items()]
     print("Kernels of matching, loss and their gradients\n")
-    print(markdown(["", "all", "forward", "backward", "copies; waits"], rows), "\n")
+    print(_table(losses, ["forward", "backward"]), "\n")
     steps = {what: training(what, options.size) for what in ("m2f", "accelerated")}
-    parts = ("model", "loss", "backward")
-    rows = [[what, x.total, *(x.of(part) for part in parts), _traffic(x)] for what, x in steps.items()]
     print(f"Kernels of a training step, r50, {options.size}², 10 targets, fp32, without the optimiser's\n")
-    print(markdown(["", "all", *parts, "copies; waits"], rows))
+    print(_table(steps, ["model", "loss", "backward"]))
     for what, found in (counts | losses | steps).items():
         for stage, names in found.kernels.items() if options.top else ():
             print(f"\n{what}, {stage}: " + ", ".join(f"{n} {name}" for name, n in names.most_common(options.top)))
 
 
-def _traffic(found: Launches) -> str:
-    copies = ", ".join(f"{n} {way}" for way, n in found.copies.items()) or "0"
-    return f"{copies}; {sum(found.waits.values())}"
+def _table(counts: dict[str, Launches], stages: list[str], casts: bool = False) -> str:
+    lines = []
+    for what, found in counts.items():
+        copies = ", ".join(f"{n} {way}" for way, n in found.copies.items()) or "0"
+        cells = [found.total, *(found.kernels.get(stage, Counter()).total() for stage in stages)]
+        lines.append([what, *cells, *[found.casts.total()] * casts, f"{copies}; {found.waits.total()}"])
+    return markdown(["", "all", *stages, *["casts of parameters"] * casts, "copies; waits"], lines)
 
 
 if __name__ == "__main__":

@@ -17,15 +17,15 @@ the weights (in training above the gradients, too), and of matching, loss and gr
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -45,35 +45,6 @@ LOSSES = {"loss 512² T=10": (512, 1, 10), "loss 1024² T=30": (1024, 1, 30), "l
 Samples = dict[str, list[float]]
 
 # ---------------------------------------------------------------- in the process of one tree; imports are that tree's
-
-
-def _integration(name: str, device: str) -> Callable[[], Any]:
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    import m2f_kernels
-
-    try:
-        module = importlib.import_module("benchmarks.integrations_models")
-    except ImportError:  # its name since
-        module = importlib.import_module("benchmarks.models")
-    (case,) = (model for model in module.MODELS if model.name == name)
-    model, training = case.make().to(device), case.targets is not None
-    m2f_kernels.accelerate(model)
-    small, usual = (tree_map_only(torch.Tensor, lambda x: x.to(device), case.arguments(x)) for x in (True, False))
-
-    def call(arguments: Any) -> Any:
-        torch.manual_seed(0)
-        model.zero_grad(set_to_none=True)
-        with torch.set_grad_enabled(training):
-            outputs = model(**arguments)
-            if training:
-                outputs.loss.backward()
-        return list(outputs.values())
-
-    call(small)  # loads code, starts threads
-    model.zero_grad(set_to_none=True)
-    return partial(call, usual)
 
 
 def loss_part(size: int, batch: int, count: int, device: str, backbone: str = "r50") -> Callable[[], dict[str, Any]]:
@@ -108,49 +79,74 @@ def loss_part(size: int, batch: int, count: int, device: str, backbone: str = "r
     return losses
 
 
-def _loss(name: str, device: str) -> Callable[[], tuple[()]]:
-    losses = loss_part(*LOSSES[name], device)
+def _integration(name: str, device: str) -> Iterable[Callable[[], Any]]:
+    import torch
+    from torch.utils._pytree import tree_map_only
 
-    def run() -> tuple[()]:
-        sum(losses().values()).backward()
-        return ()
+    import m2f_kernels
 
-    return run
+    try:
+        module = importlib.import_module("benchmarks.integrations_models")
+    except ImportError:  # its name since
+        module = importlib.import_module("benchmarks.models")
+    (case,) = (model for model in module.MODELS if model.name == name)
+    model, training = case.make().to(device), case.targets is not None
+    m2f_kernels.accelerate(model)
+
+    def call(arguments: Any) -> Any:
+        torch.manual_seed(0)
+        with torch.set_grad_enabled(training):
+            outputs = model(**arguments)
+            if training:
+                outputs.loss.backward()
+                model.zero_grad(set_to_none=True)
+        return list(outputs.values())
+
+    given = [tree_map_only(torch.Tensor, lambda x: x.to(device), case.arguments(quick)) for quick in (True, False)]
+    return [partial(call, arguments) for arguments in given]
 
 
-def worker(task: str, name: str, device: str) -> None:
+def calls(name: str, device: str) -> Iterable[Callable[[], Any]]:
+    """A small call, and the one that is measured."""
+    from m2f_model import bench
+
+    if name in CALLS:
+        case = bench.Case("r50", *CALLS[name], device=device)
+        model = bench.build(case, "m2f")
+        return bench.call(dataclasses.replace(case, size=64), model), bench.call(case, model)
+    if name in LOSSES:
+        losses = [loss_part(*LOSSES[which], device) for which in (min(LOSSES, key=LOSSES.__getitem__), name)]
+        return [lambda run=run: sum(run().values()).backward() or () for run in losses]
+    return _integration(name, device)
+
+
+def worker(task: str, name: str) -> None:
     """One number for each line that is read: of "peak" MiB, of "wall" or "cpu" milliseconds of a call.
 
-    The latter are those in which its threads work.
+    The latter are those in which its threads work. On a GPU where there is one.
     """
     import torch
 
     from m2f_model import bench
 
-    case = bench.Case("r50", *CALLS[name], device=device) if name in CALLS else None
-    make = partial(_loss if name in LOSSES else _integration, name, device)
     # Older trees have it elsewhere.
     peak_mib = getattr(bench, "peak_mib", None) or importlib.import_module("benchmarks.memory").peak_mib
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     clock = time.process_time if task == "cpu" else time.perf_counter
-    if task == "peak" and name in LOSSES:
-        _loss(next(iter(LOSSES)), device)()  # loads code, starts threads
-    elif task != "peak":
-        run = bench.call(case, bench.build(case, "m2f")) if case else make()
-        for _ in range(2):
-            run()
-
-    def peak() -> float:
-        return bench.measure_peak(case, "m2f") if case else peak_mib(make(), device)[0]
+    small, usual = calls(name, device)
+    small()  # loads code, starts threads, makes gradients
+    for _ in range(2 if task != "peak" else 0):
+        usual()
 
     def milliseconds() -> float:
         start = clock()
-        run()
+        usual()
         if device == "cuda":
             torch.cuda.synchronize()
         return (clock() - start) * 1e3
 
     for _ in sys.stdin:
-        print(peak() if task == "peak" else milliseconds(), flush=True)
+        print(peak_mib(usual, device)[0] if task == "peak" else milliseconds(), flush=True)
 
 
 # ---------------------------------------------------------------- one measurement of a tree
@@ -163,37 +159,37 @@ def _environment(tree: Path, **more: str) -> dict[str, str]:
 
 
 def parse(table: str, setting: str = "") -> dict[str, float]:
-    """The times of a table that `benchmarks.kernels` wrote, by operator, the setting if there is one, and dtype."""
+    """The times in a table of `benchmarks.kernels`, by operator, the setting if there is one, and dtype."""
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines() if line[:1] == "|"]
-    (_, *heads), *rows = (row for row in rows if not set("".join(row)) <= set("-: "))
-    dtypes = [head.split(",")[0] for head in heads]
+    (_, *heads), _, *rows = rows
     more = f", {setting}" if setting else ""
-    return {f"{op}{more}, {d}": float(x) for op, *cells in rows for d, x in zip(dtypes, cells, strict=True)}
+    return {
+        f"{op}{more}, {head.split(',')[0]}": float(x)
+        for op, *cells in rows
+        for head, x in zip(heads, cells, strict=True)
+    }
 
 
-def kernels(tree: Path, parts: Sequence[str] = (), setting: str = "") -> dict[str, float]:
+def kernels(tree: Path, setting: str = "") -> dict[str, float]:
     """Microseconds of a tree's kernels; with a setting "NAME=VALUE" of the environment, which the names get.
 
     Raises:
         RuntimeError: it failed; with the end of what it printed.
     """
-    with tempfile.TemporaryDirectory() as directory:
-        output = Path(directory) / "kernels.md"
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels", "--output", str(output)]
-        command += [word for part in parts for word in ("--part", part)]
-        environment = _environment(tree, **dict([setting.split("=", 1)] if setting else []))
-        done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{tree}: benchmarks.kernels ended with {done.returncode}:\n{done.stderr[-2000:]}")
-        return parse(output.read_text(), setting)
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernels"]
+    environment = _environment(tree, **dict([setting.split("=", 1)] if setting else []))
+    done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{tree}: benchmarks.kernels ended with {done.returncode}:\n{done.stderr[-2000:]}")
+    return parse(done.stdout, setting)
 
 
 @contextmanager
-def process(tree: Path, task: str, name: str, device: str) -> Iterator[Callable[[], dict[str, float]]]:
+def process(tree: Path, task: str, name: str) -> Iterator[Callable[[], dict[str, float]]]:
     """A process that runs `worker` in a tree; what it gives asks for the next measurement, under its name."""
     # By its path, since the older tree need not have it; imports are found in that tree.
     path, quiet = str(Path(__file__)), "transformers.logging.set_verbosity_error()"
-    code = f"import runpy, transformers; {quiet}; runpy.run_path({path!r})['worker'](*{[task, name, device]!r})"
+    code = f"import runpy, transformers; {quiet}; runpy.run_path({path!r})['worker']({task!r}, {name!r})"
     fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if task == "peak" else {}
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code], cwd=tree, env=_environment(tree, **fixed), text=True,
@@ -212,9 +208,9 @@ def process(tree: Path, task: str, name: str, device: str) -> Iterator[Callable[
             running.kill()
 
 
-def fresh(tree: Path, name: str, device: str) -> dict[str, float]:
+def fresh(tree: Path, name: str) -> dict[str, float]:
     """The peak of a call in a process of its own, in MiB."""
-    with process(tree, "peak", name, device) as ask:
+    with process(tree, "peak", name) as ask:
         return ask()
 
 
@@ -269,7 +265,7 @@ def compare_kernels(options: argparse.Namespace, trees: Sequence[Path]) -> None:
     """Print the table; write it and this tree's medians as they come: a run that is cut off keeps its first round."""
 
     def new() -> dict[str, float]:
-        runs = [kernels(trees[1], options.part, setting) for setting in ("", *options.settings)]
+        runs = [kernels(trees[1], setting) for setting in ("", *options.settings)]
         return {name: x for run in runs for name, x in run.items()}
 
     def write(found: list[Samples]) -> None:
@@ -280,22 +276,24 @@ def compare_kernels(options: argparse.Namespace, trees: Sequence[Path]) -> None:
             medians = {name: statistics.median(x) for name, x in found[1].items()}
             (options.output / "measured.json").write_text(json.dumps(medians, indent=1) + "\n")
 
-    old = partial(kernels, trees[0], options.part)
-    print("\n".join(lines("µs", *in_turn((old, new), options.rounds, options.seconds, write))))
+    rounds = 2 if options.rounds is None else options.rounds
+    print("\n".join(lines("µs", *in_turn((partial(kernels, trees[0]), new), rounds, options.seconds, write))))
 
 
 def compare_models(options: argparse.Namespace, trees: Sequence[Path], names: Sequence[str]) -> None:
-    for name in names:
-        if name not in LOSSES and options.rounds:
-            old, new = (process(tree, options.clock, name, options.device) for tree in trees)
+    """Print the lines of each model or loss: times unless there are no rounds, and peaks."""
+    rounds = 7 if options.rounds is None else options.rounds
+    for name in (name for name in names if options.only in name):
+        if name not in LOSSES and rounds:
+            old, new = (process(tree, options.clock, name) for tree in trees)
             with old as ask_old, new as ask_new:
-                found = in_turn((ask_old, ask_new), options.rounds)
+                found = in_turn((ask_old, ask_new), rounds)
             print("\n".join(lines(f"{options.clock} ms", *found)), flush=True)
-        found = in_turn([partial(fresh, tree, name, options.device) for tree in trees], options.runs)
+        found = in_turn([partial(fresh, tree, name) for tree in trees], options.runs)
         print("\n".join(lines("peak MiB", *found)), flush=True)
 
 
-def main() -> int:
+def main() -> None:
     from benchmarks.arguments import arguments  # which older trees lack, where `worker` runs
 
     options = arguments(
@@ -303,40 +301,28 @@ def main() -> int:
         {
             "--old": {"type": Path, "required": True, "help": "tree of the older commit, with m2f_kernels/lib"},
             "--what": {"default": "kernels", "choices": ("kernels", "model", "integrations")},
+            "--only": {"default": "", "help": "models and losses whose name contains this"},
             "--rounds": {"type": int, "help": "of each tree that are timed (default: 2, of models 7; 0: peaks)"},
-            "--part": {"action": "append", "default": [], "help": "as of benchmarks.kernels; repeatable"},
             "--with": {"dest": "settings", "action": "append", "default": [], "metavar": "NAME=VALUE"},
             "--seconds": {"type": float, "default": float("inf"), "help": "no round begins after these"},
             "--output": {"type": Path, "help": "folder for old_new.md and measured.json"},
-            "--device": {"default": "cpu", "choices": ("cpu", "cuda")},
             "--runs": {"type": int, "default": 3, "help": "peaks of each tree that are measured (default: 3)"},
-            "--only": {"action": "append", "help": "repeatable; a row's name"},
             "--clock": {"default": "wall", "choices": ("wall", "cpu"), "help": "cpu: the time of all threads"},
         },
     )
-    if options.rounds is None:
-        options.rounds = 2 if options.what == "kernels" else 7
-    least = int(options.what == "kernels")
-    if options.rounds < least:
-        options.refuse(f"--rounds: expected at least {least}; got {options.rounds}")
     if wrong := [x for x in options.settings if "=" not in x]:
         options.refuse(f"--with: expected NAME=VALUE; got {wrong[0]}")
-    if not list((options.old / "benchmarks").rglob("kernels.py")):
-        options.refuse(f"--old: expected a tree with benchmarks.kernels; got {options.old}")
-    trees, names = (options.old.resolve(), ROOT), (*CALLS, *LOSSES)
-    if options.what == "integrations":
-        from benchmarks import models
-
-        names = tuple(model.name for model in models.MODELS)
-    if unknown := set(options.only or ()) - set(names):
-        options.refuse(f"--only: expected one of {'; '.join(names)}; got {'; '.join(sorted(unknown))}")
     print(HEADER, flush=True)
+    trees = options.old.resolve(), ROOT
     if options.what == "kernels":
         compare_kernels(options, trees)
+    elif options.what == "model":
+        compare_models(options, trees, (*CALLS, *LOSSES))
     else:
-        compare_models(options, trees, options.only or names)
-    return 0
+        from benchmarks import models
+
+        compare_models(options, trees, [model.name for model in models.MODELS])
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

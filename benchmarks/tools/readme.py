@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from benchmarks import models, tables
 from benchmarks.arguments import arguments
@@ -24,8 +24,7 @@ README = ROOT / "README.md"
 _CPU, _GPU = "cpu-intel-xeon", "nvidia-h200"
 
 
-@dataclass(frozen=True)
-class Block:
+class Block(NamedTuple):
     """A table of a page, and pictures below it."""
 
     ops: tuple[str, ...]

@@ -9,24 +9,23 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
+from functools import cache, partial
+from importlib.util import find_spec
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.arguments import arguments
 
 
-@dataclass(frozen=True)
-class Multiprocessor:
+class Multiprocessor(NamedTuple):
     """Limits of one multiprocessor; registers are 65536 everywhere.
 
     Attributes:
         shared: bytes of shared memory of all its blocks.
-        count: multiprocessors of the part named in the reports.
+        count: multiprocessors of a part that the reports are about.
         bandwidth: bytes per second of that part's memory, from its data sheet.
         tensor_flops: dense bfloat16 operations per second of that part's matrix units, from its data sheet.
     """
@@ -34,7 +33,6 @@ class Multiprocessor:
     warps: int
     blocks: int
     shared: int
-    part: str = ""
     count: int = 0
     bandwidth: float = 0.0
     tensor_flops: float = 0.0
@@ -42,11 +40,11 @@ class Multiprocessor:
 
 MULTIPROCESSORS = {
     75: Multiprocessor(32, 16, 64 << 10),
-    80: Multiprocessor(64, 32, 164 << 10, "A100 SXM 80 GB", 108, 2.039e12, 312e12),
+    80: Multiprocessor(64, 32, 164 << 10, 108, 2.039e12, 312e12),  # A100 SXM 80 GB
     86: Multiprocessor(48, 16, 100 << 10),
     89: Multiprocessor(48, 24, 100 << 10),
-    90: Multiprocessor(64, 32, 228 << 10, "H100 SXM", 132, 3.35e12, 989e12),
-    100: Multiprocessor(64, 32, 228 << 10, "B200", 148, 8.0e12, 2250e12),
+    90: Multiprocessor(64, 32, 228 << 10, 132, 3.35e12, 989e12),  # H100 SXM
+    100: Multiprocessor(64, 32, 228 << 10, 148, 8.0e12, 2250e12),  # B200
     120: Multiprocessor(48, 24, 100 << 10),
 }
 _REGISTERS, _REGISTER_UNIT, _RESERVED_SHARED, _WARP = 65536, 256, 1 << 10, 32
@@ -86,15 +84,31 @@ KINDS = {
     "barrier": r"BAR|SYNCS|WARPSYNC|DEPBAR|MEMBAR|WARPGROUP|FENCE|UCGABAR",
     "branch": r"BRA|EXIT|CALL|RET|BSSY|BSYNC|BREAK|JMP|BRX",
 }
-_PATTERNS = {kind: re.compile(pattern) for kind, pattern in KINDS.items()}
-#: An opcode with its modifiers, after whatever a disassembler writes before it, and a predicate.
+#: The kinds that access global memory.
+_GLOBAL = ("load", "store", "async copy", "atomic")
+#: A line with an instruction: as Triton prints it, control codes (the barriers that it waits for, those of its reads
+#: and of its result, cycles until the next may issue), by `nvdisasm` and `cuobjdump` an address; then a predicate, the
+#: opcode with its modifiers, operands.
 _INSTRUCTION = re.compile(
-    r"(?:^[\w:-]+\t|/\*[0-9a-f]{4,}\*/\s+)(?:@!?U?P[0-9T]\s+)?([A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)"
+    r"(?:(?P<wait>--|\d\d):(?P<read>[-\d]):(?P<write>[-\d]):[-Y]:(?P<stall>[0-9a-f])\t|/\*[0-9a-f]{4,}\*/\s+)"
+    r"(?P<predicate>@!?U?P[0-9T]\s+)?(?P<opcode>[A-Z][A-Z0-9_]*(?:\.[A-Za-z0-9_]+)*)(?P<operands>.*)"
 )
+Instruction = re.Match[str]
 
 
-@dataclass(frozen=True)
-class Mix:
+def instructions(code: str) -> list[Instruction]:
+    """The instructions in a disassembly, with the groups of `_INSTRUCTION`; without NOPs."""
+    found = (_INSTRUCTION.match(line.lstrip(" ")) for line in code.splitlines())
+    return [x for x in found if x and not x["opcode"].startswith("NOP")]
+
+
+@cache
+def kind_of(opcode: str) -> str:
+    """The kind of an instruction by its opcode, modifiers included."""
+    return next((kind for kind, pattern in KINDS.items() if re.match(pattern, opcode)), "other")
+
+
+class Mix(NamedTuple):
     """Instructions of a kernel by kind, as they stand in the code: a loop counts once.
 
     Attributes:
@@ -102,38 +116,22 @@ class Mix:
         wide: loads and stores of global memory that move 16 bytes per thread.
     """
 
-    counts: dict[str, int]
+    counts: Counter[str]
     wide: int
 
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def text(self, least: float = 0.05) -> str:
-        """Shares of the kinds that make up at least `least`, and numbers of the rarer kinds that matter most."""
-        shown = []
-        for kind, count in sorted(self.counts.items(), key=lambda item: -item[1]):
-            if count >= least * self.total and kind != "other":
-                shown.append(f"{kind} {count / self.total:.0%}")
+    def text(self) -> str:
+        """Shares of the kinds that make up at least 5 %, and numbers of the rarer kinds that matter most."""
+        shown, total = [], self.counts.total()
+        for kind, count in self.counts.most_common():
+            if count >= 0.05 * total and kind != "other":
+                shown.append(f"{kind} {count / total:.0%}")
             elif kind in ("matrix", "atomic", "local"):
                 shown.append(f"{count} {kind}")
-        return f"{self.total}: " + ", ".join(shown)
+        return f"{total}: " + ", ".join(shown)
 
     def memory(self) -> str:
         """Accesses to global memory, and how many of them move 16 bytes per thread."""
-        accesses = sum(self.counts.get(kind, 0) for kind in ("load", "store", "async copy", "atomic"))
-        return f"{accesses} ({self.wide} of 16 bytes)"
-
-
-def kind_of(opcode: str) -> str:
-    """The kind of an instruction by its opcode, modifiers included."""
-    return next((kind for kind, pattern in _PATTERNS.items() if pattern.match(opcode)), "other")
-
-
-def opcodes(code: str) -> list[str]:
-    """The opcodes with modifiers in a disassembly, by `nvdisasm`, `cuobjdump` or as Triton prints it; without NOPs."""
-    found = (match[1] for line in code.splitlines() if (match := _INSTRUCTION.match(line.lstrip(" "))))
-    return [opcode for opcode in found if not opcode.startswith("NOP")]
+        return f"{sum(self.counts[kind] for kind in _GLOBAL)} ({self.wide} of 16 bytes)"
 
 
 def mix(code: str) -> Mix:
@@ -142,50 +140,41 @@ def mix(code: str) -> Mix:
     Raises:
         ValueError: there are none, as when a disassembler's format changes.
     """
-    found = opcodes(code)
+    found = [x["opcode"] for x in instructions(code)]
     if not found:
         raise ValueError("expected a kernel's disassembly; found no instruction in it")
-    wide = sum(".128" in opcode and kind_of(opcode) in ("load", "store", "async copy", "atomic") for opcode in found)
-    return Mix(dict(Counter(map(kind_of, found))), wide)
+    wide = sum(".128" in opcode and kind_of(opcode) in _GLOBAL for opcode in found)
+    return Mix(Counter(map(kind_of, found)), wide)
 
 
 _LABEL = re.compile(r"^\.?(L[A-Z]*_?\w*):")
-_TARGET = re.compile(
-    r"\bBRA(?P<kind>(?:\.\w+)*)\s+(?P<condition>!?U?P\w+,\s*)?(?:UR\w+,\s*)?`?\(?\.?(?P<label>L\w+)\)?"
-)
-_PREDICATED = re.compile(r"(?:^|\s)@!?U?P\w+\s")
+#: The operands of a jump.
+_TARGET = re.compile(r"\s+(?P<condition>!?U?P\w+,\s*)?(?:UR\w+,\s*)?`?\(?\.?(?P<label>L\w+)\)?")
 
 
-def _graph(code: str) -> tuple[list[str], list[list[int]], dict[int, int], int]:
+def _graph(code: str) -> tuple[list[Instruction], list[list[int]], dict[int, int], int]:
     """Instructions of a disassembly with labels, where each leads, the loops (first -> last), and the last EXIT.
 
     Raises:
         ValueError: a jump whose target is not known.
     """
     labels: dict[str, int] = {}
-    lines: list[str] = []
+    found: list[Instruction] = []
     for line in code.splitlines():
         if label := _LABEL.match(line.strip()):
-            labels[label[1]] = len(lines)
-        elif opcodes(line):
-            lines.append(line)
-    if any(re.search(r"\bBRX\b|\bJMX\b", line) for line in lines):
+            labels[label[1]] = len(found)
+        found += instructions(line)
+    if any(x["opcode"].startswith(("BRX", "JMX")) for x in found):
         raise ValueError("code: expected jumps to labels; found one to a computed address")
-    last = max(i for i, line in enumerate(lines) if re.search(r"\bEXIT\b", line) and not _PREDICATED.search(line))
+    last = max(i for i, x in enumerate(found) if x["opcode"].startswith("EXIT") and not x["predicate"])
     successors: list[list[int]] = []
-    for i, line in enumerate(lines):
-        found = _TARGET.search(line)
-        conditional = bool(_PREDICATED.search(line)) or bool(found and found["condition"])
-        if found and ".DIV" not in found["kind"]:
-            successors.append([labels[found["label"]], *([i + 1] if conditional else [])])
-        else:
-            successors.append([] if i == last or (re.search(r"\b(EXIT|RET)\b", line) and not conditional) else [i + 1])
-    loops: dict[int, int] = {}
-    for i, targets in enumerate(successors[: last + 1]):
-        for target in targets:
-            if target <= i:
-                loops[target] = max(i, loops.get(target, 0))
-    return lines, successors, loops, last
+    for i, x in enumerate(found):
+        jumps = x["opcode"].startswith("BRA") and ".DIV" not in x["opcode"] and _TARGET.match(x["operands"])
+        conditional = x["predicate"] or (jumps and jumps["condition"])
+        ends = i == last or ((jumps or x["opcode"].startswith(("EXIT", "RET"))) and not conditional)
+        successors.append([*([labels[jumps["label"]]] if jumps else []), *([] if ends else [i + 1])])
+    loops = {target: i for i, targets in enumerate(successors[: last + 1]) for target in targets if target <= i}
+    return found, successors, loops, last
 
 
 def loops(code: str) -> int:
@@ -193,8 +182,8 @@ def loops(code: str) -> int:
     return len(_graph(code)[2])
 
 
-def longest_trace(code: str, trips: Sequence[int] = ()) -> list[str]:
-    """The most instructions that a warp can execute from a kernel's entry to its last EXIT, line by line.
+def longest_trace(code: str, trips: Sequence[int] = ()) -> list[Instruction]:
+    """The most instructions that a warp can execute from a kernel's entry to its last EXIT, one by one.
 
     Jumps that only diverged warps take (BRA.DIV) and early exits are not followed; a called function counts as its
     call.
@@ -207,34 +196,34 @@ def longest_trace(code: str, trips: Sequence[int] = ()) -> list[str]:
     Raises:
         ValueError: there are more or fewer loops than `trips`, or a jump whose target is not known.
     """
-    lines, successors, loops, last = _graph(code)
+    found, successors, loops, last = _graph(code)
     if len(loops) != len(trips):
         raise ValueError(f"trips: expected one number for each of {len(loops)} loops; got {list(trips)}")
     repeats = dict(zip(sorted(loops), trips, strict=True))
 
     def longest(begin: int, end: int) -> list[int]:
         """The path from `begin` to `end`, or back to `begin`; empty where there is none."""
-        found: dict[int, Any] = {}  # from an instruction on: length, the first instructions, and the rest likewise
+        paths: dict[int, Any] = {}  # from an instruction on: length, the first instructions, and the rest likewise
         for i in range(end, begin - 1, -1):
             own, targets = [i], set(successors[i])
             if i in loops and i != begin and loops[i] <= end:
                 # As a whole: its body as often as it runs, then any way out.
                 own = longest(i, loops[i]) * repeats[i]
                 targets = {t for j in range(i, loops[i] + 1) for t in successors[j] if t > loops[i]}
-            after = [found[t] for t in targets if begin < t <= end and t in found]
+            after = [paths[t] for t in targets if begin < t <= end and t in paths]
             if i == end or (begin in loops and end == loops[begin] and begin in targets):
                 after.append((0, [], None))  # leaves
             if after:
                 rest = max(after, key=itemgetter(0))
-                found[i] = (len(own) + rest[0], own, rest)
-        path, at = [], found.get(begin)
+                paths[i] = (len(own) + rest[0], own, rest)
+        path, at = [], paths.get(begin)
         while at:
             path += at[1]
             at = at[2]
         return path
 
     if path := longest(0, last):
-        return [lines[i] for i in path]
+        return [found[i] for i in path]
     raise ValueError("code: expected a way from the entry to the last EXIT")
 
 
@@ -268,55 +257,22 @@ def compiled_per_sample(nvcc: str, header: str = "ms_deform_attn/cuda_kernels.cu
     }
 
 
-def main() -> None:
-    """Print what one sample of one query costs the forwards of deformable attention on sm_90.
-
-    python -m benchmarks.sass
-    """
-    import triton
-
-    from benchmarks import static_cuda
-    from m2f_kernels.ops.ms_deform_attn import triton as deformable
-
-    print("| forward of deformable attention, Triton, sm_90 | executed instructions of a warp per (query, sample) |")
-    print("|---|---:|")
-    for name, count in (
-        ("locations", partial(per_sample, deformable.ms_deform_attn, 0)),
-        ("offsets, 2-d", partial(per_sample, deformable.ms_deform_attn_from_offsets, 2)),
-        ("deformops, locations", deformops_per_sample),
-    ):
-        for dtype in (torch.bfloat16, torch.float32):
-            try:
-                shown = f"{count(dtype):.1f}"
-            except ModuleNotFoundError:
-                shown = "not installed"
-            print(f"| {name}, {str(dtype).removeprefix('torch.')} | {shown} |")
-    nvcc = static_cuda.compiler()
-    if nvcc is None:
-        print("\nNo nvcc here: the kernels of the CUDA library are not counted.")
-    else:
-        print("\n| CUDA C++, sm_90 | on the longest path |\n|---|---:|")
-        for name, number in compiled_per_sample(nvcc).items():
-            print(f"| `{name}` | {number:.1f} |")
-    print(f"\ntriton {triton.__version__}; N = 2, 21504 queries, 8 heads of 32 channels, 3 levels of 4 points")
-
-
-def per_sample(function: Callable[..., Any], coordinates: int, dtype: torch.dtype) -> float:
+def per_sample(function: str, dtype: torch.dtype) -> float:
     """Instructions that the warps of the launch execute, compiled for sm_90, per sample of each query and head."""
     from benchmarks import static
 
-    ((launch, compiled, _),) = static.compiled_launches(function, static.deformable_inputs(dtype, 32, coordinates))
+    case = next(case for case in static.CASES if case.function == function)
+    ((launch, compiled, _),) = static.compiled_launches(case, dtype)
     n, queries, heads = launch.arguments["value_ptr"].shape[0], launch.arguments["queries"], launch.arguments["HEADS"]
     samples = n * queries * heads * launch.arguments["FIRST"][-1]
     return longest_path(compiled.asm["sass"]) * launch.num_warps * math.prod(launch.grid) / samples
 
 
-def deformops_per_sample(dtype: torch.dtype) -> float:
-    """The same of deformops' Triton kernel, with locations and weights in value's dtype as it wants them.
-
-    Raises:
-        ModuleNotFoundError: deformops is not installed.
-    """
+def deformops_per_sample(dtype: torch.dtype) -> float | None:
+    """The same of deformops' Triton kernel, with locations and weights in value's dtype as it wants them; None where
+    it is not installed."""
+    if find_spec("deformops") is None:
+        return None
     from deformops.backends.triton._kernels.msda_query_tiled import msda_forward_kernel as kernel
     from deformops.backends.triton._launch import DEFAULT_TILES as TILES
 
@@ -332,6 +288,35 @@ def deformops_per_sample(dtype: torch.dtype) -> float:
     code = static.compile_kernel(kernel, dict(zip(kernel.arg_names, given, strict=True)), 90, {}).asm["sass"]
     warps = 4 * math.ceil(queries / TILES.block_size_q) * heads * n  # Triton's default is 4 a program
     return longest_path(code, (levels, points)) * warps / (n * queries * heads * levels * points)
+
+
+def main() -> None:
+    """Print what one sample of one query costs the forwards of deformable attention on sm_90.
+
+    python -m benchmarks.sass
+    """
+    import triton
+
+    from benchmarks import static_cuda
+
+    print("| forward of deformable attention, Triton, sm_90 | executed instructions of a warp per (query, sample) |")
+    print("|---|---:|")
+    for name, count in (
+        ("locations", partial(per_sample, "ms_deform_attn")),
+        ("offsets, 2-d", partial(per_sample, "ms_deform_attn_from_offsets")),
+        ("deformops, locations", deformops_per_sample),
+    ):
+        for dtype in (torch.bfloat16, torch.float32):
+            found = count(dtype)
+            shown = "not installed" if found is None else f"{found:.1f}"
+            print(f"| {name}, {str(dtype).removeprefix('torch.')} | {shown} |")
+    if nvcc := static_cuda.compiler():
+        print("\n| CUDA C++, sm_90 | on the longest path |\n|---|---:|")
+        for name, number in compiled_per_sample(nvcc).items():
+            print(f"| `{name}` | {number:.1f} |")
+    else:
+        print("\nNo nvcc here: the kernels of the CUDA library are not counted.")
+    print(f"\ntriton {triton.__version__}; N = 2, 21504 queries, 8 heads of 32 channels, 3 levels of 4 points")
 
 
 if __name__ == "__main__":

@@ -15,21 +15,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import itertools
 import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
@@ -51,8 +49,7 @@ _LIMITS = {name if isinstance(name, str) else f"sm_{name}": limit for name, limi
 _DATA_CENTRE = ("sm_80", "sm_90", "sm_100")
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     """A function of an operator's `triton.py` and a call of it.
 
     Attributes:
@@ -76,16 +73,6 @@ class Case:
     flops: Callable[[int], dict[str, int]] = lambda d: {}
 
 
-@contextmanager
-def deterministically() -> Iterator[None]:
-    """Under torch.use_deterministic_algorithms(True)."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
-
-
 def choosing(module: str, name: str, value: Any) -> AbstractContextManager[Any]:
     """A context with another kernel: `name` of that module of `m2f_kernels.ops` has this value."""
     return mock.patch(f"m2f_kernels.ops.{module}.{name}", value)
@@ -96,129 +83,48 @@ def meta(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def tensors(shapes: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Tensors without memory, from shapes such as "x[1,100,256] i64[30]", in which `dtype` is called x."""
-    names = {"x": dtype, "f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}
-    found = re.findall(r"(\w+)\[([\d,]+)\]", shapes)
-    return [meta(*map(int, shape.split(",")), dtype=names[name]) for name, shape in found]
+def tensors(shapes: str, dtype: torch.dtype = torch.float32, d: int = 32) -> list[Tensor]:
+    """Tensors without memory, from shapes such as "x[1,100,8d] i64[30]", in which `dtype` is called x; those of
+    "x[1,100,8,d].T" are heads [1, 8, 100, d], cut out of [1, 100, 8d] as models have them."""
+    names, made = {"x": dtype, "f32": torch.float32, "i32": torch.int32, "i64": torch.int64, "bool": torch.bool}, []
+    for name, shape, heads in re.findall(r"(\w+)\[([\dd,]+)\](\.T)?", shapes):
+        sizes = [d * int(x[:-1] or 1) if "d" in x else int(x) for x in shape.split(",")]
+        made.append(meta(*sizes, dtype=names[name]).transpose(1, 2) if heads else meta(*sizes, dtype=names[name]))
+    return made
 
 
-def given(shapes: str, *others: Any) -> Callable[..., tuple[Any, ...]]:
-    """The arguments of a case: `tensors(shapes)` of its dtype, and others that are the same in all."""
-    return lambda dtype=torch.float32, _=0: (*tensors(shapes, dtype), *others)
-
-
-def attention_inputs(dtype: torch.dtype, d: int, queries: int = 100, images: int = 1) -> tuple[Any, ...]:
-    """8 heads, 128 x 128 keys; heads cut out of [N, *, H*D] as the model has them."""
-    query, key, value = (
-        meta(images, rows, 8 * d, dtype=dtype).unflatten(-1, (8, d)).transpose(1, 2) for rows in (queries, 16384, 16384)
+def given(*parts: Any) -> Callable[..., tuple[Any, ...]]:
+    """The arguments of a case: shapes give `tensors` of its dtype and channels per head, others are the same in all."""
+    return lambda dtype=torch.float32, d=32: tuple(
+        x for part in parts for x in (tensors(part, dtype, d) if isinstance(part, str) else [part])
     )
-    return query, key, value, *tensors(f"i32[{images},{queries},512] bool[{images},{queries}]")
 
 
-def self_attention_inputs(dtype: torch.dtype, d: int) -> tuple[Any, ...]:
-    """One image of 640 x 640 in an encoder-only model: 200 queries under a mask, 5 prefix tokens, 1600 patches."""
-    x = meta(1, 1805, 16 * d, dtype=dtype).unflatten(-1, (16, d)).transpose(1, 2)
-    return x, x, x, *tensors("i32[1,200,57] bool[1,200]")
+#: A softmax's factor; any will do.
+_SCALE = 32**-0.5
+#: One image of 640 x 640 in an encoder-only model: 200 queries under a mask, 5 prefix tokens, 1600 patches.
+_ENCODER = " ".join(["x[1,1805,16,d].T"] * 3) + " i32[1,200,57] bool[1,200]"
 
 
-def with_gradient(given: tuple[Any, ...], d: int) -> tuple[Any, ...]:
-    """The gradient of the output, the forward's inputs and results."""
-    n, heads, queries, _ = given[0].shape
-    output = meta(n, queries, heads, d, dtype=given[0].dtype)
-    return output, *given, output, meta(n, heads, queries, dtype=torch.float32), d**-0.5
+def attention(queries: int = 100, images: int = 1) -> str:
+    """The shapes of masked attention of 8 heads, 128 x 128 keys."""
+    heads = [f"x[{images},{rows},8,d].T" for rows in (queries, 16384, 16384)]
+    return " ".join([*heads, f"i32[{images},{queries},512] bool[{images},{queries}]"])
+
+
+def with_gradient(queries: int, heads: int, *inputs: Any) -> Callable[..., tuple[Any, ...]]:
+    """The arguments of the backward: the gradient of the output, the forward's inputs and results."""
+    output = f"x[1,{queries},{heads},d]"
+    return given(output, *inputs, output, f"f32[1,{heads},{queries}]", _SCALE)
 
 
 def biased_inputs(dtype: torch.dtype, d: int, masked: int, backward: bool) -> tuple[Any, ...]:
     """SAM-3's decoder: 201 queries, 8 heads, 72 rows of 72 keys, and the bias as its layers give it."""
-    query, key, _, bits, row_any = attention_inputs(dtype, d, 201)
+    query, key, _, bits, row_any = tensors(attention(201), dtype, d)
     key, bits, row_any = key[:, :, :5184], bits[:, :masked, :162], row_any[:, :masked]
     side = meta(1, 201, 72, 8, dtype=dtype).permute(0, 3, 1, 2)
-    given = (query, key, key, bits, row_any, side, side)
-    return with_gradient(given, d) if backward else (*given, d**-0.5)
-
-
-_MASK = "m2f_kernels.ops.attention_mask.triton"
-_ATTENTION = "m2f_kernels.ops.masked_attention.triton"
-CASES = [
-    Case(_MASK, "pack_attention_mask", given("x[1,100,16384]")),
-    Case(
-        _MASK,
-        "predict_attention_mask",
-        lambda dtype, _: (meta(1, 100, 256, dtype=dtype), meta(1, 256, 21504, dtype=dtype)[:, :, 5120:]),
-        flops=lambda _: {"_predict_kernel": 2 * 100 * 256 * 16384},
-    ),
-    # The fast path and, for the last level, the general one.
-    Case(
-        _MASK,
-        "resize_mask_features",
-        given("x[1,256,256,256]", [32, 32, 64, 64, 128, 128, 100, 100]),
-    ),
-    Case(
-        _MASK,
-        "resize_mask_features_with_flags",
-        given("x[1,256,256,256]", [32, 32, 64, 64, 128, 128], 9, 100),
-    ),
-    Case(
-        _ATTENTION,
-        "masked_attention",
-        lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5),
-        (32, 16, 64, 128, 80),
-        flops=lambda d: {"_forward_kernel": 4 * 8 * d * 100 * 16384},
-    ),
-    Case(
-        _ATTENTION,
-        "masked_attention",
-        lambda dtype, d: (*attention_inputs(dtype, d), d**-0.5),
-        (32, 16, 64, 128, 80),
-        chosen=partial(choosing, "masked_attention.configs", "KERNEL", "lean"),
-    ),
-    Case(
-        _ATTENTION,
-        "masked_attention",
-        lambda dtype, d: (*attention_inputs(dtype, d, queries=20), d**-0.5),
-        (32, 16, 64, 128, 80),
-    ),
-]
-
-CASES += [
-    Case(
-        _ATTENTION,
-        "masked_attention_backward",
-        lambda dtype, d, queries=queries: with_gradient(attention_inputs(dtype, d, queries), d),
-        (32, 16, 64, 128, 80),
-    )
-    for queries in (100, 200)
-]
-CASES += [
-    Case(
-        _ATTENTION, "masked_attention", lambda dtype, d: (*self_attention_inputs(dtype, d), d**-0.5), (64, 32, 80, 128)
-    ),
-    Case(
-        _ATTENTION,
-        "masked_attention_backward",
-        lambda dtype, d: with_gradient(self_attention_inputs(dtype, d), d),
-        (64, 32, 80, 128),
-    ),
-]
-# Without a mask, as SAM-3 calls it, and with one.
-CASES += [
-    Case(
-        _ATTENTION,
-        f"masked_attention_with_bias{backward}",
-        lambda dtype, d, backward=backward, masked=masked: biased_inputs(dtype, d, masked, bool(backward)),
-        (32, 16, 64, 128, 80),
-        representative=masked == 0,
-    )
-    for backward in ("", "_backward")
-    for masked in (0, 201)
-]
-
-
-def loss_inputs(dtype: torch.dtype, targets: list[Tensor]) -> tuple[Any, ...]:
-    """A chunk of 100 matched masks at stride 4 of a 1024 x 1024 image, and K = 12544 points of each."""
-    logits, rows, target_rows, points = tensors("x[100,256,256] i64[100] i64[100] f32[100,12544,2]", dtype)
-    return logits, rows, targets, target_rows, points
+    inputs = query, key, key, bits, row_any, side, side
+    return (with_gradient(201, 8, *inputs) if backward else given(*inputs, _SCALE))(dtype, d)
 
 
 def marked_targets(kind: torch.dtype | None) -> list[Tensor]:
@@ -228,30 +134,72 @@ def marked_targets(kind: torch.dtype | None) -> list[Tensor]:
     return [meta(1024, 1024, dtype=kind).expand(30, -1, -1), meta(30, dtype=torch.int64)]
 
 
-def factored_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
-    embed, features, rows, target_rows, seed = tensors("x[1,100,256] x[1,256,256,256] i64[100] i64[100] i64[1]", dtype)
-    targets = tensors("bool[30,1024,1024]")
-    return embed, features, rows, [100], targets, target_rows, None, seed, 37632, 9408, 3136
+#: Three levels of a 1024 x 1024 image at strides 32, 16, 8.
+_LEVELS = [32, 32, 0, 64, 64, 1024, 128, 128, 5120]
 
 
-def factored_backward_inputs(dtype: torch.dtype) -> tuple[Any, ...]:
-    gradients, *others = tensors("f32[100] f32[100,12544,2] f32[100,12544] f32[100,12544]")
-    return gradients, gradients, *factored_inputs(dtype)[:3], [100], *others
+def deformable(coordinates: int = 0, points: int = 4, backward: bool = False) -> Callable[..., tuple[Any, ...]]:
+    """The encoder's call for two images: 21504 queries, 8 heads, 3 levels; `coordinates` 2 or 4: from offsets.
+
+    Offsets and logits in value's dtype; locations and weights in float32, as autocast leaves them. The backward gets
+    the gradient of the output, the same, and every gradient wanted."""
+    kind, reference, scale = ("x", f"f32[2,21504,3,{coordinates}]", [0.5]) if coordinates else ("f32", "", [])
+    samples = f"{kind}[2,21504,8,{3 * points},2] {kind}[2,21504,8,{3 * points}]"
+    gradient, wanted = ("x[2,21504,8d]", [True] * (3 if coordinates else 2)) if backward else ("", [])
+    value = gradient, "x[2,21504,8,d]", _LEVELS, None, None
+    return given(*value, reference, samples, [points] * 3, *scale, *wanted)
 
 
+_MASK = "m2f_kernels.ops.attention_mask.triton"
+_ATTENTION = "m2f_kernels.ops.masked_attention.triton"
 _SAMPLE = "m2f_kernels.ops.points.triton_sampling"
 _LOSS = "m2f_kernels.ops.points.triton_loss"
+_DEFORMABLE = "m2f_kernels.ops.ms_deform_attn.triton"
+#: Channels per head of models, and the smallest, the largest and an odd one that kernels serve.
+_ATTENTION_HEADS, _SELF_ATTENTION_HEADS = (32, 16, 64, 128, 80), (64, 32, 80, 128)
+_DEFORMABLE_HEADS = (32, 16, 64, 256, 20)
 #: 100 masks; 12544 points, of which 9408 are the most uncertain of 37632.
 _UNCERTAIN = given("x[100,256,256] i64[100] i64[1]", 0, 37632, 9408, 3136)
-CASES += [
+CASES = [
+    Case(_MASK, "pack_attention_mask", given("x[1,100,16384]")),
+    Case(
+        _MASK, "predict_attention_mask",
+        lambda dtype, _: (meta(1, 100, 256, dtype=dtype), meta(1, 256, 21504, dtype=dtype)[:, :, 5120:]),
+        flops=lambda _: {"_predict_kernel": 2 * 100 * 256 * 16384},
+    ),
+    # The fast path and, for the last level, the general one.
+    Case(_MASK, "resize_mask_features", given("x[1,256,256,256]", [32, 32, 64, 64, 128, 128, 100, 100])),
+    Case(_MASK, "resize_mask_features_with_flags", given("x[1,256,256,256]", [32, 32, 64, 64, 128, 128], 9, 100)),
+    Case(
+        _ATTENTION, "masked_attention", given(attention(), _SCALE), _ATTENTION_HEADS,
+        flops=lambda d: {"_forward_kernel": 4 * 8 * d * 100 * 16384},
+    ),
+    Case(
+        _ATTENTION, "masked_attention", given(attention(), _SCALE), _ATTENTION_HEADS,
+        chosen=partial(choosing, "masked_attention.configs", "KERNEL", "lean"),
+    ),
+    Case(_ATTENTION, "masked_attention", given(attention(20), _SCALE), _ATTENTION_HEADS),
+    *(
+        Case(_ATTENTION, "masked_attention_backward", with_gradient(queries, 8, attention(queries)), _ATTENTION_HEADS)
+        for queries in (100, 200)
+    ),
+    Case(_ATTENTION, "masked_attention", given(_ENCODER, _SCALE), _SELF_ATTENTION_HEADS),
+    Case(_ATTENTION, "masked_attention_backward", with_gradient(1805, 16, _ENCODER), _SELF_ATTENTION_HEADS),
+    # Without a mask, as SAM-3 calls it, and with one.
+    *(
+        Case(
+            _ATTENTION, f"masked_attention_with_bias{backward}",
+            lambda dtype, d, backward=backward, masked=masked: biased_inputs(dtype, d, masked, bool(backward)),
+            _ATTENTION_HEADS, representative=masked == 0,
+        )
+        for backward in ("", "_backward")
+        for masked in (0, 201)
+    ),
     Case(_SAMPLE, "point_sample", given("x[1,256,256,256] f32[1,12544,2]", True)),
     Case(_SAMPLE, "point_sample", given("bool[1,30,1024,1024] f32[1,12544,2]", True)),
     # A map of ids, and run lengths, in place of 30 masks.
     *(
-        Case(
-            _SAMPLE, "sample_targets",
-            lambda dtype, _, marked=marked: (*marked_targets(marked), meta(12544, 2, dtype=torch.float32)),
-        )
+        Case(_SAMPLE, "sample_targets", given(*marked_targets(marked), "f32[12544,2]"))
         for marked in (torch.int64, torch.int32, torch.int16, torch.uint8, None)
     ),
     Case(_SAMPLE, "point_sample_backward", given("x[1,256,12544] f32[1,12544,2]", 256, 256)),
@@ -281,22 +229,32 @@ CASES += [
         chosen=partial(choosing, "points.triton_sampling", "SELECTION", "digits"),
     ),
     Case(_LOSS, "mask_matching_cost", given("f32[1000,12544] f32[30,12544]")),
+    # A chunk of 100 matched masks at stride 4 of a 1024 x 1024 image, and K = 12544 points of each.
     *(
-        Case(
-            _LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, [meta(30, 1024, 1024, dtype=kind)])
+        Case(_LOSS, "point_mask_loss", given("x[100,256,256] i64[100]", targets, "i64[100] f32[100,12544,2]"))
+        for targets in (
+            tensors("bool[30,1024,1024]"), tensors("f32[30,1024,1024]"),
+            *map(marked_targets, (torch.int64, torch.int32, torch.int16, torch.uint8, None)),
         )
-        for kind in (torch.bool, torch.float32)
-    ),
-    *(
-        Case(_LOSS, "point_mask_loss", lambda dtype, _, kind=kind: loss_inputs(dtype, marked_targets(kind)))
-        for kind in (torch.int64, torch.int32, torch.int16, torch.uint8, None)
     ),
     Case(
         _LOSS, "point_mask_loss_backward",
         given("f32[100] f32[100] i64[100] f32[100,12544,2] f32[100,12544] f32[100,12544]", 100, 256, 256),
     ),
-    Case(_LOSS, "factored_point_mask_loss", lambda dtype, _: factored_inputs(dtype)),
-    Case(_LOSS, "factored_point_mask_loss_backward", lambda dtype, _: factored_backward_inputs(dtype)),
+    Case(
+        _LOSS, "factored_point_mask_loss",
+        given(
+            "x[1,100,256] x[1,256,256,256] i64[100]", [100], tensors("bool[30,1024,1024]"), "i64[100]", None, "i64[1]",
+            37632, 9408, 3136,
+        ),
+    ),
+    Case(
+        _LOSS, "factored_point_mask_loss_backward",
+        given(
+            "f32[100] f32[100] x[1,100,256] x[1,256,256,256] i64[100]", [100],
+            "f32[100,12544,2] f32[100,12544] f32[100,12544]",
+        ),
+    ),
     Case(
         _LOSS, "matching_costs",
         given("f32[10,1,100,134]", *map(tensors, ("i64[30]", "f32[1000,30]", "f32[1000,30]")), 2.0, 5.0, 5.0),
@@ -308,55 +266,18 @@ CASES += [
         given("f32[10] f32[10] f32[10] f32[10,200,134] i64[10,200] f32[134] f32[10] i64[400]"),
     ),
     Case(_LOSS, "rows_backward", given("f32[300,256] i64[300] x[1000,256]")),
-]  # fmt: skip
-
-
-_DEFORMABLE = "m2f_kernels.ops.ms_deform_attn.triton"
-#: Three levels of a 1024 x 1024 image at strides 32, 16, 8.
-_LEVELS = [32, 32, 0, 64, 64, 1024, 128, 128, 5120]
-
-
-def deformable_inputs(dtype: torch.dtype, d: int, coordinates: int = 0, points: int = 4) -> tuple[Any, ...]:
-    """The encoder's call for two images: 21504 queries, 8 heads, 3 levels; `coordinates` 2 or 4: from offsets.
-
-    Offsets and logits in value's dtype; locations and weights in float32, as autocast leaves them."""
-    n, q, heads = 2, 21504, 8
-    value = meta(n, q, heads, d, dtype=dtype)
-    if not coordinates:
-        sampled = (meta(n, q, heads, 3 * points, *last, dtype=torch.float32) for last in ((2,), ()))
-        return value, _LEVELS, None, None, *sampled, [points] * 3
-    sampled = (meta(n, q, heads, 3 * points, *last, dtype=dtype) for last in ((2,), ()))
-    return value, _LEVELS, None, None, meta(n, q, 3, coordinates, dtype=torch.float32), *sampled, [points] * 3, 0.5
-
-
-def deformable_backward_inputs(dtype: torch.dtype, d: int, coordinates: int = 0) -> tuple[Any, ...]:
-    """The gradient of the output, the forward's inputs, and every gradient wanted."""
-    inputs = deformable_inputs(dtype, d, coordinates)
-    return meta(2, 21504, 8 * d, dtype=dtype), *inputs, *([True] * (3 if coordinates else 2))
-
-
-_HEADS = (32, 16, 64, 256, 20)
-CASES += [
-    Case(_DEFORMABLE, "ms_deform_attn", deformable_inputs, _HEADS),
-    Case(_DEFORMABLE, "ms_deform_attn_from_offsets", lambda dtype, d: deformable_inputs(dtype, d, 2), _HEADS),
-    Case(_DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, _HEADS, representative=False),
+    Case(_DEFORMABLE, "ms_deform_attn", deformable(), _DEFORMABLE_HEADS),
+    Case(_DEFORMABLE, "ms_deform_attn_from_offsets", deformable(2), _DEFORMABLE_HEADS),
+    Case(_DEFORMABLE, "ms_deform_attn_backward", deformable(backward=True), _DEFORMABLE_HEADS, representative=False),
     # Channels in several pieces, which the interpreter forgives what the compiler does not.
-    Case(_DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, (256,), targets=(90,)),
+    Case(_DEFORMABLE, "ms_deform_attn_backward", deformable(backward=True), (256,), targets=(90,)),
+    Case(_DEFORMABLE, "ms_deform_attn_from_offsets_backward", deformable(4, backward=True), _DEFORMABLE_HEADS),
     Case(
-        _DEFORMABLE,
-        "ms_deform_attn_from_offsets_backward",
-        lambda dtype, d: deformable_backward_inputs(dtype, d, 4),
-        _HEADS,
-    ),
-    Case(
-        _DEFORMABLE, "ms_deform_attn_backward", deformable_backward_inputs, (32,), representative=False,
-        chosen=deterministically,
+        _DEFORMABLE, "ms_deform_attn_backward", deformable(backward=True), representative=False,
+        chosen=partial(mock.patch, "torch.are_deterministic_algorithms_enabled", return_value=True),
     ),
     # More samples than are unrolled.
-    Case(
-        _DEFORMABLE, "ms_deform_attn_from_offsets", lambda dtype, d: deformable_inputs(dtype, d, 4, 8), (32,),
-        representative=False,
-    ),
+    Case(_DEFORMABLE, "ms_deform_attn_from_offsets", deformable(4, points=8), representative=False),
 ]  # fmt: skip
 
 
@@ -366,7 +287,7 @@ def cases() -> list[Case]:
     return [*CASES, *of_operators("static_cases")]
 
 
-#: A compiled kernel and its launch, by column of the table; what is printed in another form is made by `lines`.
+#: A compiled kernel and its launch, by column of the table; and "seconds" of CPU time that compiling took.
 Line = dict[str, Any]
 
 
@@ -388,14 +309,11 @@ def amd_usage(assembly: str) -> tuple[int, int, int]:
     """Vector registers, bytes of stack per thread and registers spilled to it, by the metadata in AMD's assembly.
 
     Where there is no stack, scalar registers were spilled to lanes of vector registers: no memory is touched."""
-    found = {
-        name: re.findall(rf"\.{name}:\s+(\d+)", assembly)
-        for name in ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
-    }
-    if any(len(values) != 1 for values in found.values()):
-        raise RuntimeError(f"expected the metadata of one kernel in the assembly; got {found}")
-    registers, stack, *spilled = (int(values[0]) for values in found.values())
-    return registers, stack, sum(spilled) if stack else 0
+    names = ("vgpr_count", "private_segment_fixed_size", "vgpr_spill_count", "sgpr_spill_count")
+    # Each stands there once, for the one kernel.
+    found = (map(int, re.findall(rf"\.{name}:\s+(\d+)", assembly)) for name in names)
+    (registers,), (stack,), (vectors,), (scalars,) = found
+    return registers, stack, vectors + scalars if stack else 0
 
 
 def resource_usage(cubin: bytes) -> tuple[int, int]:
@@ -407,10 +325,8 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    found = re.findall(r"REG:(\d+) STACK:(\d+)", text)
-    if len(found) != 1:
-        raise RuntimeError(f"expected one kernel in the report of {command}; got:\n{text}")
-    return int(found[0][0]), int(found[0][1])
+    ((registers, stack),) = re.findall(r"REG:(\d+) STACK:(\d+)", text)  # of one kernel
+    return int(registers), int(stack)
 
 
 def compile_kernel(kernel: Any, arguments: dict[str, Any], target: int | str, options: dict[str, Any]) -> Any:
@@ -439,16 +355,15 @@ def compile_kernel(kernel: Any, arguments: dict[str, Any], target: int | str, op
 
 
 def compiled_launches(
-    function: Callable[..., Any], arguments: Iterable[Any], target: int | str = 90
+    case: Case, dtype: torch.dtype, head_dim: int = 32, target: int | str = 90
 ) -> Iterator[tuple[Any, Any, float]]:
-    """Yields every launch of a call of a Triton operator on the meta device, its compiled kernel, and the CPU seconds
-    that went into compiling it."""
+    """Yields every launch of a case, its compiled kernel, and the CPU seconds that went into compiling it."""
     from m2f_kernels._triton import ARCHITECTURES, OPTIONS, recording
 
-    with recording(ARCHITECTURES[target]) as launches:
-        function(*arguments)
+    with case.chosen(), recording(ARCHITECTURES[target]) as launches:
+        getattr(importlib.import_module(case.module), case.function)(*case.arguments(dtype, head_dim))
     if not launches:
-        raise RuntimeError(f"{function.__name__} launched no kernel")
+        raise RuntimeError(f"{case.function} launched no kernel")
     for launch in launches:
         options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **OPTIONS}
         before = sum(os.times()[:4])
@@ -456,79 +371,45 @@ def compiled_launches(
         yield launch, compiled, sum(os.times()[:4]) - before
 
 
+#: What is stated of a kernel for one number of channels per head only, its first, and for data centre parts.
+_LEAST = ("programs (waves)", "MiB", "least µs", "instructions", "accesses to global memory")
+
+
 def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> list[Line]:
-    """Compile every kernel that `cases()[index]` launches."""
+    """The lines of every kernel that `cases()[index]` launches, compiled."""
+    import triton
+
     from m2f_kernels._triton import ARCHITECTURES
 
     case, architecture = cases()[index], ARCHITECTURES[target]
-    function = getattr(importlib.import_module(case.module), case.function)
-    results: dict[str, Line] = {}
-    with case.chosen():
-        launches = list(compiled_launches(function, case.arguments(DTYPES[dtype], head_dim), target))
-    for launch, compiled, seconds in launches:
-        mix = None
-        if architecture.gfx:
-            registers, stack, spills = amd_usage(compiled.asm["amdgcn"])
-        else:
-            registers, stack = resource_usage(compiled.asm["cubin"])
-            spills = len(re.findall(r"\b(?:STL|LDL)\b", compiled.asm["sass"]))
-            mix = sass.mix(compiled.asm["sass"])
+    part, results = sass.MULTIPROCESSORS.get(architecture.capability), {}
+    for launch, compiled, seconds in compiled_launches(case, DTYPES[dtype], head_dim, target):
         constants = ", ".join(f"{name}={value}" for name, value in launch.arguments.items() if name.isupper())
         line = {
             "operator": case.function, "kernel": launch.kernel.__name__, "dtype": dtype, "D": head_dim,
             "architecture": architecture.name, "constants": constants,
             "warps": launch.num_warps, "stages": launch.num_stages, "shared": compiled.metadata.shared,
-            "registers": registers, "stack": stack, "spills": spills, "capability": architecture.capability,
-            "programs": math.prod(launch.grid), "bytes": measure.bytes_of(launch.arguments.values()),
-            "flops": case.flops(head_dim).get(launch.kernel.__name__, 0), "mix": mix,
         }  # fmt: skip
-        results.setdefault(f"{line}", line | {"seconds": seconds})
+        shown, mix = dict.fromkeys(("occupancy", *_LEAST), ""), None
+        if part is None:
+            line["registers"], line["stack"], line["spills"] = amd_usage(compiled.asm["amdgcn"])
+        else:
+            mix = sass.mix(compiled.asm["sass"])
+            line["registers"], line["stack"] = resource_usage(compiled.asm["cubin"])
+            line["spills"] = mix.counts["local"]
+            takes = architecture.capability, launch.num_warps, line["registers"], compiled.metadata.shared
+            shown["occupancy"] = f"{sass.occupancy(*takes):.0%}"
+        programs, moved = math.prod(launch.grid), measure.bytes_of(launch.arguments.values())
+        if part and part.bandwidth:
+            waves = programs / max(1, sass.blocks_per_multiprocessor(*takes) * part.count)
+            products = case.flops(head_dim).get(launch.kernel.__name__, 0) if dtype != "fp32" else 0
+            least, bound = max((moved / part.bandwidth, "bandwidth"), (products / part.tensor_flops, "products"))
+            cells = f"{programs} ({waves:.1f})", f"{moved / 2**20:.2f}", f"{least * 1e6:.2g} ({bound})"
+            shown |= zip(_LEAST, (*cells, mix.text(), mix.memory()), strict=True)
+        about = {**line, **shown, "compiler": f"triton {triton.__version__}"}
+        # Kernels that are launched twice, and alike, are stated once.
+        results.setdefault(f"{about} {programs} {moved} {mix}", about | {"seconds": seconds})
     return list(results.values())
-
-
-def jobs(
-    representative: bool, targets: Iterable[int | str], select: str = "", dtypes: Sequence[str] = ()
-) -> list[tuple[int, str, int, int | str]]:
-    """Arguments of `compile_case`: all, or representative ones (fp32, bf16, one D)."""
-    return [
-        (index, dtype, head_dim, target)
-        for index, case in enumerate(cases())
-        if select in case.function and (case.representative or not representative)
-        for dtype in dtypes or (("fp32", "bf16") if representative else DTYPES)
-        for head_dim in (case.head_dims[:1] if representative else case.head_dims)
-        for target in targets
-        if target in case.targets
-    ]
-
-
-def compile_all(work: list[tuple[int, str, int, int | str]], processes: int) -> list[Line]:
-    """Compile in parallel processes."""
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        return [result for results in pool.map(compile_case, *zip(*work, strict=True)) for result in results]
-
-
-def lines(results: list[Line]) -> Iterator[Line]:
-    """Yields the resources of each kernel as they are printed; for one number of channels per head, its first, also
-    what it consists of and the least that its launch can take."""
-    import triton
-
-    first = {(r["operator"], r["kernel"]): r["D"] for r in reversed(results)}
-    for r in results:
-        part, mix = sass.MULTIPROCESSORS.get(r["capability"]), r["mix"]
-        takes = r["capability"], r["warps"], r["registers"], r["shared"]
-        shown = dict(itertools.islice(r.items(), 12))
-        shown["occupancy"] = f"{sass.occupancy(*takes):.0%}" if part and r["registers"] else ""
-        shown |= dict.fromkeys(("programs (waves)", "MiB", "least µs", "instructions", "accesses to global memory"), "")
-        if part and part.bandwidth and r["D"] == first[r["operator"], r["kernel"]]:
-            waves = r["programs"] / max(1, sass.blocks_per_multiprocessor(*takes) * part.count)
-            products = r["flops"] if r["dtype"] != "fp32" else 0
-            least, bound = max((r["bytes"] / part.bandwidth, "bandwidth"), (products / part.tensor_flops, "products"))
-            shown |= {
-                "programs (waves)": f"{r['programs']} ({waves:.1f})", "MiB": f"{r['bytes'] / 2**20:.2f}",
-                "least µs": f"{least * 1e6:.2g} ({bound})", "instructions": mix.text(),
-                "accesses to global memory": mix.memory(),
-            }  # fmt: skip
-        yield shown | {"compiler": f"triton {triton.__version__}"}
 
 
 def summary(results: list[Line]) -> str:
@@ -544,9 +425,14 @@ def summary(results: list[Line]) -> str:
     return markdown(["operator", "kernel", *targets, "seconds"], lines)
 
 
+#: What is known of a kernel besides the columns of its table.
+_HIDDEN = ("seconds", "code")
+
+
 def report(made: list[Line], counted: str, wrong: list[str], options: argparse.Namespace, shown: str = "") -> int:
     """The exit status, after printing lines (or what is `shown` in place of them), their number and what is wrong, and
     writing them to the file that the options name."""
+    made = [{name: value for name, value in line.items() if name not in _HIDDEN} for line in made]
     print(f"{shown or markdown(list(made[0]), [line.values() for line in made])}\n{counted}")
     if options.output is not None:
         write_csv(options.output, made)
@@ -565,7 +451,7 @@ def main() -> int:
                 "parts than sm_80, sm_90 and sm_100",
             },
             "--representative": {"action": "store_true", "help": "one D, in fp32 and bf16"},
-            "--dtypes": {"nargs": "+", "default": [], "choices": DTYPES, "help": "default: those of the set"},
+            "--dtypes": {"nargs": "+", "choices": DTYPES, "help": "default: those of the set"},
             "--select": {"default": "", "help": "only operators whose name contains this"},
             "--archs": {
                 "default": ",".join(map(str, SHARED_LIMITS)),
@@ -585,13 +471,27 @@ def main() -> int:
     if unknown := [a for a in targets if a not in SHARED_LIMITS]:
         known = ", ".join(map(str, SHARED_LIMITS))
         options.refuse(f"--archs: expected some of {known}; got {unknown[0]}")
-    work = jobs(options.representative, targets, options.select, options.dtypes)
+    few = options.representative
+    work = [
+        (index, dtype, head_dim, target)
+        for index, case in enumerate(cases())
+        if options.select in case.function and (case.representative or not few)
+        for dtype in options.dtypes or (("fp32", "bf16") if few else DTYPES)
+        for head_dim in (case.head_dims[:1] if few else case.head_dims)
+        for target in targets
+        if target in case.targets
+    ]
     if not work:
         options.refuse(f"--select: no operator's name contains {options.select!r}")
-    results = compile_all(work, options.processes)
-    wrong = [problem for result in results for problem in problems(result)]
-    counted = f"{len(results)} kernels, {len(wrong)} of them with spills or too much shared memory."
-    return report(list(lines(results)), counted, wrong, options, summary(results) if options.summary else "")
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        made = [line for lines in pool.map(compile_case, *zip(*work, strict=True)) for line in lines]
+    first = {(line["operator"], line["kernel"]): line["D"] for line in reversed(made)}
+    for line in made:
+        if line["D"] != first[line["operator"], line["kernel"]]:
+            line.update(dict.fromkeys(_LEAST, ""))
+    wrong = [problem for line in made for problem in problems(line)]
+    counted = f"{len(made)} kernels, {len(wrong)} of them with spills or too much shared memory."
+    return report(made, counted, wrong, options, summary(made) if options.summary else "")
 
 
 if __name__ == "__main__":

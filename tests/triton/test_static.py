@@ -36,31 +36,24 @@ def test_kernels_compile_without_spills(tmp_path: Path, architecture: int, dtype
 
 
 @pytest.mark.parametrize(
-    "target", [pytest.param(75, marks=pytest.mark.slow), "gfx942", pytest.param("gfx1100", marks=pytest.mark.slow)]
-)
-def test_deformable_attention_compiles_without_spills_elsewhere(target: int | str) -> None:
-    """The oldest NVIDIA generation, AMD with warps of 64 and of 32."""
-    done = run("--check", "--representative", "--select", "ms_deform_attn_from_offsets", "--archs", str(target))
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "_forward_kernel" in done.stdout
-    assert "_softmax_backward_kernel" in done.stdout
-
-
-@pytest.mark.parametrize(
-    ("operator", "targets"),
+    ("operator", "targets", "kernel"),
     [
-        ("predict_attention_mask", "75,gfx1100"),
-        pytest.param("mask_matching_cost", "75,gfx1100", marks=pytest.mark.slow),
-        pytest.param("masked_attention", "75,86,gfx942,gfx1100", marks=pytest.mark.slow),
-        pytest.param("point", "75,120,gfx90a,gfx1100", marks=pytest.mark.slow),
+        # The oldest NVIDIA generation, AMD with warps of 64 and of 32.
+        ("ms_deform_attn_from_offsets", "gfx942", "_forward_kernel"),
+        pytest.param("ms_deform_attn_from_offsets", "75,gfx1100", "_forward_kernel", marks=pytest.mark.slow),
+        ("predict_attention_mask", "75,gfx1100", "_predict_kernel"),
+        pytest.param("mask_matching_cost", "75,gfx1100", "_cost_kernel", marks=pytest.mark.slow),
+        pytest.param("masked_attention", "75,86,gfx942,gfx1100", "_forward_kernel", marks=pytest.mark.slow),
+        pytest.param("point", "75,120,gfx90a,gfx1100", "_sample_kernel", marks=pytest.mark.slow),
     ],
 )
-def test_other_parts_get_pieces_that_they_hold(operator: str, targets: str) -> None:
+def test_other_parts_get_pieces_that_they_hold(operator: str, targets: str, kernel: str) -> None:
     """Consumers' and AMD's, whose registers or shared memory are fewer than those of the parts measured."""
     done = run("--check", "--summary", "--representative", "--select", operator, "--archs", targets)
     assert done.returncode == 0, done.stdout + done.stderr
     header = done.stdout.splitlines()[0]
     assert all(f" {f'sm_{t}' if t.isdecimal() else t} |" in header for t in targets.split(","))
+    assert f"`{kernel}`" in done.stdout
 
 
 @pytest.mark.slow

@@ -67,14 +67,10 @@ def run(code: str, **environment: str) -> str:
 
 
 COMPILE = """
-import torch
 from benchmarks import sass, static, time_model
-from m2f_kernels.ops.attention_mask import triton as op
-dtype = torch.float32
-kernels = time_model.triton_kernels(
-    op.predict_attention_mask, (static.meta(1, 100, 256, dtype=dtype), static.meta(1, 256, 16384, dtype=dtype)),
-    time_model._trips)
-(kernel,) = kernels
+given = static.given("x[1,100,256] x[1,256,16384]")
+case = static.Case("m2f_kernels.ops.attention_mask.triton", "predict_attention_mask", given)
+(kernel,) = time_model.triton_kernels(case)
 mix = sass.mix(kernel.code)
 print(mix.counts.get("matrix", 0), mix.counts.get("local", 0), time_model.estimate(kernel).seconds)
 """
