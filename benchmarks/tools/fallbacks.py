@@ -10,6 +10,7 @@ operations and 1.1 times the bytes, which `tests/test_fallbacks.py` checks. One 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -139,9 +140,7 @@ def published_self_attention(query: Tensor, key: Tensor, value: Tensor, attend: 
     return F.scaled_dot_product_attention(query, key, value, mask).transpose(1, 2).flatten(2)
 
 
-def published_point_sample(images: Tensor, points: Tensor) -> Tensor:
-    """PointRend's `point_sample`."""
-    return F.grid_sample(images, 2.0 * points.unsqueeze(2) - 1.0, align_corners=False).squeeze(3)
+published_point_sample = partial(modeling_mask2former.sample_point, align_corners=False)
 
 
 def published_uncertain(logits: Tensor, candidates: Tensor, fresh: Tensor, keep: int) -> Tensor:

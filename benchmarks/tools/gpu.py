@@ -52,7 +52,7 @@ class Step(NamedTuple):
 
 
 def kept(path: Path, commit: str) -> dict[str, dict[str, Any]]:
-    """How the steps of `commit` ended so far; nothing where the file is of another commit or cannot be read."""
+    """The outcomes so far of the steps of `commit`; none where the file is of another commit or cannot be read."""
     try:
         content = json.loads(path.read_text())
         return content["steps"] if content["commit"] == commit else {}
@@ -146,7 +146,7 @@ def _end(*_: object) -> None:
 
 
 def run_step(command: str, log: Path, seconds: float, environment: dict[str, str]) -> str:
-    """How a command ended, "passed", "failed" or "cut off"; what it prints goes to the log as it comes.
+    """The outcome of a command, "passed", "failed" or "cut off"; what it prints goes to the log as it comes.
 
     It runs in a process group of its own and is ended politely first: a benchmark then writes what it has.
     """
@@ -220,7 +220,7 @@ def predicted_and_measured(predictions: Path, measured: Path) -> str:
 
 
 def _ask(arguments: Sequence[str], environment: dict[str, str] | None = None) -> str:
-    """What Python prints.
+    """The output of Python.
 
     Raises:
         RuntimeError: it failed; with the last line of its message.

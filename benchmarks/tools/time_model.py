@@ -406,7 +406,7 @@ Row = tuple[str, float | None, int, Callable[[], list[Kernel]]]
 
 
 def rows(nvcc: str | None) -> list[Row]:
-    """What is modelled; without nvcc the rows of deformable attention are left out."""
+    """The calls that are modelled; without nvcc those of deformable attention are left out."""
     low, single, exact = torch.bfloat16, torch.float32, not _tuning.TF32X3
     compiled = [
         (f"ms_deform_attn {dtype}, {where}{kind}", None if kind else time, 0,
