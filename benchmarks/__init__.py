@@ -9,6 +9,8 @@ To add an operator: write `benchmarks/ops/<op>.py` with a module-level
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,3 +51,19 @@ def of_operators(name: str) -> list[Any]:
     """The results of the function `name` of every operator's module that has one, in one list."""
     functions = (getattr(import_module(module), name, list) for module in REGISTRY.values())
     return [found for function in functions for found in function()]
+
+
+def arguments(
+    description: str | None, declared: Mapping[str, Mapping[str, Any]], given: Sequence[str] | None = None
+) -> argparse.Namespace:
+    """The values of a command's arguments; `refuse(message)` of it ends the command with a message.
+
+    Args:
+        description: for `--help`, a module's docstring.
+        declared: by name ("--old" or "old"), what `ArgumentParser.add_argument` takes.
+        given: in place of the command line.
+    """
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, about in declared.items():
+        parser.add_argument(name, **about)
+    return parser.parse_args(given, argparse.Namespace(refuse=parser.error))

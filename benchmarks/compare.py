@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.arguments import arguments
+from benchmarks import arguments
 from benchmarks.cases import Row, read_csv
 from benchmarks.formats import number
 from benchmarks.measure import RESOLUTION_MIB

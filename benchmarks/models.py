@@ -239,28 +239,13 @@ class Subject:
 _subject = cache(Subject)
 
 
-def _integration(case: Model, scale: Scale) -> Case:
-    def call(arguments: dict[str, Any], name: str) -> list[Tensor]:
-        """The first call, which is checked, takes the queries that were chosen before."""
-        subject = _subject(case, scale)
-        with choices(arguments["chosen"], replay=True) if arguments["chosen"] else nullcontext():
-            return subject.call(name, subject.arguments)
+def _integration(model: Model, scale: Scale) -> Case:
+    def calls() -> Calls:
+        subject = _subject(model, scale)
+        return {name: partial(subject.call, name, subject.arguments) for name in (AFTER, BEFORE)}
 
-    def build() -> Data:
-        chosen: list[Tensor] = []
-        with choices(chosen):
-            outputs = call({"chosen": []}, BEFORE)
-        truth = {str(i): output.cpu() for i, output in enumerate(outputs)}
-        kept = () if case.targets else chosen
-        return Data({f"choice {i}": x for i, x in enumerate(kept)}, truth, [], tuple(truth))
-
-    implementations = [
-        Implementation(name, partial(call, name=name), lambda inputs, levels: {"chosen": list(inputs.values())},
-                       ours=name == AFTER, counts_writes=False)
-        for name in (AFTER, BEFORE)
-    ]  # fmt: skip
-    way = "forward" if case.targets is None else "forward+backward"
-    return Case(case.name, case.name, way, implementations, memory=True, headline=True, build=build, spec=(case, scale))
+    training = model.targets is not None
+    return pair(model.name, calls, None, training, replay=not training, threads=None, spec=(model, scale))
 
 
 def _compared(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:
@@ -327,26 +312,34 @@ def pair(
     names: Sequence[str] = (AFTER, BEFORE),
     ours: Sequence[str] = (AFTER,),
     unavailable: Callable[[], str | None] = lambda: None,
+    replay: bool = False,
+    **options: Any,
 ) -> Case:
-    """A case of calls. Results may differ by `tolerance` from the last one's; with None they only have to be finite."""
+    """A case of calls. Results may differ by `tolerance` from the last one's; with None they only have to be finite.
+    With `replay` the first call, which is checked, takes the queries that the last one's chose."""
     made = cache(make)
 
     def call(arguments: dict[str, Any], which: str) -> list[Tensor]:
-        with torch.enable_grad():
+        chosen = arguments["chosen"]
+        with torch.enable_grad(), choices(chosen, replay=True) if chosen else nullcontext():
             return [x.detach() for x in made()[which]()]
 
     def build() -> Data:
-        results = [] if unavailable() else call({}, list(made())[-1])
+        chosen: list[Tensor] = []
+        with choices(chosen):
+            results = [] if unavailable() else call({"chosen": []}, list(made())[-1])
         truth = {str(i): x for i, x in enumerate(results)}
-        return Data({}, truth, [], tuple(truth))
+        kept = {f"choice {i}": x for i, x in enumerate(chosen) if replay}
+        return Data(kept, truth, [], tuple(truth))
 
     implementations = [
-        Implementation(which, partial(call, which=which), lambda inputs, levels: {}, which in ours, unavailable,
-                       counts_writes=False)
+        Implementation(which, partial(call, which=which), lambda inputs, levels: {"chosen": list(inputs.values())},
+                       which in ours, unavailable, counts_writes=False)
         for which in names
     ]  # fmt: skip
     way = "forward+backward" if backward else "forward"
-    return Case(name, name, way, implementations, threads=1, memory=True, headline=True, build=build, spec=tolerance)
+    options = {"threads": 1, "spec": tolerance} | options
+    return Case(name, name, way, implementations, memory=True, headline=True, build=build, **options)
 
 
 def _close(case: Case, implementation: Implementation, data: Data, results: Sequence[Tensor]) -> Verdict:

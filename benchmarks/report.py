@@ -16,8 +16,7 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import benchmarks
-from benchmarks import measure, tables
-from benchmarks.arguments import arguments
+from benchmarks import arguments, measure, tables
 from benchmarks.cases import REST, Benchmark, Figure, Row, Scale, read_csv, write_csv
 from benchmarks.compare import read
 from benchmarks.formats import error, markdown, mebibytes, number

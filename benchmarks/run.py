@@ -33,8 +33,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import benchmarks
-from benchmarks import compare, facts, report, worker
-from benchmarks.arguments import arguments
+from benchmarks import arguments, compare, facts, report, worker
 from benchmarks.cases import Row, Scale
 from benchmarks.report import BUSY
 from m2f_model import bench

@@ -20,8 +20,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.models.mask2former import modeling_mask2former
 
 import m2f_kernels
-from benchmarks import measure, of_operators
-from benchmarks.arguments import arguments
+from benchmarks import arguments, measure, of_operators
 from benchmarks.formats import markdown
 from benchmarks.ops.masked_attention import multihead_core
 from m2f_kernels import FactoredMasks, PackedMask

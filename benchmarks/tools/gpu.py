@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from benchmarks.arguments import arguments
+from benchmarks import arguments
 from benchmarks.formats import markdown
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.arguments import arguments
+from benchmarks import arguments
 from benchmarks.tools.gpu import BUNDLE, ROOT
 
 #: What the tests and benchmarks need beyond what images with PyTorch usually hold.

@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import m2f_kernels
-from benchmarks import facts, inputs, measure, static
-from benchmarks.arguments import arguments
+from benchmarks import arguments, facts, inputs, measure, static
 from m2f_kernels import _library
 
 HEADS, CHANNELS, POINTS, QUERIES = 8, 256, 12544, 100

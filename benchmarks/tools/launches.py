@@ -41,8 +41,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import m2f_kernels
-from benchmarks import old_new, static
-from benchmarks.arguments import arguments
+from benchmarks import arguments, old_new, static
 from benchmarks.formats import markdown
 from m2f_kernels import _transfer, dispatch
 from m2f_model import Mask2Former, bench

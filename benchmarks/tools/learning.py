@@ -15,8 +15,7 @@ from pathlib import Path
 import torch
 
 import m2f_kernels
-from benchmarks import facts, plot, report
-from benchmarks.arguments import arguments
+from benchmarks import arguments, facts, plot, report
 from benchmarks.cases import Row, Scale
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.data import Shapes

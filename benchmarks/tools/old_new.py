@@ -294,7 +294,7 @@ def compare_models(options: argparse.Namespace, trees: Sequence[Path], names: Se
 
 
 def main() -> None:
-    from benchmarks.arguments import arguments  # which older trees lack, where `worker` runs
+    from benchmarks import arguments  # which older trees lack, where `worker` runs
 
     options = arguments(
         __doc__,

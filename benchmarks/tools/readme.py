@@ -11,8 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from benchmarks import models, tables
-from benchmarks.arguments import arguments
+from benchmarks import arguments, models, tables
 from benchmarks.cases import OURS, Row
 from benchmarks.compare import read
 from benchmarks.formats import markdown, number

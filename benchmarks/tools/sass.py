@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.arguments import arguments
+from benchmarks import arguments
 
 
 class Multiprocessor(NamedTuple):

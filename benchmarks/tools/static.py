@@ -33,8 +33,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks import measure, of_operators, sass
-from benchmarks.arguments import arguments
+from benchmarks import arguments, measure, of_operators, sass
 from benchmarks.cases import DTYPES, write_csv
 from benchmarks.formats import markdown
 

@@ -18,8 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import sass, static
-from benchmarks.arguments import arguments
+from benchmarks import arguments, sass, static
 
 SOURCE = "ms_deform_attn/cuda_kernels.cu"
 ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")

@@ -33,8 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks import inputs, measure, sass, static, static_cuda
-from benchmarks.arguments import arguments
+from benchmarks import arguments, inputs, measure, sass, static, static_cuda
 from m2f_kernels import _tuning
 
 _WARP = 32
