@@ -232,29 +232,37 @@ def packed(n: int, q: int, s: int) -> PackedMask:
     return PackedMask(meta(n, q, -(-s // 32), dtype=torch.int32), meta(n, q, dtype=torch.bool), s)
 
 
-def _mask_rows() -> Iterator[Row]:
+def _mask_rows() -> list[Row]:
     n, q, c = 2, 100, 256
     features, embed = meta(n, c, 256, 256, grad=False), meta(n, q, c, grad=False)
-    yield Row(
-        "resize_mask_features", "3 levels",
-        lambda x: [F.interpolate(x, size, mode="bilinear", align_corners=False) for size in SIZES],
-        lambda x: m2f_kernels.resize_mask_features(x, SIZES), (features,),
-    )  # fmt: skip
-    for h, w in (*SIZES, (25, 25)):
-        yield Row(
-            "predict_attention_mask", f"{h * w} keys", lambda e, x, size=(h, w): published_mask(e, x, size),
-            m2f_kernels.predict_attention_mask, (embed, features), (embed, meta(n, c, h, w, grad=False)),
-        )  # fmt: skip
-        yield Row(
-            "pack_attention_mask", f"logits, {h * w} keys, row rule",
-            lambda x: published_row_rule(published_threshold(x)), m2f_kernels.pack_attention_mask,
-            (meta(n, q, h, w, grad=False),),
-        )  # fmt: skip
-    yield Row(
-        "pack_attention_mask", "bool, row rule",
-        lambda x: published_row_rule(~x.unsqueeze(1).repeat(1, HEADS, 1, 1)), m2f_kernels.pack_attention_mask,
-        (meta(n, q, 625, dtype=torch.bool),),
-    )  # fmt: skip
+    predicted = [
+        row
+        for h, w in (*SIZES, (25, 25))
+        for row in (
+            Row(
+                "predict_attention_mask", f"{h * w} keys", partial(published_mask, size=(h, w)),
+                m2f_kernels.predict_attention_mask, (embed, features), (embed, meta(n, c, h, w, grad=False)),
+            ),
+            Row(
+                "pack_attention_mask", f"logits, {h * w} keys, row rule",
+                lambda x: published_row_rule(published_threshold(x)), m2f_kernels.pack_attention_mask,
+                (meta(n, q, h, w, grad=False),),
+            ),
+        )
+    ]  # fmt: skip
+    return [
+        Row(
+            "resize_mask_features", "3 levels",
+            lambda x: [F.interpolate(x, size, mode="bilinear", align_corners=False) for size in SIZES],
+            lambda x: m2f_kernels.resize_mask_features(x, SIZES), (features,),
+        ),
+        *predicted,
+        Row(
+            "pack_attention_mask", "bool, row rule",
+            lambda x: published_row_rule(~x.unsqueeze(1).repeat(1, HEADS, 1, 1)), m2f_kernels.pack_attention_mask,
+            (meta(n, q, 625, dtype=torch.bool),),
+        ),
+    ]  # fmt: skip
 
 
 def _masked_attention_rows() -> list[Row]:

@@ -44,7 +44,7 @@ import m2f_kernels
 from benchmarks import arguments, old_new, static
 from benchmarks.formats import markdown
 from m2f_kernels import _transfer, dispatch
-from m2f_model import Mask2Former, bench
+from m2f_model import bench
 from m2f_model.criterion import total_loss
 
 # ---------------------------------------------------------------- with a GPU
@@ -308,26 +308,30 @@ INFERENCE = {
 _LAYERS = {"encoder layers": "pixel_decoder.layers", "decoder layers": "transformer_decoder.layers"}
 
 
-def inference(what: str, size: int = 512, backbone: str = "r50", batch: int = 1) -> Launches:
+def inference(what: str, size: int = 512, backbone: str = "r50") -> Launches:
     """The kernels of one forward pass without gradients, the second of its kind: what is computed once is left out.
 
     Args:
         what: a key of `INFERENCE`.
         size: side of the image.
         backbone: as in `m2f bench`.
-        batch: images.
     """
     implementation, dtype, autocast = INFERENCE[what]
     fake_cuda()
     model = _build(backbone, implementation).to(dtype=dtype)
+    ours = implementation == "m2f"
+    stages = bench.stages(model, "m2f" if ours else "transformers")
+    for stage, path in _LAYERS.items() if ours else ():
+        stages += [(stage, layer) for layer in model.get_submodule(path).children()]
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         model.to_empty(device="cuda:0")
-        pixels = torch.empty(batch, 3, size, size, device="cuda:0", dtype=dtype)
+        pixels = torch.empty(1, 3, size, size, device="cuda:0", dtype=dtype)
         with cuda_autocast(autocast):
             model(pixels)
         # A new region of autocast: the old one keeps the parameters that it has cast.
         with Launches(model.parameters()).counting() as launches, cuda_autocast(autocast):
-            watch_stages(launches, model)
+            for stage, module in stages:
+                launches.watch(module, stage)
             model(pixels)
     return launches
 
@@ -339,16 +343,6 @@ def _build(backbone: str, implementation: str) -> Any:
         warnings.simplefilter("ignore")  # there, weights are not copied
         model = bench.build(bench.Case(backbone, device="meta"), whose)
     return m2f_kernels.accelerate(model).model if implementation == "accelerated" else model
-
-
-def watch_stages(launches: Launches, model: nn.Module) -> None:
-    """The parts of this package's model or of `transformers`'."""
-    ours = isinstance(model, Mask2Former)
-    for stage, path in bench.STAGES["m2f" if ours else "transformers"].items():
-        launches.watch(model.get_submodule(path), stage)
-    for stage, path in _LAYERS.items() if ours else ():
-        for layer in model.get_submodule(path).children():
-            launches.watch(layer, stage)
 
 
 def loss(size: int, batch: int, targets: int, backbone: str = "r50") -> Launches:

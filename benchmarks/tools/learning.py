@@ -19,7 +19,7 @@ from benchmarks import arguments, facts, plot, report
 from benchmarks.cases import Row, Scale
 from m2f_model import Mask2Former, Mask2FormerConfig
 from m2f_model.data import Shapes
-from m2f_model.evaluate import Quality, evaluate
+from m2f_model.evaluate import evaluate
 from m2f_model.train import Recipe, Trainer
 
 BACKENDS = {"kernels": "auto", "reference": "reference"}
@@ -38,7 +38,7 @@ class Run:
         self.random = torch.get_rng_state()
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self.quality: dict[int, Quality] = {}
+        self.pq = 0.0
 
     def step(self) -> None:
         batch = next(self.batches)
@@ -52,7 +52,7 @@ class Run:
 
     def evaluate(self, count: int) -> None:
         with m2f_kernels.use_backend(self.backend):
-            self.quality[len(self.losses)] = evaluate(self.trainer.model, Shapes(length=count, seed=1))
+            self.pq = evaluate(self.trainer.model, Shapes(length=count, seed=1)).pq
 
 
 def train(steps: int, every: int, count: int, out: Path) -> dict[str, Run]:
@@ -66,7 +66,7 @@ def train(steps: int, every: int, count: int, out: Path) -> dict[str, Run]:
             for run in runs.values():
                 run.evaluate(count)
             line = ", ".join(
-                f"{name} loss {statistics.fmean(run.losses[-plot.WINDOW :]):.2f} PQ {run.quality[step].pq:.3f}"
+                f"{name} loss {statistics.fmean(run.losses[-plot.WINDOW :]):.2f} PQ {run.pq:.3f}"
                 for name, run in runs.items()
             )
             print(f"step {step}: {line}", flush=True)
@@ -87,9 +87,7 @@ def measured(runs: dict[str, Run], count: int) -> report.Run:
         curves |= {f"{name}_seconds": [round(x, 4) for x in run.seconds]}
     stated = facts.gather("cpu", ["ms_deform_attn_from_offsets"])
     stated |= {
-        f"panoptic quality on {count} new images": ", ".join(
-            f"{name} {list(run.quality.values())[-1].pq:.3f}" for name, run in runs.items()
-        ),
+        f"panoptic quality on {count} new images": ", ".join(f"{name} {run.pq:.3f}" for name, run in runs.items()),
         f"largest difference of the losses, means of {plot.WINDOW} steps": f"{worst:.1%}",
     }
     return report.Run(Scale("cpu", False), stated, {}, rows, curves)

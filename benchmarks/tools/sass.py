@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from operator import itemgetter
@@ -147,6 +147,7 @@ def mix(code: str) -> Mix:
     return Mix(Counter(map(kind_of, found)), wide)
 
 
+Trips = Sequence[int] | Callable[[int], Sequence[int]]
 _LABEL = re.compile(r"^\.?(L[A-Z]*_?\w*):")
 #: The operands of a jump.
 _TARGET = re.compile(r"\s+(?P<condition>!?U?P\w+,\s*)?(?:UR\w+,\s*)?`?\(?\.?(?P<label>L\w+)\)?")
@@ -177,12 +178,7 @@ def _graph(code: str) -> tuple[list[Instruction], list[list[int]], dict[int, int
     return found, successors, loops, last
 
 
-def loops(code: str) -> int:
-    """The number of loops in a disassembly with labels."""
-    return len(_graph(code)[2])
-
-
-def longest_trace(code: str, trips: Sequence[int] = ()) -> list[Instruction]:
+def longest_trace(code: str, trips: Trips = ()) -> list[Instruction]:
     """The most instructions that a warp can execute from a kernel's entry to its last EXIT, one by one.
 
     Jumps that only diverged warps take (BRA.DIV) and early exits are not followed; a called function counts as its
@@ -190,13 +186,14 @@ def longest_trace(code: str, trips: Sequence[int] = ()) -> list[Instruction]:
 
     Args:
         code: the disassembly, with labels.
-        trips: how often each loop runs for each entry, in the order of where they begin; 0 for one that the case in
-            question does not enter.
+        trips: how often each loop runs for each entry, in the order of where they begin, or what gives that from the
+            number of loops; 0 for one that the case in question does not enter.
 
     Raises:
         ValueError: there are more or fewer loops than `trips`, or a jump whose target is not known.
     """
     found, successors, loops, last = _graph(code)
+    trips = trips(len(loops)) if callable(trips) else trips
     if len(loops) != len(trips):
         raise ValueError(f"trips: expected one number for each of {len(loops)} loops; got {list(trips)}")
     repeats = dict(zip(sorted(loops), trips, strict=True))
@@ -227,7 +224,7 @@ def longest_trace(code: str, trips: Sequence[int] = ()) -> list[Instruction]:
     raise ValueError("code: expected a way from the entry to the last EXIT")
 
 
-def longest_path(code: str, trips: Sequence[int] = ()) -> int:
+def longest_path(code: str, trips: Trips = ()) -> int:
     """The length of `longest_trace`."""
     return len(longest_trace(code, trips))
 

@@ -160,7 +160,7 @@ class Kernel(NamedTuple):
     """A compiled kernel and its launch."""
 
     code: str
-    trips: Sequence[int]
+    trips: sass.Trips
     warps: int
     registers: int
     shared: int
@@ -234,7 +234,7 @@ def triton_kernels(
         code, tensors = compiled.asm["sass"], {id(x): x for x in launch.arguments.values()}
         moved = traffic or Traffic(float(measure.bytes_of(tensors.values())))
         registers, _ = static.resource_usage(compiled.asm["cubin"])
-        trips = TRIPS.get(launch.kernel.__name__, lambda _, count: [1] * count)(launch.arguments, sass.loops(code))
+        trips = partial(TRIPS.get(launch.kernel.__name__, lambda _, count: [1] * count), launch.arguments)
         blocks = math.prod(launch.grid)
         kernels.append(Kernel(code, trips, launch.num_warps, registers, compiled.metadata.shared, blocks, moved))
     return kernels
