@@ -34,6 +34,7 @@ from m2f_model.weights import from_huggingface
 IMPLEMENTATIONS = ("transformers", "m2f")
 #: Largest error of the last prediction, relative to its largest value, above which a case has no times.
 TOLERANCE = 1e-3
+AUTOCAST = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 #: The names of the parts in both models.
 STAGES = {
     "m2f": {
@@ -78,15 +79,15 @@ class Case:
     activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if self.backbone not in BACKBONES:
-            raise ValueError(f"backbone: expected one of {', '.join(BACKBONES)}; got {self.backbone!r}")
-        for name in ("batch", "targets"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1; got {getattr(self, name)}")
-        if self.size < 32 or self.size % 32:
-            raise ValueError(f"size: expected a multiple of 32; got {self.size}")
-        if self.autocast not in ("none", "bf16", "fp16"):
-            raise ValueError(f"autocast: expected none, bf16 or fp16; got {self.autocast!r}")
+        for name, right, expected in (
+            ("backbone", self.backbone in BACKBONES, f"one of {', '.join(BACKBONES)}"),
+            ("batch", self.batch >= 1, "at least 1"),
+            ("targets", self.targets >= 1, "at least 1"),
+            ("size", self.size >= 32 and self.size % 32 == 0, "a multiple of 32"),
+            ("autocast", self.autocast in AUTOCAST, "none, bf16 or fp16"),
+        ):
+            if not right:
+                raise ValueError(f"{name}: expected {expected}; got {getattr(self, name)!r}")
 
     @property
     def config(self) -> Mask2FormerConfig:
@@ -139,18 +140,19 @@ def call(
     blobs = torch.randn(case.targets, 1, 8, 8, generator=generator, device="cpu")
     masks = (nn.functional.interpolate(blobs, (case.size, case.size), mode="bicubic")[:, 0] > 0.7).to(case.device)
     labels = torch.randint(case.config.num_labels, (case.targets,), generator=generator, device="cpu").to(case.device)
-    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[case.autocast]
+    dtype = AUTOCAST[case.autocast]
     theirs = isinstance(model, transformers.PreTrainedModel)
 
     def forward() -> tuple[Any, Any, Any]:
         if theirs:
-            extra = {"mask_labels": [masks.float()] * case.batch, "class_labels": [labels] * case.batch}
-            out = model(pixels, **(extra if case.training else {}))
+            targets = {"mask_labels": [masks.float()] * case.batch, "class_labels": [labels] * case.batch}
+            out = model(pixels, **(targets if case.training else {}))
             return out.class_queries_logits, out.masks_queries_logits, out.loss
-        targets = [{"labels": labels, "masks": masks}] * case.batch
-        out = model(pixels, targets if case.training else None)
-        loss = total_loss(out.losses) if case.training else None
-        return out.class_logits, None if case.training else out.masks.logits(), loss
+        if not case.training:
+            out = model(pixels)
+            return out.class_logits, out.masks.logits(), None
+        out = model(pixels, [{"labels": labels, "masks": masks}] * case.batch)
+        return out.class_logits, None, total_loss(out.losses)
 
     def run() -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(case.training), torch.autocast(case.device, dtype, enabled=dtype is not None):
