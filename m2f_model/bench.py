@@ -145,8 +145,10 @@ def call(
 
     def forward() -> tuple[Any, Any, Any]:
         if theirs:
-            targets = {"mask_labels": [masks.float()] * case.batch, "class_labels": [labels] * case.batch}
-            out = model(pixels, **(targets if case.training else {}))
+            given = {}
+            if case.training:
+                given = {"mask_labels": [masks.float()] * case.batch, "class_labels": [labels] * case.batch}
+            out = model(pixels, **given)
             return out.class_queries_logits, out.masks_queries_logits, out.loss
         if not case.training:
             out = model(pixels)
