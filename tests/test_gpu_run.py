@@ -256,6 +256,9 @@ def test_without_a_gpu_it_is_one_line(tmp_path):
         (gpu, ["--steps", "nonsense"], "--steps: expected some of build, changed, "),
         (gpu, ["--seconds", "0"], "--seconds: expected more than 0; got 0"),
         (gpu_bundle, ["--base", "none"], "--base: expected a commit of this checkout; got 'none'"),
+        (old_new, ["--old", "tests"], "--old: expected a tree with benchmarks.kernels; got tests"),
+        (old_new, ["--old", ".", "--rounds", "0"], "--rounds: expected at least 1; got 0"),
+        (old_new, ["--old", ".", "--what", "model", "--only", "nothing"], "got 'nothing'"),
     ],
 )
 def test_wrong_arguments_are_named(monkeypatch, capsys, tool, arguments, message):

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import shutil
 import subprocess
 import tempfile
 import warnings
@@ -401,6 +402,8 @@ def main() -> None:
             "--top": {"type": int, "default": 0, "metavar": "N", "help": "the N most frequent operators of each count"},
         },
     )
+    if shutil.which("g++") is None:
+        options.refuse("g++: expected on PATH, to compile a guard for fake CUDA tensors; got none")
     counts = {what: inference(what, options.size, options.backbone) for what in INFERENCE}
     stages = list(dict.fromkeys(stage for found in counts.values() for stage in found.kernels))
     print(f"Kernels of one forward pass, {options.backbone}, {options.size}²\n")

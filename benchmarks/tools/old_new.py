@@ -283,7 +283,7 @@ def compare_kernels(options: argparse.Namespace, trees: Sequence[Path]) -> None:
 def compare_models(options: argparse.Namespace, trees: Sequence[Path], names: Sequence[str]) -> None:
     """Print the lines of each model or loss: times unless there are no rounds, and peaks."""
     rounds = 7 if options.rounds is None else options.rounds
-    for name in (name for name in names if options.only in name):
+    for name in names:
         if name not in LOSSES and rounds:
             old, new = (process(tree, options.clock, name) for tree in trees)
             with old as ask_old, new as ask_new:
@@ -312,16 +312,25 @@ def main() -> None:
     )
     if wrong := [x for x in options.settings if "=" not in x]:
         options.refuse(f"--with: expected NAME=VALUE; got {wrong[0]}")
+    if not list((options.old / "benchmarks").rglob("kernels.py")):
+        options.refuse(f"--old: expected a tree with benchmarks.kernels; got {options.old}")
+    least = int(options.what == "kernels")
+    if options.rounds is not None and options.rounds < least:
+        options.refuse(f"--rounds: expected at least {least}; got {options.rounds}")
+    known: Sequence[str] = (*CALLS, *LOSSES)
+    if options.what == "integrations":
+        from benchmarks import models
+
+        known = [model.name for model in models.MODELS]
+    names = [name for name in known if options.only in name]
+    if not names:
+        options.refuse(f"--only: expected a part of {'; '.join(known)}; got {options.only!r}")
     print(HEADER, flush=True)
     trees = options.old.resolve(), ROOT
     if options.what == "kernels":
         compare_kernels(options, trees)
-    elif options.what == "model":
-        compare_models(options, trees, (*CALLS, *LOSSES))
     else:
-        from benchmarks import models
-
-        compare_models(options, trees, [model.name for model in models.MODELS])
+        compare_models(options, trees, names)
 
 
 if __name__ == "__main__":

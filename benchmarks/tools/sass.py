@@ -240,12 +240,12 @@ COMPILED: dict[str, tuple[Sequence[int], int]] = {
 }
 
 
-def compiled_per_sample(nvcc: str, header: str = "ms_deform_attn/cuda_kernels.cu") -> dict[str, float]:
+def compiled_per_sample(nvcc: str, file: str = "ms_deform_attn/cuda_kernels.cu") -> dict[str, float]:
     """Instructions of a warp per sample of a query and head, at most, of those kernels in `COMPILED` that the header
     holds, on sm_90."""
     from benchmarks import static_cuda
 
-    compiled = static_cuda.compiled(nvcc, "90", header)
+    compiled = static_cuda.compiled(nvcc, "90", file)
     code = {k["kernel"].removeprefix("ms_deform_attn_"): k["code"] for k in compiled}
     return {
         name: longest_path(static_cuda.control_codes(code[name]), trips) / (12 * queries)

@@ -374,8 +374,8 @@ def compiled_launches(
 _LEAST = ("programs (waves)", "MiB", "least µs", "instructions", "accesses to global memory")
 
 
-def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> list[Line]:
-    """The lines of every kernel that `cases()[index]` launches, compiled."""
+def compile_case(counted: bool, index: int, dtype: str, head_dim: int, target: int | str) -> list[Line]:
+    """The lines of every kernel that `cases()[index]` launches, compiled; instructions only if they are `counted`."""
     import triton
 
     from m2f_kernels._triton import ARCHITECTURES
@@ -393,9 +393,10 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
         if part is None:
             line["registers"], line["stack"], line["spills"] = amd_usage(compiled.asm["amdgcn"])
         else:
-            mix = sass.mix(compiled.asm["sass"])
             line["registers"], line["stack"] = resource_usage(compiled.asm["cubin"])
-            line["spills"] = mix.counts["local"]
+            if counted or line["stack"]:  # spills need a stack; disassembly takes as long as compilation
+                mix = sass.mix(compiled.asm["sass"])
+            line["spills"] = mix.counts["local"] if mix else 0
             takes = architecture.capability, launch.num_warps, line["registers"], compiled.metadata.shared
             shown["occupancy"] = f"{sass.occupancy(*takes):.0%}"
         programs, moved = math.prod(launch.grid), measure.bytes_of(launch.arguments.values())
@@ -404,7 +405,7 @@ def compile_case(index: int, dtype: str, head_dim: int, target: int | str) -> li
             products = case.flops(head_dim).get(launch.kernel.__name__, 0) if dtype != "fp32" else 0
             least, bound = max((moved / part.bandwidth, "bandwidth"), (products / part.tensor_flops, "products"))
             cells = f"{programs} ({waves:.1f})", f"{moved / 2**20:.2f}", f"{least * 1e6:.2g} ({bound})"
-            shown |= zip(_LEAST, (*cells, mix.text(), mix.memory()), strict=True)
+            shown |= zip(_LEAST, (*cells, *((mix.text(), mix.memory()) if mix else ("", ""))), strict=True)
         about = {**line, **shown, "compiler": f"triton {triton.__version__}"}
         # Kernels that are launched twice, and alike, are stated once.
         results.setdefault(f"{about} {programs} {moved} {mix}", about | {"seconds": seconds})
@@ -458,7 +459,7 @@ def main() -> int:
             },
             "--summary": {
                 "action": "store_true",
-                "help": "print kernels by targets with their spills, not every kernel",
+                "help": "print kernels by targets with their spills, not every kernel; no instructions are counted",
             },
             "--processes": {"type": int, "default": os.cpu_count() or 1},
             "--output": {"type": Path, "help": "write the table there, as CSV, besides printing it"},
@@ -482,8 +483,9 @@ def main() -> int:
     ]
     if not work:
         options.refuse(f"--select: no operator's name contains {options.select!r}")
-    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
-        made = [line for lines in pool.map(compile_case, *zip(*work, strict=True)) for line in lines]
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("fork")) as pool:
+        compiled = pool.map(partial(compile_case, not options.summary), *zip(*work, strict=True))
+        made = [line for lines in compiled for line in lines]
     first = {(line["operator"], line["kernel"]): line["D"] for line in reversed(made)}
     for line in made:
         if line["D"] != first[line["operator"], line["kernel"]]:

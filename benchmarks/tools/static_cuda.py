@@ -2,8 +2,7 @@
 
     python -m benchmarks.static_cuda --output benchmarks/results/cuda_resources.csv --check
 
-Needs nvcc, of a toolkit or from PyPI, torch, whose headers the bindings need, and triton, which brings the
-disassembler; no GPU.
+Needs nvcc, of a toolkit or from PyPI, and triton, which brings the disassembler; no GPU.
 """
 
 from __future__ import annotations
@@ -55,9 +54,8 @@ def compiled(nvcc: str, architecture: str, file: str = SOURCE) -> list[static.Li
     with tempfile.TemporaryDirectory() as directory:
         source, cubin = Path(directory) / "kernels.cu", Path(directory) / "kernels.cubin"
         source.write_text(f'#include "{file}"\n')
-        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v", "-DUSE_CUDA"]
-        command += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-I", str(_CSRC)]
-        command += ["-isystem", str(Path(torch.__file__).parent / "include"), str(source), "-o", str(cubin)]
+        command = [nvcc, "-std=c++17", "-O3", f"-arch=sm_{architecture}", "-cubin", "-Xptxas", "-v"]
+        command += ["-I", str(_CSRC), str(source), "-o", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True)
         found = _REPORT.findall(done.stderr)
         if done.returncode != 0 or not found:

@@ -303,7 +303,7 @@ def deformable(nvcc: str, where: str, instance: str) -> list[Kernel]:
     "local" or "random". Its loops: see `sass.COMPILED`."""
     found = gather(where)
     (name,) = (name for name in sass.COMPILED if name.startswith(instance) and name.endswith("false>"))
-    compiled = static_cuda.compiled(nvcc, "90", "ms_deform_attn/cuda_kernels.cu")
+    compiled = static_cuda.compiled(nvcc, "90")
     (kernel,) = (kernel for kernel in compiled if kernel["kernel"].removeprefix("ms_deform_attn_") == name)
     element = 4 if "<float" in name else 2
     pairs = _QUERIES * _HEADS * 2
