@@ -25,12 +25,15 @@ $(STAMP)-venv: pyproject.toml build_backend/cuda_compiler.py
 	$(INSTALL) -q numpy -r $(VENV)/needed.txt
 	@touch $@
 
-# Without isolation, so that a change compiles what it touches. Shows the summary, and each file when it is compiled.
+# Without isolation, so that a change compiles what it touches; what the tests need is downloaded meanwhile. Shows the
+# summary, and each file when it is compiled.
 $(STAMP)-package: $(STAMP)-venv $(SOURCES)
-	@PATH="$(abspath $(BIN)):$$PATH"; set -o pipefail; \
-		$(INSTALL) --no-build-isolation -v -e '.[test]' 2>&1 \
+	@$(INSTALL) -q -r tests/requirements.txt & requirements=$$!; \
+		PATH="$(abspath $(BIN)):$$PATH"; set -o pipefail; \
+		$(INSTALL) --no-build-isolation --no-deps -v -e . 2>&1 \
 		| tee $(VENV)/install.log | sed -un '/^ *m2f-kernels$$/,/ into /p; /^ *\[[0-9]*\/[0-9]*\] /p; /m2f-kernels: /p' \
-		|| { cat $(VENV)/install.log; exit 1; }
+		|| { cat $(VENV)/install.log; exit 1; }; \
+		wait $$requirements
 	@touch $@
 
 # The peers measured against. One that cannot be built here is reported in the tables as not installed.

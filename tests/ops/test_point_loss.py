@@ -111,9 +111,9 @@ def test_cost_of_a_batch_of_equal_targets(implementation, generator):
 class Case:
     """Matched masks of two images, targets of two sizes, one query and one target used twice."""
 
-    def __init__(self, generator, dtype=F32, labels=torch.bool, factored=True, k=90, scale=1.0):
+    def __init__(self, generator, dtype=F32, labels=torch.bool, factored=True, k=90, scale=1.0, size=(12, 10)):
         embed = torch.randn(2, 6, 8, generator=generator) * scale
-        features = torch.randn(2, 8, 12, 10, generator=generator)
+        features = torch.randn(2, 8, *size, generator=generator)
         self.factors = [embed.to(dtype), features.to(dtype)]
         self.inputs = self.factors if factored else [FactoredMasks(*self.factors).logits()]
         self.targets = [(torch.rand(t, h, 14, generator=generator) > 0.4).to(labels) for t, h in ((3, 21), (4, 12))]
@@ -226,7 +226,7 @@ def test_nothing_matched(generator, factored):
 
 @pytest.mark.parametrize("factored", [False, True])
 def test_gradcheck(generator, factored):
-    case = Case(generator, dtype=F64, factored=factored, k=6)
+    case = Case(generator, dtype=F64, factored=factored, k=6, size=(4, 3))
 
     def call(*inputs):
         masks = FactoredMasks(*inputs) if factored else inputs[0]
