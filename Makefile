@@ -32,7 +32,7 @@ $(STAMP)-package: $(STAMP)-venv $(SOURCES)
 		PATH="$(abspath $(BIN)):$$PATH"; set -o pipefail; \
 		$(INSTALL) --no-build-isolation --no-deps -v -e . 2>&1 \
 		| tee $(VENV)/install.log | sed -un '/^ *m2f-kernels$$/,/ into /p; /^ *\[[0-9]*\/[0-9]*\] /p; /m2f-kernels: /p' \
-		|| { cat $(VENV)/install.log; exit 1; }; \
+		|| { kill $$requirements; cat $(VENV)/install.log; exit 1; }; \
 		wait $$requirements
 	@touch $@
 
