@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from benchmarks.cases import Benchmark
 
+#: The committed results.
+RESULTS = Path(__file__).with_name("results")
 #: Commands that are no part of a run lie in tools/ and are called as if they lay here: `python -m benchmarks.launches`.
 __path__.append(str(Path(__file__).with_name("tools")))
 

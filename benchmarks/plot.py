@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,69 +118,56 @@ def draw(directory: Path, benchmark: Benchmark, rows: Sequence[Row], facts: dict
 # ---------------------------------------------------------------- curves
 
 
-def _curve(
-    axis: Any, rows: Sequence[Row], of: Callable[[Row], int], what: str, field: str, colours: dict[str, str]
-) -> None:
-    """A line per implementation over `of` a row, in the first allocator setting; the highest carries at its end how
-    many times the lowest it is. Nothing is shown where nothing was measured."""
-    lines: dict[str, dict[int, float]] = {}
-    for row in sorted(rows, key=of):
-        if row.setting == rows[0].setting and getattr(row, field) is not None:
-            lines.setdefault(row.implementation, {})[of(row)] = getattr(row, field)
-    for name, points in lines.items():
-        axis.plot(points.keys(), points.values(), marker="o", ms=4, color=colours[name], label=name)
-    ticks = sorted({x for points in lines.values() for x in points})
-    ends = [points[ticks[-1]] for points in lines.values() if ticks[-1] in points]
-    if len(ends) > 1 and min(ends) > 0:
-        axis.annotate(f" {max(ends) / min(ends):.1f}x", (ticks[-1], max(ends)), weight="bold", va="center")
-    axis.set(xmargin=0.12, xlabel=what, ylabel=UNITS[field], visible=bool(lines))
-    axis.set_xticks(ticks, map(str, ticks))
-    axis.minorticks_off()
-    _bare(axis, "top", "right")
-
-
-def draw_points(
-    directory: Path, curve: Sequence[Row], whole: Sequence[Row], points: Callable[[Row], int], case: str
+def draw_curves(
+    path: Path,
+    rows: Sequence[Row],
+    of: Callable[[Row], int],
+    what: str,
+    titles: Mapping[str, str],
+    across: Sequence[Row] = (),
+    log: bool = False,
 ) -> list[str]:
-    """Time and peak memory of the loss over the number of points K, and where full masks are.
+    """Draws a line per implementation, in the first allocator setting; returns the file's name where there is a curve.
+
+    The highest line carries at its end how many times the lowest it is. Nothing is shown where nothing was measured.
 
     Args:
-        curve: rows at other numbers of points.
-        whole: rows of the case at the usual number, `case`.
-        points: of a row.
+        rows: the cases of one curve, all implementations.
+        of: the number that `rows` are drawn over, of a row.
+        what: that number's name.
+        titles: by the field of `Row` that is drawn.
+        across: rows that have no such number: lines across the picture.
+        log: whether both axes are logarithmic.
     """
-    names = {row.implementation for row in curve}
-    curve = [*curve, *(row for row in whole if row.implementation in names)]
-    others = [row for row in whole if row.implementation not in names and not row.ours]
-    colours, path = _colours([*curve, *whole]), directory / "point_loss_curve.png"
-    titles = (f"{case[0].upper()}{case[1:]}, forward + backward", "Peak memory above inputs and outputs")
-    with _picture(path, 1, 2, (10, 3.8)) as (figure, axes):
-        for axis, title, field in zip(axes[0], titles, UNITS, strict=True):
-            axis.set(title=title, yscale="log")
-            axis.set_xscale("log", base=4)
-            _curve(axis, curve, points, "points K", field, colours)
-            for row in others:
-                if getattr(row, field) is not None:
+    if len({of(row) for row in rows}) < 2:
+        return []
+    colours = _colours([*rows, *across])
+    with _picture(path, 1, len(titles), (5.2 * len(titles), 3.8)) as (figure, axes):
+        for axis, (field, title) in zip(axes[0], titles.items(), strict=True):
+            lines: dict[str, dict[int, float]] = {}
+            for row in sorted(rows, key=of):
+                if row.setting == rows[0].setting and getattr(row, field) is not None:
+                    lines.setdefault(row.implementation, {})[of(row)] = getattr(row, field)
+            for name, points in lines.items():
+                axis.plot(points.keys(), points.values(), marker="o", ms=4, color=colours[name], label=name)
+            for row in across:
+                if row.setting == rows[0].setting and getattr(row, field) is not None:
                     options = {"color": colours[row.implementation], "label": row.implementation}
                     axis.axhline(getattr(row, field), ls="--", lw=1.2, **options)
+            ticks = sorted({x for points in lines.values() for x in points})
+            ends = [points[ticks[-1]] for points in lines.values() if ticks[-1] in points]
+            if len(ends) > 1 and min(ends) > 0:
+                axis.annotate(f" {max(ends) / min(ends):.1f}x", (ticks[-1], max(ends)), weight="bold", va="center")
+            axis.set(title=title, xmargin=0.12, xlabel=what, ylabel=UNITS[field], visible=bool(lines))
+            if log:
+                axis.set_yscale("log")
+                axis.set_xscale("log", base=4)
+            else:
+                axis.set_ylim(0)
+            axis.set_xticks(ticks, map(str, ticks))
+            axis.minorticks_off()
+            _bare(axis, "top", "right")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    return [path.name]
-
-
-def draw_sizes(directory: Path, rows: Sequence[Row], side: Callable[[Row], int], title: str) -> list[str]:
-    """Time over the side of the image.
-
-    Args:
-        rows: the cases of one curve, all sizes and implementations.
-        side: of a row's image, in pixels.
-    """
-    if len({side(row) for row in rows}) < 2:
-        return []
-    path = directory / "end_to_end_sizes.png"
-    with _picture(path, 1, 1, (5.4, 3.8)) as (_, axes):
-        _curve(axes[0, 0], rows, side, "side of the image, pixels", "median_ms", _colours(rows))
-        axes[0, 0].set(title=title, ylim=(0, None))
-        axes[0, 0].legend()
     return [path.name]
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,10 +16,11 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import benchmarks
-from benchmarks import arguments, measure, tables
+from benchmarks import RESULTS, arguments, measure, readme
 from benchmarks.cases import REST, Benchmark, Figure, Row, Scale, read_csv, write_csv
 from benchmarks.compare import read
 from benchmarks.formats import error, markdown, mebibytes, number
+from benchmarks.readme import Rows
 
 METHOD = """\
 - Times: median (interquartile range) in ms of interleaved runs, A B C A B C ..., each warmed up by the call whose
@@ -42,8 +43,6 @@ Occupancy is the share of a multiprocessor's warps that fit by registers and sha
 they stand in the code: a loop counts once. A wave is what the part holds at once. *Least*: the launch's tensors moved
 once over the data sheet's bandwidth, or the operations of its matrix products (half precision, where counted) over the
 data sheet's rate."""
-#: The committed results.
-RESULTS = Path(__file__).parent / "results"
 #: Load average before a run above which the machine is not idle enough for times to be trusted.
 BUSY = 0.5
 #: Title, heads of the columns, lines.
@@ -64,12 +63,7 @@ class Run:
 # ---------------------------------------------------------------- figures with targets
 
 FIGURES = ["required figure", "setting", "target", "measured", ""]
-MET, MISSED, NO_TARGET, NOT_MEASURED = "met", "MISSED", "no target", "not measured"
-
-
-def settings_of(rows: Iterable[Row]) -> list[str]:
-    """The allocator settings that occur, in order."""
-    return list(dict.fromkeys(row.setting for row in rows))
+MET, MISSED, NO_TARGET, NOT_MEASURED = "met", "**MISSED**", "no target", "not measured"
 
 
 def _value(figure: Figure, names: Sequence[str], rows: Sequence[Row], setting: str) -> float | None:
@@ -100,7 +94,7 @@ def judged(benchmark: Benchmark, scale: Scale, rows: Sequence[Row]) -> list[list
     if scale.quick or (rows and rows[0].run not in ("default", "full")):
         return []
     left_out = set() if scale.full else {case.name for case in benchmark.cases(scale) if case.full}
-    settings, found = settings_of(rows), []
+    settings, found = Rows(rows).settings, []
     for figure in benchmark.figures.get(scale.device, ()):
         targets = dict(zip(settings, figure.target, strict=False))
         for setting in () if figure.case in left_out else settings:
@@ -129,7 +123,7 @@ def _verdict(figure: Figure, target: float | None, result: tuple[float, bool] | 
 def summary(found: Sequence[Sequence[str]]) -> str:
     """One line with the numbers of targets met and missed."""
     verdicts = [line[-1] for line in found if line[-1] != NO_TARGET]
-    counts = [f"{verdicts.count(x)} {x}" for x in (MET, MISSED, NOT_MEASURED) if x in verdicts]
+    counts = [f"{verdicts.count(x)} {x.strip('*')}" for x in (MET, MISSED, NOT_MEASURED) if x in verdicts]
     return f"{len(verdicts)} targets: {', '.join(counts)}." if verdicts else "No targets here."
 
 
@@ -140,10 +134,6 @@ def _time(row: Row) -> str:
     if row.median_ms is None:
         return row.status
     return f"{number(row.median_ms)} ({'one call' if row.rounds == 1 else number(row.iqr_ms)})"
-
-
-def _ratio(row: Row) -> str:
-    return "" if row.subject_speedup is None else f"{number(row.subject_speedup)}x"
 
 
 Columns = list[tuple[str, Callable[[Row], str]]]
@@ -170,10 +160,12 @@ def _times(benchmark: Benchmark) -> Columns:
     images = {name: case.images for name, case in benchmark.named().items() if case.images}
 
     def rate(row: Row) -> str:
-        known = row.median_ms is not None and row.case in images
-        return number(images[row.case] * 1e3 / row.median_ms) if known else ""
+        return number(images[row.case] * 1e3 / row.median_ms) if row.median_ms and row.case in images else ""
 
-    return [("ms (IQR)", _time), *([("images/s", rate)] if images else []), ("ratio", _ratio)]
+    def ratio(row: Row) -> str:
+        return "" if row.subject_speedup is None else f"{number(row.subject_speedup)}x"
+
+    return [("ms (IQR)", _time), *([("images/s", rate)] if images else []), ("ratio", ratio)]
 
 
 def _table(
@@ -184,11 +176,8 @@ def _table(
 
 def _stage_table(rows: Sequence[Row]) -> Section:
     shown = [row for row in rows if row.stages and row.median_ms is not None]
-
-    def stage(name: str) -> tuple[str, Callable[[Row], str]]:
-        return name, lambda row: number(row.stage_ms.get(name))
-
-    stages = map(stage, dict.fromkeys(name for row in shown for name in row.stage_ms))
+    names = dict.fromkeys(name for row in shown for name in row.stage_ms)
+    stages = [(name, lambda row, name=name: number(row.stage_ms.get(name))) for name in names]
     whole = [(REST, lambda row: number(row.rest_ms)), ("total", lambda row: number(row.median_ms))]
     return _table("Stages, ms", [*_WHO, ("setting", lambda row: row.setting), *stages, *whole], shown)
 
@@ -204,15 +193,18 @@ def _floor_table(floors: dict[str, dict[str, float]]) -> tuple[list[str], list[l
 def _peers_table(benchmark: Benchmark, rows: Sequence[Row]) -> Section:
     """The headline cases: every peer, its time and ratio in each setting, error, peak memory, share of the floor."""
     shown = [row for row in rows if row.headline]
-    found, by_key = settings_of(shown), {row.key: row for row in shown}
+    found = Rows(shown)
 
     def under(setting: str, name: str, text: Callable[[Row], str]) -> tuple[str, Callable[[Row], str]]:
         named = f"ms, {setting}" if text is _time else name
-        return named, lambda row: text(here) if (here := by_key.get((*row.key[:3], setting))) else "-"
+        return (
+            named,
+            lambda row: text(here) if (here := found.by_key.get((row.case, row.implementation, setting))) else "-",
+        )
 
-    times = [under(setting, *column) for setting in found for column in _times(benchmark)]
+    times = [under(setting, *column) for setting in found.settings for column in _times(benchmark)]
     columns = [*_WHO, *times, *_ERRORS, ("peak MiB", _MEMORY[0][1]), ("share of floor", _FLOOR[1][1])]
-    return _table("Headline cases", columns, shown, lambda row: row.setting == found[0])
+    return _table("Headline cases", columns, shown, lambda row: row.setting == found.settings[0])
 
 
 def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
@@ -223,7 +215,7 @@ def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
         ("Required figures", FIGURES, judged(benchmark, run.scale, rows)),
         *(
             _table(f"Time, allocator: {setting}", time, rows, lambda row, setting=setting: row.setting == setting)
-            for setting in settings_of(rows)
+            for setting in Rows(rows).settings
         ),
         _table(f"Peak memory, {note}", _WHO + _MEMORY, rows, lambda row: row.memory_extra_mib is not None),
         _stage_table(rows),
@@ -234,10 +226,6 @@ def _sections(benchmark: Benchmark, run: Run) -> list[Section]:
     return [section for section in sections if section[2]]
 
 
-def _bold_misses(lines: list[list[str]]) -> list[list[str]]:
-    return [[f"**{cell}**" if cell == MISSED else cell for cell in line] for line in lines]
-
-
 def chapter(benchmark: Benchmark, run: Run, pictures: Sequence[str]) -> str:
     """An operator's page."""
     parts = [f"# {benchmark.title}", benchmark.description]
@@ -245,7 +233,7 @@ def chapter(benchmark: Benchmark, run: Run, pictures: Sequence[str]) -> str:
         parts.append("**Quick run: small shapes and few rounds. Required figures are not judged.**")
     parts += [f"![{benchmark.title}]({name})" for name in pictures]
     for title, header, lines in _sections(benchmark, run):
-        parts += [f"## {title}", markdown(header, _bold_misses(lines))]
+        parts += [f"## {title}", markdown(header, lines)]
     return "\n\n".join([*parts, "## Measured with", _facts(run.facts), method()])
 
 
@@ -264,7 +252,7 @@ def method() -> str:
 
 
 def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> None:
-    """Print an operator's figures and its headline cases, or all of its tables."""
+    """Print an operator's figures and its headline cases, or all of its readme."""
     console.rule(f"[bold]{benchmark.title}")
     sections = _sections(benchmark, run)
     if not everything:
@@ -272,7 +260,7 @@ def show(console: Console, benchmark: Benchmark, run: Run, everything: bool) -> 
         sections = [peers, *(s for s in sections if s[0] in ("Required figures", "Stages, ms"))]
     for title, header, lines in sections:
         if lines:
-            console.print(Markdown(f"### {title}\n\n{markdown(header, _bold_misses(lines))}"))
+            console.print(Markdown(f"### {title}\n\n{markdown(header, lines)}"))
 
 
 # ---------------------------------------------------------------- files
@@ -293,8 +281,6 @@ def save(table: Path, run: Run) -> None:
     text = json.dumps(facts, indent=1)
     about.write_text(re.sub(r"(?<=[\d\[],)\s+(?=[\d.]+[,\s])", " ", text) + "\n")
     if table.parent == RESULTS:
-        from benchmarks import readme
-
         readme.main()
 
 
@@ -350,17 +336,17 @@ def committed(directory: Path) -> None:
 FIRST_PAGE = (
     (
         "The loss of a training step: full masks, K = 12544 points, and this package",
-        "point_loss", tables.point_loss, ("point_loss_curve.png",),
+        "point_loss", readme.point_loss, ("point_loss_curve.png",),
         "*Full masks*: predictions upsampled to the ground truth, every pixel supervised; *points as published*: the "
         "code of `transformers`. The published 18 GB -> 6 GB per image is a whole training step on a GPU; this is the "
         "loss part alone.",
     ),
     (
         "A whole Mask2Former, `transformers`' and this package's",
-        "end_to_end", tables.end_to_end, ("end_to_end_stages.png", "end_to_end_sizes.png"),
+        "end_to_end", readme.end_to_end, ("end_to_end_stages.png", "end_to_end_sizes.png"),
         "The same random weights and input; peak memory above weights and, in training, gradients.",
     ),
-    ("Models of `transformers` before and after `accelerate`", "integrations", tables.integrations, (), ""),
+    ("Models of `transformers` before and after `accelerate`", "integrations", readme.integrations, (), ""),
 )  # fmt: skip
 
 
@@ -385,9 +371,10 @@ def text(directory: Path, runs: dict[str, Run]) -> str:
         picture = f"![{op}]({op}.png)" if (directory / f"{op}.png").exists() else ""
         parts += [f"### [{benchmarks.load(op).title}]({op}.md)", markdown(header, lines) if lines else "", picture]
     targets = [line for line in found if line[-1] != NO_TARGET]
-    parts += ["## Targets", summary(found), markdown(["operator", *FIGURES], _bold_misses(targets))]
-    for facts, ops in _by_facts(runs):
-        parts += [f"## Measured with: {', '.join(ops)}", _facts(facts)]
+    parts += ["## Targets", summary(found), markdown(["operator", *FIGURES], targets)]
+    for facts in _conditions(runs):
+        ops = ", ".join(op for op, run in runs.items() if run.facts == facts)
+        parts += [f"## Measured with: {ops}", _facts(facts)]
     return "\n\n".join(part for part in [*parts, method()] if part)
 
 
@@ -397,17 +384,14 @@ def _warnings(runs: dict[str, Run]) -> list[str]:
     found = {
         f"**Quick run of {quick}: small shapes and few rounds. Targets are not judged.**": quick,
         f"**The machine was not idle before the run of {busy}: read these times with care.**": busy,
-        "The operators come from several runs; the facts of each are at the end.": len(_by_facts(runs)) > 1,
+        "The operators come from several runs; the facts of each are at the end.": len(_conditions(runs)) > 1,
     }
     return [warning for warning, holds in found.items() if holds]
 
 
-def _by_facts(runs: dict[str, Run]) -> list[tuple[dict[str, str], list[str]]]:
-    """The conditions of each run and the operators that it measured."""
-    groups: dict[str, tuple[dict[str, str], list[str]]] = {}
-    for op, run in runs.items():
-        groups.setdefault(json.dumps(run.facts), (run.facts, []))[1].append(op)
-    return list(groups.values())
+def _conditions(runs: dict[str, Run]) -> list[dict[str, str]]:
+    """The conditions under which operators were measured, each once."""
+    return list({json.dumps(run.facts): run.facts for run in runs.values()}.values())
 
 
 def main() -> None:

@@ -338,7 +338,10 @@ def draw(directory: Path, rows: Sequence[Row]) -> list[str]:
 
     sides = {f"R50 {INFERENCE} {side}²": side for side in (256, 512, 768, 1024)}
     curve = [row for row in rows if row.case in sides and row.implementation in (OURS, TRANSFORMERS)]
-    drawn = plot.draw_sizes(directory, curve, lambda row: sides[row.case], f"R50 {INFERENCE}, one image")
+    path, title = directory / "end_to_end_sizes.png", f"R50 {INFERENCE}, one image"
+    drawn = plot.draw_curves(
+        path, curve, lambda row: sides[row.case], "side of the image, pixels", {"median_ms": title}
+    )
     return [*drawn, *plot.draw_stages(directory, rows)]
 
 

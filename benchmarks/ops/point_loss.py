@@ -381,9 +381,14 @@ def draw_curve(directory: Path, rows: Sequence[Row]) -> list[str]:
 
     points = {str(replace(_LARGE, points=k)): k for k in (*CURVE, POINTS)}
     timed = [row for row in rows if row.case in points and row.median_ms is not None]
-    curve = [row for row in timed if points[row.case] != POINTS]
-    whole = [row for row in timed if row.case == str(_LARGE) and row.setting == timed[0].setting]
-    return plot.draw_points(directory, curve, whole, lambda row: points[row.case], str(_LARGE)) if curve else []
+    curves = {row.implementation for row in timed if points[row.case] != POINTS}
+    curve = [row for row in timed if row.implementation in curves]
+    others = [row for row in timed if row.implementation not in curves and not row.ours]
+    title = f"{str(_LARGE)[0].upper()}{str(_LARGE)[1:]}, forward + backward"
+    titles = {"median_ms": title, "memory_extra_mib": "Peak memory above inputs and outputs"}
+    return plot.draw_curves(
+        directory / "point_loss_curve.png", curve, lambda row: points[row.case], "points K", titles, others, log=True
+    )
 
 
 BENCHMARK = Benchmark(
