@@ -365,10 +365,6 @@ class Benchmark:
         return replace(data, inputs=inputs, levels=levels,
                        grad_outputs=tuple(few("grad_output", x) for x in data.grad_outputs))  # fmt: skip
 
-    @property
-    def measured_operators(self) -> tuple[str, ...]:
-        return self.operators or (self.op,)
-
 
 @dataclass
 class Row:

@@ -33,7 +33,7 @@ import math
 import resource
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,15 +204,15 @@ def memory(run: Callable[[], Any], inputs: Iterable[Any], device: str) -> tuple[
     return extra, bytes_of(inputs) / MIB + outputs + extra
 
 
-def calibration() -> float:
-    """The extra memory measured, in MiB, of a call that needs exactly 64 MiB beside its 16 MiB output."""
+def calibration() -> Iterator[float]:
+    """Yields the extra memory measured, in MiB, of a call that needs exactly 64 MiB beside its 16 MiB output."""
 
     def known(mib: int = 64) -> tuple[Tensor, ...]:
         temporary = torch.ones(mib * MIB // 4)
         return (temporary[: mib * MIB // 16] + 1,)
 
     known(1)  # loads code
-    return memory(known, (), "cpu")[0]
+    yield memory(known, (), "cpu")[0]
 
 
 class Operations(TorchDispatchMode):

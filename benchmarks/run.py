@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.markup import escape
 
 import benchmarks
-from benchmarks import arguments, compare, facts, report, worker
+from benchmarks import arguments, compare, facts, measure, report, worker
 from benchmarks.cases import Row, Scale
 from benchmarks.report import BUSY
 from m2f_model import bench
@@ -129,7 +129,7 @@ class Runner:
             if case.memory and not (self.scale.quick and case.backward)
         }
 
-        def measure(row: Row) -> None:
+        def add_peak(row: Row) -> None:
             who = row.op, row.case, row.implementation
             found = self._peak(", ".join(who), worker.peak, self.scale, self.workspace, *who)
             row.memory_extra_mib, row.memory_total_mib = found or (None, None)
@@ -137,9 +137,9 @@ class Runner:
         rows = [row for row in self.rows if row.setting == first and row.status == "ok" and row.key[:2] in measured]
         variables = facts.environment(bench.ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)})
         with patch.dict(os.environ, variables, clear=True), ThreadPoolExecutor(MEMORY_PROCESSES) as pool:
-            if extra := self._peak("check of the method", worker.calibration):
+            if extra := self._peak("check of the method", measure.calibration):
                 self.facts["check of the memory method"] = f"a known temporary of 64 MiB measures as {extra:.1f} MiB"
-            list(pool.map(measure, rows))
+            list(pool.map(add_peak, rows))
         self.seconds["peak memory"] = time.perf_counter() - start
 
     def result(self) -> report.Run:

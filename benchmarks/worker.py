@@ -71,7 +71,7 @@ def _relay(sender: Connection, log: str, task: Callable[..., Iterable[Any]], *ar
 def prepare(scale: Scale, ops: Sequence[str], only: str, workspace: Path) -> Iterator[Found]:
     """The conditions, the floors for every number of threads, and each case's data with its fp64 reference."""
     chosen = [(benchmark, benchmark.select(scale, only)) for benchmark in map(benchmarks.load, ops)]
-    yield facts.gather(scale.device, [op for benchmark, _ in chosen for op in benchmark.measured_operators])
+    yield facts.gather(scale.device, [op for benchmark, _ in chosen for op in benchmark.operators or [benchmark.op]])
     yield "rates of memory, gathers and matrix products"
     counts = {case.threads or torch.get_num_threads() for _, cases in chosen for case in cases}
     rates = measure.rates_by_threads(scale.device, counts | {torch.get_num_threads()}, scale.quick)
@@ -95,7 +95,6 @@ def times(
     rates, usual = json.loads((workspace / "floors.json").read_text()), torch.get_num_threads()
     every = scale.full or setting == next(iter(facts.SETTINGS[scale.device]))
     for benchmark in map(benchmarks.load, ops):
-        yield {f"backend of {op}": facts.backend_of(op, scale.device) for op in benchmark.measured_operators}
         cases = [case for case in benchmark.select(scale, only) if every or not case.one_setting]
         for _, group in groupby(sorted(cases, key=attrgetter("data")), key=attrgetter("data")):
             data = None
@@ -166,11 +165,6 @@ def _measure(
             if benchmark.peak is not None:  # which counts outputs too
                 row.memory_extra_mib, row.memory_total_mib = row.memory_total_mib, None
     return rows
-
-
-def calibration() -> Iterator[float]:
-    """The extra memory measured of a known temporary, in MiB."""
-    yield measure.calibration()
 
 
 def peak(

@@ -441,7 +441,7 @@ def test_images_per_second_stand_beside_the_latency(op, known):
 def test_peak_memory_in_a_forked_process_and_its_failures(tmp_path, forked):
     steps = []
     runner = run.Runner(Scale("cpu", True), [], "", [], tmp_path, steps.append, None)
-    assert runner._peak("check of the method", worker.calibration) == pytest.approx(64, abs=2)
+    assert runner._peak("check of the method", measure.calibration) == pytest.approx(64, abs=2)
     assert not runner.failures
     absent = (runner.scale, tmp_path, "attention_mask", "no such case", "m2f_kernels")
     assert runner._peak("x", worker.peak, *absent) is None
