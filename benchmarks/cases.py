@@ -342,11 +342,6 @@ class Benchmark:
         """The cases that a run of this scale measures, whose names contain `only`."""
         return [case for case in self.cases(scale) if (scale.full or not case.full) and only in case.name]
 
-    def named(self) -> dict[str, Case]:
-        """The cases of every scale by name."""
-        scales = [Scale(device, not full, full) for device in ("cpu", "cuda") for full in (False, True)]
-        return {case.name: case for scale in scales for case in self.cases(scale)}
-
     def data(self, scale: Scale) -> dict[str, Callable[[], Data]]:
         """The builders of the cases' data by name; a truth with gradients serves cases without, too."""
         made = sorted(self.cases(scale), key=lambda case: case.backward)

@@ -93,23 +93,21 @@ def _changes(both: Pairs, was: Row, row: Row) -> Iterator[str]:
         yield f"{was.kernels} -> {row.kernels} kernels launched"
 
 
-def regressions(both: Pairs) -> list[str]:
-    """This package's rows that became slower beyond noise, need more memory, or no longer work; one line each."""
-    return [
-        f"{row.op}: {row.case}, {row.implementation}, {row.setting}: {change}"
-        for was, row in both
-        if row.ours
-        for change in _changes(both, was, row)
-    ]
-
-
 def report(old: Sequence[Row], new: Sequence[Row]) -> tuple[list[str], int]:
-    """Lines to print, and the exit status: 1 for regressions, 2 where there is nothing to compare."""
+    """Lines to print, and the exit status: 1 for regressions, 2 where there is nothing to compare.
+
+    Regressions are this package's rows that became slower beyond noise, need more memory or no longer work.
+    """
     both = pairs(old, new)
     count = sum(row.ours for _, row in both)
     if not count:
         return ["Nothing to compare: the runs have no row of this package in common"], 2
-    found = [f"Regression: {line}" for line in regressions(both)]
+    found = [
+        f"Regression: {row.op}: {row.case}, {row.implementation}, {row.setting}: {change}"
+        for was, row in both
+        if row.ours
+        for change in _changes(both, was, row)
+    ]
     return found or [f"No regression beyond noise in {count} rows"], int(bool(found))
 
 

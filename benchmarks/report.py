@@ -157,7 +157,9 @@ _WRITTEN: Columns = [
 
 def _times(benchmark: Benchmark) -> Columns:
     """Time and ratio, and images per second where cases say how many they have."""
-    images = {name: case.images for name, case in benchmark.named().items() if case.images}
+    # Of every scale: rows may be of any.
+    scales = [Scale(device, not full, full) for device in ("cpu", "cuda") for full in (False, True)]
+    images = {case.name: case.images for scale in scales for case in benchmark.cases(scale) if case.images}
 
     def rate(row: Row) -> str:
         return number(images[row.case] * 1e3 / row.median_ms) if row.median_ms and row.case in images else ""
