@@ -226,11 +226,11 @@ class Subject:
     def call(self, name: str, arguments: dict[str, Any]) -> list[Tensor]:
         """The outputs that are compared: predictions, or the loss of a training step."""
         torch.manual_seed(0)
-        self.models[name].zero_grad(set_to_none=True)
         with torch.set_grad_enabled(self.training):
             found = self.models[name](**arguments)
             if self.training:
                 found.loss.backward()
+                self.models[name].zero_grad()
                 return [found.loss.detach().reshape(1)]
         names = ("logits", "pred_boxes", "class_queries_logits", "masks_queries_logits")
         return [found[name] for name in names if name in found]
@@ -268,7 +268,6 @@ def _peak(case: Case, implementation: Implementation) -> float:
     """Peak MiB above the weights and what is there before the call, outputs included."""
     subject, name = _subject(*case.spec), implementation.name
     subject.call(name, subject.small)
-    subject.models[name].zero_grad(set_to_none=True)
     return bench.peak_mib(lambda: subject.call(name, subject.arguments), case.spec[1].device)[0]
 
 

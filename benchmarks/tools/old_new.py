@@ -10,8 +10,9 @@ each other. Processes of one tree differ, too: `--old` with this tree shows by h
 Kernels: `python -m benchmarks.kernels` runs in each tree alternately, in a process of its own (two versions of the
 operators cannot be in one). `--with NAME=VALUE` adds a run of this tree with an environment variable set, which chooses
 other kernels than the default's; its rows end with that. Models: each tree has a process that holds its model, and the
-two are called alternately. Peaks are each of a fresh process, by the method of `measure.memory`: of a call above
-the weights (in training above the gradients, too), and of matching, loss and gradients alone, for given predictions.
+two are called alternately, by this tree's benchmarks on the packages of each. Peaks are each of a fresh process, by the
+method of `measure.memory`: of a call above the weights (in training above the gradients, too), and of matching, loss
+and gradients alone, for given predictions.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks import arguments
+from benchmarks.cases import Scale
+
 ROOT = Path(__file__).parents[2]
 #: Side of the image, whether it is a training step, batch.
 CALLS = {
@@ -44,13 +50,11 @@ LOSSES = {"loss 512² T=10": (512, 1, 10), "loss 1024² T=30": (1024, 1, 30), "l
 #: What was measured by name: of each tree a list, one value for each round.
 Samples = dict[str, list[float]]
 
-# ---------------------------------------------------------------- in the process of one tree; imports are that tree's
+# ---------------------------------------------------------------- in the process of one tree, whose packages it imports
 
 
 def loss_part(size: int, batch: int, count: int, device: str, backbone: str = "r50") -> Callable[[], dict[str, Any]]:
     """A call of the criterion: the losses of random predictions, for `count` targets of each image, by name."""
-    import torch
-
     from m2f_kernels import FactoredMasks
     from m2f_model import bench
     from m2f_model.criterion import build_criterion
@@ -79,33 +83,6 @@ def loss_part(size: int, batch: int, count: int, device: str, backbone: str = "r
     return losses
 
 
-def _integration(name: str, device: str) -> Iterable[Callable[[], Any]]:
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    import m2f_kernels
-
-    try:
-        module = importlib.import_module("benchmarks.integrations_models")
-    except ImportError:  # its name since
-        module = importlib.import_module("benchmarks.models")
-    (case,) = (model for model in module.MODELS if model.name == name)
-    model, training = case.make().to(device), case.targets is not None
-    m2f_kernels.accelerate(model)
-
-    def call(arguments: Any) -> Any:
-        torch.manual_seed(0)
-        with torch.set_grad_enabled(training):
-            outputs = model(**arguments)
-            if training:
-                outputs.loss.backward()
-                model.zero_grad(set_to_none=True)
-        return list(outputs.values())
-
-    given = [tree_map_only(torch.Tensor, lambda x: x.to(device), case.arguments(quick)) for quick in (True, False)]
-    return [partial(call, arguments) for arguments in given]
-
-
 def calls(name: str, device: str) -> Iterable[Callable[[], Any]]:
     """A small call, and the one that is measured."""
     from m2f_model import bench
@@ -117,7 +94,10 @@ def calls(name: str, device: str) -> Iterable[Callable[[], Any]]:
     if name in LOSSES:
         losses = [loss_part(*LOSSES[which], device) for which in (min(LOSSES, key=LOSSES.__getitem__), name)]
         return [lambda run=run: sum(run().values()).backward() or () for run in losses]
-    return _integration(name, device)
+    from benchmarks import models
+
+    subject = models.Subject(next(model for model in models.MODELS if model.name == name), Scale(device, False))
+    return [partial(subject.call, models.AFTER, arguments) for arguments in (subject.small, subject.arguments)]
 
 
 def worker(task: str, name: str) -> None:
@@ -125,8 +105,6 @@ def worker(task: str, name: str) -> None:
 
     The latter are those in which its threads work. On a GPU where there is one.
     """
-    import torch
-
     from m2f_model import bench
 
     # Older trees have it elsewhere.
@@ -184,12 +162,21 @@ def kernels(tree: Path, setting: str = "") -> dict[str, float]:
     return parse(done.stdout, setting)
 
 
+#: Packages are the tree's; benchmarks are this one's, so that the same code calls both, and behind them the tree's own.
+_CODE = """
+import sys, transformers, m2f_kernels, m2f_model
+transformers.logging.set_verbosity_error()
+sys.path.insert(0, {root!r})
+from benchmarks import __path__, old_new
+__path__.append("benchmarks")
+old_new.worker({task!r}, {name!r})
+"""
+
+
 @contextmanager
 def process(tree: Path, task: str, name: str) -> Iterator[Callable[[], dict[str, float]]]:
     """A process that runs `worker` in a tree; what it gives asks for the next measurement, under its name."""
-    # By its path, since the older tree need not have it; imports are found in that tree.
-    path, quiet = str(Path(__file__)), "transformers.logging.set_verbosity_error()"
-    code = f"import runpy, transformers; {quiet}; runpy.run_path({path!r})['worker']({task!r}, {name!r})"
+    code = _CODE.format(root=str(ROOT), task=task, name=name)
     fixed = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"} if task == "peak" else {}
     with subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code], cwd=tree, env=_environment(tree, **fixed), text=True,
@@ -294,8 +281,6 @@ def compare_models(options: argparse.Namespace, trees: Sequence[Path], names: Se
 
 
 def main() -> None:
-    from benchmarks import arguments  # which older trees lack, where `worker` runs
-
     options = arguments(
         __doc__,
         {
