@@ -1,5 +1,6 @@
 """Fixtures that every operator's tests share: where a test runs, with which instructions and how many threads."""
 
+import gc
 import os
 
 import pytest
@@ -90,3 +91,9 @@ def deterministic():
     assert torch.empty(3).isnan().all(), "fresh tensors are not poisoned"
     yield
     torch.use_deterministic_algorithms(False)
+
+
+def pytest_collection_finish():
+    """Leave modules and tests, which stay to the end, out of every later collection of garbage."""
+    gc.collect()
+    gc.freeze()
