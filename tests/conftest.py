@@ -97,3 +97,8 @@ def pytest_collection_finish():
     """Leave modules and tests, which stay to the end, out of every later collection of garbage."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_unconfigure():
+    """Let the interpreter free them as it ends; extensions would report leaks."""
+    gc.unfreeze()

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 pytest.importorskip("rich", reason="the benchmark suite needs rich: `make bench` installs it")
-pytest.importorskip("skimage", reason="the benchmark's inputs need scikit-image: `make bench` installs it")
 
 import benchmarks
 from benchmarks import inputs, measure
@@ -128,6 +127,12 @@ def test_gradients_are_checked_after_the_outputs():
     assert verdict.output < 1e-6 < verdict.gradients
 
 
+@pytest.fixture(scope="module")
+def photographs():
+    pytest.importorskip("skimage", reason="the benchmark's photographs are scikit-image's: `make bench` installs it")
+
+
+@pytest.mark.usefixtures("photographs")
 @pytest.mark.parametrize(
     ("op", "data"), [("attention_mask", "9 layers 128² fp32"), ("masked_attention", masked_attention.MODULE)]
 )
@@ -148,7 +153,7 @@ def test_every_form_is_right_and_runs_on_less(op, data, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def masks():
+def masks(photographs):
     return attention_mask.build("cpu", 128, "fp32", True)
 
 
@@ -181,6 +186,7 @@ def test_masks_of_the_benchmark_are_partly_open_and_some_rows_empty(masks):
 # ---------------------------------------------------------------- masked attention
 
 
+@pytest.mark.usefixtures("photographs")
 @pytest.mark.parametrize("density", [0.05, 0.3])
 def test_blobs_cover_their_share_in_few_pieces(density):
     attend = inputs.blob_masks((64, 64), 2, 5, density)

@@ -483,6 +483,7 @@ def main() -> int:
     ]
     if not work:
         options.refuse(f"--select: no operator's name contains {options.select!r}")
+    # Forked, they need not import torch again; nothing has been computed here, nor a GPU touched.
     with ProcessPoolExecutor(options.processes, mp_context=get_context("fork")) as pool:
         compiled = pool.map(partial(compile_case, not options.summary), *zip(*work, strict=True))
         made = [line for lines in compiled for line in lines]

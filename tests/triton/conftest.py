@@ -1,13 +1,11 @@
 """Runs the Triton kernels on a GPU if there is one, otherwise in Triton's interpreter on CPU tensors."""
 
+import importlib.util
 import math
 from functools import cache
 
 import pytest
 import torch
-import triton.language as tl
-from triton.language.semantic import TritonSemantic
-from triton.runtime import interpreter
 
 
 def _spare_the_interpreter():
@@ -16,6 +14,10 @@ def _spare_the_interpreter():
     Every call of a kernel's function patches the language, which the kernel's launch has done already; every operation
     builds a table of NumPy's types, the types of its operands and their shapes anew.
     """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
     patch, numpy_type = interpreter._patch_lang, interpreter._get_np_dtype
     block_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
     of_scalar, of_blocks, of_tensors = cache(numpy_type), {}, {}
@@ -32,7 +34,8 @@ def _spare_the_interpreter():
         return of_scalar(kind.scalar) if type(kind.scalar) is tl.dtype else numpy_type(kind)
 
     def known_block_type(self, element_ty, shape):
-        key = (element_ty.name, *(getattr(size, "value", size) for size in shape))
+        space = getattr(element_ty, "address_space", None)  # of a pointer, which its name does not say
+        key = (element_ty.name, space, *(getattr(size, "value", size) for size in shape))
         if key not in of_blocks:
             block_type(self, element_ty, shape)
             of_blocks[key] = dict(vars(self))
@@ -53,7 +56,7 @@ def _spare_the_interpreter():
     TritonSemantic.broadcast_impl_value = broadcast_if_shapes_differ
 
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
     _spare_the_interpreter()
 
 
